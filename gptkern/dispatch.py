@@ -1,0 +1,253 @@
+"""Which backend runs a call, and why.
+
+    backend   what it is                        runs tensors on
+    torch     PyTorch's own operators           every device: the fallback
+    triton    gptkern.triton_kernels            NVIDIA GPUs from sm_80; the CPU while TRITON_INTERPRET=1
+    cuda      gptkern.cuda_kernels (C++)        NVIDIA GPUs from sm_80; the CPU while GPTKERN_EMULATE_CUDA=1
+
+A backend's module for an operator (`gptkern.triton_kernels.layer_norm`, say) is imported when it is first
+chosen, and has three functions of the same positional signature as the operator's registered op:
+
+    unsupported(*call) -> str | None    why this call is not covered, or None
+    forward(*call), backward(*call)     bare launchers
+
+`choose` is called once per call of an operator, at the public boundary; the backward uses the backend
+that its forward used. On the `torch` backend a twin calls PyTorch's own operator, with PyTorch's autograd:
+the registered op and the autograd.Function cost more host time than a small layer_norm itself takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+BACKENDS = ("cuda", "triton", "torch")
+OPERATORS = ("attention", "layer_norm", "softmax", "int8_linear")
+
+# PyTorch's function -> its twin in gptkern.functional. Filled by `twin_of`.
+TWINS: dict[Callable, Callable] = {}
+
+
+class Choice(NamedTuple):
+    """The backend that runs a call, and the reason that it was chosen."""
+
+    backend: str
+    reason: str
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run the call."""
+
+
+class _Explained(Exception):
+    """Carries a choice out of a twin that `explain` called, before anything has run."""
+
+    def __init__(self, choice: Choice):
+        self.choice = choice
+
+
+class _State(threading.local):
+    forced: str | None = None
+    explaining = False
+
+
+_state = _State()
+# What torch.compile sees: Dynamo can guard on a global, not on a thread's local. Eager calls never read it.
+_forced_while_compiling: str | None = None
+
+_ON_CPU = Choice("torch", "the input is on the CPU")
+_FORCED_TORCH = Choice("torch", "asked for by name")
+_modules: dict[tuple[str, str], Any] = {}
+_warned: set[tuple[str, str]] = set()
+
+
+def _checked_name(name: str | None, where: str) -> str | None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"{where} got {name!r}; it needs one of {', '.join(map(repr, BACKENDS))}")
+    return name
+
+
+_default = _checked_name(os.environ.get("GPTKERN_BACKEND") or None, "GPTKERN_BACKEND")
+_State.forced = _forced_while_compiling = _default
+
+
+@contextlib.contextmanager
+def backend(name: str | None):
+    """Force a backend for the calls made inside the `with` block, in this thread.
+
+    Args:
+        name: "cuda", "triton", "torch", or None for the automatic choice.
+
+    Raises:
+        ValueError: the name is none of these.
+        BackendError: (by the operators called inside) the backend cannot run the call; the message says why.
+
+    The environment variable GPTKERN_BACKEND, read when gptkern is imported, does the same for a process.
+    """
+    global _forced_while_compiling
+    _checked_name(name, "backend(name)")
+    before = _state.forced, _forced_while_compiling
+    _state.forced = _forced_while_compiling = name
+    try:
+        yield
+    finally:
+        _state.forced, _forced_while_compiling = before
+
+
+def twin_of(*torch_functions: Callable) -> Callable:
+    """Decorator: the function is the twin of these PyTorch functions."""
+
+    def register(twin: Callable) -> Callable:
+        for function in torch_functions:
+            TWINS[function] = twin
+        return twin
+
+    return register
+
+
+def explain(function: Callable, *args, **kwargs) -> Choice:
+    """The backend that `function(*args, **kwargs)` would run on, and the reason, without running it.
+
+    Args:
+        function: an operator of gptkern.functional, or the PyTorch function whose twin it is.
+
+    Raises:
+        ValueError: gptkern has no kernels for `function`.
+        BackendError: a backend is forced and cannot run the call.
+    """
+    twin = TWINS.get(function, function)
+    if getattr(twin, "__module__", "").partition(".")[0] != "gptkern":
+        raise ValueError(f"explain: function is {function!r}; it needs an operator of gptkern.functional or its twin")
+    _state.explaining = True
+    try:
+        twin(*args, **kwargs)
+    except _Explained as explained:
+        return explained.choice
+    finally:
+        _state.explaining = False
+    raise ValueError(f"explain: {function!r} chooses no backend; it runs on PyTorch as it is")
+
+
+def settled(tensor: Any) -> Choice | None:
+    """The choice where the call need not be looked at: PyTorch, which then checks the input itself.
+
+    None where kernels may run: the twin then checks its input and calls `choose`.
+    """
+    forced = _forced()
+    if forced is None:
+        if isinstance(tensor, torch.Tensor) and tensor.device.type != "cpu":
+            return None
+        return _announced(_ON_CPU)
+    return _announced(_FORCED_TORCH) if forced == "torch" else None
+
+
+def choose(operator: str, *call) -> Choice:
+    """The backend for a checked call of an operator; `call` is what its launchers would get, a tensor first."""
+    return _announced(_decide(operator, _forced(), call))
+
+
+def _forced() -> str | None:
+    return _forced_while_compiling if torch.compiler.is_compiling() else _state.forced
+
+
+def _announced(choice: Choice) -> Choice:
+    if not torch.compiler.is_compiling() and _state.explaining:
+        raise _Explained(choice)
+    return choice
+
+
+def _decide(operator: str, forced: str | None, call: tuple) -> Choice:
+    device = call[0].device
+    if forced == "torch":
+        return _FORCED_TORCH
+    if forced is None and device.type == "cpu":
+        return _ON_CPU
+    if forced is not None:
+        reason = _unable(forced, operator, device.type, device.index) or _uncovered(forced, operator, call)
+        if reason is not None:
+            raise BackendError(f"backend {forced!r} was asked for and cannot run {operator}: {reason}")
+        return Choice(forced, "asked for by name")
+    reasons = []
+    for name in ("cuda", "triton"):
+        reason = _unable(name, operator, device.type, device.index) or _uncovered(name, operator, call)
+        if reason is None:
+            return Choice(name, "; ".join([f"the input is on {device.type}", *reasons]))
+        reasons.append(f"not {name}: {reason}")
+    choice = Choice("torch", "; ".join(reasons))
+    if device.type != "meta":
+        _warn_once(operator, choice.reason)
+    return choice
+
+
+def _uncovered(name: str, operator: str, call: tuple) -> str | None:
+    """Why the backend's kernels do not cover this call, or None."""
+    for argument in call:
+        if isinstance(argument, torch.Tensor):
+            if type(argument) is not torch.Tensor and type(argument) is not torch.nn.Parameter:
+                return f"{type(argument).__name__} is a tensor subclass, which kernels cannot read"
+            if argument.device != call[0].device:
+                return f"tensors are on {call[0].device} and {argument.device}"
+    return _modules[name, operator].unsupported(*call)
+
+
+# Constant under torch.compile: an import cannot be traced, and the answer does not change within a process.
+@torch.compiler.assume_constant_result
+def _unable(name: str, operator: str, device_type: str, device_index: int | None) -> str | None:
+    """Why the backend cannot run anything on this device, or None. Imports the backend's module."""
+    return unavailable(name, torch.device(device_type, device_index)) or _imported(name, operator)
+
+
+def _imported(name: str, operator: str) -> str | None:
+    try:
+        load(name, operator)
+    except ImportError as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def load(name: str, operator: str):
+    """The module that holds a backend's launchers for an operator."""
+    module = _modules.get((name, operator))
+    if module is None:
+        package = {"torch": "ops", "triton": "triton_kernels", "cuda": "cuda_kernels"}[name]
+        module = importlib.import_module(f"gptkern.{package}.{operator}")
+        _modules[name, operator] = module
+    return module
+
+
+def unavailable(name: str, device: torch.device) -> str | None:
+    """Why a backend has no kernels for a device in this process, or None where it has."""
+    if name == "torch":
+        return None
+    if name == "cuda":
+        if importlib.util.find_spec("gptkern.cuda_kernels") is None:
+            return "there are no CUDA kernels in this build"
+    elif importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cpu":
+        switch = "TRITON_INTERPRET" if name == "triton" else "GPTKERN_EMULATE_CUDA"
+        if os.environ.get(switch) != "1":
+            return f"the input is on the CPU and {switch}=1 is not set"
+        return None
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"kernels are for NVIDIA GPUs and the input is on {device.type}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"kernels need compute capability 8.0 or newer and this GPU has {major}.{minor}"
+    return None
+
+
+# Constant under torch.compile: a warning is no part of the graph.
+@torch.compiler.assume_constant_result
+def _warn_once(operator: str, reason: str) -> None:
+    if (operator, reason) not in _warned:
+        _warned.add((operator, reason))
+        warnings.warn(f"gptkern: {operator} runs on PyTorch's own operator ({reason})", stacklevel=5)

@@ -1,0 +1,61 @@
+"""Where the tests run: on the GPU where there is one, else on the CPU with Triton's kernels interpreted.
+
+TRITON_INTERPRET is read when a kernel's module is first imported, so it is set before anything else.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import importlib.util
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+import gptkern
+
+# Interpreted kernels are slow and their time says nothing; examples are derandomised so that CI repeats.
+settings.register_profile(
+    "gptkern", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], max_examples=20
+)
+settings.load_profile("gptkern")
+
+# Two workers on two cores: more threads each would only wait for one another.
+torch.set_num_threads(1)
+
+KERNEL_BACKENDS = [
+    pytest.param(
+        "triton",
+        marks=pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+    )
+]
+
+
+@pytest.fixture
+def device() -> str:
+    return DEVICE
+
+
+@pytest.fixture(params=["torch", *KERNEL_BACKENDS])
+def backend(request):
+    """The name of a backend, which is forced while the test runs."""
+    with gptkern.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=KERNEL_BACKENDS)
+def kernel_backend(request):
+    """As `backend`, without PyTorch: for what only kernels have to get right."""
+    with gptkern.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
