@@ -1,0 +1,86 @@
+"""The command line: `gptkern info | check | demo | train | generate`.
+
+Every subcommand is a module `gptkern/commands/<name>.py` with
+
+    SUMMARY: str                      one line for `gptkern --help`
+    add_arguments(parser)             its options
+    run(args) -> int                  the exit status
+
+A module is imported only when its command is chosen: one command's missing package does not stop the others.
+What a module needs beyond gptkern's own dependencies is in the extra `gptkern[cli]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import sys
+
+from gptkern.commands import UserError
+
+# The summaries stand here too, because asking the modules would import them. A test holds the two together.
+COMMANDS = {
+    "info": "what this machine has: versions, device, backends, and why one is missing",
+    "check": "run this machine's kernels against float64 references",
+    "demo": "train a GPT stock and swapped, quantise it to int8, generate text, write a report",
+    "train": "train the reference GPT on a text file, into a checkpoint folder",
+    "generate": "generate text from a checkpoint folder",
+}
+
+# import name -> name on the package index, for the packages of the extra gptkern[cli]
+EXTRA = {"rich": "rich", "matplotlib": "matplotlib", "safetensors": "safetensors"}
+
+INTERRUPTED = 130  # the shell's status for a process that Ctrl-C ended
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. Returns the exit status; argparse exits by itself (status 2) on arguments it cannot read."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(
+        prog="gptkern", description="Fused GPU kernels for GPT models, swapped in with one line."
+    )
+    parser.add_argument("--version", action="version", version=f"gptkern {_version()}")
+    subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
+    chosen = next((argument for argument in arguments if argument in COMMANDS), None)
+    for name, summary in COMMANDS.items():
+        subparser = subparsers.add_parser(
+            name, help=summary, description=summary[0].upper() + summary[1:] + ".",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )  # fmt: skip
+        if name == chosen:
+            try:
+                module = importlib.import_module(f"gptkern.commands.{name}")
+            except ModuleNotFoundError as error:
+                return _missing(name, error)
+            module.add_arguments(subparser)
+    args = parser.parse_args(arguments)
+    try:
+        return module.run(args)
+    except ModuleNotFoundError as error:
+        return _missing(args.command, error)
+    except KeyboardInterrupt:
+        print("gptkern: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except UserError as error:
+        print(f"gptkern {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _missing(command: str, error: ModuleNotFoundError) -> int:
+    """Says which package is missing and how to get it; anything that is not of the extra is a defect, and raised."""
+    package = (error.name or "").partition(".")[0]
+    if package not in EXTRA:
+        raise error
+    missing = [EXTRA[name] for name in EXTRA if importlib.util.find_spec(name) is None]
+    print(
+        f"gptkern {command} needs {' and '.join(missing or [EXTRA[package]])}: pip install 'gptkern[cli]'",
+        file=sys.stderr,
+    )
+    return 2
+
+
+def _version() -> str:
+    from gptkern.version import __version__
+
+    return __version__

@@ -1,0 +1,5 @@
+"""The subcommands of `gptkern`, one module each; gptkern/cli.py imports the one that is chosen."""
+
+
+class UserError(Exception):
+    """What the person at the command line has to mend: shown as one line, with exit status 2."""

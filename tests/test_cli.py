@@ -1,0 +1,108 @@
+"""The command line: lazy commands, exit statuses, and what it says when something is missing."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import subprocess
+import sys
+import types
+
+import pytest
+
+from gptkern import cli
+from gptkern.commands import UserError
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Puts a stand-in module in place of a command's."""
+
+    def install(name: str, run):
+        module = types.ModuleType(f"gptkern.commands.{name}")
+        module.SUMMARY = cli.COMMANDS[name]
+        module.add_arguments = lambda parser: parser.add_argument("--count", type=int, default=3)
+        module.run = run
+        monkeypatch.setitem(sys.modules, f"gptkern.commands.{name}", module)
+
+    return install
+
+
+def _raise(error):
+    raise error
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_keeps_the_contract(name):
+    if importlib.util.find_spec(f"gptkern.commands.{name}") is None:
+        pytest.skip(f"gptkern/commands/{name}.py does not exist")
+    module = importlib.import_module(f"gptkern.commands.{name}")
+    assert cli.COMMANDS[name] == module.SUMMARY
+    assert callable(module.add_arguments) and callable(module.run)
+
+
+def test_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["--help"])
+    assert exit.value.code == 0
+    output = " ".join(capsys.readouterr().out.split())
+    for name, summary in cli.COMMANDS.items():
+        assert name in output and summary in output
+
+
+def test_runs_as_a_module():
+    process = subprocess.run([sys.executable, "-m", "gptkern", "--version"], capture_output=True, text=True)
+    assert process.returncode == 0
+    assert process.stdout.startswith("gptkern ")
+
+
+def test_no_command_and_unknown_command_exit_with_2(capsys):
+    for arguments in ([], ["polish"]):
+        with pytest.raises(SystemExit) as exit:
+            cli.main(arguments)
+        assert exit.value.code == 2
+    assert "polish" in capsys.readouterr().err
+
+
+def test_status_and_options_reach_the_command(command):
+    command("train", lambda args: args.count)
+    assert cli.main(["train"]) == 3
+    assert cli.main(["train", "--count", "7"]) == 7
+
+
+def test_only_the_chosen_command_is_imported():
+    program = (
+        "import sys; from gptkern import cli\n"
+        "try: cli.main(['--help'])\nexcept SystemExit: pass\n"
+        "print([m for m in sys.modules if m.startswith('gptkern.commands.')], file=sys.stderr)"
+    )
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert process.stderr.strip() == "[]"
+
+
+def test_a_missing_extra_is_named(command, capsys, monkeypatch):
+    found = importlib.util.find_spec
+    absent = {"rich", "matplotlib"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in absent else found(name, *rest))
+    command("demo", lambda args: _raise(ModuleNotFoundError("No module named 'rich.live'", name="rich.live")))
+    assert cli.main(["demo"]) == 2
+    assert capsys.readouterr().err == "gptkern demo needs rich and matplotlib: pip install 'gptkern[cli]'\n"
+
+
+def test_a_missing_module_that_is_no_extra_is_a_defect(command):
+    command(
+        "demo", lambda args: _raise(ModuleNotFoundError("No module named 'gptkern.nowhere'", name="gptkern.nowhere"))
+    )
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["demo"])
+
+
+def test_user_errors_are_one_line(command, capsys):
+    command("train", lambda args: _raise(UserError("--text: no such file")))
+    assert cli.main(["train"]) == 2
+    assert capsys.readouterr().err == "gptkern train: --text: no such file\n"
+
+
+def test_interrupt_has_the_shell_status(command):
+    command("train", lambda args: _raise(KeyboardInterrupt()))
+    assert cli.main(["train"]) == 130
