@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 ORACLE = torch.float64
@@ -106,3 +107,60 @@ def softmax(
     scores, takes_part = scores.transpose(dim, -1), takes_part.transpose(dim, -1)
     y = _softmax(scores, takes_part, zero_if_empty=mask is not None or is_causal)
     return y.transpose(dim, -1)
+
+
+# --- layer_norm -----------------------------------------------------------------------------------------------------
+
+
+def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, residual=None):
+    """(y, s) in float64, with s = input + residual and y = (s - E[s]) / √(Var[s] + eps) · weight + bias.
+
+    The tensors are anything that `.double()` widens; gradients flow to them.
+    """
+    s = input.double() if residual is None else input.double() + residual.double()
+    dims = tuple(range(s.ndim - len(normalized_shape), s.ndim))
+    centred = s - s.mean(dims, keepdim=True)
+    variance = (centred * centred).mean(dims, keepdim=True)
+    y = centred / torch.sqrt(variance + eps)
+    if weight is not None:
+        y = y * weight.double()
+    if bias is not None:
+        y = y + bias.double()
+    return y, s
+
+
+# --- int8_linear ----------------------------------------------------------------------------------------------------
+
+
+def quantize_int8(input, dim=-1):
+    """(q, scale): scale = max|x| / 127 along dim, q = x / scale rounded to nearest, halves to even; a zero slice has 1.
+
+    In NumPy's float32, whose divisions are correctly rounded: what comes out is exact, to be compared bit for bit.
+    """
+    x = input.detach().cpu().float().numpy()
+    largest = np.abs(x).max(axis=dim, keepdims=True)
+    scale = np.where(largest == 0, np.float32(1), largest / np.float32(127))
+    q = np.clip(np.rint(x / scale), -127, 127).astype(np.int8)
+    return torch.from_numpy(q), torch.from_numpy(scale.squeeze(dim))
+
+
+def gelu(z, activation):
+    """z · Φ(z), or its approximation by tanh; z itself where activation is None."""
+    if activation == "gelu":
+        return 0.5 * z * (1 + torch.erf(z / math.sqrt(2)))
+    if activation == "gelu_tanh":
+        return 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+    return z
+
+
+def int8_linear(input, weight, weight_scale, bias=None, activation=None, mode="w8a8"):
+    """activation(x @ (weight · weight_scale)ᵀ + bias) in float64; w8a8 takes for x what quantize_int8 keeps of the input.
+
+    Rounding the activation passes gradients straight through, as the contract has it. mode is "w8a8" or "w8a16".
+    """
+    x = input.double()
+    if mode == "w8a8" and input.numel():
+        q, scale = quantize_int8(input)
+        x = x + (q.double() * scale.double()[..., None] - x).detach()
+    z = x @ (weight.double() * weight_scale.double()[:, None]).T
+    return gelu(z if bias is None else z + bias.double(), activation)
