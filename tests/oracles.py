@@ -112,30 +112,33 @@ def softmax(
 # --- layer_norm -----------------------------------------------------------------------------------------------------
 
 
-def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, residual=None):
-    """(y, s) in float64, with s = input + residual and y = (s - E[s]) / √(Var[s] + eps) · weight + bias.
-
-    The tensors are anything that `.double()` widens; gradients flow to them.
-    """
-    s = input.double() if residual is None else input.double() + residual.double()
+def layer_norm(
+    input: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: torch.Tensor | None = None,
+    precision: torch.dtype = ORACLE,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y, s) with s = input + residual and y = (s - E[s]) / √(E[(s - E[s])²] + eps) * weight + bias."""
+    s = input.to(precision) if residual is None else input.to(precision) + residual.to(precision)
     dims = tuple(range(s.ndim - len(normalized_shape), s.ndim))
     centred = s - s.mean(dims, keepdim=True)
-    variance = (centred * centred).mean(dims, keepdim=True)
-    y = centred / torch.sqrt(variance + eps)
-    if weight is not None:
-        y = y * weight.double()
-    if bias is not None:
-        y = y + bias.double()
+    y = centred / torch.sqrt((centred * centred).mean(dims, keepdim=True) + eps)
+    y = y if weight is None else y * weight.to(precision)
+    y = y if bias is None else y + bias.to(precision)
     return y, s
 
 
 # --- int8_linear ----------------------------------------------------------------------------------------------------
 
 
-def quantize_int8(input, dim=-1):
-    """(q, scale): scale = max|x| / 127 along dim, q = x / scale rounded to nearest, halves to even; a zero slice has 1.
+def quantize_int8(input: torch.Tensor, dim: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
+    """(q, scale): scale = max|x| / 127 along dim, or 1 where that is 0; q = x / scale to the nearest, halves to even.
 
-    In NumPy's float32, whose divisions are correctly rounded: what comes out is exact, to be compared bit for bit.
+    In NumPy's float32, whose divisions are correctly rounded: the result is exact, to be compared bit for bit.
     """
     x = input.detach().cpu().float().numpy()
     largest = np.abs(x).max(axis=dim, keepdims=True)
@@ -144,8 +147,8 @@ def quantize_int8(input, dim=-1):
     return torch.from_numpy(q), torch.from_numpy(scale.squeeze(dim))
 
 
-def gelu(z, activation):
-    """z · Φ(z), or its approximation by tanh; z itself where activation is None."""
+def gelu(z: torch.Tensor, activation: str | None) -> torch.Tensor:
+    """z * Φ(z), or its approximation by tanh; z itself where activation is None."""
     if activation == "gelu":
         return 0.5 * z * (1 + torch.erf(z / math.sqrt(2)))
     if activation == "gelu_tanh":
@@ -153,14 +156,27 @@ def gelu(z, activation):
     return z
 
 
-def int8_linear(input, weight, weight_scale, bias=None, activation=None, mode="w8a8"):
-    """activation(x @ (weight · weight_scale)ᵀ + bias) in float64; w8a8 takes for x what quantize_int8 keeps of the input.
+def int8_linear(
+    input: torch.Tensor,  # (…, in_features)
+    weight: torch.Tensor,  # (out_features, in_features) int8
+    weight_scale: torch.Tensor,  # (out_features,) float32
+    bias: torch.Tensor | None = None,  # (out_features,)
+    activation: str | None = None,
+    mode: str = "w8a8",
+    *,
+    precision: torch.dtype = ORACLE,
+) -> torch.Tensor:
+    """activation((x @ weightᵀ) * weight_scale + bias): x is the input, or in w8a8 what quantize_int8 keeps of it.
 
-    Rounding the activation passes gradients straight through, as the contract has it. mode is "w8a8" or "w8a16".
+    The rounding of the activation passes gradients straight through.
     """
-    x = input.double()
+    x = input.to(precision)
     if mode == "w8a8" and input.numel():
+        # The product is of integers, below 2³¹: exact in float64 whatever the precision of the rest.
         q, scale = quantize_int8(input)
-        x = x + (q.double() * scale.double()[..., None] - x).detach()
-    z = x @ (weight.double() * weight_scale.double()[:, None]).T
-    return gelu(z if bias is None else z + bias.double(), activation)
+        exact = (q.double() @ weight.cpu().double().T).to(precision) * scale.to(precision)[..., None]
+        z = x @ weight.to(precision).T
+        z = (z + (exact.to(z.device) - z).detach()) * weight_scale.to(precision)
+    else:
+        z = (x @ weight.to(precision).T) * weight_scale.to(precision)
+    return gelu(z if bias is None else z + bias.to(precision), activation)
