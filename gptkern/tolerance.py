@@ -23,7 +23,7 @@ def worst_error(actual: torch.Tensor, reference: torch.Tensor) -> float:
         return 0.0
     actual, reference = actual.detach().double().cpu(), reference.detach().double().cpu()
     difference = torch.where(actual == reference, 0.0, (actual - reference).abs())
-    return difference.nan_to_num(nan=torch.inf).max().item()
+    return difference.nan_to_num(nan=torch.inf, posinf=torch.inf).max().item()
 
 
 def bound(
