@@ -1,0 +1,499 @@
+"""layer_norm on Triton.
+
+    s     = x, or x + residual
+    x_hat = (s - mean) * rstd            rstd = 1 / sqrt(var + eps)
+    y     = x_hat * weight + bias
+
+Backward, with g = dy * weight and averages over the row:
+    ds = rstd * (g - avg(g) - x_hat * avg(g * x_hat))  (+ the gradient that reaches s by itself)
+    dweight = sum over rows of dy * x_hat,  dbias = sum over rows of dy
+
+Memory is the floor: the forward reads x and writes y (2 widths a row; with a residual 4), the backward reads s and dy
+and writes ds (3). Up to REGISTER_WIDTH a program holds a tile of whole rows in registers and moves no more than that.
+Wider rows are walked in chunks: the forward reads them twice and the backward three times, mostly from the L2 cache.
+
+The weight and bias gradients are summed per program in float32, over a fixed set of rows each, and the partial sums
+by one reduction: no atomics, so they are the same on every run.
+
+Tests reach the variant for wide rows at small widths by lowering REGISTER_WIDTH and WIDE_BLOCK (monkeypatch).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from gptkern.triton_kernels.common import CompileCase
+
+# Widest row that is held in registers, in elements of at most 4 bytes (a quarter of it for float64): beyond, ptxas
+# spills. The backward also keeps the weight and two accumulators, so it gives way at half the width.
+REGISTER_WIDTH = {"forward": 16384, "backward": 8192}
+# Elements of a chunk of a wide row: 16 values for each of 8 warps' threads.
+WIDE_BLOCK = 4096
+WIDE_WARPS = 8
+# Tile of the weight gradient's kernel for wide rows: columns are independent, so a program takes a few rows at a time.
+COLUMN_BLOCK_ROWS, COLUMN_BLOCK_WIDTH, COLUMN_WARPS = 16, 128, 4
+# Programs a multiprocessor that share the rows of a backward: enough to hide latency, few enough partial sums.
+# Reasoned from occupancy (80 registers a thread); not measured yet.
+PROGRAMS_PER_MULTIPROCESSOR = 2
+
+# Padded width -> (rows of a tile, warps); the same on every architecture, since only memory counts.
+# 2048 elements a tile and 16 a thread up to 2048 columns. Compiled without spills; not measured yet.
+CONFIGURATIONS = {
+    16: (128, 4),
+    32: (64, 4),
+    64: (32, 4),
+    128: (16, 4),
+    256: (8, 4),
+    512: (4, 4),
+    1024: (2, 4),
+    2048: (1, 4),
+    4096: (1, 8),
+    8192: (1, 16),
+    16384: (1, 32),
+}
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,  # (rows, width)   input
+    residual_ptr,  # (rows, width)   added to it, where HAS_RESIDUAL
+    weight_ptr,  # (width,)
+    bias_ptr,  # (width,)
+    y_ptr,  # (rows, width)   output, contiguous
+    summed_ptr,  # (rows, width)   x + residual, contiguous, where HAS_RESIDUAL
+    mean_ptr,  # (rows,)         float32, kept for the backward
+    rstd_ptr,  # (rows,)         float32
+    x_stride,  # from a row to the next
+    residual_stride,
+    rows,
+    width,
+    EPS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    statistic = mean_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.arange(0, BLOCK_WIDTH)
+    in_row = column[None, :] < width
+    inside = (row[:, None] < rows) & in_row
+
+    x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + row[:, None] * residual_stride + column[None, :], mask=inside, other=0.0)
+        # The sum is rounded to its dtype before it is normalised: the backward sees the same numbers.
+        summed = (x.to(statistic) + residual.to(statistic)).to(summed_ptr.dtype.element_ty)
+        tl.store(summed_ptr + row[:, None] * width + column[None, :], summed, mask=inside)
+        x = summed
+    x = x.to(statistic)
+
+    mean = tl.sum(x, axis=1) / width
+    # var = avg((x - mean)²): a second pass over registers, not E[x²] - mean², which cancels at |mean| >> std
+    centred = tl.where(in_row, x - mean[:, None], 0.0)
+    var = tl.sum(centred * centred, axis=1) / width
+    # rstd = 1 / sqrt(var + eps)
+    rstd = 1.0 / tl.sqrt(var + EPS)
+    tl.store(mean_ptr + row, mean, mask=row < rows)
+    tl.store(rstd_ptr + row, rstd, mask=row < rows)
+
+    # y = x_hat * weight + bias
+    y = centred * rstd[:, None]
+    if HAS_WEIGHT:
+        y *= tl.load(weight_ptr + column, mask=column < width, other=0.0).to(statistic)[None, :]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + column, mask=column < width, other=0.0).to(statistic)[None, :]
+    tl.store(y_ptr + row[:, None] * width + column[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _load_summed(x_ptr, residual_ptr, column, width, statistic: tl.constexpr, rounded: tl.constexpr, HAS_RESIDUAL):
+    """A chunk of a row of s = x + residual, rounded to s's dtype, in the statistics' dtype."""
+    x = tl.load(x_ptr + column, mask=column < width, other=0.0).to(statistic)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + column, mask=column < width, other=0.0).to(statistic)
+        x = (x + residual).to(rounded).to(statistic)
+    return x
+
+
+@triton.jit
+def _forward_wide_kernel(
+    x_ptr,  # (rows, width)   input
+    residual_ptr,  # (rows, width)   added to it, where HAS_RESIDUAL
+    weight_ptr,  # (width,)
+    bias_ptr,  # (width,)
+    y_ptr,  # (rows, width)   output, contiguous
+    summed_ptr,  # (rows, width)   x + residual, contiguous, where HAS_RESIDUAL
+    mean_ptr,  # (rows,)         float32, kept for the backward
+    rstd_ptr,  # (rows,)         float32
+    x_stride,  # from a row to the next
+    residual_stride,
+    width,
+    EPS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    statistic: tl.constexpr = mean_ptr.dtype.element_ty
+    rounded: tl.constexpr = y_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * x_stride
+    residual_ptr += row * residual_stride
+    y_ptr += row * width
+    summed_ptr += row * width
+
+    # Chan's update: the mean and the squared deviations m2 of the columns so far, merged with a chunk's own.
+    mean = tl.zeros((), dtype=statistic)
+    m2 = tl.zeros((), dtype=statistic)
+    for start in range(0, width, BLOCK_WIDTH):
+        column = start + tl.arange(0, BLOCK_WIDTH)
+        x = _load_summed(x_ptr, residual_ptr, column, width, statistic, rounded, HAS_RESIDUAL)
+        if HAS_RESIDUAL:
+            tl.store(summed_ptr + column, x.to(rounded), mask=column < width)
+        count = tl.minimum(width - start, BLOCK_WIDTH).to(statistic)
+        chunk_mean = tl.sum(x, axis=0) / count
+        centred = tl.where(column < width, x - chunk_mean, 0.0)
+        delta = chunk_mean - mean
+        share = count / (start + count)
+        # mean += delta * n_b / n        m2 += m2_b + delta² * n_a * n_b / n
+        mean += delta * share
+        m2 += tl.sum(centred * centred, axis=0) + delta * delta * start * share
+    rstd = 1.0 / tl.sqrt(m2 / width + EPS)
+    tl.store(mean_ptr + row, mean)
+    tl.store(rstd_ptr + row, rstd)
+
+    for start in range(0, width, BLOCK_WIDTH):
+        column = start + tl.arange(0, BLOCK_WIDTH)
+        # Added again, not read back from `summed`: another thread may have written it.
+        x = _load_summed(x_ptr, residual_ptr, column, width, statistic, rounded, HAS_RESIDUAL)
+        # y = x_hat * weight + bias
+        y = (x - mean) * rstd
+        if HAS_WEIGHT:
+            y *= tl.load(weight_ptr + column, mask=column < width, other=0.0).to(statistic)
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + column, mask=column < width, other=0.0).to(statistic)
+        tl.store(y_ptr + column, y.to(rounded), mask=column < width)
+
+
+@triton.jit
+def _backward_kernel(
+    dy_ptr,  # (rows, width)        gradient of y
+    dsummed_in_ptr,  # (rows, width)        gradient that reaches s by itself, where HAS_GRAD_SUMMED
+    s_ptr,  # (rows, width)        what was normalised
+    weight_ptr,  # (width,)
+    mean_ptr,  # (rows,)              float32
+    rstd_ptr,  # (rows,)              float32
+    ds_ptr,  # (rows, width)        gradient of s, contiguous, where NEED_INPUT
+    dweight_ptr,  # (programs, width)    partial sums, where NEED_WEIGHT
+    dbias_ptr,  # (programs, width)    partial sums, where NEED_BIAS
+    dy_stride,  # from a row to the next
+    dsummed_in_stride,
+    s_stride,
+    rows,
+    width,
+    HAS_GRAD_SUMMED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    NEED_INPUT: tl.constexpr,
+    NEED_WEIGHT: tl.constexpr,
+    NEED_BIAS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    statistic = mean_ptr.dtype.element_ty
+    program = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_WIDTH)
+    in_row = column[None, :] < width
+    if NEED_INPUT and HAS_WEIGHT:
+        weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(statistic)[None, :]
+    if NEED_WEIGHT:
+        dweight = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=statistic)
+    if NEED_BIAS:
+        dbias = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=statistic)
+
+    # A program takes every num_programs-th tile, so the sums do not depend on the order in which programs run.
+    for start in range(program * BLOCK_ROWS, rows, tl.num_programs(0).to(tl.int64) * BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS)
+        inside = (row[:, None] < rows) & in_row
+        dy = tl.load(dy_ptr + row[:, None] * dy_stride + column[None, :], mask=inside, other=0.0).to(statistic)
+        if NEED_INPUT or NEED_WEIGHT:
+            s = tl.load(s_ptr + row[:, None] * s_stride + column[None, :], mask=inside, other=0.0).to(statistic)
+            mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)[:, None]
+            rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)[:, None]
+            x_hat = tl.where(inside, (s - mean) * rstd, 0.0)
+        if NEED_WEIGHT:
+            dweight += dy * x_hat
+        if NEED_BIAS:
+            dbias += dy
+        if NEED_INPUT:
+            g = dy * weight if HAS_WEIGHT else dy
+            average_g = (tl.sum(g, axis=1) / width)[:, None]
+            average_gx = (tl.sum(g * x_hat, axis=1) / width)[:, None]
+            # ds = rstd * (g - avg(g) - x_hat * avg(g * x_hat))
+            ds = rstd * (g - average_g - x_hat * average_gx)
+            if HAS_GRAD_SUMMED:
+                incoming = dsummed_in_ptr + row[:, None] * dsummed_in_stride + column[None, :]
+                ds += tl.load(incoming, mask=inside, other=0.0).to(statistic)
+            tl.store(ds_ptr + row[:, None] * width + column[None, :], ds.to(ds_ptr.dtype.element_ty), mask=inside)
+
+    if NEED_WEIGHT:
+        tl.store(dweight_ptr + program * width + column, tl.sum(dweight, axis=0), mask=column < width)
+    if NEED_BIAS:
+        tl.store(dbias_ptr + program * width + column, tl.sum(dbias, axis=0), mask=column < width)
+
+
+@triton.jit
+def _input_gradient_wide_kernel(
+    dy_ptr,  # (rows, width)   gradient of y
+    dsummed_in_ptr,  # (rows, width)   gradient that reaches s by itself, where HAS_GRAD_SUMMED
+    s_ptr,  # (rows, width)   what was normalised
+    weight_ptr,  # (width,)
+    mean_ptr,  # (rows,)         float32
+    rstd_ptr,  # (rows,)         float32
+    ds_ptr,  # (rows, width)   gradient of s, contiguous
+    dy_stride,  # from a row to the next
+    dsummed_in_stride,
+    s_stride,
+    width,
+    HAS_GRAD_SUMMED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    statistic = mean_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    dy_ptr += row * dy_stride
+    dsummed_in_ptr += row * dsummed_in_stride
+    s_ptr += row * s_stride
+    ds_ptr += row * width
+    mean = tl.load(mean_ptr + row)
+    rstd = tl.load(rstd_ptr + row)
+
+    sum_g = tl.zeros((BLOCK_WIDTH,), dtype=statistic)
+    sum_gx = tl.zeros((BLOCK_WIDTH,), dtype=statistic)
+    for start in range(0, width, BLOCK_WIDTH):
+        column = start + tl.arange(0, BLOCK_WIDTH)
+        g = tl.load(dy_ptr + column, mask=column < width, other=0.0).to(statistic)
+        if HAS_WEIGHT:
+            g *= tl.load(weight_ptr + column, mask=column < width, other=0.0).to(statistic)
+        s = tl.load(s_ptr + column, mask=column < width, other=0.0).to(statistic)
+        sum_g += g
+        # g is 0 beyond the row, so x_hat needs no mask there.
+        sum_gx += g * ((s - mean) * rstd)
+    average_g = tl.sum(sum_g, axis=0) / width
+    average_gx = tl.sum(sum_gx, axis=0) / width
+
+    for start in range(0, width, BLOCK_WIDTH):
+        column = start + tl.arange(0, BLOCK_WIDTH)
+        g = tl.load(dy_ptr + column, mask=column < width, other=0.0).to(statistic)
+        if HAS_WEIGHT:
+            g *= tl.load(weight_ptr + column, mask=column < width, other=0.0).to(statistic)
+        x_hat = (tl.load(s_ptr + column, mask=column < width, other=0.0).to(statistic) - mean) * rstd
+        # ds = rstd * (g - avg(g) - x_hat * avg(g * x_hat))
+        ds = rstd * (g - average_g - x_hat * average_gx)
+        if HAS_GRAD_SUMMED:
+            ds += tl.load(dsummed_in_ptr + column, mask=column < width, other=0.0).to(statistic)
+        tl.store(ds_ptr + column, ds.to(ds_ptr.dtype.element_ty), mask=column < width)
+
+
+@triton.jit
+def _parameter_gradient_wide_kernel(
+    dy_ptr,  # (rows, width)      gradient of y
+    s_ptr,  # (rows, width)      what was normalised
+    mean_ptr,  # (rows,)            float32
+    rstd_ptr,  # (rows,)            float32
+    dweight_ptr,  # (splits, width)    partial sums, where NEED_WEIGHT
+    dbias_ptr,  # (splits, width)    partial sums, where NEED_BIAS
+    dy_stride,  # from a row to the next
+    s_stride,
+    rows,
+    width,
+    NEED_WEIGHT: tl.constexpr,
+    NEED_BIAS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    statistic = mean_ptr.dtype.element_ty
+    column = tl.program_id(0) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+    split = tl.program_id(1).to(tl.int64)
+    dweight = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=statistic)
+    dbias = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=statistic)
+    for start in range(split * BLOCK_ROWS, rows, tl.num_programs(1).to(tl.int64) * BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS)
+        inside = (row[:, None] < rows) & (column[None, :] < width)
+        dy = tl.load(dy_ptr + row[:, None] * dy_stride + column[None, :], mask=inside, other=0.0).to(statistic)
+        dbias += dy
+        if NEED_WEIGHT:
+            s = tl.load(s_ptr + row[:, None] * s_stride + column[None, :], mask=inside, other=0.0).to(statistic)
+            mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)[:, None]
+            rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)[:, None]
+            # dy is 0 outside, so x_hat needs no mask there.
+            dweight += dy * ((s - mean) * rstd)
+    if NEED_WEIGHT:
+        tl.store(dweight_ptr + split * width + column, tl.sum(dweight, axis=0), mask=column < width)
+    if NEED_BIAS:
+        tl.store(dbias_ptr + split * width + column, tl.sum(dbias, axis=0), mask=column < width)
+
+
+# --- Launchers --------------------------------------------------------------------------------------------------------
+
+
+def unsupported(input, residual, weight, bias, eps) -> str | None:
+    """Why these kernels do not cover a call, or None."""
+    for name, tensor in (("input", input), ("residual", residual), ("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            return f"{name} is {tensor.dtype}; the kernel is for float16, bfloat16, float32 and float64"
+    return None
+
+
+def forward(input, residual, weight, bias, eps):
+    """(…, width) -> output (…, width), summed (…, width) or empty, mean (rows,), rstd (rows,)."""
+    width = input.shape[-1]
+    dtype = input.dtype if residual is None else torch.result_type(input, residual)
+    statistic = torch.float64 if dtype == torch.float64 else torch.float32
+    output = torch.empty(input.shape, dtype=dtype, device=input.device)
+    summed = output.new_empty(0) if residual is None else torch.empty_like(output)
+    x = _as_rows(input)
+    rows = x.shape[0]
+    mean = torch.empty(rows, dtype=statistic, device=input.device)
+    rstd = torch.empty_like(mean)
+    if output.numel() == 0:
+        return output, summed, mean, rstd
+    added = x if residual is None else _as_rows(residual)
+    flags = dict(
+        EPS=eps, HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None
+    )  # fmt: skip
+    # An absent tensor is never read; the kernel needs some pointer in its place.
+    pointers = (
+        x, added, _some(weight, x), _some(bias, x), output, _some(summed, output), mean, rstd,
+        x.stride(0), added.stride(0),
+    )  # fmt: skip
+    if _is_wide("forward", width, statistic):
+        _forward_wide_kernel[(rows,)](*pointers, width, **flags, BLOCK_WIDTH=WIDE_BLOCK, num_warps=WIDE_WARPS)
+    else:
+        block_rows, block_width, warps = _tile(width)
+        grid = (triton.cdiv(rows, block_rows),)
+        _forward_kernel[grid](
+            *pointers, rows, width, **flags, BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width, num_warps=warps
+        )
+    return output, summed, mean, rstd
+
+
+def backward(grad_output, grad_summed, summed, weight, mean, rstd, need_input, need_weight, need_bias):
+    """-> dsummed (…, width), dweight (width,), dbias (width,) in the statistics' dtype; what is not needed is empty."""
+    width = summed.shape[-1]
+    nothing = mean.new_empty(0)
+    dsummed = torch.empty(summed.shape, dtype=summed.dtype, device=summed.device) if need_input else nothing
+    if summed.numel() == 0:
+        return dsummed, mean.new_zeros(width if need_weight else 0), mean.new_zeros(width if need_bias else 0)
+    s, dy = _as_rows(summed), _as_rows(grad_output)
+    incoming = dy if grad_summed is None else _as_rows(grad_summed)
+    rows = s.shape[0]
+    wanted = need_weight + need_bias
+    if _is_wide("backward", width, mean.dtype):
+        if need_input:
+            _input_gradient_wide_kernel[(rows,)](
+                dy, incoming, s, _some(weight, s), mean, rstd, dsummed, dy.stride(0), incoming.stride(0), s.stride(0),
+                width, HAS_GRAD_SUMMED=grad_summed is not None, HAS_WEIGHT=weight is not None,
+                BLOCK_WIDTH=WIDE_BLOCK, num_warps=WIDE_WARPS,
+            )  # fmt: skip
+        columns = triton.cdiv(width, COLUMN_BLOCK_WIDTH)
+        splits = min(triton.cdiv(rows, COLUMN_BLOCK_ROWS), triton.cdiv(_programs(s.device), columns))
+        partial = mean.new_empty((wanted, splits, width))
+        if wanted:
+            _parameter_gradient_wide_kernel[(columns, splits)](
+                dy, s, mean, rstd, partial[0], partial[-1], dy.stride(0), s.stride(0), rows, width,
+                NEED_WEIGHT=need_weight, NEED_BIAS=need_bias,
+                BLOCK_ROWS=COLUMN_BLOCK_ROWS, BLOCK_WIDTH=COLUMN_BLOCK_WIDTH, num_warps=COLUMN_WARPS,
+            )  # fmt: skip
+    else:
+        block_rows, block_width, warps = _tile(width)
+        programs = min(triton.cdiv(rows, block_rows), _programs(s.device))
+        partial = mean.new_empty((wanted, programs, width))
+        some = partial if wanted else mean[None]
+        _backward_kernel[(programs,)](
+            dy, incoming, s, _some(weight, s), mean, rstd, _some(dsummed, s), some[0], some[-1],
+            dy.stride(0), incoming.stride(0), s.stride(0), rows, width,
+            HAS_GRAD_SUMMED=grad_summed is not None, HAS_WEIGHT=weight is not None,
+            NEED_INPUT=need_input, NEED_WEIGHT=need_weight, NEED_BIAS=need_bias,
+            BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width, num_warps=warps,
+        )  # fmt: skip
+    sums = partial.sum(1)  # (wanted, width)
+    return dsummed, sums[0] if need_weight else nothing, sums[-1] if need_bias else nothing
+
+
+def _as_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """(…, width) -> (rows, width) whose rows are contiguous: a view wherever strides allow one."""
+    width = tensor.shape[-1]
+    if width > 0 and (tensor.stride(-1) == 1 or width == 1):
+        return tensor.reshape(-1, width)
+    return tensor.contiguous().view(-1 if width else tensor.shape[:-1].numel(), width)
+
+
+def _some(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
+    return other if tensor is None or tensor.numel() == 0 else tensor
+
+
+def _tile(width: int) -> tuple[int, int, int]:
+    """(rows, padded width, warps) of the tile for a width."""
+    block_width = max(triton.next_power_of_2(width), min(CONFIGURATIONS))
+    return CONFIGURATIONS[block_width][0], block_width, CONFIGURATIONS[block_width][1]
+
+
+def _is_wide(direction: str, width: int, statistic: torch.dtype) -> bool:
+    return width > REGISTER_WIDTH[direction] // (4 if statistic == torch.float64 else 1)
+
+
+def _programs(device: torch.device) -> int:
+    """How many programs share the rows of a backward. Under the interpreter: a few, so that each has several tiles."""
+    if device.type != "cuda":
+        return 4
+    return PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def compile_cases(architecture: int) -> list[CompileCase]:
+    """Every width class and both wide variants, with everything that a kernel can be asked for at once."""
+    every_flag = (
+        "HAS_RESIDUAL", "HAS_GRAD_SUMMED", "HAS_WEIGHT", "HAS_BIAS", "NEED_INPUT", "NEED_WEIGHT", "NEED_BIAS"
+    )  # fmt: skip
+    statistics = ("mean_ptr", "rstd_ptr", "dweight_ptr", "dbias_ptr")
+
+    def case(kernel, name, dtype, num_warps, **blocks):
+        constants = dict.fromkeys(every_flag, True) | dict(EPS=1e-5) | blocks
+        constants = {argument: constants[argument] for argument in kernel.arg_names if argument in constants}
+        statistic = "fp64" if dtype == "fp64" else "fp32"
+
+        def kind(argument):
+            if argument in constants:
+                return "constexpr"
+            if argument.endswith("_ptr"):
+                return f"*{statistic if argument in statistics else dtype}"
+            return "i32"
+
+        signature = {argument: kind(argument) for argument in kernel.arg_names}
+        aligned = tuple(argument for argument in signature if argument.endswith(("stride", "width")))
+        return CompileCase(f"{name} {dtype}", kernel, signature, constants, num_warps, 3, aligned)
+
+    def tiled(kernel, name, dtype, width):
+        block_rows, block_width, warps = _tile(width)
+        return case(kernel, f"{name} width {width}", dtype, warps, BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width)
+
+    cases = [tiled(_forward_kernel, "forward", "bf16", width) for width in CONFIGURATIONS]
+    cases += [
+        tiled(_backward_kernel, "backward", "bf16", width)
+        for width in CONFIGURATIONS
+        if width <= REGISTER_WIDTH["backward"]
+    ]
+    # float64 is there to be right, not fast: its widest tiles alone.
+    cases.append(tiled(_forward_kernel, "forward", "fp64", REGISTER_WIDTH["forward"] // 4))
+    cases.append(tiled(_backward_kernel, "backward", "fp64", REGISTER_WIDTH["backward"] // 4))
+    columns = dict(BLOCK_ROWS=COLUMN_BLOCK_ROWS, BLOCK_WIDTH=COLUMN_BLOCK_WIDTH)
+    for dtype in ("bf16", "fp64"):
+        cases += [
+            case(_forward_wide_kernel, "forward wide", dtype, WIDE_WARPS, BLOCK_WIDTH=WIDE_BLOCK),
+            case(_input_gradient_wide_kernel, "input gradient wide", dtype, WIDE_WARPS, BLOCK_WIDTH=WIDE_BLOCK),
+            case(_parameter_gradient_wide_kernel, "parameter gradient wide", dtype, COLUMN_WARPS, **columns),
+        ]
+    return cases
