@@ -176,7 +176,7 @@ def int8_linear(
         q, scale = quantize_int8(input)
         exact = (q.double() @ weight.cpu().double().T).to(precision) * scale.to(precision)[..., None]
         z = x @ weight.to(precision).T
-        z = (z + (exact.to(z.device) - z).detach()) * weight_scale.to(precision)
+        z = (exact.to(z.device) + (z - z.detach())) * weight_scale.to(precision)
     else:
         z = (x @ weight.to(precision).T) * weight_scale.to(precision)
     return gelu(z if bias is None else z + bias.to(precision), activation)

@@ -1,0 +1,55 @@
+"""Tensors in the memory layouts that a kernel can meet, with memory around them that must not be read."""
+
+from __future__ import annotations
+
+import torch
+
+# Elements of guard on each side. A multiple of 16 keeps a tensor as aligned as a fresh one.
+GUARD = 64
+
+
+def guarded(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy inside a larger buffer of NaN (of the largest value for integers).
+
+    A load that passes the end, which no error reports, puts these values into the result.
+    """
+    poison = torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
+    buffer = torch.full((tensor.numel() + 2 * GUARD,), poison, dtype=tensor.dtype, device=tensor.device)
+    view = buffer[GUARD : GUARD + tensor.numel()].view(tensor.shape)
+    return view.copy_(tensor)
+
+
+def strided_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Rows further apart than they are wide, as a slice of a wider tensor has them."""
+    buffer = guarded(tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 7), 1e4))
+    return buffer[..., 3 : 3 + tensor.shape[-1]].copy_(tensor)
+
+
+def every_other_row(tensor: torch.Tensor) -> torch.Tensor:
+    """Every other row of a tensor twice as long, from the last dimension but one."""
+    buffer = guarded(tensor.new_full((*tensor.shape[:-2], 2 * tensor.shape[-2], tensor.shape[-1]), 1e4))
+    return buffer[..., ::2, :].copy_(tensor)
+
+
+def transposed(tensor: torch.Tensor) -> torch.Tensor:
+    """The last two dimensions swapped in memory: the last one is not the contiguous one."""
+    return guarded(tensor.transpose(-1, -2)).transpose(-1, -2)
+
+
+def every_other_element(tensor: torch.Tensor) -> torch.Tensor:
+    """The last dimension with stride 2."""
+    buffer = guarded(tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1]), 1e4))
+    return buffer[..., ::2].copy_(tensor)
+
+
+def expanded(tensor: torch.Tensor) -> torch.Tensor:
+    """The first row for all of them, with stride 0. Its values are not the tensor's."""
+    return guarded(tensor[:1]).expand_as(tensor)
+
+
+def permuted_batch(tensor: torch.Tensor) -> torch.Tensor:
+    """The first two dimensions swapped in memory, as (batch, length, width) from (length, batch, width)."""
+    return guarded(tensor.transpose(0, 1)).transpose(0, 1)
+
+
+LAYOUTS = [strided_rows, every_other_row, transposed, every_other_element, expanded, permuted_batch]
