@@ -74,28 +74,33 @@ class _OnceDifferentiable(torch.autograd.Function):
     """The identity on gradients, whose own backward raises."""
 
     @staticmethod
-    def forward(ctx, operator, count, *tensors):
-        ctx.operator = operator
+    def forward(ctx, operator, remedy, count, *tensors):
+        ctx.message = f"gptkern: {operator} has no second derivative. {remedy}".rstrip()
         ctx.count = count
         return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
 
     @staticmethod
     def backward(ctx, *_):
-        raise NotImplementedError(
-            f"gptkern: {ctx.operator} has no second derivative. "
-            'Compute it under gptkern.backend("torch"), which differentiates PyTorch\'s own operator.'
-        )
+        raise NotImplementedError(ctx.message)
 
 
-def once_differentiable(operator: str, gradients: list[torch.Tensor | None], sources) -> tuple:
+def once_differentiable(
+    operator: str,
+    gradients: list[torch.Tensor | None],
+    sources,
+    remedy: str = 'Compute it under gptkern.backend("torch"), which differentiates PyTorch\'s own operator.',
+) -> tuple:
     """The gradients as they are; under create_graph=True, tied to a node that refuses to be differentiated.
 
     Args:
         gradients: what a backward is about to return.
         sources: the tensors that the gradients depend on.
+        remedy: what to do instead, the end of the error's message.
     """
     if not torch.is_grad_enabled():
         return tuple(gradients)
     present = [gradient for gradient in gradients if gradient is not None]
-    tied = iter(_OnceDifferentiable.apply(operator, len(present), *present, *(s for s in sources if s is not None)))
+    tied = iter(
+        _OnceDifferentiable.apply(operator, remedy, len(present), *present, *(s for s in sources if s is not None))
+    )
     return tuple(None if gradient is None else next(tied) for gradient in gradients)
