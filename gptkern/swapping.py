@@ -1,0 +1,310 @@
+"""swap(model), unswap(model), kernels(): gptkern's operators in a model that was written without them.
+
+    torch.nn.LayerNorm, torch.nn.Softmax    change their class to the twin in gptkern.nn
+    a module whose forward calls F.scaled_dot_product_attention, F.layer_norm or F.softmax inline
+                                            changes its class to a subclass of its own, whose forward is the
+                                            original one with those calls routed to gptkern.functional
+
+A swapped module is the same object with the same parameters, buffers, hooks and state_dict keys; its original class
+is noted in its `__dict__`, from where `unswap` takes it back. No global is touched.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import dis
+import functools
+import logging
+import types
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from gptkern import functional, nn
+from gptkern.dispatch import TWINS
+
+_logger = logging.getLogger("gptkern")
+
+_OPERATOR_OF_TWIN = {
+    functional.scaled_dot_product_attention: "attention",
+    functional.layer_norm: "layer_norm",
+    functional.softmax: "softmax",
+}
+SWAPPABLE = tuple(_OPERATOR_OF_TWIN.values())
+
+# Exact type -> (its twin, the operator that the twin runs on).
+_MODULE_TWINS: dict[type, tuple[type, str]] = {
+    torch.nn.LayerNorm: (nn.LayerNorm, "layer_norm"),
+    torch.nn.Softmax: (nn.Softmax, "softmax"),
+}
+# Where a swapped module's `__dict__` keeps its original class.
+_ORIGINAL = "_gptkern_original"
+
+
+class Replaced(NamedTuple):
+    """A module that runs on gptkern's operators."""
+
+    name: str  # its path in the model
+    original: str  # its class before
+    replacement: str  # and now
+    operator: str  # what it runs on, comma-separated
+
+
+class Skipped(NamedTuple):
+    """A module that an operator might have served and that was left alone."""
+
+    name: str
+    original: str
+    reason: str
+
+
+class SwapReport:
+    """What `swap` did; `print(report)` shows it as a table.
+
+    Attributes:
+        replaced: the modules that were replaced, by this call or an earlier one.
+        skipped: the modules that were left alone although one of the operators asked for computes what they do.
+    """
+
+    def __init__(self, replaced: list[Replaced], skipped: list[Skipped]):
+        self.replaced = replaced
+        self.skipped = skipped
+
+    def __repr__(self) -> str:
+        return f"SwapReport({len(self.replaced)} replaced, {len(self.skipped)} skipped)"
+
+    def __str__(self) -> str:
+        rows = [(r.name, r.original, f"-> {r.replacement}", r.operator) for r in self.replaced]
+        rows += [(s.name, s.original, "left alone", s.reason) for s in self.skipped]
+        title = f"{len(self.replaced)} modules replaced, {len(self.skipped)} skipped"
+        if not rows:
+            return title
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        return "\n".join([title, *lines])
+
+
+def swap(model: torch.nn.Module, ops: Iterable[str] | None = None, strict: bool = False) -> SwapReport:
+    """Put gptkern's operators into a model, in place.
+
+    Replaced are modules of exactly the type `torch.nn.LayerNorm` or `torch.nn.Softmax`, and modules whose forward
+    calls `F.scaled_dot_product_attention`, `F.layer_norm` or `F.softmax` (or a method of their own that does).
+    Parameters stay the same objects, state_dict keys stay the same; dropout, eps, hooks, requires_grad and the
+    training flag are not looked at. A second call changes nothing. `gptkern.unswap` takes it back.
+
+    Args:
+        model: any module; shared submodules are swapped once.
+        ops: the operators to put in, of "attention", "layer_norm" and "softmax"; all by default.
+        strict: raise where anything asked for has to be skipped.
+
+    Returns:
+        The report: what was replaced, and what was left alone and why.
+
+    Raises:
+        TypeError: model is no torch.nn.Module, or ops is a string.
+        ValueError: ops names an unknown operator.
+        RuntimeError: strict, and something was skipped; the model is then unchanged.
+    """
+    operators = _checked_operators(ops)
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"swap: model is a {type(model).__name__}; it needs a torch.nn.Module")
+    report = SwapReport([], [])
+    changes: list[tuple[torch.nn.Module, type]] = []
+    for name, module in model.named_modules():
+        _plan(name or "(model)", module, operators, report, changes)
+    if strict and report.skipped:
+        raise RuntimeError(f"swap: strict, and modules had to be skipped; the model is unchanged\n{report}")
+    for module, replacement in changes:
+        module.__dict__.setdefault(_ORIGINAL, type(module))
+        module.__class__ = replacement
+    _logger.info("swap: %s", report)
+    return report
+
+
+def unswap(model: torch.nn.Module) -> torch.nn.Module:
+    """Take gptkern's operators out of a model again, in place: each swapped module gets its original class back.
+
+    Modules that were built as gptkern.nn modules stay. A model that was never swapped is left as it is.
+
+    Raises:
+        TypeError: model is no torch.nn.Module.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"unswap: model is a {type(model).__name__}; it needs a torch.nn.Module")
+    for module in model.modules():
+        original = module.__dict__.pop(_ORIGINAL, None)
+        if original is not None:
+            module.__class__ = original
+    return model
+
+
+def kernels(ops: Iterable[str] | None = None) -> TorchFunctionMode:
+    """`with gptkern.kernels():` routes the calls of PyTorch's functions made inside it to gptkern's operators.
+
+    Routed are F.scaled_dot_product_attention, F.layer_norm, F.softmax, torch.softmax and Tensor.softmax (what
+    PyTorch's own modules call inside their C++ or composite functions, as torch.nn.MultiheadAttention does, is not
+    seen). It holds in the thread that enters it, and nests.
+
+    Args:
+        ops: the operators to route, of "attention", "layer_norm" and "softmax"; all by default.
+
+    Raises:
+        TypeError: ops is a string. ValueError: ops names an unknown operator.
+    """
+    return _Routing(_checked_operators(ops))
+
+
+class _Routing(TorchFunctionMode):
+    def __init__(self, operators: tuple[str, ...]):
+        super().__init__()
+        self.routes = {function: twin for function, twin in TWINS.items() if _OPERATOR_OF_TWIN[twin] in operators}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        # PyTorch has popped this mode for the duration of the call: a twin may call the function that it replaces.
+        return self.routes.get(function, function)(*args, **(kwargs or {}))
+
+
+def _checked_operators(ops: Iterable[str] | None) -> tuple[str, ...]:
+    if ops is None:
+        return SWAPPABLE
+    if isinstance(ops, str):
+        raise TypeError(f"ops is the string {ops!r}; it needs a list of operators, as [{ops!r}]")
+    ops = tuple(ops)
+    for operator in ops:
+        if operator not in SWAPPABLE:
+            raise ValueError(f"ops holds {operator!r}; it needs any of {', '.join(map(repr, SWAPPABLE))}")
+    # One order, so that the same request gives the same class.
+    return tuple(operator for operator in SWAPPABLE if operator in ops)
+
+
+def _plan(name: str, module: torch.nn.Module, operators: tuple[str, ...], report: SwapReport, changes: list) -> None:
+    """Decide on one module: adds to the report, and to `changes` where its class is to change."""
+    original = module.__dict__.get(_ORIGINAL, type(module))
+    replacement, operator = _MODULE_TWINS.get(original, (None, ""))
+    if replacement is None:
+        inline = _inline_operators(original)
+        wanted = tuple(o for o in operators if o in inline)
+        if wanted:
+            replacement, operator = _routed(original, wanted), ", ".join(wanted)
+    if replacement is None or operator.split(", ")[0] not in operators:
+        reason = _reason_to_skip(original, operators)
+        if reason is not None:
+            report.skipped.append(Skipped(name, original.__name__, reason))
+    elif "forward" in module.__dict__:
+        report.skipped.append(Skipped(name, original.__name__, "a forward was set on the instance itself"))
+    else:
+        if type(module) is not replacement:
+            changes.append((module, replacement))
+        shown = f"gptkern.nn.{replacement.__name__}" if original in _MODULE_TWINS else f"{original.__name__}, routed"
+        report.replaced.append(Replaced(name, original.__name__, shown, operator))
+
+
+def _reason_to_skip(cls: type, operators: tuple[str, ...]) -> str | None:
+    """Why a module that one of the operators might serve is left alone, or None where none would."""
+    for base, (twin, operator) in _MODULE_TWINS.items():
+        if operator in operators and issubclass(cls, base) and cls not in (base, twin):
+            return f"a subclass of torch.nn.{base.__name__}; only the exact type is swapped"
+    if "attention" in operators and issubclass(cls, torch.nn.MultiheadAttention):
+        return "torch.nn.MultiheadAttention calls its attention inside PyTorch, where it cannot be routed"
+    if issubclass(cls, torch.jit.ScriptModule):
+        return "a TorchScript module has no Python forward"
+    return None
+
+
+# --- Modules that call an operator inline -----------------------------------------------------------------------------
+
+
+def _inline_operators(cls: type) -> set[str]:
+    """The operators whose PyTorch functions the class's forward calls, itself or through methods of `self`."""
+    if cls.__module__.startswith("torch.nn.") or issubclass(cls, torch.jit.ScriptModule):
+        return set()
+    return _inline_operators_of(cls)
+
+
+@functools.cache
+def _inline_operators_of(cls: type) -> frozenset[str]:
+    found: set[str] = set()
+    seen: set[str] = set()
+    waiting = ["forward"]
+    while waiting:
+        method = getattr(cls, waiting.pop(), None)
+        method = getattr(method, "__wrapped__", method)
+        if not isinstance(method, types.FunctionType):
+            continue
+        for chain in _attribute_chains(method.__code__):
+            if chain[0] == "self" and len(chain) == 2 and chain[1] not in seen:
+                seen.add(chain[1])
+                waiting.append(chain[1])
+            elif (function := _resolved(chain, method.__globals__)) is not None:
+                found.add(_OPERATOR_OF_TWIN[TWINS[function]])
+    return frozenset(found)
+
+
+def _attribute_chains(code: types.CodeType) -> Iterator[tuple[str, ...]]:
+    """Every name that the code loads, with the attributes taken from it: ("F", "softmax"), ("self", "attend")."""
+    chain: list[str] = []
+    for instruction in dis.get_instructions(code):
+        if instruction.opname.startswith(("LOAD_ATTR", "LOAD_METHOD")) and chain:
+            chain.append(str(instruction.argval))
+            continue
+        if chain:
+            yield tuple(chain)
+        chain = []
+        if instruction.opname.startswith(("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FAST", "LOAD_DEREF")):
+            names = instruction.argval
+            # Python 3.13 loads two locals in one instruction; attributes are taken from the second.
+            chain = [str(names[-1] if isinstance(names, tuple) else names)]
+        elif isinstance(instruction.argval, types.CodeType):
+            yield from _attribute_chains(instruction.argval)
+    if chain:
+        yield tuple(chain)
+
+
+def _resolved(chain: tuple[str, ...], names: dict) -> Callable | None:
+    """The PyTorch function with a twin that a chain of names stands for, or None."""
+    value = names.get(chain[0])
+    for attribute in chain[1:]:
+        if not isinstance(value, types.ModuleType):
+            return None
+        value = getattr(value, attribute, None)
+    try:
+        return value if value in TWINS else None
+    except TypeError:  # unhashable
+        return None
+
+
+@functools.cache
+def _routed(cls: type, operators: tuple[str, ...]) -> type:
+    """A subclass of `cls` whose forward is the same with the operators' calls routed to gptkern."""
+    routing = _Routing(operators)
+
+    @functools.wraps(cls.forward)
+    def forward(self, *args, **kwargs):
+        with routing:
+            return cls.forward(self, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol):
+        # The class is made here and not found by its name: pickle and deepcopy make it again.
+        reduced = cls.__reduce_ex__(self, protocol)
+        if reduced[0] is copyreg.__newobj__:
+            return (_new_routed, (cls, operators), *reduced[2:])
+        return reduced
+
+    return type(
+        cls.__name__,
+        (cls,),
+        {
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+            "__doc__": cls.__doc__,
+            "forward": forward,
+            "__reduce_ex__": __reduce_ex__,
+        },
+    )
+
+
+def _new_routed(cls: type, operators: tuple[str, ...]) -> torch.nn.Module:
+    routed = _routed(cls, operators)
+    return routed.__new__(routed)
