@@ -146,3 +146,11 @@ def test_the_rule_is_evaluated_in_the_results_dtype():
     assert_close("y", almost.to(torch.bfloat16), reference, reference)
     with pytest.raises(AssertionError):
         assert_close("y", almost.float(), reference, reference)
+
+
+def test_float64_is_judged_by_a_bound_of_its_own():
+    reference = 100 * a_reference()
+    assert_close("y", reference + 1e-10, reference, reference.float())
+    for wrong in (reference + 1e-8, reference.float().double(), reference * math.nan):
+        with pytest.raises(AssertionError):
+            assert_close("y", wrong, reference, reference.float())
