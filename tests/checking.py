@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from oracles import ORACLE, YARDSTICK, gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptkern.tolerance import FORWARD_FACTOR, GRADIENT_FACTOR, assert_close
-from oracles import ORACLE, YARDSTICK, gradients
 
 
 def check(
