@@ -43,9 +43,14 @@ def on_device_of(tensor: torch.Tensor):
     return contextlib.nullcontext()
 
 
+def _autocast_is_on(device_type: str) -> bool:
+    # PyTorch has no autocast for meta tensors and raises where it is asked.
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def without_autocast(device_type: str):
     """Keeps autocast out of a launcher: the twin has already cast what autocast would."""
-    if torch.is_autocast_enabled(device_type):
+    if _autocast_is_on(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 
@@ -58,7 +63,7 @@ def autocast(policy: str, *tensors: torch.Tensor | None) -> tuple[torch.Tensor |
             CPU's leaves alone; "lower" for those that run in the autocast dtype on both (matrix products).
     """
     device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type) or (policy == "float32" and device_type != "cuda"):
+    if not _autocast_is_on(device_type) or (policy == "float32" and device_type != "cuda"):
         return tensors
     dtype = torch.float32 if policy == "float32" else torch.get_autocast_dtype(device_type)
 
