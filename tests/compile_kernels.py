@@ -1,0 +1,202 @@
+"""Compiles the Triton kernels ahead of time, for GPUs that are not here, and reads what they will use.
+
+    python tests/compile_kernels.py                                     the table of all kernels, as Markdown
+    python tests/compile_kernels.py --operator softmax --architecture 90    one line of JSON for each kernel
+
+A program of its own, because the kernels of a process with TRITON_INTERPRET=1 are interpreted and cannot be
+compiled. No GPU is needed: Triton's wheel brings the assembler (ptxas) and cuobjdump.
+
+Where the numbers come from:
+    registers, spill    `cuobjdump --dump-resource-usage` of the machine code. A Triton kernel has no local arrays and
+                        no calls, so a stack frame means that registers spill to local memory.
+    shared, tensor      Triton's metadata: bytes of shared memory and columns of tensor memory of one program
+    instructions        the matrix instructions in the PTX
+    widest load         bytes that one thread reads at once from global memory, from the PTX
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import concurrent.futures
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+KERNELS = Path(__file__).parents[1] / "gptkern" / "triton_kernels"
+ARCHITECTURES = (80, 90, 100)
+# Bytes that one block may have: 163 KB on sm_80, 227 KB on sm_90 and sm_100 (CUDA C++ Programming Guide).
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TENSOR_MEMORY_LIMIT = 512  # columns, sm_100
+WARP_SIZE = 32
+
+MATRIX_INSTRUCTION = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
+GLOBAL_LOAD = re.compile(r"\bld\.global(?:\.\w+(?:::\w+)*)*?(?:\.v(\d))?\.[busf](\d+)\b")
+COPY_TO_SHARED = re.compile(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?\], (0x[0-9a-f]+|\d+)")
+TENSOR_COPY = re.compile(r"\bcp\.async\.bulk\.tensor\b")
+TENSOR_COPY_BYTES = 16  # at least: the unit of the hardware's tensor copies
+
+
+def modules() -> list[str]:
+    """The modules of gptkern.triton_kernels that list compile cases; nothing is imported."""
+    return sorted(path.stem for path in KERNELS.glob("*.py") if "def compile_cases" in path.read_text())
+
+
+def kernel_names(module: str | None = None) -> set[str]:
+    """The jitted functions that are launched, `…_kernel` by name, in one file or in all."""
+    paths = [KERNELS / f"{module}.py"] if module else list(KERNELS.glob("*.py"))
+    functions = (node for path in paths for node in ast.walk(ast.parse(path.read_text())))
+    return {
+        node.name
+        for node in functions
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel") and node.decorator_list
+    }
+
+
+def compiled(case, architecture: int) -> dict[str, Any]:
+    """Compile one case and read its use of the machine. Raises what the compiler raises."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    missing = set(case.kernel.arg_names) ^ set(case.signature)
+    if missing or list(case.signature) != list(case.kernel.arg_names):
+        raise ValueError(f"the signature differs from the kernel's arguments, in {sorted(missing) or 'their order'}")
+    # A launch specialises what is divisible by 16: only so does the compiler know that it may load 16 bytes at once.
+    aligned = [
+        position
+        for position, (name, type_) in enumerate(case.signature.items())
+        if type_.startswith("*") or name in case.aligned
+    ]
+    source = ASTSource(
+        fn=case.kernel,
+        signature=case.signature,
+        constexprs=case.constants,
+        attrs={(position,): [["tt.divisibility", 16]] for position in aligned},
+    )
+    binary = triton.compile(
+        source,
+        target=GPUTarget("cuda", architecture, WARP_SIZE),
+        options=dict(num_warps=case.num_warps, num_stages=case.num_stages),
+    )
+    ptx = binary.asm["ptx"]
+    return {
+        **resource_usage(binary.asm["cubin"]),
+        "shared": binary.metadata.shared,
+        "tensor_memory": getattr(binary.metadata, "tmem_size", 0) or 0,
+        "instructions": sorted(set(MATRIX_INSTRUCTION.findall(ptx))),
+        "widest_load": widest_load(ptx),
+    }
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    """Registers of a thread and bytes of its stack frame, which is where registers are spilled to."""
+    import triton
+
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        dump = subprocess.run(
+            [cuobjdump, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", dump)
+    if usage is None:
+        raise ValueError(f"cuobjdump's report has no resource usage: {dump!r}")
+    registers, stack, local = map(int, usage.groups())
+    return {"registers": registers, "spill": stack + local}
+
+
+def widest_load(ptx: str) -> int:
+    loads = [int(count or 1) * int(bits) // 8 for count, bits in GLOBAL_LOAD.findall(ptx)]
+    copies = [int(size, 0) for size in COPY_TO_SHARED.findall(ptx)]
+    return max([0, *loads, *copies, *([TENSOR_COPY_BYTES] if TENSOR_COPY.search(ptx) else [])])
+
+
+def records(module: str, architecture: int):
+    """One dictionary for each compile case of a module: its name, and its use or the compiler's error."""
+    for case in importlib.import_module(f"gptkern.triton_kernels.{module}").compile_cases(architecture):
+        record = {
+            "operator": module,
+            "case": case.name,
+            "architecture": architecture,
+            "kernel": case.kernel.__name__,
+            "num_warps": case.num_warps,
+            "num_stages": case.num_stages,
+            "aligned": bool(case.aligned),
+            "matrix_product": case.matrix_product,
+            "allowed_spill": case.allowed_spill_bytes,
+        }
+        try:
+            record |= compiled(case, architecture)
+        except Exception as error:  # the compiler's errors are of many types; the test reports them all
+            cause = error.__cause__ or error
+            record["error"] = f"{type(error).__name__}: {error}; {type(cause).__name__}: {cause}"
+        yield record
+
+
+def run(module: str, architecture: int) -> list[dict[str, Any]]:
+    """`records` in a process of its own, with a cache of its own."""
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environment |= {"TRITON_CACHE_DIR": cache, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, __file__, "--operator", module, "--architecture", str(architecture)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode != 0:
+        raise RuntimeError(f"compiling {module} for sm_{architecture} failed:\n{done.stderr}")
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def table(workers: int) -> str:
+    """Every case of every operator on every architecture, as Markdown."""
+    import triton
+
+    jobs = [(module, architecture) for module in modules() for architecture in ARCHITECTURES]
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        reports = dict(zip(jobs, pool.map(lambda job: run(*job), jobs)))
+    lines = [
+        "# What the Triton kernels use",
+        "",
+        f"Made by `python tests/compile_kernels.py` with Triton {triton.__version__}, which compiles for GPUs that are",
+        "not present. Read from the compiled code, not measured on a GPU; the tests hold the limits.",
+        "",
+        "Registers are those of a thread (255 is the most there is). Spill is the bytes of registers that a thread",
+        "keeps in local memory. Shared is the bytes of shared memory of one program; a program may have",
+        ", ".join(f"{limit // 1024} KB on sm_{arch}" for arch, limit in SHARED_LIMIT.items()) + ".",
+        "The widest load is the bytes that a thread reads at once from global memory.",
+    ]
+    columns = ("case", "warps", "registers", "spill", "shared", "matrix instruction", "widest load")
+    for (module, architecture), report in reports.items():
+        lines += ["", f"## {module}, sm_{architecture}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        for record in report:
+            if "error" in record:
+                raise SystemExit(f"{module} {record['case']} sm_{architecture}: {record['error']}")
+            instructions = ", ".join(f"`{name}`" for name in record["instructions"])
+            cells = [record["case"], record["num_warps"], record["registers"], record["spill"], record["shared"]]
+            lines.append(f"| {' | '.join(map(str, [*cells, instructions, record['widest_load']]))} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--operator", help="a module of gptkern.triton_kernels")
+    parser.add_argument("--architecture", type=int, choices=ARCHITECTURES)
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that make the table")
+    args = parser.parse_args()
+    if args.operator is None:
+        print(table(args.workers))
+        return
+    for record in records(args.operator, args.architecture):
+        print(json.dumps(record), flush=True)
+
+
+if __name__ == "__main__":
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("kernels cannot be compiled in a process with TRITON_INTERPRET=1")
+    main()

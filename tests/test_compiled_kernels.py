@@ -1,0 +1,133 @@
+"""Every shipped configuration compiles for sm_80, sm_90 and sm_100, without a GPU, and fits the machine.
+
+What is held, for each kernel that a module's `compile_cases` lists:
+- no registers spill to local memory (or as little as its configuration table says, with the reason);
+- shared memory fits one block of the part, and tensor memory fits sm_100;
+- a matrix product runs on the part's own matrix instruction;
+- a kernel that streams memory loads 16 bytes at a time.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import compile_kernels
+import pytest
+from compile_kernels import ARCHITECTURES, SHARED_LIMIT, TENSOR_MEMORY_LIMIT, kernel_names, modules, run
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+FULL_LOAD = 16  # bytes: one thread's widest load that all three parts have
+# wgmma and tcgen05 need tiles of at least 64 rows and 4 warps; below, and for the int8 products that Triton < 3.9
+# has no tcgen05 for, the older instruction is the right one. A kernel with several products may mix them.
+MATRIX_INSTRUCTIONS = {80: {"mma.sync"}, 90: {"wgmma.mma_async"}, 100: {"tcgen05.mma"}}
+
+
+def broken_rules(record: dict) -> list[str]:
+    """What a record of compile_kernels breaks, as sentences with the numbers."""
+    if "error" in record:
+        return [f"it does not compile: {record['error']}"]
+    architecture, broken = record["architecture"], []
+    if record["spill"] > record["allowed_spill"]:
+        broken.append(
+            f"{record['spill']} bytes of registers spill ({record['registers']} registers); "
+            f"{record['allowed_spill']} are allowed"
+        )
+    if record["shared"] > SHARED_LIMIT[architecture]:
+        broken.append(f"{record['shared']} bytes of shared memory; a block may have {SHARED_LIMIT[architecture]}")
+    if record["tensor_memory"] > TENSOR_MEMORY_LIMIT:
+        broken.append(f"{record['tensor_memory']} columns of tensor memory; there are {TENSOR_MEMORY_LIMIT}")
+    if record["matrix_product"]:
+        if not MATRIX_INSTRUCTIONS[architecture] & set(record["instructions"]):
+            broken.append(f"the PTX has {record['instructions']}; it needs {MATRIX_INSTRUCTIONS[architecture]}")
+    elif record["aligned"] and record["widest_load"] < FULL_LOAD:
+        broken.append(f"its widest load from global memory is {record['widest_load']} bytes; it needs {FULL_LOAD}")
+    return broken
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("operator", modules())
+def test_compiles_within_the_limits(operator, architecture):
+    records = run(operator, architecture)
+    failures = [f"{record['case']}: {rule}" for record in records for rule in broken_rules(record)]
+    assert not failures, f"{operator} on sm_{architecture}:\n" + "\n".join(failures)
+    names = [record["case"] for record in records]
+    assert len(set(names)) == len(names), f"two cases of {operator} have the same name"
+    missing = kernel_names(operator) - {record["kernel"] for record in records}
+    assert not missing, f"compile_cases of {operator} lists no case of {', '.join(sorted(missing))}"
+
+
+# --- The reader itself: it has to see what it forbids -----------------------------------------------------------------
+
+SELF_TEST = """
+import json, sys
+sys.path.insert(0, {folder!r})
+import triton
+import triton.language as tl
+from compile_kernels import compiled
+from gptkern.triton_kernels.common import CompileCase
+
+@triton.jit
+def spilling_kernel(x_ptr, y_ptr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    # COUNT sums of WIDTH values live at once in one warp: 32 * 255 registers cannot hold them.
+    column = tl.arange(0, WIDTH)
+    sums = tl.zeros((COUNT, WIDTH), tl.float32)
+    for start in range(0, 64):
+        x = tl.load(x_ptr + start * WIDTH + column)
+        sums += tl.exp(x)[None, :] * (tl.arange(0, COUNT)[:, None] + start)
+    tl.store(y_ptr + tl.arange(0, COUNT)[:, None] * WIDTH + column[None, :], sums)
+
+@triton.jit
+def copying_kernel(x_ptr, y_ptr, count, BLOCK: tl.constexpr):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + index, tl.load(x_ptr + index, mask=index < count), mask=index < count)
+
+@triton.jit
+def product_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+    row, column = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+    sums = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for step in range(0, STEPS):
+        x = tl.load(x_ptr + (step * BLOCK + row) * BLOCK + column)
+        sums = tl.dot(x, tl.trans(x), sums)
+    tl.store(y_ptr + row * BLOCK + column, sums)
+
+copy = dict(x_ptr="*bf16", y_ptr="*bf16", count="i32", BLOCK="constexpr")
+product = dict(x_ptr="*bf16", y_ptr="*fp32", BLOCK="constexpr", STEPS="constexpr")
+cases = [
+    CompileCase("spills", spilling_kernel, dict(x_ptr="*fp32", y_ptr="*fp32", COUNT="constexpr", WIDTH="constexpr"),
+                dict(COUNT=64, WIDTH=256), 1, 2),
+    CompileCase("aligned copy", copying_kernel, copy, dict(BLOCK=1024), 4, 2, ("count",)),
+    CompileCase("copy of any count", copying_kernel, copy, dict(BLOCK=1024), 4, 2),
+    CompileCase("product", product_kernel, product, dict(BLOCK=64, STEPS=8), 4, 3),
+    # Eight stages or more of 128 * 128 bfloat16, 32 KB each: more shared memory than any part has.
+    CompileCase("too many stages", product_kernel, product, dict(BLOCK=128, STEPS=16), 8, 9),
+]
+print(json.dumps([compiled(case, {architecture}) for case in cases]))
+"""
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_reader_sees_what_it_forbids(architecture, tmp_path):
+    # Triton reads a kernel's source from its file.
+    program = tmp_path / "self_test.py"
+    program.write_text(SELF_TEST.format(folder=str(Path(compile_kernels.__file__).parent), architecture=architecture))
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    spills, copy, unaligned, product, stages = json.loads(done.stdout.splitlines()[-1])
+    plain = dict(architecture=architecture, allowed_spill=0, matrix_product=False, aligned=True)
+    assert spills["spill"] > 0
+    assert "spill" in " ".join(broken_rules(spills | plain))
+    assert copy["spill"] == 0 and copy["registers"] > 0
+    assert not broken_rules(copy | plain)
+    assert unaligned["widest_load"] < FULL_LOAD
+    assert "widest load" in " ".join(broken_rules(unaligned | plain))
+    assert not broken_rules(product | plain | dict(matrix_product=True))
+    assert "the PTX has []" in " ".join(broken_rules(copy | plain | dict(matrix_product=True)))
+    assert "shared memory" in " ".join(broken_rules(stages | plain | dict(matrix_product=True)))
