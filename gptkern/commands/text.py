@@ -1,0 +1,127 @@
+"""Text as bytes: the default text, the held-out split, and batches that depend on a seed alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from gptkern.commands import UserError
+
+# The text is cut into blocks of this many bytes and every tenth one is held out, so that training and validation
+# text are of the same kind wherever in the file they come from.
+BLOCK_BYTES = 4096
+HELD_OUT_EVERY = 10
+
+# A paragraph that comes back word by word would be in both splits; shorter ones (rules, list items) may repeat.
+REPEATED_PARAGRAPH_CHARACTERS = 40
+
+DEFAULT_TEXT = "the Python language reference (pydoc_data.topics)"
+
+
+@dataclasses.dataclass
+class Text:
+    """A text and its split.
+
+    Args:
+        name: where it comes from, for people.
+        train, validation: (bytes,), uint8.
+    """
+
+    name: str
+    train: torch.Tensor
+    validation: torch.Tensor
+
+
+def load(path: str | None = None, shortest: int = 2) -> Text:
+    """The text file at `path`, or the text that every Python brings along.
+
+    Args:
+        shortest: the fewest bytes that each split may have.
+
+    Raises:
+        UserError: there is no such file, or it is too short.
+    """
+    if path is None:
+        name, data = DEFAULT_TEXT, default_text().encode()
+    else:
+        try:
+            name, data = Path(path).name, Path(path).read_bytes()
+        except OSError as error:
+            raise UserError(f"--text {path}: {error.strerror}") from error
+    train, validation = split(data)
+    if min(len(train), len(validation)) < shortest:
+        raise UserError(
+            f"--text {name} has {len(data)} bytes: {len(train)} to train on and {len(validation)} held out; "
+            f"each needs at least {shortest}"
+        )
+    return Text(name, train, validation)
+
+
+def default_text() -> str:
+    """The language reference of this Python's `help()`, every long paragraph once.
+
+    Its topics quote one another at length ("compound" holds "if", "while" and "for"): without this, much of the
+    held-out text would have been trained on.
+    """
+    from pydoc_data.topics import topics
+
+    seen: set[str] = set()
+    kept = []
+    for topic in sorted(topics):
+        for paragraph in topics[topic].split("\n\n"):
+            words = " ".join(paragraph.split())
+            if words in seen and len(words) >= REPEATED_PARAGRAPH_CHARACTERS:
+                continue
+            seen.add(words)
+            kept.append(paragraph)
+    return "\n\n".join(kept)
+
+
+def split(data: bytes) -> tuple[torch.Tensor, torch.Tensor]:
+    """(train, validation), both (bytes,) uint8. A text of less than ten blocks is cut into ten shorter ones."""
+    block = max(1, min(BLOCK_BYTES, len(data) // HELD_OUT_EVERY))
+    blocks = [data[start : start + block] for start in range(0, len(data), block)]
+    held_out = range(HELD_OUT_EVERY - 1, len(blocks), HELD_OUT_EVERY)
+    train = b"".join(piece for index, piece in enumerate(blocks) if index not in held_out)
+    validation = b"".join(blocks[index] for index in held_out)
+    return _tensor(train), _tensor(validation)
+
+
+def _tensor(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+class Batches:
+    """Random windows of a text: (ids, targets), each (batch, length), int64; the targets are one byte further on.
+
+    The generator is its own: two trainings with one seed get the same batches whatever their models draw.
+    """
+
+    def __init__(self, text: torch.Tensor, batch: int, length: int, seed: int, device: torch.device):
+        self.text = text.to(device)
+        self.batch, self.length = batch, length
+        self.offsets = torch.arange(length + 1, device=device)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def next(self) -> tuple[torch.Tensor, torch.Tensor]:
+        starts = torch.randint(len(self.text) - self.length, (self.batch, 1), generator=self.generator)
+        # (batch, 1) + (length + 1,) -> (batch, length + 1)
+        window = self.text[starts.to(self.text.device) + self.offsets].long()
+        return window[:, :-1], window[:, 1:]
+
+
+def windows(text: torch.Tensor, length: int) -> torch.Tensor:
+    """(windows, length + 1), int64: the text in order, each window starting on the last byte of the one before."""
+    return text.unfold(0, length + 1, length).long()
+
+
+def decode(ids: torch.Tensor) -> str:
+    """(length,) bytes -> text; what is not UTF-8 shows as the replacement character."""
+    return bytes(ids.tolist()).decode("utf-8", errors="replace")
+
+
+def encode(text: str, device: torch.device) -> torch.Tensor:
+    """text -> (1, bytes), int64."""
+    return torch.tensor([list(text.encode())], device=device)
