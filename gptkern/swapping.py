@@ -22,17 +22,18 @@ from typing import NamedTuple
 import torch
 from torch.overrides import TorchFunctionMode
 
-from gptkern import functional, nn
+from gptkern import nn
 from gptkern.dispatch import TWINS
 
 _logger = logging.getLogger("gptkern")
 
-_OPERATOR_OF_TWIN = {
-    functional.scaled_dot_product_attention: "attention",
-    functional.layer_norm: "layer_norm",
-    functional.softmax: "softmax",
-}
-SWAPPABLE = tuple(_OPERATOR_OF_TWIN.values())
+
+def _operator_of(function: Callable) -> str:
+    """The operator that a PyTorch function's twin belongs to: the basename of its module."""
+    return TWINS[function].__module__.rpartition(".")[2]
+
+
+SWAPPABLE = tuple(sorted({_operator_of(function) for function in TWINS}))
 
 # Exact type -> (its twin, the operator that the twin runs on).
 _MODULE_TWINS: dict[type, tuple[type, str]] = {
@@ -159,7 +160,7 @@ def kernels(ops: Iterable[str] | None = None) -> TorchFunctionMode:
 class _Routing(TorchFunctionMode):
     def __init__(self, operators: tuple[str, ...]):
         super().__init__()
-        self.routes = {function: twin for function, twin in TWINS.items() if _OPERATOR_OF_TWIN[twin] in operators}
+        self.routes = {function: twin for function, twin in TWINS.items() if _operator_of(function) in operators}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         # PyTorch has popped this mode for the duration of the call: a twin may call the function that it replaces.
@@ -238,7 +239,7 @@ def _inline_operators_of(cls: type) -> frozenset[str]:
                 seen.add(chain[1])
                 waiting.append(chain[1])
             elif (function := _resolved(chain, method.__globals__)) is not None:
-                found.add(_OPERATOR_OF_TWIN[TWINS[function]])
+                found.add(_operator_of(function))
     return frozenset(found)
 
 
