@@ -384,8 +384,8 @@ def forward(input, residual, weight, bias, eps):
 def backward(grad_output, grad_summed, summed, weight, mean, rstd, need_input, need_weight, need_bias):
     """-> dsummed (…, width), dweight (width,), dbias (width,) in the statistics' dtype; what is not needed is empty."""
     width = summed.shape[-1]
-    nothing = mean.new_empty(0)
-    dsummed = torch.empty(summed.shape, dtype=summed.dtype, device=summed.device) if need_input else nothing
+    # What is not needed is a tensor of its own: a registered op may not return one twice.
+    dsummed = torch.empty(summed.shape, dtype=summed.dtype, device=summed.device) if need_input else mean.new_empty(0)
     if summed.numel() == 0:
         return dsummed, mean.new_zeros(width if need_weight else 0), mean.new_zeros(width if need_bias else 0)
     s, dy = _as_rows(summed), _as_rows(grad_output)
@@ -420,8 +420,10 @@ def backward(grad_output, grad_summed, summed, weight, mean, rstd, need_input, n
             NEED_INPUT=need_input, NEED_WEIGHT=need_weight, NEED_BIAS=need_bias,
             BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width, num_warps=warps,
         )  # fmt: skip
-    sums = partial.sum(1)  # (wanted, width)
-    return dsummed, sums[0] if need_weight else nothing, sums[-1] if need_bias else nothing
+    # One reduction each: a registered op may not return two views of one tensor.
+    dweight = partial[0].sum(0) if need_weight else mean.new_empty(0)
+    dbias = partial[-1].sum(0) if need_bias else mean.new_empty(0)
+    return dsummed, dweight, dbias
 
 
 def _as_rows(tensor: torch.Tensor) -> torch.Tensor:
