@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from gptkern import dispatch
 from gptkern.ops.common import autocast, once_differentiable, register
 
+_SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+
 
 @dispatch.twin_of(F.layer_norm)
 def layer_norm(
@@ -42,7 +44,7 @@ def layer_norm(
     Args:
         input: (*, *normalized_shape), floating point.
         normalized_shape: the trailing dimensions that are normalised together; any width.
-        weight, bias: normalized_shape, or None. Their dtype is the input's, or float32 for a 16-bit input.
+        weight, bias: normalized_shape, or None. One dtype for both: the input's, or float32 beside a 16-bit input.
         eps: added to the variance.
         residual: the input's shape and device, floating point. Added to the input in the same pass.
 
@@ -54,8 +56,9 @@ def layer_norm(
         RuntimeError: the input's trailing dimensions, the weight's or the bias's shape differ from
             normalized_shape; normalized_shape is empty; the parameters' dtype does not fit the input's;
             tensors are on several devices.
-        ValueError: the residual's shape differs from the input's.
-        TypeError: an argument that must be a tensor is none.
+        NotImplementedError: the input is not floating point.
+        ValueError: the residual's shape differs from the input's, or it is not floating point.
+        TypeError: an argument that must be a tensor is none; normalized_shape holds no integers; eps is no number.
 
     Backends: torch; triton for float16, bfloat16, float32 and float64, forward and backward (no second
     derivative). The weight's and the bias's gradients are summed in a fixed order: the same on every run.
@@ -64,6 +67,7 @@ def layer_norm(
     """
     choice = dispatch.settled(input)
     if choice is None:
+        _check_types(input, normalized_shape, weight, bias, eps, residual)
         cast = autocast("float32", input, residual, weight, bias)
         call = _flattened(*cast, normalized_shape, eps)
         choice = dispatch.choose("layer_norm", *call)
@@ -74,18 +78,43 @@ def layer_norm(
             return output.view(input.shape), summed.view(input.shape)
     if residual is None:
         return _on_pytorch(input, normalized_shape, weight, bias, eps)
+    _check_types(input, normalized_shape, weight, bias, eps, residual)
     _check_residual(input, residual)
     summed = input + residual
+    if summed.dtype != input.dtype:
+        # The parameters fit the input; PyTorch wants them to fit what it normalises.
+        _check_parameter_dtypes(input, weight, bias)
+        weight = None if weight is None else weight.to(summed.dtype)
+        bias = None if bias is None else bias.to(summed.dtype)
     return _on_pytorch(summed, normalized_shape, weight, bias, eps), summed
 
 
 def _on_pytorch(input, normalized_shape, weight, bias, eps):
-    if isinstance(input, torch.Tensor) and input.dtype == torch.float16 and input.device.type == "cpu":
-        # PyTorch keeps float16 statistics in float16 on the CPU, which costs the weight's gradient two digits.
-        weight = weight.float() if isinstance(weight, torch.Tensor) else weight
-        bias = bias.float() if isinstance(bias, torch.Tensor) else bias
-        return F.layer_norm(input.float(), normalized_shape, weight, bias, eps).to(torch.float16)
+    if isinstance(input, torch.Tensor) and input.dtype in _SIXTEEN_BITS and input.device.type == "cpu":
+        # PyTorch sums the gradients of 16-bit layer_norm in 16 bits on the CPU, those of float32 parameters too,
+        # which costs the weight's gradient two digits.
+        parameters = [parameter for parameter in (weight, bias) if isinstance(parameter, torch.Tensor)]
+        dtypes = [parameter.dtype for parameter in parameters]
+        if not parameters or (dtypes[0] in (input.dtype, torch.float32) and dtypes[0] == dtypes[-1]):
+            weight = weight.float() if isinstance(weight, torch.Tensor) else weight
+            bias = bias.float() if isinstance(bias, torch.Tensor) else bias
+            return F.layer_norm(input.float(), normalized_shape, weight, bias, eps).to(input.dtype)
     return F.layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+def _check_types(input, normalized_shape, weight, bias, eps, residual):
+    for name, argument in (("input", input), ("weight", weight), ("bias", bias), ("residual", residual)):
+        if not isinstance(argument, torch.Tensor) and (argument is not None or name == "input"):
+            raise TypeError(f"layer_norm: {name} is a {type(argument).__name__}; it needs to be a Tensor")
+    if not isinstance(normalized_shape, (tuple, list)):
+        raise TypeError(
+            f"layer_norm: normalized_shape is a {type(normalized_shape).__name__}; it needs to be a tuple of ints"
+        )
+    for size in normalized_shape:
+        if not isinstance(size, (int, torch.SymInt)):
+            raise TypeError(f"layer_norm: normalized_shape holds a {type(size).__name__}; it needs ints")
+    if not isinstance(eps, (int, float, torch.SymFloat, torch.Tensor)):
+        raise TypeError(f"layer_norm: eps is a {type(eps).__name__}; it needs to be a float")
 
 
 def _flattened(input, residual, weight, bias, normalized_shape, eps):
@@ -98,8 +127,6 @@ def _flattened(input, residual, weight, bias, normalized_shape, eps):
             f"layer_norm: input has shape {tuple(input.shape)}; its last dimensions need to be "
             f"normalized_shape, {shape}"
         )
-    if not input.is_floating_point():
-        raise RuntimeError(f"layer_norm: input is {input.dtype}; it needs a floating-point dtype")
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is None:
             continue
@@ -111,13 +138,9 @@ def _flattened(input, residual, weight, bias, normalized_shape, eps):
             raise RuntimeError(
                 f"layer_norm: {name} is on {parameter.device}; it needs the input's device, {input.device}"
             )
-        if parameter.dtype != input.dtype and not (
-            parameter.dtype == torch.float32 and input.dtype in (torch.float16, torch.bfloat16)
-        ):
-            raise RuntimeError(
-                f"layer_norm: {name} is {parameter.dtype}; it needs the input's dtype, {input.dtype}, "
-                "or float32 beside a 16-bit input"
-            )
+    _check_parameter_dtypes(input, weight, bias)
+    if not input.is_floating_point():
+        raise NotImplementedError(f"layer_norm: input is {input.dtype}; it needs a floating-point dtype")
     if residual is not None:
         _check_residual(input, residual)
         if residual.device != input.device:
@@ -130,7 +153,20 @@ def _flattened(input, residual, weight, bias, normalized_shape, eps):
         residual = None if residual is None else residual.reshape(input.shape)
         weight = None if weight is None else weight.reshape(width)
         bias = None if bias is None else bias.reshape(width)
-    return input, residual, weight, bias, eps
+    return input, residual, weight, bias, float(eps)
+
+
+def _check_parameter_dtypes(input, weight, bias):
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is None or parameter.dtype == input.dtype:
+            continue
+        if parameter.dtype != torch.float32 or input.dtype not in _SIXTEEN_BITS:
+            raise RuntimeError(
+                f"layer_norm: {name} is {parameter.dtype}; it needs the input's dtype, {input.dtype}, "
+                "or float32 beside a 16-bit input"
+            )
+    if weight is not None and bias is not None and weight.dtype != bias.dtype:
+        raise RuntimeError(f"layer_norm: bias is {bias.dtype}; it needs the weight's dtype, {weight.dtype}")
 
 
 def _check_residual(input, residual):
@@ -175,7 +211,8 @@ def backward(grad_output, grad_summed, summed, weight, mean, rstd, need_input, n
     x = summed.to(mean.dtype).reshape(-1, width)
     dy = grad_output.to(mean.dtype).reshape(-1, width)
     x_hat = (x - mean[:, None]) * rstd[:, None]
-    dsummed = dweight = dbias = mean.new_empty(0)
+    # three tensors: a registered op may not return one twice
+    dsummed, dweight, dbias = (mean.new_empty(0) for _ in range(3))
     if need_input:
         g = dy if weight is None else dy * weight.to(mean.dtype)
         # dx = rstd * (g - avg(g) - x_hat * avg(g * x_hat))
