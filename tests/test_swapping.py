@@ -1,0 +1,389 @@
+"""swap, unswap and kernels(): on the reference GPT, and on models in the styles that people write."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import gptkern
+from gptkern import dispatch
+from gptkern.models import GPT, GPTConfig
+from gptkern.swapping import SWAPPABLE, _inline_operators
+
+SMALL = dict(vocab_size=61, context=24, layers=2, width=32, heads=2)
+
+
+class CausalAttention(torch.nn.Module):
+    """Attention through a method and a module alias, as people write it."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = torch.nn.Linear(8, 24)
+        self.softmax = torch.nn.Softmax(dim=-1)
+
+    def forward(self, x):
+        return self.attend(x)
+
+    def attend(self, x):
+        query, key, value = (part.unsqueeze(1) for part in self.mix(x).split(8, dim=-1))
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).squeeze(1)
+
+
+class BiaslessNorm(torch.nn.Module):
+    """A norm of the model's own, with the function called inline."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return F.layer_norm(x, self.weight.shape, self.weight, None, 1e-5)
+
+
+class ExplicitAttention(torch.nn.Module):
+    """Masked softmax in Python: the softmax can be routed, the rest cannot."""
+
+    def forward(self, x):
+        scores = (x @ x.transpose(-2, -1)).masked_fill(torch.ones(x.shape[-2], x.shape[-2]).triu(1).bool(), -torch.inf)
+        return F.softmax(scores, dim=-1) @ x
+
+
+class NormWithForward(torch.nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class CallsNothing(torch.nn.Module):
+    """Names that look like operators and are none: a submodule, a method of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer_norm = torch.nn.Identity()
+
+    def forward(self, x):
+        return self.softmax(self.layer_norm(x))
+
+    def softmax(self, x):
+        return x
+
+
+def gpt(**changes):
+    torch.manual_seed(1)
+    return GPT(GPTConfig(**SMALL | changes))
+
+
+def batch(rows=3, length=24):
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(0, 61, (rows, length + 1), generator=generator)
+    return ids[:, :-1], ids[:, 1:]
+
+
+def class_names(model):
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+def test_swap_reports_each_module():
+    report = gptkern.swap(gpt())
+    assert len(report.replaced) == 2 * 3 + 1
+    assert {entry.operator for entry in report.replaced} == {"attention", "layer_norm"}
+    assert report.skipped == []
+    assert "7 modules replaced, 0 skipped" in str(report)
+    assert "blocks.1.attention " in str(report)
+
+
+def test_swap_keeps_parameters_keys_and_flags():
+    model = gpt()
+    model.final_norm.weight.requires_grad_(False)
+    model.blocks[0].eval()
+    parameters = {name: id(parameter) for name, parameter in model.named_parameters()}
+    keys, training = list(model.state_dict()), {name: module.training for name, module in model.named_modules()}
+    gptkern.swap(model)
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == parameters
+    assert list(model.state_dict()) == keys
+    assert {name: module.training for name, module in model.named_modules()} == training
+    assert not model.final_norm.weight.requires_grad
+    assert isinstance(model.final_norm, torch.nn.LayerNorm)
+
+
+def test_swapping_twice_changes_nothing():
+    model = gpt()
+    first = gptkern.swap(model)
+    classes = class_names(model)
+    second = gptkern.swap(model)
+    assert class_names(model) == classes
+    assert second.replaced == first.replaced
+
+
+def test_unswap_restores_exactly():
+    model = gpt()
+    classes, dictionaries = class_names(model), {name: list(m.__dict__) for name, m in model.named_modules()}
+    gptkern.swap(model)
+    assert class_names(model) != classes
+    gptkern.unswap(model)
+    assert class_names(model) == classes
+    assert {name: list(m.__dict__) for name, m in model.named_modules()} == dictionaries
+    gptkern.unswap(model)
+    assert class_names(model) == classes
+
+
+def test_unswap_leaves_modules_that_were_built_on_gptkern():
+    model = torch.nn.Sequential(gptkern.nn.LayerNorm(4), torch.nn.LayerNorm(4))
+    gptkern.swap(model)
+    gptkern.unswap(model)
+    assert [type(module) for module in model] == [gptkern.nn.LayerNorm, torch.nn.LayerNorm]
+
+
+def test_the_root_itself_is_swapped():
+    norm = torch.nn.LayerNorm(4)
+    assert gptkern.swap(norm).replaced[0].name == "(model)"
+    assert type(norm) is gptkern.nn.LayerNorm
+    assert type(gptkern.unswap(norm)) is torch.nn.LayerNorm
+
+
+@pytest.mark.parametrize("ops", [["layer_norm"], ["attention"], ["softmax"], []])
+def test_only_the_operators_asked_for(ops):
+    report = gptkern.swap(gpt(), ops=ops)
+    assert {entry.operator for entry in report.replaced} == set(ops) - {"softmax"}
+
+
+def test_inline_calls_are_found_by_what_they_resolve_to():
+    assert _inline_operators(CausalAttention) == {"attention"}
+    assert _inline_operators(BiaslessNorm) == {"layer_norm"}
+    assert _inline_operators(ExplicitAttention) == {"softmax"}
+    assert _inline_operators(CallsNothing) == set()
+
+
+def test_styles_of_models():
+    model = torch.nn.Sequential(BiaslessNorm(), CausalAttention(), ExplicitAttention(), CallsNothing())
+    x = torch.randn(2, 5, 8)
+    expected = model(x)
+    report = gptkern.swap(model)
+    assert [(entry.name, entry.operator) for entry in report.replaced] == [
+        ("0", "layer_norm"),
+        ("1", "attention"),
+        ("1.softmax", "softmax"),
+        ("2", "softmax"),
+    ]
+    assert torch.equal(model(x), expected)
+    assert type(gptkern.unswap(model)[1]) is CausalAttention
+
+
+def test_subclasses_are_left_alone_with_the_reason():
+    model = torch.nn.Sequential(NormWithForward(4), torch.nn.LayerNorm(4))
+    report = gptkern.swap(model)
+    assert type(model[0]) is NormWithForward
+    assert [(entry.name, entry.original) for entry in report.skipped] == [("0", "NormWithForward")]
+    assert "subclass" in report.skipped[0].reason and "left alone" in str(report)
+
+
+def test_multihead_attention_is_named_as_skipped():
+    report = gptkern.swap(torch.nn.MultiheadAttention(8, 2))
+    assert [entry.original for entry in report.skipped] == ["MultiheadAttention"]
+    assert gptkern.swap(torch.nn.MultiheadAttention(8, 2), ops=["layer_norm"]).skipped == []
+
+
+def test_a_forward_on_the_instance_is_left_alone():
+    norm = torch.nn.LayerNorm(4)
+    norm.forward = lambda x: x
+    report = gptkern.swap(norm)
+    assert type(norm) is torch.nn.LayerNorm and "instance" in report.skipped[0].reason
+
+
+def test_strict_raises_and_changes_nothing():
+    model = torch.nn.Sequential(torch.nn.LayerNorm(4), NormWithForward(4))
+    with pytest.raises(RuntimeError, match=r"strict.*unchanged[\s\S]*NormWithForward"):
+        gptkern.swap(model, strict=True)
+    assert type(model[0]) is torch.nn.LayerNorm
+    assert gptkern.swap(gpt(), strict=True).replaced
+
+
+def test_bad_arguments():
+    with pytest.raises(TypeError, match="model is a str"):
+        gptkern.swap("model")
+    with pytest.raises(TypeError, match="model is a NoneType"):
+        gptkern.unswap(None)
+    with pytest.raises(TypeError, match="needs a list"):
+        gptkern.swap(gpt(), ops="layer_norm")
+    with pytest.raises(ValueError, match=r"'gelu'.*'attention'"):
+        gptkern.swap(gpt(), ops=["gelu"])
+    with pytest.raises(ValueError, match="'conv'"):
+        gptkern.kernels(["conv"])
+
+
+def test_shared_modules_are_swapped_once():
+    norm = torch.nn.LayerNorm(4)
+    model = torch.nn.Sequential(norm, norm)
+    assert len(gptkern.swap(model).replaced) == 1
+    assert model[0] is model[1] and type(norm) is gptkern.nn.LayerNorm
+
+
+def test_hooks_survive():
+    model = gpt()
+    seen = []
+    model.blocks[0].attention.register_forward_hook(lambda *_: seen.append("attention"))
+    model.final_norm.register_full_backward_hook(lambda *_: seen.append("norm"))
+    gptkern.swap(model)
+    model(*batch())[1].backward()
+    assert seen == ["attention", "norm"]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_stay_swapped_and_can_be_unswapped(copied):
+    model = gpt()
+    classes = class_names(model)
+    gptkern.swap(model)
+    twin = copied(model)
+    assert class_names(twin) == class_names(model)
+    ids, targets = batch()
+    assert torch.equal(twin(ids, targets)[1], model(ids, targets)[1])
+    assert class_names(gptkern.unswap(twin)) == classes
+    assert type(model.final_norm) is gptkern.nn.LayerNorm
+
+
+def calls_of_twins(monkeypatch, action):
+    """How often each operator of gptkern is called while `action` runs."""
+    counts = {}
+    settled = dispatch.settled
+    monkeypatch.setattr(dispatch, "settled", lambda tensor: counts.update(n=counts.get("n", 0) + 1) or settled(tensor))
+    action()
+    monkeypatch.setattr(dispatch, "settled", settled)
+    return counts.get("n", 0)
+
+
+def test_swapped_modules_call_the_operators(monkeypatch):
+    model = gpt()
+    assert calls_of_twins(monkeypatch, lambda: model(*batch())) == 0
+    gptkern.swap(model)
+    assert calls_of_twins(monkeypatch, lambda: model(*batch())) == 7
+    gptkern.unswap(model)
+    assert calls_of_twins(monkeypatch, lambda: model(*batch())) == 0
+
+
+def test_kernels_routes_inline_calls_only_inside(monkeypatch):
+    x = torch.randn(2, 4, 8, 8)
+    calls = [
+        lambda: F.scaled_dot_product_attention(x, x, x),
+        lambda: F.layer_norm(x, (8,)),
+        lambda: F.softmax(x, dim=-1),
+        lambda: torch.softmax(x, -1),
+        lambda: x.softmax(-1),
+    ]
+    for call in calls:
+        expected = call()
+        with gptkern.kernels():
+            assert calls_of_twins(monkeypatch, call) == 1
+            assert torch.equal(call(), expected)
+            with gptkern.kernels():
+                assert calls_of_twins(monkeypatch, call) >= 1
+        assert calls_of_twins(monkeypatch, call) == 0
+    with gptkern.kernels(["layer_norm"]):
+        assert calls_of_twins(monkeypatch, calls[0]) == 0
+        assert calls_of_twins(monkeypatch, calls[1]) == 1
+
+
+def test_kernels_ends_with_an_exception_and_stays_in_its_thread(monkeypatch):
+    x = torch.randn(2, 8)
+    with pytest.raises(ZeroDivisionError), gptkern.kernels():
+        raise ZeroDivisionError
+    assert calls_of_twins(monkeypatch, lambda: F.layer_norm(x, (8,))) == 0
+
+    def in_another_thread():
+        worker = threading.Thread(target=lambda: F.layer_norm(x, (8,)))
+        worker.start()
+        worker.join()
+
+    with gptkern.kernels():
+        assert calls_of_twins(monkeypatch, in_another_thread) == 0
+
+
+def test_what_can_be_swapped():
+    assert SWAPPABLE == ("attention", "layer_norm", "softmax")
+
+
+def train(model, steps, learning_rate=1e-2):
+    """The losses of some AdamW steps on arithmetic progressions, each batch its own."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    generator = torch.Generator().manual_seed(3)
+    losses = []
+    device = model.final_norm.weight.device
+    for _ in range(steps):
+        start, step = (
+            torch.randint(0, 61, (2, 1), generator=generator),
+            torch.randint(1, 4, (2, 1), generator=generator),
+        )
+        ids = ((start + step * torch.arange(13)) % 61).to(device)
+        loss = model(ids[:, :-1], ids[:, 1:])[1]
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    return torch.tensor(losses)
+
+
+def test_a_swapped_model_agrees(backend, device):
+    """Logits, loss and every parameter's gradient, within float32's rounding through two layers."""
+    stock, swapped = gpt().to(device), gpt().to(device)
+    gptkern.swap(swapped)
+    ids, targets = (part.to(device) for part in batch())
+    results = []
+    for model in (stock, swapped):
+        logits, loss = model(ids, targets)
+        loss.backward()
+        results.append((logits, loss, {name: p.grad for name, p in model.named_parameters()}))
+    (logits, loss, gradients), (other_logits, other_loss, other_gradients) = results
+    torch.testing.assert_close(other_logits, logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(other_loss, loss, rtol=1e-5, atol=1e-6)
+    assert other_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(
+            other_gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_a_training_curve_agrees(backend, device):
+    """50 AdamW steps: the curves lie on top of each other, and fall."""
+    tiny = dict(context=12, layers=1, heads=1)
+    stock = train(gpt(**tiny).to(device), 50)
+    model = gpt(**tiny).to(device)
+    gptkern.swap(model)
+    swapped = train(model, 50)
+    assert stock[-1] < stock[0] - 0.5
+    torch.testing.assert_close(swapped, stock, rtol=0, atol=2e-3)
+
+
+def test_frozen_parameters_get_no_gradient(backend, device):
+    model = gpt().to(device)
+    model.blocks[0].attention_norm.weight.requires_grad_(False)
+    gptkern.swap(model)
+    ids, targets = (part.to(device) for part in batch(rows=1))
+    model(ids, targets)[1].backward()
+    assert model.blocks[0].attention_norm.weight.grad is None
+    assert model.blocks[0].attention_norm.bias.grad is not None
+
+
+def test_compiles_without_a_graph_break(backend, device):
+    model = gpt(layers=1).to(device)
+    gptkern.swap(model)
+    ids, targets = (part.to(device) for part in batch(rows=1, length=8))
+    expected = model(ids, targets)[1]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    loss = compiled(ids, targets)[1]
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    assert model.final_norm.weight.grad is not None
+
+
+def test_dropout_in_training_stays_dropout():
+    model = gpt(dropout=0.5)
+    gptkern.swap(model)
+    ids, targets = batch()
+    model.train()
+    assert model(ids, targets)[1] != model(ids, targets)[1]
+    model.eval()
+    assert model(ids, targets)[1] == model(ids, targets)[1]
