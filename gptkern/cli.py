@@ -17,7 +17,7 @@ import importlib
 import importlib.util
 import sys
 
-from gptkern.commands import UserError
+from gptkern.commands import INTERRUPTED, UserError
 
 # The summaries stand here too, because asking the modules would import them. A test holds the two together.
 COMMANDS = {
@@ -30,8 +30,6 @@ COMMANDS = {
 
 # import name -> name on the package index, for the packages of the extra gptkern[cli]
 EXTRA = {"rich": "rich", "matplotlib": "matplotlib", "safetensors": "safetensors"}
-
-INTERRUPTED = 130  # the shell's status for a process that Ctrl-C ended
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,5 +1,7 @@
 """The subcommands of `gptkern`, one module each; gptkern/cli.py imports the one that is chosen."""
 
+INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended, as the shell gives it
+
 
 class UserError(Exception):
     """What the person at the command line has to mend: shown as one line, with exit status 2."""

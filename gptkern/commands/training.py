@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import statistics
 import time
-from collections.abc import Callable
 
 import torch
 
@@ -96,7 +96,8 @@ def optimizer_of(model: torch.nn.Module, lr: float) -> torch.optim.AdamW:
 class Trainer:
     """One model on its way through a recipe.
 
-    `losses` holds the training loss of each step done, `seconds` the time that they took.
+    `losses` holds the training loss of each step done, `validations` pairs (step, loss on held-out text), `speeds`
+    the tokens per second of each call of `run`.
     """
 
     def __init__(self, model: GPT, data: text.Text, recipe: Recipe):
@@ -106,7 +107,8 @@ class Trainer:
         self.held_out = text.windows(data.validation, recipe.length).to(self.device)
         self.optimizer = optimizer_of(model, recipe.lr)
         self.losses: list[float] = []
-        self.seconds = 0.0
+        self.validations: list[tuple[int, float]] = []
+        self.speeds: list[float] = []
         self.model.train()
 
     @property
@@ -115,7 +117,8 @@ class Trainer:
 
     @property
     def tokens_per_second(self) -> float:
-        return self.step * self.recipe.tokens_per_step / self.seconds if self.seconds else 0.0
+        """The median over the calls of `run`: what else the machine did at times is left out."""
+        return statistics.median(self.speeds) if self.speeds else 0.0
 
     def run(self, steps: int) -> None:
         """The next `steps` updates. The device is waited for at the end alone."""
@@ -124,8 +127,8 @@ class Trainer:
         start = time.perf_counter()
         for step in range(self.step, self.step + steps):
             losses.append(self._update(step))
-        values = torch.stack(losses).tolist() if losses else []
-        self.seconds += time.perf_counter() - start
+        values = torch.stack(losses).tolist()  # waits for the device
+        self.speeds.append(steps * self.recipe.tokens_per_step / (time.perf_counter() - start))
         self.losses += values
 
     def _update(self, step: int) -> torch.Tensor:
@@ -140,9 +143,11 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    def validation_loss(self, windows: int | None = None) -> float:
-        """Mean loss in nats per byte over the held-out text, or over `windows` of its windows, evenly spread."""
-        return validation_loss(self.model, self.held_out, self.recipe, windows)
+    def validate(self, windows: int | None = None) -> float:
+        """Note the mean loss over the held-out text, or over about `windows` of its windows, evenly spread."""
+        loss = validation_loss(self.model, self.held_out, self.recipe, windows)
+        self.validations.append((self.step, loss))
+        return loss
 
 
 @torch.no_grad()
@@ -173,11 +178,3 @@ def autocast(recipe: Recipe):
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def steps_in(seconds: float, warm_up: int, measured: int, run: Callable[[int], None]) -> int:
-    """How many steps fit into `seconds`, from `measured` ones after `warm_up` that do not count."""
-    run(warm_up)
-    start = time.perf_counter()
-    run(measured)
-    return max(1, int(seconds * measured / (time.perf_counter() - start)))

@@ -1,0 +1,157 @@
+"""`gptkern check`: this machine's kernels against float64 references (gptkern.checking)."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import warnings
+
+from gptkern.commands import UserError, tables
+
+SUMMARY = "run this machine's kernels against float64 references"
+
+# What came out; the exit status is 1 where anything failed or nothing was compared.
+PASSED, FAILED = 0, 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--op", action="append", metavar="OPERATOR", help="only this operator; may be given several times"
+    )
+    parser.add_argument(
+        "--interpret", action="store_true", help="run the Triton kernels in Triton's interpreter, on the CPU"
+    )
+    parser.add_argument("--seconds", type=float, metavar="N", help="start no new case after N seconds")
+    parser.add_argument("--json", metavar="FILE", help="write every comparison to FILE")
+    parser.add_argument("--all", action="store_true", help="show every comparison, not the worst of each kind")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.interpret and os.environ.get("TRITON_INTERPRET") != "1":
+        # Triton and gptkern read the variable when they are imported, which may have happened in this process.
+        return subprocess.run(
+            [sys.executable, "-m", "gptkern", "check", *_as_options(args)],
+            env={**os.environ, "TRITON_INTERPRET": "1"},
+        ).returncode
+
+    import torch
+
+    from gptkern import checking
+
+    unknown = [name for name in args.op or () if name not in checking.OPERATORS]
+    if unknown:
+        raise UserError(f"--op {unknown[0]}: there is no such operator; there are {', '.join(checking.OPERATORS)}")
+    device = torch.device("cpu" if args.interpret else checking.default_device())
+    if args.interpret and importlib.util.find_spec("triton") is None:
+        raise UserError("--interpret: triton is not installed")
+    backends = checking.available(device)
+    print(_introduction(device, backends, checking), flush=True)
+    # Overflow and 0/0 in lanes that a mask then drops: NumPy warns of them, a GPU does not.
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter")
+    results = []
+    for result in checking.run(args.op, device=device, backends=backends, seconds=args.seconds):
+        results.append(result)
+        _progress(len(results), result)
+    _progress(len(results), None)
+    if args.json:
+        _write(args.json, results)
+    return _report(results, args.all)
+
+
+def _as_options(args: argparse.Namespace) -> list[str]:
+    """The options that `args` was read from."""
+    options = ["--interpret"]
+    for name in args.op or ():
+        options += ["--op", name]
+    if args.seconds is not None:
+        options += ["--seconds", str(args.seconds)]
+    if args.json:
+        options += ["--json", args.json]
+    return options + ["--all"] * args.all
+
+
+def _introduction(device, backends, checking) -> str:
+    import torch
+
+    if device.type == "cuda":
+        return f"Checking {', '.join(backends)} on {torch.cuda.get_device_name(device)}."
+    if checking.LAUNCHERS not in backends:
+        return f"Checking {', '.join(backends)} on the CPU, interpreted or emulated, at small shapes."
+    return (
+        "There is no GPU here, so no kernel can run: checking what stands in for the kernels, the launchers in plain "
+        "PyTorch.\n`gptkern check --interpret` runs the Triton kernels on the CPU."
+    )
+
+
+def _progress(count: int, result) -> None:
+    """One line that is written over, in a terminal."""
+    if not sys.stderr.isatty():
+        return
+    line = "" if result is None else f"{count} done, {result.operator} {result.shape_class} {result.dtype}"
+    print(f"\r{line[:79]:79}\r", end="", file=sys.stderr, flush=True)
+
+
+def _write(path: str, results: list) -> None:
+    from gptkern.version import __version__
+
+    report = {"gptkern": __version__, "results": [dataclasses.asdict(result) for result in results]}
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(report, file, indent=1)
+    except OSError as error:
+        raise UserError(f"--json {path}: {error.strerror}") from error
+
+
+def _report(results: list, show_all: bool) -> int:
+    """Print the table and the failures; the exit status."""
+    compared = [result for result in results if result.ok is not None]
+    failed = [result for result in compared if not result.ok]
+    skipped = [result for result in results if result.ok is None]
+    headings = ("operator", "direction", "backend", "dtype", "shape class", "shape", "worst error", "bound", "ok")
+    shown = [(result, 1) for result in compared] if show_all else _worst_of_each(compared)
+    if not show_all:
+        headings = (*headings[:4], "shapes", *headings[4:])
+    rows = []
+    for result, count in shown:
+        row = [result.operator, result.direction, result.backend, result.dtype, result.shape_class, result.shape]
+        row += [_number(result.error), _number(result.bound), "ok" if result.ok else "FAILED"]
+        rows.append(row if show_all else [*row[:4], str(count), *row[4:]])
+    title = "Every comparison" if show_all else "The comparison nearest to its bound, of each kind"
+    if rows:
+        tables.show(title, headings, rows, right=("shapes", "worst error", "bound"))
+    for note in sorted({(result.operator, result.backend, result.note) for result in skipped}):
+        count = sum((result.operator, result.backend, result.note) == note for result in skipped)
+        print(f"{note[0]} on {note[1]}: {count} cases {note[2]}")
+    for result in failed:
+        what = result.note or f"worst error {result.error:.3e}, the rule allows {result.bound:.3e}"
+        case = f"{result.operator} {result.direction} on {result.backend}, {result.dtype}, {result.shape_class}"
+        print(f"FAILED {case} ({result.shape}): {what}")
+    print(f"{len(compared) - len(failed)} passed, {len(failed)} failed, {len(skipped)} cases not run")
+    if not compared:
+        print("Nothing was compared.")
+    return FAILED if failed or not compared else PASSED
+
+
+def _worst_of_each(results: list) -> list[tuple]:
+    """(the result nearest to its bound, or beyond it, how many there are) for each kind, in order of appearance."""
+    kinds: dict[tuple, list] = {}
+    for result in sorted(results, key=lambda result: result.operator):
+        kinds.setdefault((result.operator, result.backend, result.direction, result.dtype), []).append(result)
+    return [(max(group, key=_nearness), len(group)) for group in kinds.values()]
+
+
+def _nearness(result) -> float:
+    if result.error is None:
+        return float("inf")
+    if result.error == 0:
+        return 0.0
+    return result.error / result.bound if result.bound else float("inf")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2e}"

@@ -1,0 +1,359 @@
+"""`gptkern demo`: train a GPT stock and swapped, quantise it, generate, check the kernels, write a report.
+
+The two trainings advance in turn, a few steps each, from the same first weights on the same batches: their losses can
+be compared at any moment, and what else the machine does falls on both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import importlib
+import json
+import os
+import platform
+import signal
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+import gptkern
+from gptkern.commands import INTERRUPTED, checkpoints, text, training
+from gptkern.commands.findings import Curve, Findings, Int8, Sample, nats
+from gptkern.commands.kernel_check import check
+from gptkern.commands.observing import observed
+from gptkern.commands.options import add_machine_arguments, configured, positive, resolved_dtype
+from gptkern.models.gpt import GPT, PRESETS
+
+SUMMARY = "train a GPT stock and swapped, quantise it to int8, generate text, write a report"
+
+PROMPTS = ("The ", "If the object ")
+SAMPLE_BYTES = 320
+TEMPERATURE = 0.7
+TOP_K = 20
+
+# Windows of the held-out text that are looked at on the way; at the end it is all of them.
+EVALUATION_WINDOWS = 64
+EVALUATIONS = 8
+
+# Calibration: steps that only warm up, and steps that are timed, of each model.
+WARM_UP_STEPS, TIMED_STEPS = 2, 6
+# A machine that has become slower than its calibration: the trainings end after so many times their budget.
+PATIENCE = 1.25
+
+
+@dataclasses.dataclass(frozen=True)
+class Defaults:
+    """What is trained where nobody says otherwise.
+
+    Args:
+        seconds: for both trainings together. turn: steps that each does at a time.
+        passes: the most times over the text; more of them would learn it by heart.
+    """
+
+    preset: str
+    batch: int
+    lr: float
+    seconds: float
+    turn: int
+    passes: float
+    context: int | None = None
+
+
+DEFAULTS = {
+    "cpu": Defaults("nano", batch=8, lr=3e-3, seconds=130.0, turn=5, passes=8.0, context=128),
+    "cuda": Defaults("gpt2", batch=16, lr=6e-4, seconds=60.0, turn=10, passes=12.0),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--text", metavar="FILE", help="the text; Python's language reference where none is given")
+    parser.add_argument("--out", metavar="FOLDER", default="out/demo", help="where the report and the checkpoint go")
+    parser.add_argument("--preset", choices=PRESETS, metavar="NAME", help="model; nano on a CPU, gpt2 on a GPU")
+    parser.add_argument("--context", type=positive, help="tokens that the model sees at once")
+    parser.add_argument("--batch", type=positive, help="rows of an update")
+    parser.add_argument("--lr", type=float, help="peak learning rate")
+    parser.add_argument("--steps", type=positive, help="updates of each training; as many as --seconds allow otherwise")
+    parser.add_argument("--seconds", type=float, help="time for both trainings together")
+    parser.add_argument("--check-seconds", type=float, default=20.0, help="time for checking kernels; 0 leaves it out")
+    parser.add_argument("--sample-bytes", type=positive, default=SAMPLE_BYTES, help="length of a generated sample")
+    add_machine_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    # What is missing is said now and not after minutes of training.
+    for package in ("matplotlib", "rich", "safetensors"):
+        importlib.import_module(package)
+    start = time.monotonic()
+    demo = Demo(args)
+    try:
+        demo.run()
+    except KeyboardInterrupt:
+        demo.findings.interrupted = f"during: {demo.stage}"
+        demo.console.print(f"\n[bold yellow]interrupted[/] during: {demo.stage}; writing the report of what is done")
+    with _uninterrupted():
+        demo.findings.seconds = time.monotonic() - start
+        demo.write()
+    return demo.findings.exit_status(INTERRUPTED)
+
+
+class Demo:
+    """The stages, in order; what they find out is in `findings`, and `stage` names the one under way."""
+
+    def __init__(self, args: argparse.Namespace):
+        from rich.console import Console
+
+        self.args = args
+        self.out = Path(args.out)
+        self.console = Console(highlight=False)
+        self.findings = Findings()
+        self.stage = "start"
+        self.number = 0
+
+    def run(self) -> None:
+        self._prepare()
+        self._swap()
+        self._train()
+        self._quantise()
+        self._generate()
+        self._check_kernels()
+
+    def _begin(self, stage: str) -> None:
+        self.stage = stage
+        self.number += 1
+        self.console.rule(f"[bold]{self.number}  {stage}", align="left", style="dim")
+
+    # --- the stages ---------------------------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        args = self.args
+        device = training.resolve_device(args.device)
+        defaults = DEFAULTS.get(device.type, DEFAULTS["cpu"])
+        preset = args.preset or defaults.preset
+        config = configured(preset, args.context or (defaults.context if preset == defaults.preset else None))
+        self.data = text.load(args.text, shortest=config.context + 1)
+        self.defaults = defaults
+        self.recipe = training.Recipe(
+            steps=args.steps or 1, batch=args.batch or defaults.batch, length=config.context,
+            lr=args.lr or defaults.lr, seed=args.seed, device=str(device), dtype=resolved_dtype(args.dtype, device),
+        )  # fmt: skip
+        self._begin("the model and the text")
+        self.stock = training.new_model(config, self.recipe)
+        findings = self.findings
+        findings.text = self.data.name
+        findings.text_bytes = len(self.data.train), len(self.data.validation)
+        findings.model = f"GPT, {config.layers} layers of width {config.width}, {config.heads} heads"
+        findings.parameters = self.stock.parameter_count()
+        findings.dtype, findings.device = self.recipe.dtype, _device_name(device)
+        findings.tokens_per_step = self.recipe.tokens_per_step
+        findings.environment = _environment(device)
+        self.console.print(
+            f"{findings.model}: {findings.parameters:,} parameters, {findings.dtype} on {findings.device}\n"
+            f"{findings.text}: {findings.text_bytes[0]:,} bytes to train on, {findings.text_bytes[1]:,} held out",
+            soft_wrap=True,
+        )
+
+    def _swap(self) -> None:
+        self._begin("gptkern.swap(model)")
+        self.swapped = copy.deepcopy(self.stock)
+        report = gptkern.swap(self.swapped)
+        batches = text.Batches(
+            self.data.train, self.recipe.batch, self.recipe.length, self.recipe.seed, torch.device(self.recipe.device)
+        )
+        with training.autocast(self.recipe):
+            self.findings.swapped_modules = observed(self.stock, report, batches.next()[0])
+        self.findings.skipped_modules = [tuple(entry) for entry in report.skipped]
+        for row in self.findings.swapped_modules:
+            self.console.print(
+                f"{row.names} ({row.count}): {row.original} -> {row.replacement}; "
+                f"{row.operator} on [bold]{row.backend}[/], {row.reason}",
+                soft_wrap=True,
+            )
+        for name, original, reason in self.findings.skipped_modules:
+            self.console.print(f"{name}: {original} left alone, {reason}", soft_wrap=True)
+
+    def _train(self) -> None:
+        from gptkern.commands.display import TrainingDisplay
+
+        self._begin("training, stock and swapped in turn")
+        seconds = self.args.seconds or self.defaults.seconds
+        deadline = None
+        if self.args.steps is None:
+            self.recipe = dataclasses.replace(self.recipe, steps=self._steps_in(seconds))
+            deadline = time.monotonic() + PATIENCE * seconds
+        recipe, findings = self.recipe, self.findings
+        findings.steps = recipe.steps
+        findings.recipe = (
+            f"AdamW, peak learning rate {recipe.lr:g}, warm-up and cosine, gradients clipped, seed {recipe.seed}; "
+            f"batches of {recipe.batch} rows of {recipe.length} bytes."
+        )
+        trainers = [
+            ("stock", training.Trainer(self.stock, self.data, recipe)),
+            ("swapped", training.Trainer(self.swapped, self.data, recipe)),
+        ]
+        evaluate_every = max(1, recipe.steps // EVALUATIONS)
+        try:
+            with TrainingDisplay(self.console, trainers, recipe.steps) as display:
+                while (step := trainers[0][1].step) < recipe.steps:
+                    turn = min(self.defaults.turn, evaluate_every - step % evaluate_every, recipe.steps - step)
+                    for _, trainer in trainers:
+                        trainer.run(turn)
+                    if (step + turn) % evaluate_every == 0 and step + turn < recipe.steps:
+                        for _, trainer in trainers:
+                            trainer.validate(EVALUATION_WINDOWS)
+                    display.update()
+                    if deadline is not None and time.monotonic() > deadline:
+                        findings.cut_short = "This machine became slower than its calibration: ended early, on time."
+                        break
+                for _, trainer in trainers:
+                    trainer.validate()
+                display.update()
+        finally:
+            findings.stock, findings.swapped = (
+                Curve(trainer.losses, trainer.validations, trainer.tokens_per_second) for _, trainer in trainers
+            )
+        self.trainer = trainers[1][1]
+        self.console.print(
+            f"validation loss: stock {findings.stock.final:.4f}, swapped {nats(findings.swapped.final)}; "
+            f"largest difference {findings.largest_difference:.2g}; speed {findings.speed_up:.2f} x stock",
+            soft_wrap=True,
+        )
+        checkpoints.save(
+            self.swapped, self.out / "checkpoint",
+            {"text": self.data.name, "recipe": dataclasses.asdict(recipe), "step": self.trainer.step},
+        )  # fmt: skip
+
+    def _steps_in(self, seconds: float) -> int:
+        """How many steps of both trainings fit into the time, from a few steps of throw-away copies."""
+        elapsed = 0.0
+        for model in (self.stock, self.swapped):
+            trainer = training.Trainer(copy.deepcopy(model), self.data, self.recipe)
+            trainer.run(WARM_UP_STEPS)
+            start = time.perf_counter()
+            trainer.run(TIMED_STEPS)
+            elapsed += (time.perf_counter() - start) / TIMED_STEPS
+        # An evaluation is a forward alone, a third of a step's work.
+        rows = EVALUATIONS * EVALUATION_WINDOWS + len(self.data.validation) / self.recipe.length
+        evaluation = elapsed * rows / self.recipe.batch / 3
+        most = self.defaults.passes * len(self.data.train) / self.recipe.tokens_per_step
+        return max(1, min(int((seconds - evaluation) / elapsed), int(most)))
+
+    def _quantise(self) -> None:
+        from gptkern.commands.quantisation import quantised, size_in_bytes
+
+        self._begin("int8")
+        self.int8, names = quantised(self.swapped)
+        loss = training.validation_loss(self.int8, self.trainer.held_out, self.recipe)
+        before, after = (
+            sum(size_in_bytes(model.get_submodule(name)) for name in names) for model in (self.swapped, self.int8)
+        )
+        int8 = self.findings.int8 = Int8(
+            len(names), loss, self.findings.swapped.final, before, after,
+            size_in_bytes(self.swapped), size_in_bytes(self.int8),
+        )  # fmt: skip
+        self.console.print(
+            f"{int8.layers} linear layers: {before:,} -> {after:,} bytes ({before / after:.2f} x smaller); "
+            f"validation loss {loss:.4f} ({int8.change:+.4f})",
+            soft_wrap=True,
+        )
+
+    def _generate(self) -> None:
+        self._begin("samples")
+        for prompt in PROMPTS:
+            sample = Sample(prompt, *(self._sample(model, prompt) for model in (self.stock, self.swapped, self.int8)))
+            self.findings.samples.append(sample)
+            for title, generated in (("swapped", sample.swapped), ("int8", sample.int8)):
+                self.console.print(f"[bold]{title}[/]")
+                self.console.print(generated, markup=False, style="dim")
+
+    def _sample(self, model: GPT, prompt: str) -> str:
+        device = torch.device(self.recipe.device)
+        generator = torch.Generator(device).manual_seed(self.args.seed)
+        with training.autocast(self.recipe):
+            ids = model.generate(text.encode(prompt, device), self.args.sample_bytes, TEMPERATURE, TOP_K, generator)
+        return text.decode(ids[0])
+
+    def _check_kernels(self) -> None:
+        if self.args.check_seconds <= 0:
+            return
+        self._begin("this machine's kernels against float64")
+        result = self.findings.kernel_check = check(self.recipe.device, self.args.check_seconds)
+        self.console.print(
+            f"{result.passed} comparisons passed, {result.failed} failed, {result.left_out} cases left out "
+            f"({result.note}, {result.seconds:.0f} s)",
+            soft_wrap=True,
+        )
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    def write(self) -> None:
+        """The report, the figures as JSON, and the verdict on the terminal."""
+        from gptkern.commands.report import render
+
+        findings = self.findings
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / "report.html").write_text(render(findings), encoding="utf-8")
+        content = {**dataclasses.asdict(findings), "problems": findings.problems()}
+        (self.out / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        problems = findings.problems()
+        self.console.rule("[bold]verdict", align="left", style="red" if problems else "green")
+        self.console.print(findings.verdict())
+        for problem in problems:
+            self.console.print(problem, style="bold red", markup=False)
+        self.console.print(f"\nreport: [bold]{self.out / 'report.html'}[/]", soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _uninterrupted():
+    """Ctrl-C waits until the block is over: a report takes a few seconds."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    return device.type
+
+
+def _environment(device: torch.device) -> list[tuple[str, str]]:
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = "not installed"
+    rows = [
+        ("gptkern", gptkern.__version__),
+        ("PyTorch", torch.__version__),
+        ("Triton", triton_version),
+        ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("device", _device_name(device)),
+        ("processor", f"{_processor()}, {os.cpu_count()} cores"),
+    ]
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        rows.append(("CUDA", f"{torch.version.cuda}, compute capability {major}.{minor}"))
+    return rows
+
+
+def _processor() -> str:
+    """The processor's name as the system gives it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,84 @@
+"""What a training shows while it runs: a live bar and table in a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from gptkern.commands.training import Trainer
+
+# Without a terminal (a log, a CI job) a line is written this often.
+SECONDS_BETWEEN_LINES = 15.0
+
+# The shown training loss is the mean over this many last steps.
+SHOWN_LOSS_STEPS = 20
+
+
+class TrainingDisplay(contextlib.AbstractContextManager):
+    """Shows trainers that advance together.
+
+    Args:
+        trainers: each with the name that it is shown under.
+    """
+
+    def __init__(self, console: Console, trainers: Sequence[tuple[str, Trainer]], steps: int):
+        self.console, self.trainers, self.steps = console, trainers, steps
+        self.progress = Progress(
+            TextColumn("[bold]step"), MofNCompleteColumn(), BarColumn(None), TimeRemainingColumn(compact=True),
+            console=console, expand=True,
+        )  # fmt: skip
+        self.task = self.progress.add_task("steps", total=steps)
+        self.live = Live(self._renderable(), console=console, refresh_per_second=4) if console.is_terminal else None
+        self.last_line, self.last_time = "", time.monotonic()
+
+    def __enter__(self) -> TrainingDisplay:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self.live:
+            self.live.stop()
+        else:
+            self._line()
+
+    def update(self) -> None:
+        """After each advance of the trainers."""
+        if self.live:
+            self.progress.update(self.task, completed=min(trainer.step for _, trainer in self.trainers))
+            self.live.update(self._renderable())
+        elif time.monotonic() - self.last_time >= SECONDS_BETWEEN_LINES:
+            self._line()
+
+    def _line(self) -> None:
+        step = min(trainer.step for _, trainer in self.trainers)
+        parts = [f"step {step}/{self.steps}"]
+        for name, trainer in self.trainers:
+            loss, validation, speed = _figures(trainer)
+            parts.append(f"{name}: loss {loss}, validation {validation}, {speed} tokens/s")
+        line = "  |  ".join(parts)
+        if line != self.last_line:
+            self.console.print(line, soft_wrap=True, highlight=False)
+        self.last_line, self.last_time = line, time.monotonic()
+
+    def _renderable(self) -> Group:
+        table = Table(box=None, padding=(0, 3, 0, 0))
+        table.add_column("")
+        for heading in ("training loss", "validation loss", "tokens/s"):
+            table.add_column(heading, justify="right")
+        for name, trainer in self.trainers:
+            table.add_row(name, *_figures(trainer))
+        return Group(self.progress, table)
+
+
+def _figures(trainer: Trainer) -> tuple[str, str, str]:
+    recent = trainer.losses[-SHOWN_LOSS_STEPS:]
+    loss = f"{sum(recent) / len(recent):.4f}" if recent else "-"
+    validation = f"{trainer.validations[-1][1]:.4f}" if trainer.validations else "-"
+    return loss, validation, f"{trainer.tokens_per_second:,.0f}"

@@ -1,0 +1,170 @@
+"""`gptkern info`: versions, devices, and for each operator the backends that can run it here, or why not."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+from typing import Any
+
+from gptkern.commands import tables
+
+SUMMARY = "what this machine has: versions, device, backends, and why one is missing"
+
+# The variables that change what runs.
+VARIABLES = ("GPTKERN_BACKEND", "TRITON_INTERPRET", "GPTKERN_EMULATE_CUDA", "CUDA_VISIBLE_DEVICES")
+
+# What the kernels cover, as the contracts of gptkern.functional say; other calls run on PyTorch.
+COVERAGE = {
+    "attention": "float16, bfloat16, float32; head_dim a multiple of 8 up to 256; no attn_mask, no dropout",
+    "layer_norm": "float16, bfloat16, float32, float64; any width",
+    "softmax": "float16, bfloat16, float32, float64; any dim, any width; a mask without gradient",
+    "int8_linear": "float16, bfloat16, float32 activations; int8 weight",
+}
+
+GIBIBYTE = 1024**3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    facts = gathered()
+    if args.json:
+        print(json.dumps(facts, indent=1))
+    else:
+        _show(facts)
+    return 0
+
+
+def gathered() -> dict[str, Any]:
+    """What `gptkern info --json` prints."""
+    import torch
+
+    from gptkern import dispatch
+
+    devices = [_device(torch.device("cpu"))]
+    devices += [_device(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
+    for device in devices:
+        device["backends"] = _backends(torch.device(device["name"]))
+    return {
+        "versions": _versions(torch),
+        "environment": {name: os.environ.get(name) for name in VARIABLES},
+        "cuda_kernels": "in this build"
+        if importlib.util.find_spec("gptkern.cuda_kernels")
+        else "no CUDA kernels in this build",
+        "forced_backend": os.environ.get("GPTKERN_BACKEND") or None,
+        "operators": {operator: COVERAGE.get(operator, "") for operator in dispatch.OPERATORS},
+        "devices": devices,
+    }
+
+
+def _versions(torch) -> dict[str, str | None]:
+    from gptkern.version import __version__
+
+    return {
+        "gptkern": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "triton": _installed("triton"),
+        "numpy": _installed("numpy"),
+        "CUDA runtime": torch.version.cuda,
+        "CUDA driver": _driver(torch),
+    }
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _driver(torch) -> str | None:
+    """The newest CUDA that the driver supports, as PyTorch sees it."""
+    if torch.version.cuda is None or not hasattr(torch._C, "_cuda_getDriverVersion"):
+        return None
+    number = torch._C._cuda_getDriverVersion()
+    return f"{number // 1000}.{number % 1000 // 10}" if number else None
+
+
+def _device(device) -> dict[str, Any]:
+    import torch
+
+    if device.type == "cpu":
+        return {"name": "cpu", "model": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": str(device),
+        "model": properties.name,
+        "compute capability": f"{properties.major}.{properties.minor}",
+        "memory GiB": round(properties.total_memory / GIBIBYTE, 1),
+        "multiprocessors": properties.multi_processor_count,
+    }
+
+
+def _backends(device) -> dict[str, dict[str, str | None]]:
+    """operator -> backend -> None where it can run, else the reason."""
+    from gptkern import dispatch
+
+    return {
+        operator: {name: _reason(name, operator, device) for name in dispatch.BACKENDS}
+        for operator in dispatch.OPERATORS
+    }
+
+
+def _reason(backend: str, operator: str, device) -> str | None:
+    from gptkern import dispatch
+
+    reason = dispatch.unavailable(backend, device)
+    if reason is None:
+        try:
+            dispatch.load(backend, operator)
+        except ImportError as error:
+            reason = f"{type(error).__name__}: {error}"
+    return reason
+
+
+def _show(facts: dict[str, Any]) -> None:
+    rows = [[name, version or "none"] for name, version in facts["versions"].items()]
+    tables.show("Versions", ("", "version"), rows)
+    print()
+    for device in facts["devices"]:
+        described = ", ".join(f"{value} {name}" for name, value in list(device.items())[2:] if name != "backends")
+        print(f"{device['name']}: {device['model']} ({described})")
+    if len(facts["devices"]) == 1:
+        print("PyTorch sees no GPU.")
+    print(f"CUDA C++: {facts['cuda_kernels']}.")
+    for name, value in facts["environment"].items():
+        if value is not None:
+            print(f"{name}={value}")
+    for device in facts["devices"]:
+        print()
+        backends = list(next(iter(device["backends"].values())))
+        rows = [
+            [operator, *("no" if reasons[name] else "yes" for name in backends), facts["operators"][operator]]
+            for operator, reasons in device["backends"].items()
+        ]
+        tables.show(f"Backends on {device['name']}", ("operator", *backends, "what the kernels cover"), rows)
+        for backend, reason in _reasons(device["backends"]).items():
+            print(f"  not {backend}: {reason}")
+
+
+def _reasons(backends: dict[str, dict[str, str | None]]) -> dict[str, str]:
+    """backend -> why it cannot run; with the operators' names where not all have the same reason."""
+    told = {}
+    for name in next(iter(backends.values())):
+        reasons = {operator: reasons[name] for operator, reasons in backends.items() if reasons[name]}
+        if not reasons:
+            continue
+        if len(set(reasons.values())) == 1 and len(reasons) == len(backends):
+            told[name] = next(iter(reasons.values()))
+        else:
+            told[name] = "; ".join(f"{operator}: {reason}" for operator, reason in reasons.items())
+    return told
