@@ -136,13 +136,13 @@ def layer_norm(
 
 
 def quantize_int8(input: torch.Tensor, dim: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
-    """(q, scale): scale = max|x| / 127 along dim, or 1 where that is 0; q = x / scale to the nearest, halves to even.
+    """(q, scale): scale = max(max|x| / 127, 2⁻¹²⁶) along dim, or 1 if all is 0; q = x / scale, halves to even.
 
     In NumPy's float32, whose divisions are correctly rounded: the result is exact, to be compared bit for bit.
     """
     x = input.detach().cpu().float().numpy()
     largest = np.abs(x).max(axis=dim, keepdims=True)
-    scale = np.where(largest == 0, np.float32(1), largest / np.float32(127))
+    scale = np.where(largest == 0, np.float32(1), np.maximum(largest / np.float32(127), np.finfo(np.float32).tiny))
     q = np.clip(np.rint(x / scale), -127, 127).astype(np.int8)
     return torch.from_numpy(q), torch.from_numpy(scale.squeeze(dim))
 
