@@ -279,6 +279,9 @@ class LayerNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, residual, weight, bias, eps, backend):
+        # Kernels walk the parameters in steps of one element.
+        weight = None if weight is None else weight.contiguous()
+        bias = None if bias is None else bias.contiguous()
         output, summed, mean, rstd = _forward(input, residual, weight, bias, eps, backend)
         # Gradients that nobody computed arrive as None, not as zeros in memory.
         ctx.set_materialize_grads(False)
