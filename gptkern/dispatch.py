@@ -198,8 +198,18 @@ def _uncovered(name: str, operator: str, call: tuple) -> str | None:
     return _modules[name, operator].unsupported(*call)
 
 
-# Constant under torch.compile: an import cannot be traced, and the answer does not change within a process.
-@torch.compiler.assume_constant_result
+def _constant_while_compiling(function: Callable) -> Callable:
+    """torch.compile calls the function once and keeps the result.
+
+    What torch.compiler.assume_constant_result does, without its import of torch._dynamo (and of triton), which
+    would take most of the time of `import gptkern`.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+# An import cannot be traced, and the answer does not change within a process.
+@_constant_while_compiling
 def _unable(name: str, operator: str, device_type: str, device_index: int | None) -> str | None:
     """Why the backend cannot run anything on this device, or None. Imports the backend's module."""
     return unavailable(name, torch.device(device_type, device_index)) or _imported(name, operator)
@@ -245,8 +255,8 @@ def unavailable(name: str, device: torch.device) -> str | None:
     return None
 
 
-# Constant under torch.compile: a warning is no part of the graph.
-@torch.compiler.assume_constant_result
+# A warning is no part of the graph.
+@_constant_while_compiling
 def _warn_once(operator: str, reason: str) -> None:
     if (operator, reason) not in _warned:
         _warned.add((operator, reason))
