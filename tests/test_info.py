@@ -1,0 +1,80 @@
+"""`gptkern info`: what it knows about this machine, with and without Triton."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gptkern import cli, dispatch
+from gptkern.commands import info
+
+
+def _facts(capsys) -> dict:
+    assert cli.main(["info", "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_json_holds_versions_devices_and_backends(capsys):
+    facts = _facts(capsys)
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["versions"]["numpy"] == importlib.metadata.version("numpy")
+    assert set(facts["operators"]) == set(dispatch.OPERATORS)
+    assert all(facts["operators"].values()), "an operator has no word about what its kernels cover"
+    assert len(facts["devices"]) == 1 + torch.cuda.device_count()
+    cpu = facts["devices"][0]
+    for operator in dispatch.OPERATORS:
+        assert cpu["backends"][operator]["torch"] is None
+        assert "no CUDA kernels in this build" in cpu["backends"][operator]["cuda"]
+
+
+def test_the_reason_goes_when_the_interpreter_is_on(capsys, monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    off = _facts(capsys)
+    assert "TRITON_INTERPRET=1 is not set" in off["devices"][0]["backends"]["softmax"]["triton"]
+    assert off["environment"]["TRITON_INTERPRET"] is None
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    on = _facts(capsys)
+    assert on["devices"][0]["backends"]["softmax"]["triton"] is None
+    assert on["environment"]["TRITON_INTERPRET"] == "1"
+
+
+def test_an_operator_without_a_module_is_told_apart(capsys, monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(dispatch, "OPERATORS", (*dispatch.OPERATORS, "convolution"))
+    facts = _facts(capsys)
+    assert "ModuleNotFoundError" in facts["devices"][0]["backends"]["convolution"]["triton"]
+    reasons = info._reasons(facts["devices"][0]["backends"])
+    assert reasons["triton"].startswith("convolution: ModuleNotFoundError")
+    assert reasons["cuda"] == "there are no CUDA kernels in this build"
+
+
+def test_text_names_what_is_missing(capsys, monkeypatch):
+    monkeypatch.setenv("GPTKERN_BACKEND", "torch")
+    assert cli.main(["info"]) == 0
+    output = capsys.readouterr().out
+    assert "CUDA C++: no CUDA kernels in this build." in output
+    assert "not cuda: there are no CUDA kernels in this build" in output
+    assert "GPTKERN_BACKEND=torch" in output
+    assert ("PyTorch sees no GPU." in output) == (not torch.cuda.is_available())
+
+
+def test_works_without_triton_and_rich():
+    program = """
+import sys
+for name in ("triton", "rich"):
+    sys.modules[name] = None
+from gptkern import cli
+sys.exit(cli.main(["info"]))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "not triton: triton is not installed" in done.stdout
