@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Sequence
 
@@ -35,7 +36,7 @@ class TrainingDisplay(contextlib.AbstractContextManager):
         )  # fmt: skip
         self.task = self.progress.add_task("steps", total=steps)
         self.live = Live(self._renderable(), console=console, refresh_per_second=4) if console.is_terminal else None
-        self.last_line, self.last_time = "", time.monotonic()
+        self.last_line, self.last_time = "", -math.inf
 
     def __enter__(self) -> TrainingDisplay:
         if self.live:

@@ -30,9 +30,10 @@ code { font: 0.9em var(--mono); }
 .verdict.bad { border-left-color: var(--bad); } .verdict.wait { border-left-color: var(--wait); }
 .verdict p { max-width: none; margin: 4px 0; }
 .verdict strong { font-size: 17px; }
-.good { color: var(--good); } .bad { color: var(--bad); } .wait { color: var(--wait); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); gap: 14px; }
-.tile { background: var(--card); border: 1px solid var(--faint); border-radius: 8px; padding: 14px 16px; }
+strong.good { color: var(--good); } strong.wait { color: var(--wait); }
+p.bad, span.bad, strong.bad { color: var(--bad); }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; }
+.tile { background: var(--card); border: 1px solid var(--faint); border-radius: 8px; padding: 12px 14px; }
 .tile b { display: block; font-size: 25px; font-weight: 600; line-height: 1.25; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: 13.5px; line-height: 1.35; display: block; }
 .scroll { overflow-x: auto; }
@@ -90,12 +91,17 @@ def _tiles(findings: Findings) -> str:
     if findings.steps_done:
         if findings.swapped.final is not None:
             tiles.append((f"{findings.swapped.final:.3f}", "validation loss, nats per byte (swapped)"))
-        tiles.append((f"{findings.largest_difference:.2g}", "largest difference stock − swapped, nats per byte"))
+        tiles.append((f"{findings.largest_difference:.2g}", "largest difference, stock to swapped, nats per byte"))
         if findings.speed_up:
             tiles.append((f"{findings.speed_up:.2f}×", "training speed, swapped to stock"))
     if findings.int8:
-        tiles.append((f"{findings.int8.linear_bytes / findings.int8.linear_bytes_int8:.2f}×", "smaller int8 linears"))
-        tiles.append((f"{findings.int8.change:+.4f}", "validation loss of int8, difference in nats per byte"))
+        tiles.append(
+            (
+                f"{findings.int8.linear_bytes / findings.int8.linear_bytes_int8:.2f}×",
+                "smaller: the linear layers in int8",
+            )
+        )
+        tiles.append((f"{findings.int8.change:+.4f}", "change of the validation loss by int8, nats per byte"))
     cells = "".join(
         f'<div class="tile"><b>{_text(value)}</b><span>{_text(label)}</span></div>' for value, label in tiles
     )
