@@ -138,11 +138,13 @@ def layer_norm(
 def quantize_int8(input: torch.Tensor, dim: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
     """(q, scale): scale = max(max|x| / 127, 2⁻¹²⁶) along dim, or 1 if all is 0; q = x / scale, halves to even.
 
-    In NumPy's float32, whose divisions are correctly rounded: the result is exact, to be compared bit for bit.
+    In NumPy's float32 (float64 for float64), whose divisions are correctly rounded: exact, to be compared bit for bit.
     """
-    x = input.detach().cpu().float().numpy()
+    x = input.detach().cpu()
+    x = (x if x.dtype == torch.float64 else x.float()).numpy()
     largest = np.abs(x).max(axis=dim, keepdims=True)
-    scale = np.where(largest == 0, np.float32(1), np.maximum(largest / np.float32(127), np.finfo(np.float32).tiny))
+    scale = np.maximum((largest / x.dtype.type(127)).astype(np.float32), np.finfo(np.float32).tiny)
+    scale = np.where(largest == 0, np.float32(1), scale)
     q = np.clip(np.rint(x / scale), -127, 127).astype(np.int8)
     return torch.from_numpy(q), torch.from_numpy(scale.squeeze(dim))
 
@@ -162,21 +164,19 @@ def int8_linear(
     weight_scale: torch.Tensor,  # (out_features,) float32
     bias: torch.Tensor | None = None,  # (out_features,)
     activation: str | None = None,
-    mode: str = "w8a8",
     *,
+    quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
     precision: torch.dtype = ORACLE,
 ) -> torch.Tensor:
-    """activation((x @ weightᵀ) * weight_scale + bias): x is the input, or in w8a8 what quantize_int8 keeps of it.
+    """activation((x @ weightᵀ) * weight_scale + bias), with x the input, or q * scale of `quantized` (w8a8).
 
-    The rounding of the activation passes gradients straight through.
+    Gradients pass straight through the quantisation, as if x were the input.
     """
-    x = input.to(precision)
-    if mode == "w8a8" and input.numel():
-        # The product is of integers, below 2³¹: exact in float64 whatever the precision of the rest.
-        q, scale = quantize_int8(input)
-        exact = (q.double() @ weight.cpu().double().T).to(precision) * scale.to(precision)[..., None]
-        z = x @ weight.to(precision).T
-        z = (exact.to(z.device) + (z - z.detach())) * weight_scale.to(precision)
-    else:
-        z = (x @ weight.to(precision).T) * weight_scale.to(precision)
+    z = input.to(precision) @ weight.to(precision).T
+    if quantized is not None:
+        q, scale = quantized
+        # The product is of integers and below 2³¹: exact in float64, whatever the precision of the rest.
+        product = (q.double() @ weight.cpu().double().T).to(precision) * scale.to(precision)[..., None]
+        z = product.to(z.device) + (z - z.detach())
+    z = z * weight_scale.to(precision)
     return gelu(z if bias is None else z + bias.to(precision), activation)
