@@ -127,6 +127,11 @@ class Demo:
         self.number += 1
         self.console.rule(f"[bold]{self.number}  {stage}", align="left", style="dim")
 
+    def _say(self, line: str) -> None:
+        """A line; wrapped at words in a terminal, left whole in a log."""
+        # markup=False: a file's name may hold square brackets.
+        self.console.print(line, markup=False, soft_wrap=not self.console.is_terminal)
+
     # --- the stages ---------------------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
@@ -151,13 +156,15 @@ class Demo:
         findings.dtype, findings.device = self.recipe.dtype, _device_name(device)
         findings.tokens_per_step = self.recipe.tokens_per_step
         findings.environment = _environment(device)
-        self.console.print(
+        self._say(
             f"{findings.model}: {findings.parameters:,} parameters, {findings.dtype} on {findings.device}\n"
-            f"{findings.text}: {findings.text_bytes[0]:,} bytes to train on, {findings.text_bytes[1]:,} held out",
-            soft_wrap=True,
+            f"{findings.text}: {findings.text_bytes[0]:,} bytes to train on, {findings.text_bytes[1]:,} held out"
         )
 
     def _swap(self) -> None:
+        from rich.markup import escape
+        from rich.table import Table
+
         self._begin("gptkern.swap(model)")
         self.swapped = copy.deepcopy(self.stock)
         report = gptkern.swap(self.swapped)
@@ -167,14 +174,15 @@ class Demo:
         with training.autocast(self.recipe):
             self.findings.swapped_modules = observed(self.stock, report, batches.next()[0])
         self.findings.skipped_modules = [tuple(entry) for entry in report.skipped]
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        for heading in ("module", "class", "operator", "backend", "why"):
+            table.add_column(heading, no_wrap=heading in ("operator", "backend"))
         for row in self.findings.swapped_modules:
-            self.console.print(
-                f"{row.names} ({row.count}): {row.original} -> {row.replacement}; "
-                f"{row.operator} on [bold]{row.backend}[/], {row.reason}",
-                soft_wrap=True,
-            )
+            names = f"{row.names} ({row.count})"
+            table.add_row(names, row.original, row.operator, row.backend, escape(row.reason))
         for name, original, reason in self.findings.skipped_modules:
-            self.console.print(f"{name}: {original} left alone, {reason}", soft_wrap=True)
+            table.add_row(name, original, "-", "-", escape(f"left alone: {reason}"))
+        self.console.print(table)
 
     def _train(self) -> None:
         from gptkern.commands.display import TrainingDisplay
@@ -217,10 +225,9 @@ class Demo:
                 Curve(trainer.losses, trainer.validations, trainer.tokens_per_second) for _, trainer in trainers
             )
         self.trainer = trainers[1][1]
-        self.console.print(
+        self._say(
             f"validation loss: stock {findings.stock.final:.4f}, swapped {nats(findings.swapped.final)}; "
-            f"largest difference {findings.largest_difference:.2g}; speed {findings.speed_up:.2f} x stock",
-            soft_wrap=True,
+            f"largest difference {findings.largest_difference:.2g}; speed {findings.speed_up:.2f} x stock"
         )
         checkpoints.save(
             self.swapped, self.out / "checkpoint",
@@ -255,10 +262,9 @@ class Demo:
             len(names), loss, self.findings.swapped.final, before, after,
             size_in_bytes(self.swapped), size_in_bytes(self.int8),
         )  # fmt: skip
-        self.console.print(
+        self._say(
             f"{int8.layers} linear layers: {before:,} -> {after:,} bytes ({before / after:.2f} x smaller); "
-            f"validation loss {loss:.4f} ({int8.change:+.4f})",
-            soft_wrap=True,
+            f"validation loss {loss:.4f} ({int8.change:+.4f})"
         )
 
     def _generate(self) -> None:
@@ -282,10 +288,9 @@ class Demo:
             return
         self._begin("this machine's kernels against float64")
         result = self.findings.kernel_check = check(self.recipe.device, self.args.check_seconds)
-        self.console.print(
+        self._say(
             f"{result.passed} comparisons passed, {result.failed} failed, {result.left_out} cases left out "
-            f"({result.note}, {result.seconds:.0f} s)",
-            soft_wrap=True,
+            f"({result.note}, {result.seconds:.0f} s)"
         )
 
     # --- the end ------------------------------------------------------------------------------------------------------
@@ -301,10 +306,10 @@ class Demo:
         (self.out / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         problems = findings.problems()
         self.console.rule("[bold]verdict", align="left", style="red" if problems else "green")
-        self.console.print(findings.verdict())
+        self._say(findings.verdict())
         for problem in problems:
             self.console.print(problem, style="bold red", markup=False)
-        self.console.print(f"\nreport: [bold]{self.out / 'report.html'}[/]", soft_wrap=True)
+        self._say(f"\nreport: {self.out / 'report.html'}")
 
 
 @contextlib.contextmanager

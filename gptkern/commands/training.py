@@ -162,7 +162,7 @@ def validation_loss(model: GPT, held_out: torch.Tensor, recipe: Recipe, windows:
         for rows in held_out.split(EVALUATION_BATCH):
             with autocast(recipe):
                 _, loss = model(rows[:, :-1], rows[:, 1:])
-            total += loss.double().cpu() * len(rows)
+            total += loss.cpu().double() * len(rows)
     finally:
         model.train(was_training)
     return (total / len(held_out)).item()
