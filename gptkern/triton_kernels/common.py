@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -13,27 +12,10 @@ import triton.language as tl
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _round_bfloat16_to_nearest() -> None:
-    """Makes the interpreter round float32 and float64 to bfloat16 as GPUs do: to nearest, halves to even.
-
-    By itself it cuts float32 off, which doubles the error, and turns float64 into an integer (seen in Triton 3.7).
-    """
-    from triton.runtime import interpreter
-
-    builder = interpreter.InterpreterBuilder
-    cast = builder.cast_impl
-
-    def rounding_cast(self, source, dst_type):
-        if dst_type.scalar == tl.bfloat16 and source.dtype.scalar in (tl.float32, tl.float64):
-            x = torch.from_numpy(np.ascontiguousarray(source.data))
-            return interpreter.TensorHandle(x.to(torch.bfloat16).view(torch.uint16).numpy(), tl.bfloat16)
-        return cast(self, source, dst_type)
-
-    builder.cast_impl = rounding_cast
-
-
 if INTERPRETED:
-    _round_bfloat16_to_nearest()
+    from gptkern.triton_kernels import interpreter
+
+    interpreter.mend()
 
 
 @triton.jit
