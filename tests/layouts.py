@@ -6,6 +6,8 @@ import torch
 
 # Elements of guard on each side. A multiple of 16 keeps a tensor as aligned as a fresh one.
 GUARD = 64
+# What lies between the elements of a strided tensor: far from what the tests put into them, and within int8.
+FAR = 101
 
 
 def guarded(tensor: torch.Tensor) -> torch.Tensor:
@@ -21,13 +23,13 @@ def guarded(tensor: torch.Tensor) -> torch.Tensor:
 
 def strided_rows(tensor: torch.Tensor) -> torch.Tensor:
     """Rows further apart than they are wide, as a slice of a wider tensor has them."""
-    buffer = guarded(tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 7), 1e4))
+    buffer = guarded(tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 7), FAR))
     return buffer[..., 3 : 3 + tensor.shape[-1]].copy_(tensor)
 
 
 def every_other_row(tensor: torch.Tensor) -> torch.Tensor:
     """Every other row of a tensor twice as long, from the last dimension but one."""
-    buffer = guarded(tensor.new_full((*tensor.shape[:-2], 2 * tensor.shape[-2], tensor.shape[-1]), 1e4))
+    buffer = guarded(tensor.new_full((*tensor.shape[:-2], 2 * tensor.shape[-2], tensor.shape[-1]), FAR))
     return buffer[..., ::2, :].copy_(tensor)
 
 
@@ -38,7 +40,7 @@ def transposed(tensor: torch.Tensor) -> torch.Tensor:
 
 def every_other_element(tensor: torch.Tensor) -> torch.Tensor:
     """The last dimension with stride 2."""
-    buffer = guarded(tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1]), 1e4))
+    buffer = guarded(tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1]), FAR))
     return buffer[..., ::2].copy_(tensor)
 
 
