@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional
 from checking import Watched, raised_by
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from layouts import LAYOUTS, guarded
 
@@ -23,6 +23,12 @@ SIXTEEN_BITS = [torch.float16, torch.bfloat16]
 
 # Widths and rows just below, at and above what tiles are made of; many rows of little width, one long row.
 SHAPES = [(1, 1), (17, 1), (3, 3), (257, 3), (65, 16), (16, 64), (17, 65), (3, 1000), (2, 1025)]
+
+# The fixtures are the same for every example; and to shrink a failing one, interpreted, takes minutes.
+PROPERTY = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    phases=[Phase.explicit, Phase.generate],
+)
 
 
 # --- How a call is judged -------------------------------------------------------------------------------------------
@@ -203,7 +209,7 @@ def test_wide_row_variant_at_small_widths(kernel_backend, device, monkeypatch, d
         check((offset + 1e4, *others))
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(PROPERTY, max_examples=15)
 @given(
     batch=st.lists(st.integers(0, 5), max_size=3),
     normalized_shape=st.lists(st.integers(1, 9), min_size=1, max_size=2),
