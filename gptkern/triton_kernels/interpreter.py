@@ -5,8 +5,6 @@ Seen in Triton 3.6 to 3.9; each mend is left out where the interpreter no longer
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import torch
 import triton.language as tl
@@ -50,5 +48,3 @@ def _patch_the_language_once_a_launch() -> None:
         return self.rewrite()(*args, **kwargs)
 
     function.__call__ = call
-    if hasattr(interpreter, "_get_np_dtype"):
-        interpreter._get_np_dtype = functools.cache(interpreter._get_np_dtype)
