@@ -5,6 +5,8 @@ Seen in Triton 3.6 to 3.9; each mend is left out where the interpreter no longer
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 import triton.language as tl
@@ -14,7 +16,7 @@ from triton.runtime import interpreter
 def mend() -> None:
     """Applies every mend once."""
     _round_bfloat16_to_nearest()
-    _patch_the_language_once_a_launch()
+    _patch_the_language_once()
 
 
 def _round_bfloat16_to_nearest() -> None:
@@ -34,17 +36,24 @@ def _round_bfloat16_to_nearest() -> None:
     builder.cast_impl = rounding_cast
 
 
-def _patch_the_language_once_a_launch() -> None:
-    """Keeps a device function's call from patching triton.language again: the kernel's launch has done so.
+def _patch_the_language_once() -> None:
+    """Keeps a device function's call from patching triton.language where it is patched already.
 
-    That second search through the language is half the time of an interpreted attention kernel (1.8 times as fast
-    without it, on one core of an AMD EPYC).
+    That search through the language at each call is half the time of an interpreted attention kernel (1.8 times as
+    fast without it, on one core of an AMD EPYC).
     """
     function = interpreter.InterpretedFunction
+    call = function.__call__
     if not hasattr(function, "rewrite"):
         return
 
-    def call(self, *args, **kwargs):
+    @functools.cache
+    def languages(fn):
+        return [module for module in fn.__globals__.values() if module is tl or module is tl.core]
+
+    def call_patched(self, *args, **kwargs):
+        if any(tl.core.is_builtin(language.load) for language in languages(self.fn)):
+            return call(self, *args, **kwargs)
         return self.rewrite()(*args, **kwargs)
 
-    function.__call__ = call
+    function.__call__ = call_patched
