@@ -170,7 +170,7 @@ def backward(grad_output, input, weight, weight_scale, bias, activation, mode, n
 
     What is not needed is empty. `input` is None where there is no activation.
     """
-    dz = grad_output.to(_computing_dtype(grad_output)).reshape(-1, weight.shape[0])
+    dz = rows_of(grad_output).to(_computing_dtype(grad_output))
     if activation is not None:
         # dz = dy * act'(z)
         z = _preactivation(input, weight, weight_scale, bias, mode)
@@ -186,7 +186,7 @@ def backward(grad_output, input, weight, weight_scale, bias, activation, mode, n
 def _preactivation(input, weight, weight_scale, bias, mode):
     """z (rows, out_features) in float32 (float64 for float64 input)."""
     dtype = _computing_dtype(input)
-    x = input.reshape(-1, weight.shape[1])
+    x = rows_of(input)
     if mode == "w8a8":
         q, input_scale = _quantized(x, 1)
         # z = (q @ weight^T) * input_scale * weight_scale + bias
@@ -195,6 +195,11 @@ def _preactivation(input, weight, weight_scale, bias, mode):
         # z = (x @ weight^T) * weight_scale + bias
         z = _widened_product(x.to(dtype), weight) * weight_scale
     return z if bias is None else z + bias.to(dtype)
+
+
+def rows_of(tensor):
+    """(…, width) -> (rows, width), width 0 included."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def integer_product(q, weight):
