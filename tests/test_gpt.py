@@ -165,13 +165,15 @@ class TestGenerate:
         assert torch.equal(first, second)
         assert not torch.equal(first, other)
 
-    def test_temperature_sharpens(self, model):
+    @pytest.mark.parametrize("top_k", [None, 5])
+    def test_temperature_sharpens(self, model, top_k):
         prompt = torch.zeros(256, 1, dtype=torch.int64)
         logits, _ = model(prompt[:1])
-        expected = torch.softmax(logits[0, -1] / 0.05, -1)
-        drawn = model.generate(prompt, 1, temperature=0.05)[:, 1]
-        likeliest = expected.argmax()
-        assert (drawn == likeliest).float().mean().item() == pytest.approx(expected[likeliest].item(), abs=0.15)
+        best = logits[0, -1].topk(top_k or 61).values
+        expected = torch.softmax(best / 0.05, -1)[0].item()
+        assert expected > 2 * torch.softmax(best, -1)[0].item()  # a temperature that is left out shows
+        drawn = model.generate(prompt, 1, temperature=0.05, top_k=top_k)[:, 1]
+        assert (drawn == logits[0, -1].argmax()).float().mean().item() == pytest.approx(expected, abs=0.15)
 
     def test_top_k_draws_from_the_k_likeliest(self, model):
         prompt = torch.zeros(256, 1, dtype=torch.int64)

@@ -154,8 +154,8 @@ class Findings:
                 sentences.append(f"Validation loss: {nats(self.swapped.final)}.")
             if self.backends == ["torch"]:
                 sentences.append(
-                    "This run has no GPU for the kernels, so the swapped model ran on PyTorch's own operators too: "
-                    "equal curves and a speed ratio near 1 are what to expect here."
+                    "No kernels ran in the swapped model here (the table of modules says why): it used PyTorch's own "
+                    "operators too, so equal curves and a speed ratio near 1 are what to expect."
                 )
             elif self.speed_up:
                 sentences.append(f"The swapped model trained at {self.speed_up:.2f} times the stock model's speed.")
