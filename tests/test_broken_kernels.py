@@ -1,0 +1,135 @@
+"""Kernels that are broken on purpose: a check that cannot fail is worth nothing.
+
+Each mutation changes one expression in the source of a Triton kernel. The same case of gptkern.checking has to pass
+with the kernel as it is and to fail, by its numbers, with the broken one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from gptkern import checking, dispatch
+from gptkern.checking_cases import cases_of
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+KERNELS = Path(checking.__file__).parent / "triton_kernels"
+
+
+class Mutation(NamedTuple):
+    name: str
+    operator: str
+    function: str  # the kernel or helper that is changed
+    old: str  # a regular expression that matches once in the function; a space matches any white space
+    new: str
+    shape_class: str  # of gptkern.checking_cases
+    direction: str  # the result that has to fail
+    dtype: torch.dtype = torch.float32
+
+
+MUTATIONS = [
+    Mutation(
+        "the causal mask is shifted by one", "attention", "_forward_tiles",
+        r"columns\[None, :\] <= rows\[:, None\]", "columns[None, :] <= rows[:, None] + 1",
+        "grouped heads", "forward", torch.float16,
+    ),
+    Mutation(
+        "the accumulator is not rescaled", "attention", "_forward_tiles",
+        r"accumulator = accumulator \* correction\[:, None\]", "accumulator = accumulator",
+        "grouped heads", "forward", torch.float16,
+    ),
+    Mutation(
+        "the causal mask of the keys' gradient is shifted by one", "attention", "_key_value_tiles",
+        r"columns\[(None, :|:, None)\] <= rows\[(None, :|:, None)\]", r"columns[\1] <= rows[\2] + 1",
+        "grouped heads", "grad key", torch.float16,
+    ),
+    Mutation(
+        "the variance is divided by width - 1", "layer_norm", "_forward_kernel",
+        r"tl\.sum\(centred \* centred, axis=1\) / width", "tl.sum(centred * centred, axis=1) / (width - 1)",
+        "tail", "forward",
+    ),
+    Mutation(
+        "the backward forgets avg(g * x_hat)", "layer_norm", "_backward_kernel",
+        r"- x_hat \* average_gx", "",
+        "tail", "grad input",
+    ),
+    Mutation(
+        "the running sum is not rescaled", "softmax", "_forward_chunked_kernel",
+        r"total = total \* tl\.exp2\([^\n]*", "total = total",
+        "wide first dimension", "forward",
+    ),
+    Mutation(
+        "the last element of a row is not seen", "softmax", "_forward_kernel",
+        r"n < width", "n < width - 1",
+        "tail", "forward",
+    ),
+    Mutation(
+        "the mask of the K tail is one too wide", "int8_linear", "_w8a8_kernel",
+        r"k < K - start", "k <= K - start",
+        "w8a8, tails", "forward",
+    ),
+    Mutation(
+        "the mask of the K tail is one too wide", "int8_linear", "_w8a16_kernel",
+        r"k < K - start", "k <= K - start",
+        "w8a16, tails", "forward",
+    ),
+    Mutation(
+        "the two scales are swapped", "int8_linear", "_w8a8_kernel",
+        r"input_scale\[:, None\] \* weight_scale\[None, :\]", "weight_scale[:, None] * input_scale[None, :]",
+        "w8a8", "forward",
+    ),
+    Mutation(
+        "the quotient is cut off", "quantize_int8", "_quantized",
+        r"shifted\.to\(tl\.int32, bitcast=True\) - _ROUNDER_BITS", "(shifted - _ROUNDER - 0.5).to(tl.int32)",
+        "tail", "forward",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: f"{mutation.operator}: {mutation.name}")
+def test_the_check_sees_a_broken_kernel(mutation, monkeypatch, tmp_path, device):
+    case = next(
+        case
+        for case in cases_of(mutation.operator, ("small",))
+        if case.shape_class == mutation.shape_class and case.dtype == mutation.dtype
+    )
+
+    def results():
+        return {result.direction: result for result in checking.check(case, "triton", torch.device(device))}
+
+    sound = results()
+    assert all(result.ok for result in sound.values()), sound
+    monkeypatch.setitem(dispatch._modules, ("triton", mutation.operator), broken_module(mutation, tmp_path))
+    broken = results()
+    # A kernel that does not run at all would prove nothing about the comparison.
+    assert not any(result.note for result in broken.values()), broken
+    result = broken[mutation.direction]
+    assert result.ok is False and not math.isnan(result.error) and result.error > result.bound
+
+
+def broken_module(mutation: Mutation, folder: Path):
+    """The operator's Triton module, imported from a changed copy; the one in the package stays as it is."""
+    path = folder / f"broken_{mutation.operator}.py"
+    path.write_text(mutated((KERNELS / f"{mutation.operator}.py").read_text(), mutation))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def mutated(source: str, mutation: Mutation) -> str:
+    """The source with the expression changed, which has to stand exactly once in the function's body."""
+    start = re.search(rf"^def {mutation.function}\(", source, re.MULTILINE)
+    assert start, f"{mutation.operator} has no function {mutation.function}"
+    end = re.compile(r"\n(?=[@#A-Za-z_])").search(source, start.end())
+    stop = end.start() if end else len(source)
+    body, count = re.subn(mutation.old.replace(" ", r"\s+"), mutation.new, source[start.start() : stop])
+    assert count == 1, f"{mutation.operator}.{mutation.function} has {count} places like {mutation.old}; it needs 1"
+    return source[: start.start()] + body + source[stop:]
