@@ -15,25 +15,30 @@ from triton.runtime import interpreter
 
 def mend() -> None:
     """Applies every mend once."""
-    _round_bfloat16_to_nearest()
+    _convert_bfloat16_as_gpus_do()
     _patch_the_language_once()
 
 
-def _round_bfloat16_to_nearest() -> None:
-    """Makes the interpreter round float32 and float64 to bfloat16 as GPUs do: to nearest, halves to even.
+def _convert_bfloat16_as_gpus_do() -> None:
+    """Makes the interpreter round to bfloat16 to nearest, halves to even, and widen subnormal bfloat16 rightly.
 
-    By itself it cuts float32 off, which doubles the error, and turns float64 into an integer (seen in Triton 3.7).
+    By itself it cuts float32 off, which doubles the error, turns float64 and integers into other numbers, and widens
+    subnormal bfloat16 to wrong values (seen in Triton 3.7).
     """
     builder = interpreter.InterpreterBuilder
     cast = builder.cast_impl
 
-    def rounding_cast(self, source, dst_type):
-        if dst_type.scalar == tl.bfloat16 and source.dtype.scalar in (tl.float32, tl.float64):
+    def mended_cast(self, source, dst_type):
+        source_type, target = source.dtype.scalar, dst_type.scalar
+        if target == tl.bfloat16 and (source_type in (tl.float32, tl.float64) or source_type.is_int()):
             x = torch.from_numpy(np.ascontiguousarray(source.data))
             return interpreter.TensorHandle(x.to(torch.bfloat16).view(torch.uint16).numpy(), tl.bfloat16)
+        if source_type == tl.bfloat16 and target == tl.float32:
+            # bfloat16 is the upper half of a float32
+            return interpreter.TensorHandle((source.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
         return cast(self, source, dst_type)
 
-    builder.cast_impl = rounding_cast
+    builder.cast_impl = mended_cast
 
 
 def _patch_the_language_once() -> None:
