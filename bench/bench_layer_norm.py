@@ -18,8 +18,9 @@ else:
     SHAPES = [(1024, 768, torch.float32), (4096, 1024, torch.float32), (1024, 4096, torch.bfloat16)]
 PEERS = ["eager", "torch.compile", "liger"]
 EPS = 1e-5
-# On a CPU gptkern calls PyTorch's operator: what it adds is the twin's own host time.
-LIMIT_ON_CPU = 1.05
+# On a CPU gptkern calls PyTorch's operator: what it adds is the twin's own host time. Not with 16 bits, where it
+# computes in float32, which takes longer and is what PyTorch's own gradients lack.
+LIMIT_ON_CPU = {torch.float32: 1.05}
 
 
 def twin(x, weight, bias):
@@ -65,7 +66,7 @@ def test_layer_norm(benchmark, shape, direction, peer):
     other = liger if peer == "liger" else theirs
     rows, width, dtype = shape
     bytes_of_x = rows * width * dtype.itemsize
-    limit = LIMIT_ON_CPU if harness.DEVICE == "cpu" else None
+    limit = LIMIT_ON_CPU.get(dtype) if harness.DEVICE == "cpu" else None
     comparison = harness.Comparison(f"layer_norm {direction}", f"{rows}x{width} {str(dtype)[6:]}", peer, limit)
     inputs = harness.sets_of_inputs(lambda: make_inputs(*shape, direction == "backward"), bytes_of_x)
     dy = torch.randn_like(inputs[0][0])

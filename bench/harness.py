@@ -53,6 +53,7 @@ class Row(NamedTuple):
     peer_seconds: float
     limit: float | None  # the ratio that is promised, or None
     gigabytes_per_second: float | None
+    teraflops: float | None = None
 
 
 ROWS: list[Row] = []
@@ -228,24 +229,37 @@ class Comparison:
         self.checked = True
 
     def time(
-        self, benchmark, ours: Callable, theirs: Callable, inputs: list[tuple], bytes_moved: int | None = None
+        self,
+        benchmark,
+        ours: Callable,
+        theirs: Callable,
+        inputs: list[tuple],
+        bytes_moved: int | None = None,
+        flops: float | None = None,
     ) -> None:
         """Times ours(*inputs[i]) and theirs(*inputs[i]).
 
         Args:
             benchmark: pytest-benchmark's fixture; it is told our samples, and the peer's in its extra_info.
             bytes_moved: the least that has to be read and written in a call, for the GB/s.
+            flops: the operations of a call, for the TFLOP/s.
         """
-        self.record(benchmark, *durations([ours, theirs], inputs), bytes_moved)
+        self.record(benchmark, *durations([ours, theirs], inputs), bytes_moved, flops)
 
     def record(
-        self, benchmark, samples: list[float], peer_samples: list[float], bytes_moved: int | None = None
+        self,
+        benchmark,
+        samples: list[float],
+        peer_samples: list[float],
+        bytes_moved: int | None = None,
+        flops: float | None = None,
     ) -> None:
         """Takes the samples, in seconds, where `time` is not what is wanted."""
         if not self.checked:
             raise RuntimeError("a result is checked before its time is taken: call check first")
         seconds, peer_seconds = statistics.median(samples), statistics.median(peer_samples)
         rate = None if bytes_moved is None else bytes_moved / seconds * 1e-9
+        teraflops = None if flops is None else flops / seconds * 1e-12
         benchmark.extra_info.update(
             environment(),
             shape=self.shape,
@@ -254,9 +268,10 @@ class Comparison:
             peer_samples=peer_samples,
             ratio=seconds / peer_seconds,
             gigabytes_per_second=rate,
+            teraflops=teraflops,
         )
         clock.replay(benchmark, samples)
-        ROWS.append(Row(self.benchmark, self.shape, self.peer, seconds, peer_seconds, self.limit, rate))
+        ROWS.append(Row(self.benchmark, self.shape, self.peer, seconds, peer_seconds, self.limit, rate, teraflops))
 
 
 def peer_or_reason(peer: str, eager: Callable, liger: str | None = None) -> tuple[Callable | None, str]:
@@ -281,7 +296,7 @@ def peer_or_reason(peer: str, eager: Callable, liger: str | None = None) -> tupl
 
 def table() -> list[str]:
     """The lines of the table of all comparisons."""
-    head = ("benchmark", "shape", "peer", "gptkern", "peer's", "ratio", "limit", "GB/s")
+    head = ("benchmark", "shape", "peer", "gptkern", "peer's", "ratio", "limit", "GB/s", "TFLOP/s")
     lines = [head]
     for row in ROWS:
         lines.append(
@@ -294,6 +309,7 @@ def table() -> list[str]:
                 f"{row.seconds / row.peer_seconds:.3f}",
                 "" if row.limit is None else f"{row.limit:.2f}",
                 "" if row.gigabytes_per_second is None else f"{row.gigabytes_per_second:.1f}",
+                "" if row.teraflops is None else f"{row.teraflops:.3f}",
             )
         )
     widths = [max(map(len, column)) for column in zip(*lines)]

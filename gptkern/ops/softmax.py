@@ -44,7 +44,7 @@ def softmax(
         scale: multiplies the input before the mask; its gradient is not taken.
         mask: bool (True takes part) or floating point (added), broadcastable to the input.
         is_causal: element j of row i takes part if j <= i; rows are the second-to-last dimension and `dim` has to
-            be the last. What lies right of the limit is written as 0 and not read.
+            be the last. What lies right of the limit is written as 0, whatever it holds.
 
     Returns:
         The input's shape; dtype `dtype`, or the input's. With a mask or is_causal, a row of which nothing takes
@@ -55,7 +55,8 @@ def softmax(
         RuntimeError: the input is no floating-point tensor and dtype is None; the mask does not broadcast, or is
             on another device.
         ValueError: is_causal with fewer than two dimensions, or with a dim that is not the last.
-        TypeError: an argument that must be a tensor is none; a mask that is neither bool nor floating point.
+        TypeError: an argument that must be a tensor is none (PyTorch: AttributeError for the input); dim is no int;
+            dtype is no dtype; a mask that is neither bool nor floating point.
 
     Backends: torch; triton for float16, bfloat16, float32 and float64, any dim, any width, forward and backward
     (no second derivative; a mask that requires grad runs on PyTorch).

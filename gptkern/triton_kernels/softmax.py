@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 
 from gptkern.triton_kernels.common import CompileCase, architecture
+from gptkern.triton_kernels.strides import Layout, layout
 
 LOG2E = tl.constexpr(math.log2(math.e))
 # Loads end at the causal limit rounded up to this many elements, and what is past the limit is thrown away: a limit at
@@ -417,66 +418,22 @@ def tile(direction: str, axis: int, width: int, lanes: int, dtype: torch.dtype, 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-class _Layout(NamedTuple):
-    """A call as the kernels see it; `strides` holds (stride_0, stride_1, stride_lane, stride_n) of each tensor."""
-
-    axis: int
-    size_0: int
-    size_1: int
-    lanes: int
-    strides: list[tuple[int, int, int, int]]
-
-
-def _collapsed(dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """(size, stride, stride, …) of each dimension, outermost first, with neighbours merged where all strides allow."""
-    merged: list[tuple[int, ...]] = []
-    for size, *strides in dims:
-        if size == 1:
-            continue
-        if merged and all(outer == inner * size for outer, inner in zip(merged[-1][1:], strides)):
-            merged[-1] = (merged[-1][0] * size, *strides)
-        else:
-            merged.append((size, *strides))
-    return merged
-
-
-def _layout(dim: int, *tensors: torch.Tensor) -> _Layout | None:
-    """How tensors of one shape are walked together, or None: too many dimensions are left after merging."""
-    shape = tensors[0].shape
-    dims = [(size, *(tensor.stride(i) for tensor in tensors)) for i, size in enumerate(shape)]
-    inner = _collapsed(dims[dim + 1 :])
-    axis = 0 if inner else 1
-    # Where nothing lies inside of the dimension, the innermost outer dimension gives the lanes.
-    walked = _collapsed(dims[:dim]) + inner
-    if len(inner) > 1 or len(walked) > 3:
-        return None
-    alone = (1, *(0 for _ in tensors))
-    (size_0, *strides_0), (size_1, *strides_1), (lanes, *strides_lane) = [alone] * (3 - len(walked)) + walked
-    strides_n = (tensor.stride(dim) for tensor in tensors)
-    return _Layout(axis, size_0, size_1, lanes, list(zip(strides_0, strides_1, strides_lane, strides_n)))
-
-
-def _forward_layout(input, dim, mask) -> tuple[_Layout, torch.Tensor, torch.Tensor]:
-    """The layout of input and mask, copying what no strides describe: seldom the input, still more seldom the mask."""
+def _walked(input, dim, mask) -> tuple[Layout, torch.Tensor, torch.Tensor]:
+    """The layout of input and mask, and both as it describes them: copied where no strides do, which is seldom."""
     mask = input if mask is None else mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-    expanded = mask.expand(input.shape)
-    layout = _layout(dim, input, expanded)
-    strided_row = layout is not None and layout.axis == 1 and layout.strides[0][3] != 1 and input.shape[dim] > 1
-    if layout is None or strided_row:
+    found = layout(dim, input, mask.expand(input.shape))
+    if found is None or (found.axis == 1 and found.strides[0][3] != 1 and input.shape[dim] > 1):
         shared = mask is input
         input = input.contiguous()
         mask = input if shared else mask
-        layout = _layout(dim, input, mask.expand(input.shape))
-    if layout is None:
+        found = layout(dim, input, mask.expand(input.shape))
+    if found is None:
         # Written out over the dimensions inside of `dim` and over the outer ones but the last, not over these two.
         mask = mask[(None,) * (input.dim() - mask.dim())]
-        sizes = [
-            mask.shape[i] if i in (dim, dim - 1) else size
-            for i, size in enumerate(input.shape)
-        ]  # fmt: skip
+        sizes = [mask.shape[i] if i in (dim, dim - 1) else size for i, size in enumerate(input.shape)]
         mask = mask.expand(sizes).contiguous()
-        layout = _layout(dim, input, mask.expand(input.shape))
-    return layout, input, mask
+        found = layout(dim, input, mask.expand(input.shape))
+    return found, input, mask
 
 
 def _bits(scale: float) -> int:
@@ -509,15 +466,15 @@ def forward(input, dim, dtype, scale, mask, is_causal):
     dim %= input.dim()
     width = input.shape[dim]
     kind = NO_MASK if mask is None else BOOL_MASK if mask.dtype == torch.bool else ADDITIVE_MASK
-    layout, input, mask = _forward_layout(input, dim, mask)
+    walk, input, mask = _walked(input, dim, mask)
     lanes, block_n, warps, chunked = tile(
-        "forward", layout.axis, width, layout.lanes, output.dtype, architecture(input.device)
+        "forward", walk.axis, width, walk.lanes, output.dtype, architecture(input.device)
     )
     kernel = _forward_chunked_kernel if chunked else _forward_kernel
-    kernel[(layout.size_0 * layout.size_1 * triton.cdiv(layout.lanes, lanes),)](
-        input, mask, output, _bits(scale), layout.size_1, layout.lanes, width, input.shape[-2] if is_causal else 1,
-        *layout.strides[0], *layout.strides[1],
-        MASK=kind, CAUSAL=is_causal, COMPUTE=_compute(output.dtype), AXIS=layout.axis, LANES=lanes, BLOCK_N=block_n,
+    kernel[(walk.size_0 * walk.size_1 * triton.cdiv(walk.lanes, lanes),)](
+        input, mask, output, _bits(scale), walk.size_1, walk.lanes, width, input.shape[-2] if is_causal else 1,
+        *walk.strides[0], *walk.strides[1],
+        MASK=kind, CAUSAL=is_causal, COMPUTE=_compute(output.dtype), AXIS=walk.axis, LANES=lanes, BLOCK_N=block_n,
         num_warps=warps,
     )  # fmt: skip
     return output
@@ -533,18 +490,18 @@ def backward(grad_output, output, dim, dtype, scale, is_causal):
         grad_output = grad_output[None]
     dim %= grad_output.dim()
     width = grad_output.shape[dim]
-    layout = _layout(dim, grad_output)
-    if layout is None:
+    walk = layout(dim, grad_output)
+    if walk is None:
         grad_output = grad_output.contiguous()
-        layout = _layout(dim, grad_output)
+        walk = layout(dim, grad_output)
     lanes, block_n, warps, chunked = tile(
-        "backward", layout.axis, width, layout.lanes, output.dtype, architecture(output.device)
+        "backward", walk.axis, width, walk.lanes, output.dtype, architecture(output.device)
     )
     kernel = _backward_chunked_kernel if chunked else _backward_kernel
-    kernel[(layout.size_0 * layout.size_1 * triton.cdiv(layout.lanes, lanes),)](
-        grad_output, output, dx, _bits(scale), layout.size_1, layout.lanes, width,
-        grad_output.shape[-2] if is_causal else 1, *layout.strides[0],
-        CAUSAL=is_causal, COMPUTE=_compute(output.dtype), AXIS=layout.axis, LANES=lanes, BLOCK_N=block_n,
+    kernel[(walk.size_0 * walk.size_1 * triton.cdiv(walk.lanes, lanes),)](
+        grad_output, output, dx, _bits(scale), walk.size_1, walk.lanes, width,
+        grad_output.shape[-2] if is_causal else 1, *walk.strides[0],
+        CAUSAL=is_causal, COMPUTE=_compute(output.dtype), AXIS=walk.axis, LANES=lanes, BLOCK_N=block_n,
         num_warps=warps,
     )  # fmt: skip
     return dx
