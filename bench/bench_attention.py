@@ -34,7 +34,7 @@ PEERS = ["eager", *FORCED, "torch.compile"]
 LONGEST_WRITTEN_OUT = 4096
 # On a CPU gptkern calls PyTorch's operator: what it adds is the twin's own host time.
 LIMIT_ON_CPU = 1.05
-# A backward is five products of the forward's two sizes.
+# A backward has five products where a forward has two.
 BACKWARD_FLOPS = 2.5
 
 
