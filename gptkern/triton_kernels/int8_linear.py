@@ -170,9 +170,7 @@ def _w8a16_kernel(
         in_k = k < K - start
         x = tl.load(x_ptrs, mask=in_k[:, None] & in_m[None, :], other=0.0)
         weight = tl.load(weight_ptrs, mask=in_n[:, None] & in_k[None, :], other=0)
-        # Every int8 is exact in each of these; the interpreter cannot make bfloat16 from integers.
-        weight = weight.to(tl.float32 if WIDEN else x.dtype)
-        total = dot(weight, x, total, INPUT_PRECISION, WIDEN)
+        total = dot(weight.to(x.dtype), x, total, INPUT_PRECISION, WIDEN)
         x_ptrs += tl.full((), BLOCK_K, tl.int64) * x_stride_k
         weight_ptrs += tl.full((), BLOCK_K, tl.int64) * weight_stride_k
 
