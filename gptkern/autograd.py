@@ -1,5 +1,8 @@
 """The autograd.Functions, one an operator. Their arguments are trusted; the operators of gptkern.functional check."""
 
+from gptkern.ops.attention import AttentionFunction
+from gptkern.ops.int8_linear import Int8LinearFunction
 from gptkern.ops.layer_norm import LayerNormFunction
+from gptkern.ops.softmax import SoftmaxFunction
 
-__all__ = ["LayerNormFunction"]
+__all__ = ["AttentionFunction", "Int8LinearFunction", "LayerNormFunction", "SoftmaxFunction"]

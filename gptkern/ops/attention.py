@@ -1,11 +1,29 @@
-"""attention: the contract, the PyTorch backend, the registered ops and the autograd.Function."""
+"""attention: the contract, the PyTorch backend, the registered ops and the autograd.Function.
+
+    S = log2(e) * scale * Q @ K^T          P = softmax(scale * Q @ K^T) = 2^(S - lse)
+    O = P @ V                              lse = log2(sum over the keys of 2^S)
+
+Backward, with delta = sum over head_dim of dO * O:
+    dV = P^T @ dO            dP = dO @ V^T
+    dS = P * (dP - delta)    dQ = scale * dS @ K            dK = scale * dS^T @ Q
+
+Inside gptkern a call is (query, key, value, is_causal, scale): four dimensions, one head_dim, scale > 0; key and
+value have the same number of heads, which divides the query's. lse, the log-sum-exp, is (batch, heads, length_q),
+float32 (float64 for float64 input), and -inf for a query without any key; in base 2, because a change of base would
+round it twice more, and its error is that of every probability of the row.
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
 
 from gptkern import dispatch
+from gptkern.ops.common import autocast, once_differentiable, register, without_autocast
+
+_LOG2E = math.log2(math.e)
 
 
 @dispatch.twin_of(F.scaled_dot_product_attention)
@@ -36,15 +54,18 @@ def scaled_dot_product_attention(
             Runs on PyTorch for now; `gptkern.explain` says so.
         dropout_p: probability of dropping an attention weight. Above 0 it runs on PyTorch for now.
         is_causal: the upper-left causal mask, as in PyTorch: query 0 sees key 0 alone, whatever the lengths.
-        scale: 1/sqrt(head_dim) by default.
+        scale: 1/sqrt(head_dim) by default; any sign.
         enable_gqa: lets kv_heads divide heads; query head h then reads key/value head h // (heads // kv_heads).
+            Without it a single key/value head is broadcast over the query's, as PyTorch does.
 
     Returns:
-        (…, heads, length_q, head_dim of value), the query's dtype. A query with no key (length_k = 0) gives zeros.
+        (…, heads, length_q, head_dim of value), the query's dtype, its heads and lengths laid out as the query's.
+        A query with no key (length_k = 0) gives zeros.
 
     Raises (of the same type as PyTorch):
         RuntimeError: the dtypes, devices, batch sizes or head_dims differ; the head counts differ (without
-            enable_gqa) or do not divide; attn_mask together with is_causal; fewer than two dimensions.
+            enable_gqa) or do not divide; key and value differ in length; attn_mask together with is_causal
+            (PyTorch's own kernel for the CPU takes both); fewer than two dimensions.
         TypeError: an argument that must be a tensor is none.
 
     Backends: torch; triton for float16, bfloat16 and float32, head_dim a multiple of 8 up to 256 and equal for
@@ -52,4 +73,246 @@ def scaled_dot_product_attention(
 
     Source: Dao, "FlashAttention-2", 2023 (arXiv:2307.08691).
     """
-    raise NotImplementedError
+    choice = dispatch.settled(query)
+    if choice is None:
+        _check(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+        cast = autocast("lower", query, key, value)
+        factor = 1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else float(scale)
+        choice = dispatch.choose("attention", *cast, is_causal, factor, attn_mask, dropout_p)
+        if choice.backend != "torch":
+            signed_query, factor = _with_positive_scale(cast[0], factor)
+            return AttentionFunction.apply(signed_query, *cast[1:], is_causal, factor, choice.backend)
+    return _on_pytorch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+
+
+def _with_positive_scale(query, scale):
+    """The same scores from a positive scale, without rounding: kernels take a row's maximum before they scale it."""
+    if scale < 0:
+        return -query, -scale
+    return (query * 0.0, 1.0) if scale == 0 else (query, scale)
+
+
+def _on_pytorch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
+    if isinstance(query, torch.Tensor) and query.device.type == "cpu":
+        if is_causal and scale is not None:
+            # PyTorch's causal kernel for the CPU gives NaN where the scale is not positive (seen in 2.13).
+            query, scale = _with_positive_scale(query, scale)
+        if isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor):
+            cast = autocast("lower", query, key, value)
+            dtype = cast[0].dtype
+            if dtype in (torch.float16, torch.bfloat16) and all(tensor.dtype == dtype for tensor in cast):
+                # PyTorch rounds P and dS to 16 bits on the CPU and sums a group's dK and dV in 16 bits: up to twice
+                # the error that gptkern.tolerance allows.
+                query, key, value = (tensor.float() for tensor in cast)
+                if isinstance(attn_mask, torch.Tensor) and attn_mask.dtype == dtype:
+                    attn_mask = attn_mask.float()
+                with without_autocast("cpu"):
+                    return F.scaled_dot_product_attention(
+                        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+                    ).to(dtype)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+def _check(query, key, value, attn_mask, is_causal, scale, enable_gqa):
+    """Raises an error that names what is wrong. What PyTorch would broadcast passes."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"attention: {name} is {type(tensor).__name__}; it needs a Tensor")
+        if tensor.dim() < 2:
+            raise RuntimeError(
+                f"attention: {name} has shape {tuple(tensor.shape)}; it needs at least two dimensions, "
+                "(length, head_dim)"
+            )
+        if not tensor.is_floating_point():
+            raise RuntimeError(f"attention: {name} is {tensor.dtype}; it needs a floating-point dtype")
+        if tensor.device != query.device:
+            raise RuntimeError(f"attention: {name} is on {tensor.device}; it needs the query's device, {query.device}")
+    # Autocast makes one dtype of several, and leaves float64 alone.
+    dtypes = [tensor.dtype for tensor in autocast("lower", query, key, value)]
+    if dtypes[0] != dtypes[1] or dtypes[0] != dtypes[2]:
+        raise RuntimeError(
+            f"attention: query, key and value are {query.dtype}, {key.dtype} and {value.dtype}; they need one dtype"
+        )
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"attention: is_causal is {type(is_causal).__name__}; it needs a bool")
+    if attn_mask is not None and not isinstance(attn_mask, torch.Tensor):
+        raise TypeError(f"attention: attn_mask is {type(attn_mask).__name__}; it needs a Tensor or None")
+    if isinstance(scale, str):
+        raise TypeError("attention: scale is str; it needs a number or None")
+    if attn_mask is not None and is_causal:
+        raise RuntimeError("attention: attn_mask and is_causal are both given; it needs one of them at most")
+    if query.shape[-1] != key.shape[-1]:
+        raise RuntimeError(
+            f"attention: key has head_dim {key.shape[-1]}; it needs the query's, {query.shape[-1]} "
+            f"(shapes {tuple(query.shape)} and {tuple(key.shape)})"
+        )
+    if key.shape[-2] != value.shape[-2]:
+        raise RuntimeError(
+            f"attention: value has length {value.shape[-2]}; it needs the key's, {key.shape[-2]} "
+            f"(shapes {tuple(value.shape)} and {tuple(key.shape)})"
+        )
+    if query.dim() == key.dim() == value.dim() == 4:
+        _check_sizes("batch size", *(tensor.shape[0] for tensor in (query, key, value)))
+        heads, kv_heads = query.shape[1], key.shape[1]
+        if not enable_gqa:
+            _check_sizes("number of heads", heads, kv_heads, value.shape[1])
+        elif any(tensor.shape[1] > 0 and heads % tensor.shape[1] for tensor in (key, value)):
+            raise RuntimeError(
+                f"attention: key and value have {kv_heads} and {value.shape[1]} heads; with enable_gqa they need to "
+                f"divide the query's {heads}"
+            )
+
+
+def _check_sizes(what, query, key, value):
+    """Sizes of one dimension agree where those that PyTorch broadcasts, the 1s, are left out."""
+    if len({size for size in (query, key, value) if size != 1}) > 1:
+        raise RuntimeError(f"attention: query, key and value differ in {what}: {query}, {key} and {value}")
+
+
+# --- The torch backend: bare launchers in plain PyTorch -------------------------------------------------------------
+
+
+def unsupported(query, key, value, is_causal, scale, attn_mask=None, dropout_p=0.0):
+    return None
+
+
+def forward(query, key, value, is_causal, scale):
+    """-> output (batch, heads, length_q, head_dim), lse (batch, heads, length_q)."""
+    q, k, v = _grouped(query, key, value)
+    scores = _scores(q, k, is_causal, scale)
+    output = empty_in_layout_of(query)
+    output.copy_((scores.softmax(-1) @ v).flatten(1, 2))
+    # lse = log2(sum over the keys of 2^S)
+    return output, (scores.logsumexp(-1) * _LOG2E).flatten(1, 2)
+
+
+def backward(
+    grad_output, query, key, value, output, lse, is_causal, scale, need_query, need_key, need_value
+):  # fmt: skip
+    """-> dquery, dkey, dvalue of the shapes, dtypes and layouts of query, key, value; what is not needed is empty."""
+    q, k, v = _grouped(query, key, value)
+    grad, out = (tensor.to(lse.dtype).view(q.shape) for tensor in (grad_output.contiguous(), output.contiguous()))
+    probabilities = _probabilities(_scores(q, k, is_causal, scale), lse.view(q.shape[:-1]))
+    dquery, dkey, dvalue = (
+        empty_in_layout_of(tensor) if needed else tensor.new_empty(0)
+        for tensor, needed in ((query, need_query), (key, need_key), (value, need_value))
+    )
+    if need_value:
+        # dV = P^T @ dO, summed over the query heads of a group
+        dvalue.copy_((probabilities.mT @ grad).sum(2))
+    if need_query or need_key:
+        # dS = P * (dP - delta)
+        dscores = probabilities * (grad @ v.mT - (grad * out).sum(-1, keepdim=True))
+        if need_query:
+            dquery.copy_((scale * (dscores @ k)).flatten(1, 2))
+        if need_key:
+            dkey.copy_((scale * (dscores.mT @ q)).sum(2))
+    return dquery, dkey, dvalue
+
+
+def _grouped(query, key, value):
+    """-> q (batch, kv_heads, group, length_q, head_dim), k and v (batch, kv_heads, 1, length_k, head_dim)."""
+    dtype = _statistics_dtype(query)
+    batch, heads, length_q, head_dim = query.shape
+    kv_heads = key.shape[1]
+    group = heads // kv_heads if kv_heads else 1
+    q = query.to(dtype).reshape(batch, kv_heads, group, length_q, head_dim)
+    return q, key.to(dtype)[:, :, None], value.to(dtype)[:, :, None]
+
+
+def _scores(q, k, is_causal, scale):
+    """S in the natural base, which softmax takes."""
+    scores = scale * (q @ k.mT)
+    if is_causal:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~seen, -math.inf)
+    return scores
+
+
+def _probabilities(scores, lse):
+    # P = 2^(S - lse)
+    return torch.exp2(scores * _LOG2E - lse[..., None])
+
+
+# --- Registration and autograd --------------------------------------------------------------------------------------
+
+
+def empty_in_layout_of(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """An uninitialised (batch, heads, length, head_dim) tensor of the given one's shape and order in memory, dense.
+
+    Of a (batch, length, heads, head_dim) projection seen as (batch, heads, length, head_dim), or of one third of a
+    packed qkv projection, the result is such a view again, so that the model's transpose back makes no copy.
+    """
+    batch, heads, length, head_dim = tensor.shape
+    if tensor.stride(1) < tensor.stride(2):
+        return tensor.new_empty((batch, length, heads, head_dim), dtype=dtype).transpose(1, 2)
+    return tensor.new_empty((batch, heads, length, head_dim), dtype=dtype)
+
+
+def _statistics_dtype(tensor: torch.Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _forward_fake(query, key, value, is_causal, scale, backend):
+    return empty_in_layout_of(query), query.new_empty(query.shape[:3], dtype=_statistics_dtype(query))
+
+
+def _backward_fake(
+    grad_output, query, key, value, output, lse, is_causal, scale, need_query, need_key, need_value, backend
+):
+    return tuple(
+        empty_in_layout_of(tensor) if needed else tensor.new_empty(0)
+        for tensor, needed in ((query, need_query), (key, need_key), (value, need_value))
+    )
+
+
+_forward = register(
+    "attention",
+    "forward",
+    "(Tensor query, Tensor key, Tensor value, bool is_causal, float scale, str backend) -> (Tensor, Tensor)",
+    _forward_fake,
+)
+_backward = register(
+    "attention",
+    "backward",
+    "(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, Tensor lse, bool is_causal,"
+    " float scale, bool need_query, bool need_key, bool need_value, str backend) -> (Tensor, Tensor, Tensor)",
+    _backward_fake,
+)
+
+
+class AttentionFunction(torch.autograd.Function):
+    """The autograd.Function of attention in four dimensions.
+
+    `apply(query, key, value, is_causal, scale, backend)` -> output. The arguments are trusted:
+    gptkern.functional.scaled_dot_product_attention checks them.
+
+    Args:
+        query: (batch, heads, length_q, head_dim). key, value: (batch, kv_heads, length_k, head_dim), where
+            kv_heads divides heads.
+        scale: a positive number.
+        backend: "torch", "triton" or "cuda".
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, is_causal, scale, backend):
+        output, lse = _forward(query, key, value, is_causal, scale, backend)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(query, key, value, output, lse)
+        ctx.call = is_causal, scale
+        ctx.backend = backend
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        if grad_output is None:
+            return None, None, None, None, None, None
+        query, key, value, output, lse = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        with torch.no_grad():
+            computed = _backward(grad_output, query, key, value, output, lse, *ctx.call, *needs, ctx.backend)
+        gradients = [gradient if needed else None for gradient, needed in zip(computed, needs)]
+        gradients = once_differentiable("attention", gradients, (grad_output, query, key, value))
+        return *gradients, None, None, None
