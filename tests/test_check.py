@@ -1,0 +1,187 @@
+"""gptkern.checking and `gptkern check`: what passes, what fails, what is left out, and what is said about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gptkern import checking, cli, dispatch
+from gptkern.checking import LAUNCHERS
+from gptkern.checking_cases import BFLOAT16, OPERATORS, cases_of
+
+
+def test_every_operator_has_cases():
+    assert set(dispatch.OPERATORS) <= set(OPERATORS)
+    for operator in OPERATORS:
+        for size in checking.SIZES:
+            cases = cases_of(operator, (size,))
+            assert {str(case.dtype) for case in cases} >= {"torch.float32", "torch.float16", "torch.bfloat16"}
+            assert len({(case.shape_class, case.dtype) for case in cases}) == len(cases)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_the_launchers_in_plain_pytorch_pass(operator):
+    results = list(checking.run([operator], backends=[LAUNCHERS], sizes=["small"]))
+    assert not [result for result in results if not result.ok]
+    directions = {result.direction for result in results}
+    assert "forward" in directions
+    assert operator == "quantize_int8" or any(direction.startswith("grad ") for direction in directions)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_the_kernels_pass(operator, device, kernel_backend):
+    results = list(
+        checking.run([operator], device=device, backends=[kernel_backend], sizes=["small"], dtypes=[BFLOAT16])
+    )
+    assert not [result for result in results if not result.ok]
+    assert {result.backend for result in results} == {kernel_backend}
+
+
+def _launcher(direction: str):
+    return importlib.import_module("gptkern.ops.softmax"), direction
+
+
+def _only(results):
+    return {result.direction: result for result in results}
+
+
+@pytest.fixture
+def case():
+    return cases_of("softmax", ("small",))[0]
+
+
+@pytest.mark.parametrize(
+    "direction, result_name", [("forward", "forward"), ("backward", "grad input")], ids=["forward", "backward"]
+)
+@pytest.mark.parametrize("wrong", [lambda y: y * 1.01, lambda y: y * torch.nan, lambda y: y + torch.inf])
+def test_a_wrong_result_fails(monkeypatch, case, direction, result_name, wrong):
+    module, name = _launcher(direction)
+    right = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *call: wrong(right(*call)))
+    results = _only(checking.check(case, LAUNCHERS, torch.device("cpu")))
+    assert results[result_name].ok is False
+    assert results[result_name].error > results[result_name].bound
+    if direction == "backward":
+        assert results["forward"].ok
+
+
+def test_an_exception_fails_with_its_text(monkeypatch, case):
+    def raises(*call):
+        raise RuntimeError("the tile has no rows")
+
+    monkeypatch.setattr(*_launcher("forward"), raises)
+    (result,) = checking.check(case, LAUNCHERS, torch.device("cpu"))
+    assert result.ok is False and "RuntimeError: the tile has no rows" in result.note
+
+
+def test_a_case_that_is_not_covered_is_no_failure(case, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    (result,) = checking.check(case, "triton", torch.device("cpu"))
+    assert result.ok is None and "not covered" in result.note and "TRITON_INTERPRET" in result.note
+
+
+def test_no_new_case_after_the_seconds():
+    results = list(checking.run(["softmax"], device="cpu", backends=[LAUNCHERS], seconds=-1))
+    assert len(results) == len(cases_of("softmax", ("small",)))
+    assert all(result.ok is None and "left out" in result.note for result in results)
+
+
+def test_cases_of_the_operators_take_turns():
+    results = checking.run(["softmax", "layer_norm"], device="cpu", backends=[LAUNCHERS], seconds=-1)
+    assert [next(results).operator for _ in range(4)] == ["softmax", "layer_norm"] * 2
+
+
+@pytest.mark.parametrize("name", ["operators", "backends", "sizes"])
+def test_unknown_names(name):
+    with pytest.raises(ValueError, match=f"{name} has 'none such'; it takes"):
+        next(checking.run(**{name: ["none such"]}))
+
+
+def test_the_callers_settings_do_not_count_and_stay(case):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+            results = list(checking.check(cases_of("attention", ("small",))[0], LAUNCHERS, torch.device("cpu")))
+        assert all(result.ok for result in results)
+        assert len(results) > 1, "the gradients were not looked at"
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+# --- The command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """As on a machine with no GPU where nothing is interpreted."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(checking, "default_device", lambda: "cpu")
+
+
+def test_command_without_gpu_says_so_and_passes(without_kernels, capsys):
+    assert cli.main(["check", "--op", "softmax"]) == 0
+    output = capsys.readouterr().out
+    assert "There is no GPU here" in output and "--interpret" in output
+    assert LAUNCHERS in output and "0 failed" in output
+
+
+def test_command_reports_failures(without_kernels, capsys, monkeypatch, tmp_path):
+    module, name = _launcher("forward")
+    right = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *call: right(*call) * 1.01)
+    report = tmp_path / "report.json"
+    assert cli.main(["check", "--op", "softmax", "--json", str(report)]) == 1
+    output = capsys.readouterr().out
+    assert "FAILED softmax forward on torch launchers, float32, tail (7x33): worst error" in output
+    results = json.loads(report.read_text())["results"]
+    assert set(results[0]) == {field.name for field in dataclasses.fields(checking.Result)}
+    assert any(result["ok"] is False for result in results)
+
+
+def test_command_that_compares_nothing_fails(without_kernels, capsys):
+    assert cli.main(["check", "--op", "softmax", "--seconds", "-1"]) == 1
+    output = capsys.readouterr().out
+    assert "Nothing was compared." in output and "left out" in output
+
+
+def test_command_shows_every_comparison_when_asked(without_kernels, capsys):
+    assert cli.main(["check", "--op", "quantize_int8", "--all"]) == 0
+    output = capsys.readouterr().out
+    assert output.count(LAUNCHERS) == 2 * len(cases_of("quantize_int8", ("small",)))  # q and scale of each
+
+
+def test_command_rejects_an_unknown_operator(capsys):
+    assert cli.main(["check", "--op", "convolution"]) == 2
+    assert "--op convolution" in capsys.readouterr().err
+
+
+def test_command_prints_plain_text_without_rich(without_kernels, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert cli.main(["check", "--op", "quantize_int8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    heading = next(line for line in lines if line.startswith("operator"))
+    row = next(line for line in lines if line.startswith("quantize_int8"))
+    assert row.index(LAUNCHERS) == heading.index("backend")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_command_interprets_in_a_process_of_its_own(tmp_path):
+    report = tmp_path / "report.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "gptkern", "check", "--interpret", "--op", "quantize_int8", "--json", str(report)],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads(report.read_text())["results"]
+    assert {result["backend"] for result in results} == {"triton"}
+    assert all(result["ok"] for result in results)
