@@ -150,6 +150,25 @@ def test_auto_is_w8a16_up_to_16_rows(backend, device, dtype):
         same_bits("the default", F.int8_linear(input, weight, weight_scale, bias), results["auto"])
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_many_small_tiles(kernel_backend, device, monkeypatch, dtype, mode):
+    if kernel_backend != "triton":
+        pytest.skip("the table of tiles is Triton's")
+    from gptkern.triton_kernels import int8_linear as kernels
+
+    small = kernels.Tile(BLOCK_M=16, BLOCK_N=16, BLOCK_K=32, num_warps=4, num_stages=1)
+    monkeypatch.setattr(kernels, "tile", lambda *_: small)
+    monkeypatch.setattr(kernels, "GROUP_M", 2)
+    # three tiles of rows, the last group of them not full; tails in each dimension
+    judge(*tensors_of(35, 70, 20, dtype, device), mode=mode)
+    judge(*tensors_of(32, 32, 16, dtype, device), mode=mode, activation="gelu")
+    q, input = integers_of(35, 70, device)
+    weight, _ = weight_of(20, 70, device)
+    output = F.int8_linear(input, weight, torch.ones(20, device=device), mode=mode)
+    same_bits("product", output.cpu(), (q.cpu() @ weight.cpu().long().T).float())
+
+
 @settings(PROPERTY, max_examples=15)
 @given(
     shape=st.tuples(st.integers(0, 35), st.integers(1, 70), st.integers(1, 40)),
@@ -551,7 +570,7 @@ def judge_quantized(input, dim=-1):
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
-@pytest.mark.parametrize("shape", [(1,), (5,), (1, 1), (3, 129), (65, 16), (2, 1100), (2, 3, 65), (1, 5000)], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (5,), (1, 1), (3, 129), (65, 16), (2, 1100), (2, 3, 65), (2, 20_000)], ids=str)
 def test_quantize(backend, device, shape, dtype):
     judge_quantized(guarded(torch.randn(shape, device=device).to(dtype)))
 
