@@ -68,9 +68,9 @@ def forward(input, dim):
         )
     # scale = max|x| / 127
     largest = x.abs().amax(dim, keepdim=True)
-    scale = torch.where(largest == 0, 1.0, (largest / LARGEST).clamp(min=SMALLEST_SCALE)).float()
-    # q = clamp(round(x / scale), -127, 127)
-    q = torch.round(x / scale).clamp(-LARGEST, LARGEST).to(torch.int8)
+    scale = (largest / LARGEST).clamp_(min=SMALLEST_SCALE).masked_fill_(largest == 0, 1.0).float()
+    # q = round(x / scale); no finite |x| / scale rounds to more than 127, so that there is nothing to clamp
+    q = (x / scale).round_().to(torch.int8)
     return q.contiguous(), scale.squeeze(dim).contiguous()
 
 
