@@ -546,8 +546,8 @@ _TILES_FLOAT32 = {
     "key_value": {64: Tiles(16, 32, 4, 1), 128: Tiles(16, 32, 4, 1), 256: Tiles(16, 16, 8, 1)},
     "query": {64: Tiles(32, 32, 4, 1), 128: Tiles(32, 16, 4, 1), 256: Tiles(16, 16, 4, 1)},
 }
-# Bytes that ptxas spills at most in the float32 kernels: it stays at 128 or 168 registers, a step of occupancy, and
-# gives up 1 to 6 values for it.
+# Bytes that ptxas spills at most in the float32 kernels on sm_80: it stops at 128 or 168 registers of 255 and puts 1 to
+# 6 values in local memory.
 _SPILL_FLOAT32 = 24
 # Above it dK and dV together spill whatever the tiles (compiled for sm_90: 8 to 1456 bytes), and get a launch each.
 _LARGEST_BLOCK_D_OF_ONE_PASS = 128
