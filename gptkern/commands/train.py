@@ -8,6 +8,7 @@ from pathlib import Path
 
 import gptkern
 from gptkern.commands import INTERRUPTED, checkpoints, text, training
+from gptkern.commands.interrupts import interruptible
 from gptkern.commands.options import add_machine_arguments, configured, positive, resolved_dtype
 from gptkern.models.gpt import PRESETS
 
@@ -55,7 +56,10 @@ def run(args: argparse.Namespace) -> int:
     trainer = training.Trainer(model, data, recipe)
     interrupted = False
     try:
-        with TrainingDisplay(console, [("stock" if args.stock else "swapped", trainer)], recipe.steps) as display:
+        with (
+            interruptible(),
+            TrainingDisplay(console, [("stock" if args.stock else "swapped", trainer)], recipe.steps) as display,
+        ):
             evaluate_every = max(1, recipe.steps // EVALUATIONS)
             while trainer.step < recipe.steps:
                 to_evaluation = evaluate_every - trainer.step % evaluate_every
