@@ -58,7 +58,7 @@ def int8_linear(
     Returns:
         (*, out_features), the input's dtype.
 
-    The backward gives grad_input = grad @ (weight * weight_scale), through the dequantised weight (in w8a8 the
+    The backward gives grad_input = (grad * weight_scale) @ weight, through the dequantised weight (in w8a8 the
     rounding of the activation passes gradients straight through), and grad_bias. The activation's argument is
     recomputed, not kept. No second derivative.
 
@@ -70,7 +70,8 @@ def int8_linear(
             point; tensors are on several devices.
         ValueError: unknown activation or mode.
 
-    Backends: torch (float64 included); triton for float16, bfloat16 and float32, forward and backward.
+    Backends: torch (float64 included); triton for float16, bfloat16 and float32, forward and backward (w8a8: for up
+    to 132,104 in_features, whose sums int32 holds).
 
     Source: Dettmers et al., "LLM.int8()", 2022 (arXiv:2208.07339), section 2.1, vector-wise quantisation.
     """
@@ -224,8 +225,9 @@ def integer_product(q, weight):
 def _widened_product(x, weight):
     """x @ weight^T in x's dtype, with never more than a slice of the weight widened to it."""
     channels = max(WIDENED_ELEMENTS["cuda" if x.is_cuda else "cpu"] // max(weight.shape[1], 1), 1)
-    products = [x @ part.to(x.dtype).t() for part in weight.split(channels)]
-    return products[0] if len(products) == 1 else torch.cat(products, 1)
+    if weight.shape[0] <= channels:
+        return x @ weight.to(x.dtype).t()
+    return torch.cat([x @ part.to(x.dtype).t() for part in weight.split(channels)], 1)
 
 
 # --- Registration and autograd --------------------------------------------------------------------------------------

@@ -278,7 +278,7 @@ def _input_precision(architecture: int) -> str:
 
 
 def compile_cases(architecture: int) -> list[CompileCase]:
-    """Every tile of the table once, with the weight's rows contiguous, and the backward, with its columns."""
+    """Every tile of the table, with the weight's rows contiguous, and the widest of the backward, with its columns."""
 
     def case(name, kernel, dtype, num_warps, num_stages=1, matrix_product=False, **constants):
         types = {"q_ptr": "*i8", "weight_ptr": "*i8", "input_scale_ptr": "*fp32", "weight_scale_ptr": "*fp32"}
@@ -291,33 +291,26 @@ def compile_cases(architecture: int) -> list[CompileCase]:
         return CompileCase(name, kernel, signature, constants, num_warps, num_stages, aligned, matrix_product)
 
     rows = {"weight_stride_k": 1, "weight_scale_stride": 1, "HAS_BIAS": True, "ACTIVATION": "gelu", "GROUP_M": GROUP_M}
-    product = {"x_stride_k": 1, "INPUT_PRECISION": _input_precision(architecture), "WIDEN": False}
     columns = {"weight_stride_n": 1, "bias_ptr": None, "HAS_BIAS": False, "ACTIVATION": None, "GROUP_M": GROUP_M}
-    gradient = {"dy_stride_n": 1, "NEED_INPUT": True, "NEED_BIAS": True}
+    widened = {"x_stride_k": 1, "INPUT_PRECISION": _input_precision(architecture), "WIDEN": False}
+    gradient = {"dy_stride_n": 1, "ACTIVATION": "gelu", "NEED_INPUT": True, "NEED_BIAS": True}
     gradient |= {"BLOCK_M": GRADIENT_BLOCK_M, "BLOCK_N": GRADIENT_BLOCK_N}
-    cases = []
-    for kernel, dtype in (("w8a8", "bf16"), ("w8a16", "bf16"), ("w8a32", "fp32")):
+    cases = [case("gradient", _gradient_kernel, "bf16", GRADIENT_WARPS, **gradient)]
+    for _, tile in TILES["w8a8"][architecture]:
+        # For sm_100 Triton 3.7 takes the older mma.sync.
+        matrix = architecture != 100
+        cases.append(case(_name("w8a8", tile), _w8a8_kernel, "bf16", **rows, **tile._asdict(), matrix_product=matrix))
+    for kernel, dtype in (("w8a16", "bf16"), ("w8a32", "fp32")):
+        matrix = {"matrix_product": kernel == "w8a16"}
         for _, tile in TILES[kernel][architecture]:
-            name = f"{kernel} {tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}"
-            if kernel == "w8a8":
-                # For sm_100 Triton 3.7 takes the older mma.sync.
-                matrix = architecture != 100
-                cases.append(case(name, _w8a8_kernel, dtype, **rows, **tile._asdict(), matrix_product=matrix))
-                continue
-            matrix = kernel == "w8a16"
-            cases += [
-                case(name, _w8a16_kernel, dtype, **product, **rows, **tile._asdict(), matrix_product=matrix),
-                case(
-                    f"{name} backward",
-                    _w8a16_kernel,
-                    dtype,
-                    **product,
-                    **columns,
-                    **tile._asdict(),
-                    matrix_product=matrix,
-                ),
-            ]
-    return [*cases, case("gradient", _gradient_kernel, "bf16", GRADIENT_WARPS, ACTIVATION="gelu", **gradient)]
+            constants = widened | tile._asdict() | matrix
+            cases.append(case(_name(kernel, tile), _w8a16_kernel, dtype, **rows, **constants))
+        cases.append(case(f"{_name(kernel, tile)} backward", _w8a16_kernel, dtype, **columns, **constants))
+    return cases
+
+
+def _name(kernel: str, tile: Tile) -> str:
+    return f"{kernel} {tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}"
 
 
 # --- Launchers ------------------------------------------------------------------------------------------------------
