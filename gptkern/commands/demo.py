@@ -22,7 +22,7 @@ import torch
 
 import gptkern
 from gptkern.commands import INTERRUPTED, checkpoints, text, training
-from gptkern.commands.findings import Curve, Findings, Int8, Sample, nats
+from gptkern.commands.findings import Curve, Findings, Int8, Sample, nats, signed
 from gptkern.commands.interrupts import interruptible, uninterrupted
 from gptkern.commands.kernel_check import check
 from gptkern.commands.observing import observed
@@ -186,7 +186,7 @@ class Demo:
         self.findings.skipped_modules = [tuple(entry) for entry in report.skipped]
         table = Table(box=None, padding=(0, 2, 0, 0))
         for heading in ("module", "class", "operator", "backend", "why"):
-            table.add_column(heading, no_wrap=heading in ("operator", "backend"))
+            table.add_column(heading, no_wrap=heading != "why")
         for row in self.findings.swapped_modules:
             names = f"{row.names} ({row.count})"
             table.add_row(names, row.original, row.operator, row.backend, escape(row.reason))
@@ -302,7 +302,7 @@ class Demo:
         )  # fmt: skip
         self._say(
             f"{int8.layers} linear layers: {before:,} -> {after:,} bytes ({before / after:.2f} x smaller); "
-            f"validation loss {loss:.4f} ({int8.change:+.4f})"
+            f"validation loss {loss:.4f} ({signed(int8.change)})"
         )
 
     def _generate(self) -> None:

@@ -124,7 +124,7 @@ class Findings:
                 f"stock and swapped differ by {difference:.4g} nats per byte; the bound is {self.loss_bound:g}"
             )
         if self.int8 is not None and not abs(self.int8.change) <= INT8_BOUND:
-            found.append(f"int8 changes the validation loss by {self.int8.change:+.4f}; the bound is {INT8_BOUND:g}")
+            found.append(f"int8 changes the validation loss by {signed(self.int8.change)}; the bound is {INT8_BOUND:g}")
         if self.kernel_check is not None:
             found += self.kernel_check.failures
         return found
@@ -163,7 +163,7 @@ class Findings:
         if self.int8:
             sentences.append(
                 f"With int8 linear layers the model takes {self.int8.model_bytes / self.int8.model_bytes_int8:.2f} "
-                f"times fewer bytes, and its validation loss changes by {self.int8.change:+.4f}."
+                f"times fewer bytes, and its validation loss changes by {signed(self.int8.change)}."
             )
         check = self.kernel_check
         if check and (check.passed or check.failed):
@@ -174,6 +174,11 @@ class Findings:
         if self.interrupted:
             sentences.append(f"The run was interrupted ({self.interrupted}); this is what was done until then.")
         return " ".join(sentences)
+
+
+def signed(change: float) -> str:
+    """A change of a loss, with its sign; what rounds to nothing is +0.0000."""
+    return f"{round(change, 4) + 0.0:+.4f}"
 
 
 def nats(loss: float) -> str:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from gptkern.commands import plots
-from gptkern.commands.findings import INT8_BOUND, Curve, Findings
+from gptkern.commands.findings import INT8_BOUND, Curve, Findings, signed
 
 _STYLE = """
 :root { --sans: system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif;
@@ -101,7 +101,7 @@ def _tiles(findings: Findings) -> str:
                 "smaller: the linear layers in int8",
             )
         )
-        tiles.append((f"{findings.int8.change:+.4f}", "change of the validation loss by int8, nats per byte"))
+        tiles.append((signed(findings.int8.change), "change of the validation loss by int8, nats per byte"))
     cells = "".join(
         f'<div class="tile"><b>{_text(value)}</b><span>{_text(label)}</span></div>' for value, label in tiles
     )
@@ -168,7 +168,7 @@ def _int8(findings: Findings) -> str:
     rows = [
         ("swapped", f"{int8.full_loss:.4f}", "", _bytes(int8.linear_bytes), "", _bytes(int8.model_bytes), ""),
         (
-            "swapped, int8", f"{int8.loss:.4f}", f"{int8.change:+.4f}",
+            "swapped, int8", f"{int8.loss:.4f}", signed(int8.change),
             _bytes(int8.linear_bytes_int8), f"{int8.linear_bytes / int8.linear_bytes_int8:.2f}×",
             _bytes(int8.model_bytes_int8), f"{int8.model_bytes / int8.model_bytes_int8:.2f}×",
         ),
