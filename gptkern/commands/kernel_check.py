@@ -142,7 +142,7 @@ def summarised(results: list[dict]) -> tuple[list[CheckRow], list[str]]:
             failures.append(f"{' '.join(key)} {result['shape']} {result['direction']}: {what}")
         if error is not None and error > 0:
             row.worst = max(row.worst, error / bound if bound > 0 else float("inf"))
-    return list(rows.values()), failures
+    return sorted(rows.values(), key=lambda row: (row.operator, row.backend)), failures
 
 
 def _read_lines(stream, lines: queue.Queue) -> None:

@@ -64,7 +64,7 @@ def differences(findings: Findings) -> str:
     axes.set_xlabel("step")
     axes.set_ylabel("|stock − swapped|, nats")
     axes.set_xlim(0, max(2, findings.steps_done) * 1.01)
-    axes.legend(ncols=2)
+    axes.legend(ncols=2, markerscale=3)
     return _svg(figure, "Difference of the training losses, step by step")
 
 
