@@ -14,6 +14,7 @@ from layouts import LAYOUTS, every_other_element, expanded, guarded, strided_row
 import gptkern
 from gptkern import functional as F
 from gptkern.autograd import Int8LinearFunction
+from gptkern.ops import int8_linear
 
 KERNEL_DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 MODES = ["w8a16", "w8a8"]
@@ -227,6 +228,37 @@ def test_w8a8_sums_of_extremes(backend, device):
     assert expected.abs().max() > 2**24
     output = F.int8_linear(input, weight, torch.ones(3, device=device), mode="w8a8")
     same_bits("sums", output.cpu(), expected.float())
+
+
+# The longest row whose sum int32 always holds: 132104 * 127 * 128 < 2³¹.
+LONGEST = 132_104
+
+
+@pytest.mark.parametrize("in_features", [1024, 1025, LONGEST, LONGEST + 1, 140_000])
+def test_sums_of_any_length_on_pytorch(device, in_features):
+    q = torch.full((2, in_features), 127, dtype=torch.int8, device=device)
+    weight = torch.full((2, in_features), -128, dtype=torch.int8, device=device)
+    q[1].random_(-127, 128)
+    weight[1].random_(-128, 128)
+    expected = q.cpu().long() @ weight.cpu().long().T
+    assert torch.equal(int8_linear.integer_product(q, weight).cpu().long(), expected)
+
+
+def test_longest_sums_of_kernels(kernel_backend, device):
+    input = torch.full((1, LONGEST + 1), 127.0, device=device)
+    weight = torch.full((1, LONGEST + 1), -128, dtype=torch.int8, device=device)
+    one = torch.ones(1, device=device)
+    output = F.int8_linear(input[:, :LONGEST], weight[:, :LONGEST], one, mode="w8a8")
+    same_bits("sum", output.cpu(), torch.tensor([[-127.0 * 128 * LONGEST]], dtype=torch.float64).float())
+    with pytest.raises(gptkern.BackendError, match=str(LONGEST)):
+        F.int8_linear(input, weight, one, mode="w8a8")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_weight_widened_slice_by_slice(device, monkeypatch, mode):
+    monkeypatch.setattr(int8_linear, "WIDENED_ELEMENTS", {"cpu": 100, "cuda": 100})
+    with gptkern.backend("torch"):
+        judge(*tensors_of(17, 31, 65, torch.float32, device), mode=mode)
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
