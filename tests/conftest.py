@@ -13,6 +13,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
+import contextlib
 import importlib.util
 
 import pytest
@@ -42,17 +43,29 @@ def device() -> str:
     return DEVICE
 
 
+@contextlib.contextmanager
+def _forced(name):
+    """The backend is forced; interpreted kernels that touch memory outside of their tensors raise."""
+    with contextlib.ExitStack() as stack:
+        if name == "triton" and DEVICE == "cpu":
+            from bounds import inside_bounds
+
+            stack.enter_context(inside_bounds())
+        stack.enter_context(gptkern.backend(name))
+        yield
+
+
 @pytest.fixture(params=["torch", *KERNEL_BACKENDS])
 def backend(request):
     """The name of a backend, which is forced while the test runs."""
-    with gptkern.backend(request.param):
+    with _forced(request.param):
         yield request.param
 
 
 @pytest.fixture(params=KERNEL_BACKENDS)
 def kernel_backend(request):
     """As `backend`, without PyTorch: for what only kernels have to get right."""
-    with gptkern.backend(request.param):
+    with _forced(request.param):
         yield request.param
 
 
