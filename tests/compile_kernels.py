@@ -153,13 +153,17 @@ def run(module: str, architecture: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def table(workers: int) -> str:
-    """Every case of every operator on every architecture, as Markdown."""
-    import triton
-
+def run_all(workers: int) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    """`run` of every module on every architecture, so many at a time."""
     jobs = [(module, architecture) for module in modules() for architecture in ARCHITECTURES]
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        reports = dict(zip(jobs, pool.map(lambda job: run(*job), jobs)))
+        return dict(zip(jobs, pool.map(lambda job: run(*job), jobs)))
+
+
+def table(reports: dict[tuple[str, int], list[dict[str, Any]]]) -> str:
+    """The records of `run_all` as Markdown."""
+    import triton
+
     lines = [
         "# What the Triton kernels use",
         "",
@@ -190,7 +194,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that make the table")
     args = parser.parse_args()
     if args.operator is None:
-        print(table(args.workers))
+        print(table(run_all(args.workers)))
         return
     for record in records(args.operator, args.architecture):
         print(json.dumps(record), flush=True)

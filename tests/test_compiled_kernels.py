@@ -23,8 +23,8 @@ from compile_kernels import ARCHITECTURES, SHARED_LIMIT, TENSOR_MEMORY_LIMIT, ke
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 FULL_LOAD = 16  # bytes: one thread's widest load that all three parts have
-# wgmma and tcgen05 need tiles of at least 64 rows and 4 warps; below, and for the int8 products that Triton < 3.9
-# has no tcgen05 for, the older instruction is the right one. A kernel with several products may mix them.
+# wgmma and tcgen05 take tiles of at least 64 rows and 4 warps; smaller products, and int8 products on sm_100 before
+# Triton 3.9, are lowered to mma.sync, which every part has: such a case does not say matrix_product.
 MATRIX_INSTRUCTIONS = {80: {"mma.sync"}, 90: {"wgmma.mma_async"}, 100: {"tcgen05.mma"}}
 
 
@@ -60,6 +60,12 @@ def test_compiles_within_the_limits(operator, architecture):
     assert len(set(names)) == len(names), f"two cases of {operator} have the same name"
     missing = kernel_names(operator) - {record["kernel"] for record in records}
     assert not missing, f"compile_cases of {operator} lists no case of {', '.join(sorted(missing))}"
+
+
+def test_every_operator_lists_its_cases():
+    from gptkern import dispatch
+
+    assert set(dispatch.OPERATORS) <= set(modules())
 
 
 # --- The reader itself: it has to see what it forbids -----------------------------------------------------------------

@@ -110,6 +110,15 @@ def test_activations(backend, device, dtype, mode, activation):
         judge(input * 8, weight, weight_scale, None, activation=activation, mode=mode)
 
 
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_slope_of_the_activation_at_infinity(kernel_backend, device, activation):
+    # z is ±1e25: its cube overflows, and the slope is 1 or 0
+    input = torch.tensor([[1e25], [-1e25]], device=device, requires_grad=True)
+    weight, one = torch.ones(1, 1, dtype=torch.int8, device=device), torch.ones(1, device=device)
+    F.int8_linear(input, weight, one, activation=activation).sum().backward()
+    assert input.grad.flatten().tolist() == [1, 0]
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("mode", MODES)
 def test_float64_on_pytorch(device, mode, activation):

@@ -206,6 +206,16 @@ def test_int8_linear_keeps_train_and_eval_and_frozen_biases(device):
     assert nn.Int8Linear.from_linear(linear(device=device)).bias.requires_grad
 
 
+def test_int8_linear_shares_nothing_with_its_source(device):
+    source = linear(device=device)
+    before = copy.deepcopy(source.state_dict())
+    module = nn.Int8Linear.from_linear(source)
+    with torch.no_grad():
+        for tensor in module.state_dict().values():
+            tensor.zero_()
+    assert all(torch.equal(value, before[key]) for key, value in source.state_dict().items())
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_int8_linear_state_dict(backend, device, bias):
     module = nn.Int8Linear.from_linear(linear(bias=bias, device=device))

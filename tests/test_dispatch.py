@@ -1,0 +1,478 @@
+"""Which backend runs a call: forced, automatic and unable, explained, warned of once, and restored."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import gptkern
+import gptkern.functional as G
+from gptkern import dispatch
+
+PAIRS = {
+    "attention": (F.scaled_dot_product_attention, G.scaled_dot_product_attention),
+    "layer_norm": (F.layer_norm, G.layer_norm),
+    "softmax": (F.softmax, G.softmax),
+}
+
+
+def a_call(operator: str, device: str = "cpu") -> tuple:
+    """The arguments of a small call that kernels cover."""
+    if operator == "attention":
+        return tuple(torch.randn(1, 2, 5, 16, device=device) for _ in range(3))
+    x = torch.randn(3, 8, device=device)
+    return (x, (8,)) if operator == "layer_norm" else (x, -1)
+
+
+operators = pytest.mark.parametrize("operator", list(PAIRS))
+
+
+@pytest.fixture(autouse=True)
+def automatic():
+    """The tests start from the automatic choice, and from no warning given."""
+    warned = set(dispatch._warned)
+    dispatch._warned.clear()
+    with gptkern.backend(None):
+        yield
+    dispatch._warned.clear()
+    dispatch._warned.update(warned)
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """A GPU of compute capability 9.0, of tensors that have shapes and a device and no memory."""
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with FakeTensorMode():
+        yield
+
+
+def in_a_new_process(code: str, **environment: str) -> subprocess.CompletedProcess:
+    clean = {key: value for key, value in os.environ.items() if key not in ("GPTKERN_BACKEND", "TRITON_INTERPRET")}
+    return subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", textwrap.dedent(code)],
+        env={**clean, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+# --- Forced ---------------------------------------------------------------------------------------------------------
+
+
+@operators
+def test_a_forced_backend_runs_the_call(backend, device, operator):
+    choice = gptkern.explain(PAIRS[operator][1], *a_call(operator, device))
+    assert choice == (backend, "asked for by name")
+
+
+def test_backends_nest_and_restore(device):
+    call = a_call("softmax", device)
+
+    def backend_now():
+        return gptkern.explain(G.softmax, *call).backend
+
+    with gptkern.backend("torch"):
+        assert backend_now() == "torch"
+        with gptkern.backend("triton"):
+            assert backend_now() == "triton"
+            with gptkern.backend(None):
+                assert gptkern.explain(G.softmax, *call).reason != "asked for by name"
+            assert backend_now() == "triton"
+        assert gptkern.explain(G.softmax, *call) == ("torch", "asked for by name")
+    assert gptkern.explain(G.softmax, *call).reason != "asked for by name"
+
+
+def test_an_exception_restores_the_choice_before(device):
+    call = a_call("softmax", device)
+    with gptkern.backend("torch"):
+        with pytest.raises(ZeroDivisionError), gptkern.backend("triton"):
+            raise ZeroDivisionError
+        assert gptkern.explain(G.softmax, *call) == ("torch", "asked for by name")
+        with pytest.raises(IndexError), gptkern.backend("triton"):
+            G.softmax(call[0], 5)
+        assert gptkern.explain(G.softmax, *call) == ("torch", "asked for by name")
+    assert gptkern.explain(G.softmax, *call).reason != "asked for by name"
+
+
+@pytest.mark.parametrize("name", ["cpu", "Triton", "", 3, b"torch"], ids=repr)
+def test_a_name_that_is_no_backend(name):
+    with pytest.raises(ValueError, match="'cuda', 'triton', 'torch'") as raised, gptkern.backend(name):
+        raise AssertionError("the block must not run")
+    assert repr(name) in str(raised.value)
+
+
+@operators
+def test_forced_and_unable_says_why(monkeypatch, operator):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with gptkern.backend("triton"), pytest.raises(gptkern.BackendError) as raised:
+        PAIRS[operator][1](*a_call(operator))
+    message = str(raised.value)
+    for words in ("'triton'", operator, "the input is on the CPU", "TRITON_INTERPRET=1 is not set"):
+        assert words in message
+
+
+def test_forced_and_not_installed_says_so(monkeypatch):
+    found = dispatch.importlib.util.find_spec
+    monkeypatch.setattr(
+        dispatch.importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else found(name, *rest)
+    )
+    with gptkern.backend("triton"), pytest.raises(gptkern.BackendError, match="triton is not installed"):
+        G.softmax(*a_call("softmax"))
+
+
+def test_forced_and_not_built_says_so(monkeypatch):
+    found = dispatch.importlib.util.find_spec
+    monkeypatch.setattr(
+        dispatch.importlib.util, "find_spec", lambda name, *rest: None if "cuda" in name else found(name, *rest)
+    )
+    with gptkern.backend("cuda"), pytest.raises(gptkern.BackendError, match="no CUDA kernels in this build"):
+        G.softmax(*a_call("softmax"))
+
+
+def test_forced_and_a_module_that_does_not_import_says_what_failed(monkeypatch):
+    def load(name, operator):
+        raise ImportError("libsomething.so: cannot open")
+
+    monkeypatch.setattr(dispatch, "load", load)
+    with gptkern.backend("triton"), pytest.raises(gptkern.BackendError, match=r"ImportError: libsomething\.so"):
+        G.softmax(*a_call("softmax", "cpu"))
+
+
+def test_a_backend_error_is_a_runtime_error():
+    assert issubclass(gptkern.BackendError, RuntimeError)
+
+
+@operators
+def test_forced_and_given_a_tensor_subclass(kernel_backend, device, operator):
+    class Tagged(torch.Tensor):
+        pass
+
+    call = a_call(operator, device)
+    call = (call[0].as_subclass(Tagged), *call[1:])
+    with pytest.raises(gptkern.BackendError, match="Tagged is a tensor subclass"):
+        PAIRS[operator][1](*call)
+
+
+@operators
+def test_a_parameter_is_no_foreign_subclass(kernel_backend, device, operator):
+    call = a_call(operator, device)
+    choice = gptkern.explain(PAIRS[operator][1], torch.nn.Parameter(call[0]), *call[1:])
+    assert choice.backend == kernel_backend
+
+
+# --- GPTKERN_BACKEND ------------------------------------------------------------------------------------------------
+
+# Each of these tests starts a process of its own, which imports torch: they ask several things of it.
+
+
+def test_the_environment_forces_every_thread_and_the_block_still_wins():
+    code = """
+        import threading, torch, gptkern
+        def show():
+            print(*gptkern.explain(torch.nn.functional.softmax, torch.ones(2, 3), -1))
+        show()
+        thread = threading.Thread(target=show); thread.start(); thread.join()
+        with gptkern.backend(None):
+            show()
+        show()
+    """
+    forced = "triton asked for by name"
+    run = in_a_new_process(code, GPTKERN_BACKEND="triton", TRITON_INTERPRET="1")
+    assert run.stdout.splitlines() == [forced, forced, "torch the input is on the CPU", forced], run.stderr
+
+
+def test_a_bad_value_in_the_environment_fails_at_import():
+    run = in_a_new_process("import gptkern", GPTKERN_BACKEND="metal")
+    assert run.returncode != 0
+    last = run.stderr.strip().splitlines()[-1]
+    assert last == "ValueError: GPTKERN_BACKEND got 'metal'; it needs one of 'cuda', 'triton', 'torch'"
+
+
+def test_an_empty_environment_variable_is_the_automatic_choice_and_the_import_is_light():
+    code = """
+        import sys, torch
+        before = set(sys.modules)
+        import gptkern
+        print(*(name for name in ("triton", "torch._dynamo") if name in sys.modules and name not in before))
+        print(torch.cuda.is_initialized())
+        print(*gptkern.explain(torch.nn.functional.softmax, torch.ones(2, 3), -1))
+    """
+    run = in_a_new_process(code, GPTKERN_BACKEND="")
+    assert run.stdout.splitlines() == ["", "False", "torch the input is on the CPU"], run.stderr
+
+
+# --- The automatic choice -------------------------------------------------------------------------------------------
+
+
+@operators
+def test_the_cpu_gets_pytorch_without_a_warning(operator):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PAIRS[operator][1](*a_call(operator))
+        choice = gptkern.explain(PAIRS[operator][1], *a_call(operator))
+    assert choice == ("torch", "the input is on the CPU")
+
+
+@operators
+def test_meta_tensors_get_pytorch_without_a_warning(operator):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        output = PAIRS[operator][1](*a_call(operator, "meta"))
+        choice = gptkern.explain(PAIRS[operator][1], *a_call(operator, "meta"))
+    assert output.device.type == "meta"
+    assert choice.backend == "torch"
+    assert "meta" in choice.reason
+
+
+@operators
+def test_unable_on_a_gpu_warns_once_and_uses_pytorch(a_gpu, operator):
+    # The simulated GPU's tensors are a tensor subclass, which kernels cannot read.
+    call, twin = a_call(operator, "cuda"), PAIRS[operator][1]
+    with pytest.warns(UserWarning, match=f"gptkern: {operator} runs on PyTorch's own operator") as caught:
+        output = twin(*call)
+        twin(*call)
+    ours = [str(w.message) for w in caught if "gptkern" in str(w.message)]
+    assert len(ours) == 1, "a warning is given once for a reason"
+    assert "not triton: FakeTensor is a tensor subclass" in ours[0]
+    assert output.shape == call[0].shape
+    assert output.device.type == "cuda"
+
+
+@operators
+def test_an_old_gpu_gets_pytorch_with_the_reason(a_gpu, monkeypatch, operator):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    with pytest.warns(UserWarning, match="compute capability 8.0 or newer and this GPU has 7.5"):
+        PAIRS[operator][1](*a_call(operator, "cuda"))
+
+
+def test_another_vendors_gpu_gets_pytorch_with_the_reason(a_gpu, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    with pytest.warns(UserWarning, match="kernels are for NVIDIA GPUs"):
+        G.softmax(*a_call("softmax", "cuda"))
+
+
+def test_each_operator_and_each_reason_warns_for_itself(a_gpu, monkeypatch):
+    with pytest.warns(UserWarning) as caught:
+        G.softmax(*a_call("softmax", "cuda"))
+        G.layer_norm(*a_call("layer_norm", "cuda"))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+        G.softmax(*a_call("softmax", "cuda"))
+    assert len([w for w in caught if "gptkern" in str(w.message)]) == 3
+
+
+def test_the_warning_points_at_the_callers_line(a_gpu):
+    with pytest.warns(UserWarning, match="gptkern") as caught:
+        G.softmax(*a_call("softmax", "cuda"))
+    assert caught[0].filename == __file__
+
+
+def test_forced_pytorch_on_a_gpu_does_not_warn(a_gpu):
+    with warnings.catch_warnings(), gptkern.backend("torch"):
+        warnings.simplefilter("error")
+        G.softmax(*a_call("softmax", "cuda"))
+
+
+def covered_by(*names):
+    """Stands in for the two modules of kernels: those named cover everything, the others nothing."""
+
+    def module(name):
+        return SimpleNamespace(unsupported=lambda *call: None if name in names else f"{name} leaves this out")
+
+    return {(name, "softmax"): module(name) for name in ("cuda", "triton")}
+
+
+@pytest.mark.parametrize(
+    "covering, expected",
+    [
+        (("cuda", "triton"), ("cuda", "the input is on cuda")),
+        (("triton",), ("triton", "the input is on cuda; not cuda: cuda leaves this out")),
+        ((), ("torch", "not cuda: cuda leaves this out; not triton: triton leaves this out")),
+    ],
+    ids=["cuda first", "triton second", "neither"],
+)
+@pytest.mark.filterwarnings("ignore:gptkern")
+def test_the_order_of_the_backends_on_a_gpu(monkeypatch, covering, expected):
+    monkeypatch.setattr(dispatch, "unavailable", lambda name, device: None)
+    monkeypatch.setattr(dispatch, "_modules", covered_by(*covering))
+    gpus_tensor = SimpleNamespace(device=torch.device("cuda", 0))
+    assert dispatch.choose("softmax", gpus_tensor) == expected
+
+
+def test_a_forced_backend_that_does_not_cover_the_call_is_an_error_even_if_another_does(monkeypatch):
+    monkeypatch.setattr(dispatch, "unavailable", lambda name, device: None)
+    monkeypatch.setattr(dispatch, "_modules", covered_by("triton"))
+    gpus_tensor = SimpleNamespace(device=torch.device("cuda", 0))
+    with gptkern.backend("cuda"), pytest.raises(gptkern.BackendError, match="cuda leaves this out"):
+        dispatch.choose("softmax", gpus_tensor)
+    with gptkern.backend("triton"):
+        assert dispatch.choose("softmax", gpus_tensor).backend == "triton"
+
+
+def test_attention_says_why_a_mask_runs_on_pytorch(a_gpu, monkeypatch):
+    # As if the simulated tensors were readable: what is left is what the kernels themselves do not cover.
+    monkeypatch.setattr(dispatch, "_uncovered", lambda n, operator, call: dispatch.load(n, operator).unsupported(*call))
+    query, key, value = a_call("attention", "cuda")
+    explain, attention = gptkern.explain, F.scaled_dot_product_attention
+    assert explain(attention, query, key, value, is_causal=True).backend in ("triton", "cuda")
+    for arguments, words in (
+        ({"attn_mask": torch.ones(5, 5, dtype=torch.bool, device="cuda")}, "attn_mask"),
+        ({"attn_mask": torch.ones(5, 5, device="cuda")}, "attn_mask"),
+        ({"dropout_p": 0.1}, "dropout"),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            choice = explain(attention, query, key, value, **arguments)
+        assert choice.backend == "torch"
+        assert words in choice.reason
+        with pytest.warns(UserWarning, match=words):
+            dispatch._warned.clear()
+            output = G.scaled_dot_product_attention(query, key, value, **arguments)
+        assert output.shape == query.shape
+
+
+def test_a_masks_gradient_sends_softmax_to_pytorch(a_gpu, monkeypatch):
+    monkeypatch.setattr(dispatch, "_uncovered", lambda n, operator, call: dispatch.load(n, operator).unsupported(*call))
+    input, mask = torch.randn(3, 8, device="cuda"), torch.randn(8, device="cuda", requires_grad=True)
+    with pytest.warns(UserWarning, match="mask"):
+        choice = gptkern.explain(G.softmax, input, -1, mask=mask)
+    assert choice.backend == "torch"
+    assert "mask" in choice.reason
+    assert gptkern.explain(G.softmax, input, -1, mask=mask.detach()).backend in ("triton", "cuda")
+
+
+# --- explain --------------------------------------------------------------------------------------------------------
+
+
+@operators
+def test_explain_takes_the_twin_or_pytorchs_function(operator):
+    pytorchs, twin = PAIRS[operator]
+    assert gptkern.explain(pytorchs, *a_call(operator)) == gptkern.explain(twin, *a_call(operator))
+    choice = gptkern.explain(pytorchs, *a_call(operator))
+    assert (choice.backend, choice.reason) == tuple(choice)
+
+
+@operators
+def test_explain_runs_nothing(backend, device, monkeypatch, operator):
+    call = a_call(operator, device)
+
+    def never(*arguments):
+        raise AssertionError("explain ran a launcher")
+
+    monkeypatch.setattr(dispatch.load(backend, operator), "forward", never)
+    assert gptkern.explain(PAIRS[operator][1], *call).backend == backend
+
+
+def test_explain_takes_keywords():
+    assert gptkern.explain(F.softmax, input=torch.ones(2, 3), dim=1).backend == "torch"
+
+
+@pytest.mark.parametrize("function", [F.relu, torch.tanh, len, torch.nn.Softmax(1), print], ids=repr)
+def test_explain_of_another_function_is_a_value_error(function):
+    with pytest.raises(ValueError, match="explain: function is"):
+        gptkern.explain(function, torch.ones(3))
+
+
+def test_explain_of_what_chooses_no_backend_is_a_value_error():
+    with pytest.raises(ValueError, match="explain"):
+        gptkern.explain(dispatch.twin_of)
+
+
+@operators
+def test_explain_raises_what_the_call_would_raise(kernel_backend, device, operator):
+    call = (a_call(operator, device)[0].long(), *a_call(operator, device)[1:])
+    with pytest.raises(RuntimeError) as raised:
+        gptkern.explain(PAIRS[operator][1], *call)
+    assert not isinstance(raised.value, gptkern.BackendError)
+
+
+def test_after_explain_and_after_its_error_calls_run(kernel_backend, device):
+    call = a_call("softmax", device)
+    gptkern.explain(G.softmax, *call)
+    assert G.softmax(*call).shape == call[0].shape
+    with pytest.raises(IndexError):
+        gptkern.explain(G.softmax, call[0], 5)
+    assert G.softmax(*call).shape == call[0].shape
+
+
+def test_explain_when_forced_and_unable_is_a_backend_error(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with gptkern.backend("triton"), pytest.raises(gptkern.BackendError, match="TRITON_INTERPRET=1 is not set"):
+        gptkern.explain(F.softmax, *a_call("softmax"))
+
+
+# --- Threads --------------------------------------------------------------------------------------------------------
+
+
+def in_a_thread(function):
+    """The result of function(), called in another thread."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(function()))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+def test_a_forced_backend_is_this_threads_alone():
+    def choice():
+        return gptkern.explain(G.softmax, *a_call("softmax")).reason
+
+    with gptkern.backend("torch"):
+        assert choice() == "asked for by name"
+        assert in_a_thread(choice) == "the input is on the CPU"
+
+
+def test_a_thread_does_not_change_the_others():
+    inside, checked = threading.Event(), threading.Event()
+
+    def force():
+        with gptkern.backend("torch"):
+            inside.set()
+            checked.wait(10)
+
+    thread = threading.Thread(target=force)
+    thread.start()
+    assert inside.wait(10)
+    try:
+        assert gptkern.explain(G.softmax, *a_call("softmax")).reason == "the input is on the CPU"
+    finally:
+        checked.set()
+        thread.join()
+
+
+def test_the_backward_uses_the_forwards_backend_outside_the_block(kernel_backend, device):
+    input = torch.randn(3, 8, device=device, requires_grad=True)
+    output = G.softmax(input, -1)
+    with gptkern.backend("torch"):
+        output.sum().backward()
+    assert input.grad.abs().max() < 1e-6
+
+
+# --- torch.compile --------------------------------------------------------------------------------------------------
+
+
+def test_compiled_code_follows_the_forced_backend(device, monkeypatch):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: G.layer_norm(x, (8,)), fullgraph=True, backend="aot_eager")
+    kernels = dispatch.load("triton", "layer_norm")
+    launched = []
+    forward = kernels.forward
+    monkeypatch.setattr(kernels, "forward", lambda *call: launched.append(1) or forward(*call))
+    input = torch.randn(3, 8, device=device)
+    counts = []
+    for name in ("torch", "triton", "torch", "triton"):
+        with gptkern.backend(name):
+            torch.testing.assert_close(compiled(input), F.layer_norm(input, (8,)))
+        counts.append(len(launched))
+    assert counts == [0, 1, 1, 2]
