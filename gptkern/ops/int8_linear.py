@@ -150,7 +150,7 @@ EXACT_TERMS = 1024
 # q is within ±127 and the weight within ±128: longer sums can pass int32.
 INT32_TERMS = (2**31 - 1) // (127 * 128)
 # Elements of the weight that are widened at once. On a CPU a slice stays in the cache: a 4096 x 4096 weight takes a
-# fifth of the time of widening it whole (16 rows, AVX2). A GPU wants long products.
+# quarter of the time of widening it whole (16 rows, AVX2). A GPU wants long products.
 WIDENED_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 
 
