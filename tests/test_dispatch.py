@@ -378,7 +378,9 @@ def test_explain_takes_keywords():
     assert gptkern.explain(F.softmax, input=torch.ones(2, 3), dim=1).backend == "torch"
 
 
-@pytest.mark.parametrize("function", [F.relu, torch.tanh, len, torch.nn.Softmax(1), print], ids=repr)
+@pytest.mark.parametrize(
+    "function", [F.relu, torch.tanh, len, torch.nn.Softmax(1), print], ids=["relu", "tanh", "len", "Softmax", "print"]
+)
 def test_explain_of_another_function_is_a_value_error(function):
     with pytest.raises(ValueError, match="explain: function is"):
         gptkern.explain(function, torch.ones(3))
