@@ -177,16 +177,18 @@ def _cpu_sampler(function: Callable, inputs: list[tuple]) -> Callable[[], float]
     return sample
 
 
+if DEVICE == "cuda":
+    # The default stream cannot be captured: everything here runs on one of its own.
+    torch.cuda.set_stream(torch.cuda.Stream())
+
+
 def _gpu_sampler(function: Callable, inputs: list[tuple]) -> Callable[[], float]:
-    # Compiling and autotuning happen before the capture, on a side stream as CUDA graphs want it.
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            function(*inputs[0])
-    torch.cuda.current_stream().wait_stream(side)
+    # Compiling and autotuning happen before the capture.
+    for _ in range(3):
+        function(*inputs[0])
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # A backward runs on its forward's stream, so both have to be on the stream that is captured (see below).
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         for arguments in inputs:
             function(*arguments)
     graph.replay()

@@ -19,9 +19,11 @@ the registered op and the autograd.Function cost more host time than a small lay
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
+import re
 import threading
 import warnings
 from collections.abc import Callable
@@ -62,9 +64,13 @@ class _State(threading.local):
 _state = _State()
 # What torch.compile sees: Dynamo can guard on a global, not on a thread's local. Eager calls never read it.
 _forced_while_compiling: str | None = None
+# (identity, name) of every `backend` block that is open, in any thread, the newest last.
+_open_blocks: list[tuple[object, str | None]] = []
+_lock = threading.Lock()
 
 _ON_CPU = Choice("torch", "the input is on the CPU")
 _FORCED_TORCH = Choice("torch", "asked for by name")
+_NOT_DENSE = Choice("torch", "the input is a nested or sparse tensor, which kernels cannot read")
 _modules: dict[tuple[str, str], Any] = {}
 _warned: set[tuple[str, str]] = set()
 
@@ -94,12 +100,19 @@ def backend(name: str | None):
     """
     global _forced_while_compiling
     _checked_name(name, "backend(name)")
-    before = _state.forced, _forced_while_compiling
-    _state.forced = _forced_while_compiling = name
+    before = _state.forced
+    block = (object(), name)
+    with _lock:
+        _open_blocks.append(block)
+        _state.forced = _forced_while_compiling = name
     try:
         yield
     finally:
-        _state.forced, _forced_while_compiling = before
+        with _lock:
+            # Blocks of several threads need not end in the order in which they began.
+            _open_blocks.remove(block)
+            _state.forced = before
+            _forced_while_compiling = _open_blocks[-1][1] if _open_blocks else _default
 
 
 def twin_of(*torch_functions: Callable) -> Callable:
@@ -143,10 +156,16 @@ def settled(tensor: Any) -> Choice | None:
     """
     forced = _forced()
     if forced is None:
-        if isinstance(tensor, torch.Tensor) and tensor.device.type != "cpu":
-            return None
-        return _announced(_ON_CPU)
-    return _announced(_FORCED_TORCH) if forced == "torch" else None
+        if not isinstance(tensor, torch.Tensor) or tensor.device.type == "cpu":
+            return _announced(_ON_CPU)
+    elif forced == "torch":
+        return _announced(_FORCED_TORCH)
+    # A nested or sparse tensor has no shape or strides that a check could read.
+    if isinstance(tensor, torch.Tensor) and (tensor.is_nested or tensor.layout != torch.strided):
+        if forced is not None:
+            raise BackendError(f"backend {forced!r} was asked for and cannot run a nested or sparse tensor")
+        return _announced(_NOT_DENSE)
+    return None
 
 
 def choose(operator: str, *call) -> Choice:
@@ -189,6 +208,8 @@ def _decide(operator: str, forced: str | None, call: tuple) -> Choice:
 
 def _uncovered(name: str, operator: str, call: tuple) -> str | None:
     """Why the backend's kernels do not cover this call, or None."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a torch.func transform is active, and the kernels' autograd.Functions have no rules for it"
     for argument in call:
         if isinstance(argument, torch.Tensor):
             if type(argument) is not torch.Tensor and type(argument) is not torch.nn.Parameter:
@@ -233,14 +254,20 @@ def load(name: str, operator: str):
     return module
 
 
+@functools.cache
+def _installed(module: str) -> bool:
+    """Looked up once: the search for a module that is not there costs more than a small layer_norm."""
+    return importlib.util.find_spec(module) is not None
+
+
 def unavailable(name: str, device: torch.device) -> str | None:
     """Why a backend has no kernels for a device in this process, or None where it has."""
     if name == "torch":
         return None
     if name == "cuda":
-        if importlib.util.find_spec("gptkern.cuda_kernels") is None:
+        if not _installed("gptkern.cuda_kernels"):
             return "there are no CUDA kernels in this build"
-    elif importlib.util.find_spec("triton") is None:
+    elif not _installed("triton"):
         return "triton is not installed"
     if device.type == "cpu":
         switch = "TRITON_INTERPRET" if name == "triton" else "GPTKERN_EMULATE_CUDA"
@@ -258,6 +285,8 @@ def unavailable(name: str, device: torch.device) -> str | None:
 # A warning is no part of the graph.
 @_constant_while_compiling
 def _warn_once(operator: str, reason: str) -> None:
-    if (operator, reason) not in _warned:
-        _warned.add((operator, reason))
+    # Sizes and probabilities vary from call to call; the kind of reason does not.
+    kind = operator, re.sub(r"[\d.]+", "#", reason)
+    if kind not in _warned:
+        _warned.add(kind)
         warnings.warn(f"gptkern: {operator} runs on PyTorch's own operator ({reason})", stacklevel=5)

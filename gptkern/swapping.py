@@ -14,6 +14,7 @@ from __future__ import annotations
 import copyreg
 import dis
 import functools
+import inspect
 import logging
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -42,6 +43,8 @@ _MODULE_TWINS: dict[type, tuple[type, str]] = {
 }
 # Where a swapped module's `__dict__` keeps its original class.
 _ORIGINAL = "_gptkern_original"
+# Where a routed class keeps the operators that it routes.
+_ROUTED = "_gptkern_routed"
 
 
 class Replaced(NamedTuple):
@@ -91,7 +94,11 @@ def swap(model: torch.nn.Module, ops: Iterable[str] | None = None, strict: bool 
     """Put gptkern's operators into a model, in place.
 
     Replaced are modules of exactly the type `torch.nn.LayerNorm` or `torch.nn.Softmax`, and modules whose forward
-    calls `F.scaled_dot_product_attention`, `F.layer_norm` or `F.softmax` (or a method of their own that does).
+    calls `F.scaled_dot_product_attention`, `F.layer_norm` or `F.softmax`: itself, in a method of its own, or in a
+    function of its own package. All such calls made while that forward runs are routed, its submodules' too. A call
+    that cannot be read off the code (a function looked up in a table, a tensor's method) is not found:
+    `gptkern.kernels()` reaches it.
+
     Parameters stay the same objects, state_dict keys stay the same; dropout, eps, hooks, requires_grad and the
     training flag are not looked at. A second call changes nothing. `gptkern.unswap` takes it back.
 
@@ -131,13 +138,19 @@ def unswap(model: torch.nn.Module) -> torch.nn.Module:
 
     Raises:
         TypeError: model is no torch.nn.Module.
+        RuntimeError: a module's class was changed again after the swap; the model is then unchanged.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"unswap: model is a {type(model).__name__}; it needs a torch.nn.Module")
-    for module in model.modules():
-        original = module.__dict__.pop(_ORIGINAL, None)
-        if original is not None:
-            module.__class__ = original
+    swapped = [(name, module) for name, module in model.named_modules() if _ORIGINAL in module.__dict__]
+    for name, module in swapped:
+        if not _is_replacement(type(module), module.__dict__[_ORIGINAL]):
+            raise RuntimeError(
+                f"unswap: {name or '(model)'} became a {type(module).__name__} after it was swapped (a "
+                "parametrisation, say); undo that first. The model is unchanged"
+            )
+    for _, module in swapped:
+        module.__class__ = module.__dict__.pop(_ORIGINAL)
     return model
 
 
@@ -170,8 +183,8 @@ class _Routing(TorchFunctionMode):
 def _checked_operators(ops: Iterable[str] | None) -> tuple[str, ...]:
     if ops is None:
         return SWAPPABLE
-    if isinstance(ops, str):
-        raise TypeError(f"ops is the string {ops!r}; it needs a list of operators, as [{ops!r}]")
+    if isinstance(ops, str) or not isinstance(ops, Iterable):
+        raise TypeError(f"ops is {ops!r}; it needs a list of operators, as ['layer_norm']")
     ops = tuple(ops)
     for operator in ops:
         if operator not in SWAPPABLE:
@@ -183,13 +196,18 @@ def _checked_operators(ops: Iterable[str] | None) -> tuple[str, ...]:
 def _plan(name: str, module: torch.nn.Module, operators: tuple[str, ...], report: SwapReport, changes: list) -> None:
     """Decide on one module: adds to the report, and to `changes` where its class is to change."""
     original = module.__dict__.get(_ORIGINAL, type(module))
+    if original is not type(module) and not _is_replacement(type(module), original):
+        report.skipped.append(Skipped(name, type(module).__name__, "its class was changed after it was swapped"))
+        return
     replacement, operator = _MODULE_TWINS.get(original, (None, ""))
     if replacement is None:
         inline = _inline_operators(original)
-        wanted = tuple(o for o in operators if o in inline)
+        # What an earlier call routed stays routed.
+        before = type(module).__dict__.get(_ROUTED, ())
+        wanted = tuple(o for o in SWAPPABLE if o in inline and (o in operators or o in before))
         if wanted:
             replacement, operator = _routed(original, wanted), ", ".join(wanted)
-    if replacement is None or operator.split(", ")[0] not in operators:
+    if replacement is None or not set(operator.split(", ")) & set(operators):
         reason = _reason_to_skip(original, operators)
         if reason is not None:
             report.skipped.append(Skipped(name, original.__name__, reason))
@@ -214,11 +232,19 @@ def _reason_to_skip(cls: type, operators: tuple[str, ...]) -> str | None:
     return None
 
 
+def _is_replacement(cls: type, original: type) -> bool:
+    """Whether `cls` is what a swap makes of `original`."""
+    return cls is _MODULE_TWINS.get(original, (None,))[0] or (_ROUTED in cls.__dict__ and cls.__base__ is original)
+
+
 # --- Modules that call an operator inline -----------------------------------------------------------------------------
 
 
 def _inline_operators(cls: type) -> set[str]:
-    """The operators whose PyTorch functions the class's forward calls, itself or through methods of `self`."""
+    """The operators whose PyTorch functions the class's forward calls.
+
+    Itself, through methods of `self`, or through functions of the package that the class comes from.
+    """
     if cls.__module__.startswith("torch.nn.") or issubclass(cls, torch.jit.ScriptModule):
         return set()
     return _inline_operators_of(cls)
@@ -226,20 +252,24 @@ def _inline_operators(cls: type) -> set[str]:
 
 @functools.cache
 def _inline_operators_of(cls: type) -> frozenset[str]:
+    package = cls.__module__.partition(".")[0]
     found: set[str] = set()
-    seen: set[str] = set()
-    waiting = ["forward"]
+    seen: set[Callable] = set()
+    waiting: list = [cls.forward]
     while waiting:
-        method = getattr(cls, waiting.pop(), None)
-        method = getattr(method, "__wrapped__", method)
-        if not isinstance(method, types.FunctionType):
+        function = inspect.unwrap(waiting.pop())
+        if not isinstance(function, types.FunctionType) or function in seen:
             continue
-        for chain in _attribute_chains(method.__code__):
-            if chain[0] == "self" and len(chain) == 2 and chain[1] not in seen:
-                seen.add(chain[1])
-                waiting.append(chain[1])
-            elif (function := _resolved(chain, method.__globals__)) is not None:
-                found.add(_operator_of(function))
+        seen.add(function)
+        for chain in _attribute_chains(function.__code__):
+            called = getattr(cls, chain[1], None) if chain[0] == "self" and len(chain) == 2 else None
+            called = called or _resolved(chain, function.__globals__)
+            if not isinstance(called, Callable) or isinstance(called, type):
+                continue
+            if called in TWINS:
+                found.add(_operator_of(called))
+            elif (getattr(called, "__module__", None) or "").partition(".")[0] == package:
+                waiting.append(called)
     return frozenset(found)
 
 
@@ -263,17 +293,14 @@ def _attribute_chains(code: types.CodeType) -> Iterator[tuple[str, ...]]:
         yield tuple(chain)
 
 
-def _resolved(chain: tuple[str, ...], names: dict) -> Callable | None:
-    """The PyTorch function with a twin that a chain of names stands for, or None."""
+def _resolved(chain: tuple[str, ...], names: dict) -> object:
+    """What a chain of names, a global and attributes of modules, stands for, or None."""
     value = names.get(chain[0])
     for attribute in chain[1:]:
         if not isinstance(value, types.ModuleType):
             return None
         value = getattr(value, attribute, None)
-    try:
-        return value if value in TWINS else None
-    except TypeError:  # unhashable
-        return None
+    return value
 
 
 @functools.cache
@@ -300,6 +327,7 @@ def _routed(cls: type, operators: tuple[str, ...]) -> type:
             "__module__": cls.__module__,
             "__qualname__": cls.__qualname__,
             "__doc__": cls.__doc__,
+            _ROUTED: operators,
             "forward": forward,
             "__reduce_ex__": __reduce_ex__,
         },

@@ -123,7 +123,15 @@ def test_forced_and_unable_says_why(monkeypatch, operator):
         assert words in message
 
 
-def test_forced_and_not_installed_says_so(monkeypatch):
+@pytest.fixture
+def nothing_looked_up():
+    """What is installed is looked up once a process; here it is looked up anew, and again afterwards."""
+    dispatch._installed.cache_clear()
+    yield
+    dispatch._installed.cache_clear()
+
+
+def test_forced_and_not_installed_says_so(monkeypatch, nothing_looked_up):
     found = dispatch.importlib.util.find_spec
     monkeypatch.setattr(
         dispatch.importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else found(name, *rest)
@@ -132,7 +140,7 @@ def test_forced_and_not_installed_says_so(monkeypatch):
         G.softmax(*a_call("softmax"))
 
 
-def test_forced_and_not_built_says_so(monkeypatch):
+def test_forced_and_not_built_says_so(monkeypatch, nothing_looked_up):
     found = dispatch.importlib.util.find_spec
     monkeypatch.setattr(
         dispatch.importlib.util, "find_spec", lambda name, *rest: None if "cuda" in name else found(name, *rest)

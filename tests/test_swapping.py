@@ -387,3 +387,46 @@ def test_dropout_in_training_stays_dropout():
     assert model(ids, targets)[1] != model(ids, targets)[1]
     model.eval()
     assert model(ids, targets)[1] == model(ids, targets)[1]
+
+
+def attend(x):
+    return F.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+
+class CallsAFunction(torch.nn.Module):
+    def forward(self, x):
+        return attend(x)
+
+
+class CallsTwo(torch.nn.Module):
+    def forward(self, x):
+        return F.softmax(F.layer_norm(x, x.shape[-1:]), dim=-1)
+
+
+def test_calls_in_functions_of_the_same_package_are_found():
+    assert _inline_operators(CallsAFunction) == {"attention"}
+
+
+def test_a_second_swap_adds_to_the_first(monkeypatch):
+    model = CallsTwo()
+    x = torch.randn(2, 8)
+    gptkern.swap(model, ops=["softmax"])
+    assert calls_of_twins(monkeypatch, lambda: model(x)) == 1
+    report = gptkern.swap(model, ops=["layer_norm"])
+    assert report.replaced[0].operator == "layer_norm, softmax"
+    assert calls_of_twins(monkeypatch, lambda: model(x)) == 2
+    assert type(gptkern.unswap(model)) is CallsTwo
+
+
+def test_a_class_that_changed_after_the_swap_is_left_alone():
+    model = torch.nn.Sequential(torch.nn.LayerNorm(4), torch.nn.LayerNorm(4))
+    gptkern.swap(model)
+    torch.nn.utils.parametrize.register_parametrization(model[0], "weight", torch.nn.Identity())
+    expected = model(torch.ones(1, 4))
+    assert "changed after" in gptkern.swap(model).skipped[0].reason
+    with pytest.raises(RuntimeError, match=r"unswap: 0 became.*unchanged"):
+        gptkern.unswap(model)
+    assert type(model[1]) is gptkern.nn.LayerNorm
+    assert torch.equal(model(torch.ones(1, 4)), expected)
+    torch.nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    assert type(gptkern.unswap(model)[0]) is torch.nn.LayerNorm

@@ -7,6 +7,7 @@ kernels run in Triton's interpreter.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import queue
@@ -80,7 +81,9 @@ for result in checking.run(device=device, seconds=seconds):
 
 def check(device: str, seconds: float) -> KernelCheck:
     """Run `gptkern.checking` in a process for about `seconds`; a KeyboardInterrupt ends the process too."""
-    interpreted = not device.startswith("cuda")
+    on_gpu = device.startswith("cuda")
+    device = device if on_gpu else "cpu"
+    interpreted = not on_gpu and importlib.util.find_spec("triton") is not None
     environment = {**os.environ}
     environment.pop("GPTKERN_BACKEND", None)
     if interpreted:
@@ -115,6 +118,8 @@ def check(device: str, seconds: float) -> KernelCheck:
         reader.join(timeout=1.0)
     rows, failures = summarised(results)
     note = "in Triton's interpreter, on the CPU" if interpreted else "on the GPU"
+    if not interpreted and not on_gpu:
+        note = "the PyTorch backend alone, since triton is not installed"
     if cut:
         note += f"; ended after {time.monotonic() - start:.0f} s, before it was done"
     elif process.returncode != 0:

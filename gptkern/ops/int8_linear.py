@@ -125,7 +125,7 @@ def _check_tensors(input, weight, weight_scale, bias):
 
 def check_options(where, activation, mode):
     """Raises ValueError where `activation` or `mode` is none of those that there are."""
-    if activation is not None and activation not in ACTIVATIONS:
+    if activation is not None and not (isinstance(activation, str) and activation in ACTIVATIONS):
         raise ValueError(f"{where}: activation is {activation!r}; it needs None, 'gelu' or 'gelu_tanh'")
     if mode not in MODES:
         raise ValueError(f"{where}: mode is {mode!r}; it needs 'w8a8', 'w8a16' or 'auto'")

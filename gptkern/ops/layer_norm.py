@@ -68,6 +68,11 @@ def layer_norm(
     choice = dispatch.settled(input)
     if choice is None:
         _check_types(input, normalized_shape, weight, bias, eps, residual)
+        if residual is not None and input.is_cuda and torch.is_autocast_enabled("cuda"):
+            # Autocast widens what is normalised; the sum keeps its own dtype, as PyTorch's addition does.
+            _check_residual(input, residual)
+            summed = input + residual
+            return layer_norm(summed, normalized_shape, weight, bias, eps), summed
         cast = autocast("float32", input, residual, weight, bias)
         call = _flattened(*cast, normalized_shape, eps)
         choice = dispatch.choose("layer_norm", *call)

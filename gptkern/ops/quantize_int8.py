@@ -44,6 +44,8 @@ def quantize_int8(input: torch.Tensor, dim: int = -1) -> tuple[torch.Tensor, tor
         raise TypeError(f"quantize_int8: input is {type(input).__name__}; it needs a tensor")
     if not input.is_floating_point():
         raise RuntimeError(f"quantize_int8: input is {input.dtype}; it needs a floating-point dtype")
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"quantize_int8: dim is {type(dim).__name__}; it needs an int")
     if not -input.dim() <= dim < input.dim():
         raise IndexError(f"quantize_int8: dim is {dim}; it needs one of the input's {input.dim()} dimensions")
     call = input.detach(), dim % input.dim()

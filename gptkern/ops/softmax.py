@@ -71,9 +71,8 @@ def softmax(
         return F.softmax(input, dim, _stacklevel + 1, dtype)
     if dim is None:
         dim = F._get_softmax_dim("softmax", input.dim(), _stacklevel)
-    if choice is None:
-        dtype = _autocast_dtype(input, dtype)
-    _check(input, dim, dtype, mask, is_causal)
+    dtype = _autocast_dtype(input, dtype)
+    _check(input, dim, dtype, scale, mask, is_causal)
     if choice is None:
         # Integers are converted here; kernels convert the others as they load.
         call = (input if input.is_floating_point() else input.to(dtype), dim, dtype, scale, mask, is_causal)
@@ -98,7 +97,9 @@ def _autocast_dtype(input, dtype):
     return dtype
 
 
-def _check(input, dim, dtype, mask, is_causal):
+def _check(input, dim, dtype, scale, mask, is_causal):
+    if not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"softmax: scale is {type(scale).__name__}; it needs a number")
     if type(dim) is bool or not isinstance(dim, int):
         raise TypeError(f"softmax: dim is {type(dim).__name__}; it needs an int")
     least, most = -max(input.dim(), 1), max(input.dim(), 1) - 1
