@@ -83,19 +83,22 @@ SHAPES = [
     Shape(1, 1, 1, 1, 1, 8),
     Shape(2, 2, 2, 7, 7, 16),
     Shape(1, 2, 2, 16, 17, 40),
-    Shape(2, 1, 1, 33, 65, 64),
+    Shape(1, 1, 1, 33, 65, 64),
     Shape(1, 1, 1, 65, 33, 80),
     Shape(1, 4, 2, 17, 33, 64),
-    Shape(2, 4, 1, 33, 17, 8),
+    Shape(1, 4, 1, 33, 17, 8),
     Shape(1, 1, 1, 129, 129, 64),
     Shape(1, 2, 1, 64, 128, 32),
-    Shape(2, 2, 2, 1, 130, 64),
+    Shape(1, 2, 2, 1, 130, 64),
     Shape(1, 2, 2, 65, 1, 8),
 ]
 
 
-@dtypes
-@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(
+    "dtype, is_causal",
+    [(torch.float32, False), (torch.float32, True), (torch.float16, True), (torch.bfloat16, False)],
+    ids=["float32 full", "float32 causal", "float16 causal", "bfloat16 full"],
+)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(backend, device, dtype, is_causal, shape):
     check_attention(*random_call(shape, device, dtype), is_causal=is_causal)
@@ -104,15 +107,7 @@ def test_shapes(backend, device, dtype, is_causal, shape):
 @pytest.mark.parametrize("tiles", [(16, 16), (16, 32), (32, 16)], ids=str)
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize(
-    "shape",
-    [
-        Shape(1, 1, 1, 50, 50, 16),
-        Shape(1, 1, 1, 33, 65, 16),
-        Shape(1, 1, 1, 65, 33, 8),
-        Shape(1, 1, 1, 64, 64, 16),
-        Shape(1, 2, 1, 17, 48, 40),
-    ],
-    ids=str,
+    "shape", [Shape(1, 1, 1, 48, 48, 16), Shape(1, 1, 1, 17, 50, 16), Shape(1, 2, 1, 50, 33, 8)], ids=str
 )
 def test_many_tiles(kernel_backend, device, poisoned_memory, tiles, is_causal, shape):
     with gptkern.dispatch.load(kernel_backend, "attention").forced_tiles(*tiles):
@@ -153,9 +148,9 @@ def test_scales_at_which_pytorchs_kernel_for_the_cpu_gives_nan(kernel_backend, d
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize("heads, kv_heads", [(4, 2), (4, 1), (6, 3), (3, 1)])
+@pytest.mark.parametrize("heads, kv_heads", [(4, 2), (6, 3), (3, 1)])
 def test_grouped_query_heads(backend, device, is_causal, heads, kv_heads):
-    shape = Shape(2, heads, kv_heads, 19, 35, 16)
+    shape = Shape(1, heads, kv_heads, 19, 35, 16)
     check_attention(*random_call(shape, device), is_causal=is_causal)
 
 
@@ -270,10 +265,12 @@ def test_scores_of_1e30(backend, device, dtype):
     assert leaves[2].grad.isfinite().all()
 
 
-def test_scores_far_below_zero(backend, device):
-    # All the scores of a row are about -400: exp underflows to an empty row unless the maximum is taken off first.
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+def test_scores_far_below_zero(backend, device, is_causal):
+    # All the scores of a row are about -400: exp underflows to an empty row unless the maximum is taken off first,
+    # and a key past the tail, whose score would be 0, overflows the probabilities of the backward.
     query, key, value = random_call(Shape(1, 1, 1, 33, 70, 16), device)
-    check_attention(10 + query, -10 + key, value, is_causal=True, floor=OF_HUGE_SCORES)
+    check_attention(10 + query, -10 + key, value, is_causal=is_causal, floor=OF_HUGE_SCORES)
 
 
 def test_scores_that_grow_along_the_row(backend, device):
@@ -456,7 +453,7 @@ def test_pytorch_gives_the_second_derivative(device):
 @dtypes
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 def test_two_runs_give_the_same_bits(kernel_backend, device, dtype, is_causal):
-    query, key, value = random_call(Shape(1, 4, 2, 65, 70, 16), device, dtype)
+    query, key, value = random_call(Shape(1, 2, 1, 33, 70, 16), device, dtype)
     grad_output = torch.randn(query.shape, device=device).to(dtype)
     runs = []
     for _ in range(2):
@@ -681,7 +678,7 @@ def test_the_pytorch_launchers(device, dtype, is_causal):
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize(
-    "shape", [Shape(1, 1, 1, 4, 5, 8), Shape(1, 4, 2, 5, 3, 8), Shape(length_k=0), Shape(length_q=0)], ids=str
+    "shape", [Shape(1, 1, 1, 4, 5, 8), Shape(1, 2, 1, 3, 2, 8), Shape(length_k=0), Shape(length_q=0)], ids=str
 )
 def test_the_pytorch_launchers_gradient_is_the_difference_quotient(device, is_causal, shape):
     call = [tensor.double().requires_grad_() for tensor in random_call(shape, device)]
@@ -699,15 +696,14 @@ def test_the_pytorch_launchers_and_frozen_inputs(device, need):
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_the_registered_ops(kernel_backend, device, name, dtype):
-    query, key, value = random_call(Shape(1, 4, 2, 5, 7, 8), device, dtype)
+def test_the_registered_ops(kernel_backend, device, name):
+    query, key, value = random_call(Shape(1, 4, 2, 5, 7, 8), device, torch.float16)
     # As a packed projection hands it over: the strides of the results are part of what the fakes promise.
     query = query.transpose(1, 2).contiguous().transpose(1, 2)
     output, lse = torch.ops.gptkern.attention_forward(query, key, value, True, 0.3, name)
     forward, backward = torch.ops.gptkern.attention_forward.default, torch.ops.gptkern.attention_backward.default
     torch.library.opcheck(forward, (query, key, value, True, 0.3, name))
-    for needs in ((True, True, True), (False, True, False), (True, False, False)):
+    for needs in ((True, True, True), (False, True, False)):
         call = (torch.randn_like(output), query, key, value, output, lse, True, 0.3, *needs, name)
         torch.library.opcheck(backward, call)
 
