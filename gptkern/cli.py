@@ -17,6 +17,7 @@ import importlib
 import importlib.util
 import sys
 
+from gptkern import BackendError
 from gptkern.commands import INTERRUPTED, UserError
 
 # The summaries stand here too, because asking the modules would import them. A test holds the two together.
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("gptkern: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except UserError as error:
+    except (UserError, BackendError) as error:
         print(f"gptkern {args.command}: {error}", file=sys.stderr)
         return 2
 

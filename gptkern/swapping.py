@@ -123,7 +123,8 @@ def swap(model: torch.nn.Module, ops: Iterable[str] | None = None, strict: bool 
     for name, module in model.named_modules():
         _plan(name or "(model)", module, operators, report, changes)
     if strict and report.skipped:
-        raise RuntimeError(f"swap: strict, and modules had to be skipped; the model is unchanged\n{report}")
+        left_alone = SwapReport([], report.skipped)
+        raise RuntimeError(f"swap: strict, and modules had to be skipped; the model is unchanged\n{left_alone}")
     for module, replacement in changes:
         module.__dict__.setdefault(_ORIGINAL, type(module))
         module.__class__ = replacement
@@ -224,7 +225,7 @@ def _reason_to_skip(cls: type, operators: tuple[str, ...]) -> str | None:
     """Why a module that one of the operators might serve is left alone, or None where none would."""
     for base, (twin, operator) in _MODULE_TWINS.items():
         if operator in operators and issubclass(cls, base) and cls not in (base, twin):
-            return f"a subclass of torch.nn.{base.__name__}; only the exact type is swapped"
+            return f"a subclass of torch.nn.{base.__name__} with a forward of its own, in which no call was found"
     if "attention" in operators and issubclass(cls, torch.nn.MultiheadAttention):
         return "torch.nn.MultiheadAttention calls its attention inside PyTorch, where it cannot be routed"
     if issubclass(cls, torch.jit.ScriptModule):
