@@ -17,8 +17,8 @@ import importlib
 import importlib.util
 import sys
 
-from gptkern import BackendError
 from gptkern.commands import INTERRUPTED, UserError
+from gptkern.dispatch import BackendError
 
 # The summaries stand here too, because asking the modules would import them. A test holds the two together.
 COMMANDS = {
