@@ -156,7 +156,8 @@ def settled(tensor: Any) -> Choice | None:
     """
     forced = _forced()
     if forced is None:
-        if not isinstance(tensor, torch.Tensor) or tensor.device.type == "cpu":
+        # `is_cpu` takes a tenth of the host time of `device.type`.
+        if not isinstance(tensor, torch.Tensor) or tensor.is_cpu:
             return _announced(_ON_CPU)
     elif forced == "torch":
         return _announced(_FORCED_TORCH)

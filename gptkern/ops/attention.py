@@ -24,6 +24,7 @@ from gptkern import dispatch
 from gptkern.ops.common import autocast, once_differentiable, register, without_autocast
 
 _LOG2E = math.log2(math.e)
+_SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 
 @dispatch.twin_of(F.scaled_dot_product_attention)
@@ -93,14 +94,15 @@ def _with_positive_scale(query, scale):
 
 
 def _on_pytorch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
-    if isinstance(query, torch.Tensor) and query.device.type == "cpu":
+    if isinstance(query, torch.Tensor) and query.is_cpu:
         if is_causal and scale is not None:
             # PyTorch's causal kernel for the CPU gives NaN where the scale is not positive (seen in 2.13).
             query, scale = _with_positive_scale(query, scale)
-        if isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor):
+        may_be_16_bits = query.dtype in _SIXTEEN_BITS or torch.is_autocast_enabled("cpu")
+        if may_be_16_bits and isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor):
             cast = autocast("lower", query, key, value)
             dtype = cast[0].dtype
-            if dtype in (torch.float16, torch.bfloat16) and all(tensor.dtype == dtype for tensor in cast):
+            if dtype in _SIXTEEN_BITS and all(tensor.dtype == dtype for tensor in cast):
                 # PyTorch rounds P and dS to 16 bits on the CPU and sums a group's dK and dV in 16 bits: up to twice
                 # the error that gptkern.tolerance allows.
                 query, key, value = (tensor.float() for tensor in cast)
