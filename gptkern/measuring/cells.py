@@ -1,0 +1,85 @@
+"""What is measured: a cell of the tables, and the implementations that are compared in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One operator in one direction on one shape: gptkern and its peers are timed on it in one run.
+
+    Args:
+        operator: "attention", "layer_norm", "softmax", "int8_linear" or "model".
+        direction: "forward", "backward" or "both"; for "model" what one call does, "training step" or "generation".
+        dtype: of the inputs, "bfloat16".
+        sizes: (("rows", 32768), ("width", 1024)), in the order in which they are read.
+        panel: the plot and the table that the cell belongs to, without the direction.
+        x: which of the sizes the panel's plot runs over.
+        bytes: the least that one call has to read and write; flops: the operations of one call (measuring.conventions).
+        ceiling: the measured rate that this cell's is a share of: "copy", "float32", "bfloat16" or "int8".
+        tokens: for "model", how many one call trains on or generates.
+        limits: (peer, the ratio of gptkern's time to the peer's that is promised).
+    """
+
+    operator: str
+    direction: str
+    dtype: str
+    sizes: tuple[tuple[str, int | str | bool], ...]
+    panel: str
+    x: str
+    bytes: int | None = None
+    flops: float | None = None
+    ceiling: str | None = None
+    tokens: int | None = None
+    limits: tuple[tuple[str, float], ...] = ()
+
+    def size(self, name: str) -> Any:
+        return dict(self.sizes)[name]
+
+    @property
+    def label(self) -> str:
+        """The sizes as they are printed: "4x16x4096x128 causal"; a size that is True shows its name."""
+        flags = [name if value is True else str(value) for name, value in self.sizes if isinstance(value, (bool, str))]
+        flags = [flag for flag in flags if flag != "False"]
+        numbers = [str(value) for _, value in self.sizes if not isinstance(value, (bool, str))]
+        return " ".join(["x".join(numbers), *flags]).strip()
+
+    @property
+    def key(self) -> str:
+        """Unique within a results file."""
+        return f"{self.operator} {self.direction} {self.dtype} {self.panel} {self.label}"
+
+    def record(self) -> dict[str, Any]:
+        """The cell's own part of a results file."""
+        return {
+            **asdict(self),
+            "key": self.key,
+            "label": self.label,
+            "sizes": dict(self.sizes),
+            "limits": dict(self.limits),
+        }
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute a cell.
+
+    Args:
+        call: call(*inputs) -> the output, or a tuple whose first is the output.
+        prepare: prepare(*inputs) -> the inputs that `call` takes, run once for each set of inputs and not timed
+            (packing a weight, say). Inputs that are differentiated come back as the same objects at the same places.
+        graph: whether a CUDA graph can capture the call.
+    """
+
+    call: Callable[..., Any]
+    prepare: Callable[..., tuple] | None = None
+    graph: bool = True
+
+
+class Missing(NamedTuple):
+    """In place of an Implementation: why it is not measured here."""
+
+    reason: str

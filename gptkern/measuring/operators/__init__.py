@@ -1,0 +1,1 @@
+"""For each operator: its cells, inputs, implementations and reference."""
