@@ -1,0 +1,118 @@
+"""What a number depends on beside the cell: device, driver, versions, sources, clocks."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gptkern
+
+PACKAGE = Path(gptkern.__file__).parent
+# Beside the package in a source tree; what is drawn and printed changes no measurement.
+_NOT_MEASURED = ("commands", "measuring/report.py", "measuring/plots.py")
+# Seconds that nvidia-smi and git may take.
+_PATIENCE = 20
+
+
+def kind() -> str:
+    """Where the bench runs: "cuda" where there is a GPU, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def identify() -> dict[str, Any]:
+    """The `machine` block of a results file."""
+    from gptkern.measuring import peers
+
+    on_gpu = kind() == "cuda"
+    device = torch.cuda.get_device_name() if on_gpu else _processor()
+    commit, dirty = _commit()
+    try:
+        import triton
+    except ImportError:
+        triton = None
+    return {
+        "device": device,
+        "slug": slug(device),
+        "kind": kind(),
+        "architecture": "sm_{}{}".format(*torch.cuda.get_device_capability()) if on_gpu else None,
+        "multiprocessors": torch.cuda.get_device_properties().multi_processor_count if on_gpu else None,
+        "threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": None if triton is None else triton.__version__,
+        "cuda": torch.version.cuda,
+        "driver": _nvidia_smi("driver_version") if on_gpu else None,
+        "gptkern": gptkern.__version__,
+        "commit": commit,
+        "dirty": dirty,
+        "source": source_digest(),
+        "date": datetime.date.today().isoformat(),
+        "peers": peers.versions(),
+    }
+
+
+def slug(device: str) -> str:
+    """ "NVIDIA H200" -> "nvidia-h200": the folder of a device's results."""
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)|cpu|processor", "", device.lower())).strip("-")
+
+
+def clocks() -> dict[str, int] | None:
+    """The GPU's clocks at this moment, in MHz, so that a throttled run shows; None without a GPU or nvidia-smi."""
+    if kind() != "cuda":
+        return None
+    answer = _nvidia_smi("clocks.sm,clocks.mem")
+    numbers = re.findall(r"\d+", answer or "")
+    return {"sm_mhz": int(numbers[0]), "memory_mhz": int(numbers[1])} if len(numbers) == 2 else None
+
+
+def source_digest(package: Path = PACKAGE) -> str:
+    """A short digest of the sources that a measurement depends on: results of other sources are not resumed."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*")):
+        name = path.relative_to(package).as_posix()
+        if path.suffix in (".py", ".json", ".so") and not name.startswith(_NOT_MEASURED):
+            digest.update(name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    """(the commit that the package is checked out at, whether the checkout differs from it), or (None, None)."""
+    if not (PACKAGE.parent / ".git").exists() or shutil.which("git") is None:
+        return None, None
+    try:
+        commit = _output("git", "-C", str(PACKAGE.parent), "rev-parse", "HEAD")
+        changes = _output("git", "-C", str(PACKAGE.parent), "status", "--porcelain", "--", PACKAGE.name)
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+    return commit, bool(changes)
+
+
+def _nvidia_smi(query: str) -> str | None:
+    """Asks for a property of the current device; changes no setting."""
+    index = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0] or "0"
+    try:
+        return _output("nvidia-smi", f"--id={index}", f"--query-gpu={query}", "--format=csv,noheader,nounits")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=_PATIENCE).stdout.strip()
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,193 @@
+"""How long a function takes, and how much memory: samples taken in turn, on one machine, in one process.
+
+    sampler    a function without arguments that runs what is measured once and returns the seconds of one call
+    graph      GPU: device time, by CUDA events around a replay of a CUDA graph that holds a call for each set of inputs
+    events     GPU: device time of calls that a graph cannot capture, by CUDA events around plain calls
+    wall       the host's clock around calls, waiting for the device: what an eager user sees
+    host       the host's clock around calls, not waiting for the device
+
+Sets of inputs are together larger than the GPU's L2 cache, so that it serves none of them. `in_turn` takes samples of
+several functions alternately, so that what slows the machine down slows all of them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+Sampler = Callable[[], float]
+
+# A sample on a CPU lasts about this long at least: a thousand times what reading the clock takes, and well below the
+# slice of time that an operating system gives a process.
+SAMPLE_SECONDS = 2e-4
+# How much larger than the L2 cache the sets of inputs are together.
+CACHE_FACTOR = 3
+# Sets of inputs on a CPU, and at most on a GPU.
+CPU_SETS, MOST_SETS = 3, 64
+# Calls before the first sample: compiling, autotuning and the allocator's first blocks happen in them.
+WARM_UPS = 3
+
+
+class Spread(NamedTuple):
+    """Of samples in seconds: the median, the quartiles and the number."""
+
+    median: float
+    low: float
+    high: float
+    n: int
+
+
+def spread(samples: Sequence[float]) -> Spread:
+    if len(samples) < 2:
+        return Spread(samples[0], samples[0], samples[0], len(samples))
+    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return Spread(median, low, high, len(samples))
+
+
+def sets_of_inputs(make: Callable[[], tuple], device: torch.device | str) -> list[tuple]:
+    """`make()` several times: on a GPU until the sets' tensors together exceed its L2 cache by CACHE_FACTOR."""
+    first = make()
+    count = CPU_SETS
+    if torch.device(device).type == "cuda":
+        bytes_of_one = sum(value.numel() * value.element_size() for value in first if isinstance(value, torch.Tensor))
+        wanted = CACHE_FACTOR * torch.cuda.get_device_properties(device).L2_cache_size
+        count = min(MOST_SETS, max(2, -(-wanted // max(bytes_of_one, 1))))
+    return [first, *(make() for _ in range(count - 1))]
+
+
+def in_turn(samplers: Sequence[Sampler], rounds: int) -> list[list[float]]:
+    """`rounds` samples of each; every second round in reverse order."""
+    samples: list[list[float]] = [[] for _ in samplers]
+    order = list(range(len(samplers)))
+    for _ in range(rounds):
+        for index in order:
+            samples[index].append(samplers[index]())
+        order.reverse()
+    return samples
+
+
+def durations(functions: Sequence[Callable], inputs: Sequence[tuple], rounds: int) -> list[list[float]]:
+    """Seconds of one call of each function on the same sets of inputs: device time on a GPU, wall time on a CPU."""
+    on_gpu = any(isinstance(value, torch.Tensor) and value.is_cuda for value in inputs[0])
+    return in_turn([(graph_sampler if on_gpu else wall_sampler)(f, inputs) for f in functions], rounds)
+
+
+def wall_sampler(function: Callable[..., Any], inputs: Sequence[tuple]) -> Sampler:
+    """The host's time of one call, over the sets in turn; on a GPU of one call in a queue of one for each set."""
+    on_gpu = any(isinstance(value, torch.Tensor) and value.is_cuda for value in inputs[0])
+    if on_gpu:
+        return _eager_gpu_sampler(function, inputs)
+    function(*inputs[0])
+    seconds = []
+    for _ in range(WARM_UPS):
+        start = time.perf_counter()
+        function(*inputs[0])
+        seconds.append(time.perf_counter() - start)
+    calls = max(1, round(SAMPLE_SECONDS / max(min(seconds), 1e-9)))
+    turn = 0
+
+    def sample() -> float:
+        nonlocal turn
+        arguments = inputs[turn % len(inputs)]
+        turn += 1
+        start = time.perf_counter()
+        for _ in range(calls):
+            function(*arguments)
+        return (time.perf_counter() - start) / calls
+
+    return sample
+
+
+def _eager_gpu_sampler(function: Callable[..., Any], inputs: Sequence[tuple]) -> Sampler:
+    for _ in range(WARM_UPS):
+        function(*inputs[0])
+
+    def sample() -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for arguments in inputs:
+            function(*arguments)
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) / len(inputs)
+
+    return sample
+
+
+def host_durations(functions: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
+    """As `durations`, of functions without arguments: the host's time, not waiting for the device."""
+
+    def without_waiting(function: Callable[[], Any]) -> Sampler:
+        sample = wall_sampler(function, [()])
+
+        def then_drain() -> float:
+            seconds = sample()
+            if torch.cuda.is_available():
+                # Outside of the sample: a full queue would make the next one wait.
+                torch.cuda.synchronize()
+            return seconds
+
+        return then_drain
+
+    return in_turn([without_waiting(function) for function in functions], rounds)
+
+
+def graph_sampler(function: Callable[..., Any], inputs: Sequence[tuple]) -> Sampler:
+    """Device time of one call. A backward runs on its forward's stream: call `use_own_stream` before the forward."""
+    for _ in range(WARM_UPS):
+        function(*inputs[0])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        for arguments in inputs:
+            function(*arguments)
+    graph.replay()
+    return _event_sampler(graph.replay, len(inputs))
+
+
+def event_sampler(function: Callable[..., Any], inputs: Sequence[tuple]) -> Sampler:
+    """As `graph_sampler` without a graph: where calls are short, the gaps between launches count as well."""
+    for _ in range(WARM_UPS):
+        function(*inputs[0])
+
+    def all_sets() -> None:
+        for arguments in inputs:
+            function(*arguments)
+
+    return _event_sampler(all_sets, len(inputs))
+
+
+def _event_sampler(run: Callable[[], Any], calls: int) -> Sampler:
+    def sample() -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3 / calls
+
+    return sample
+
+
+def use_own_stream() -> None:
+    """Makes a stream other than the default the current one: the default stream cannot be captured in a graph."""
+    if torch.cuda.is_available() and torch.cuda.current_stream() == torch.cuda.default_stream():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.default_stream())
+        torch.cuda.set_stream(stream)
+
+
+def peak_bytes(function: Callable[..., Any], arguments: tuple) -> int | None:
+    """The most GPU memory that one call holds at a time beyond what was held before it; None on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = function(*arguments)
+    torch.cuda.synchronize()
+    del result
+    return torch.cuda.max_memory_allocated() - before
