@@ -58,7 +58,8 @@ class _Explained(Exception):
 
 class _State(threading.local):
     forced: str | None = None
-    explaining = False
+    # Told of each choice before anything runs: `explain` and `choices_made` set it.
+    observer: Callable[[Choice], None] | None = None
 
 
 _state = _State()
@@ -139,14 +140,29 @@ def explain(function: Callable, *args, **kwargs) -> Choice:
     twin = TWINS.get(function, function)
     if getattr(twin, "__module__", "").partition(".")[0] != "gptkern":
         raise ValueError(f"explain: function is {function!r}; it needs an operator of gptkern.functional or its twin")
-    _state.explaining = True
+    before, _state.observer = _state.observer, _raise_explained
     try:
         twin(*args, **kwargs)
     except _Explained as explained:
         return explained.choice
     finally:
-        _state.explaining = False
+        _state.observer = before
     raise ValueError(f"explain: {function!r} chooses no backend; it runs on PyTorch as it is")
+
+
+def _raise_explained(choice: Choice) -> None:
+    raise _Explained(choice)
+
+
+@contextlib.contextmanager
+def choices_made():
+    """Yields a list to which each choice made inside the `with` block, in this thread, is added."""
+    choices: list[Choice] = []
+    before, _state.observer = _state.observer, choices.append
+    try:
+        yield choices
+    finally:
+        _state.observer = before
 
 
 def settled(tensor: Any) -> Choice | None:
@@ -179,8 +195,8 @@ def _forced() -> str | None:
 
 
 def _announced(choice: Choice) -> Choice:
-    if not torch.compiler.is_compiling() and _state.explaining:
-        raise _Explained(choice)
+    if not torch.compiler.is_compiling() and _state.observer is not None:
+        _state.observer(choice)
     return choice
 
 

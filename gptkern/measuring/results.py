@@ -1,0 +1,176 @@
+"""The file that measurements are kept in: FOLDER/results.json.
+
+    {"format": 1, "sample": false, "machine": {...}, "ceilings": {...}, "cells": [...], "costs": [...]}
+
+    machine     measuring.machine.identify(): device, versions, commit, digest of the sources
+    ceilings    measuring.ceilings.measure()
+    cells       measuring.runner.measure(): a cell, its check, and each implementation's time and memory
+    costs       measuring.costs: what is no kernel
+
+A file holds one device and one state of the sources. It is written after every cell, at once as a whole, so that a run
+that is cut off loses the cell that it was measuring and no other, and the next one goes on from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+NAME = "results.json"
+# What has to be the same for one file to hold two measurements.
+SAME = ("slug", "kind", "source", "gptkern", "torch", "triton", "threads")
+# gptkern has lost a cell where its time exceeds the best peer's by more than this factor: less is noise.
+LOST = 1.02
+
+
+class ResultsError(Exception):
+    """A file is not a results file; the message names it."""
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """The results in a file, or in the folder that holds it.
+
+    Raises:
+        ResultsError: there is no such file, it is no JSON, or it has not the form above.
+    """
+    path = Path(path)
+    path = path / NAME if path.is_dir() else path
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ResultsError(f"{path}: {error.strerror}; it needs to be a file that `gptkern bench` wrote") from error
+    except ValueError as error:
+        raise ResultsError(f"{path}: {error}; it needs to be a file that `gptkern bench` wrote") from error
+    problem = invalid(results)
+    if problem:
+        raise ResultsError(f"{path}: {problem}")
+    return results
+
+
+def invalid(results: Any) -> str | None:
+    """What is wrong with results as `load` reads them, or None."""
+    if not isinstance(results, dict) or results.get("format") != FORMAT:
+        return f"its format is {results.get('format') if isinstance(results, dict) else None!r}; it needs {FORMAT}"
+    for name, kind in (("sample", bool), ("machine", dict), ("ceilings", dict), ("cells", list), ("costs", list)):
+        if not isinstance(results.get(name), kind):
+            return f"{name} is {type(results.get(name)).__name__}; it needs to be a {kind.__name__}"
+    for number, cell in enumerate(results["cells"]):
+        if not isinstance(cell, dict):
+            return f"cell {number} is no object"
+        missing = [n for n in ("key", "operator", "direction", "sizes", "panel", "implementations") if n not in cell]
+        if missing:
+            return f"cell {number} ({cell.get('key')}) has no {missing[0]}"
+        for implementation in cell["implementations"]:
+            timed = any(implementation.get(name) for name in ("device_s", "wall_s"))
+            if "name" not in implementation or not (timed or "skipped" in implementation):
+                return f"cell {cell['key']}: an implementation has neither a time nor a reason"
+    return None
+
+
+def seconds(implementation: dict[str, Any]) -> dict[str, float] | None:
+    """The time that counts, with its quartiles: the device's on a GPU, the host's on a CPU; None where it was skipped."""
+    return implementation.get("device_s") or implementation.get("wall_s")
+
+
+def ours(cell: dict[str, Any]) -> dict[str, Any] | None:
+    """gptkern's implementation of a cell, or None where it was not timed."""
+    return next((i for i in cell["implementations"] if i["name"] == "gptkern" and seconds(i)), None)
+
+
+def best_peer(cell: dict[str, Any]) -> dict[str, Any] | None:
+    """The fastest implementation of a cell that is not gptkern's, or None."""
+    timed = [i for i in cell["implementations"] if i["name"] != "gptkern" and seconds(i)]
+    return min(timed, key=lambda i: seconds(i)["median"], default=None)
+
+
+def ratio(cell: dict[str, Any], peer: dict[str, Any] | None = None) -> float | None:
+    """gptkern's time over a peer's (the best one's): below 1 gptkern is faster. None where one is missing."""
+    mine, peer = ours(cell), peer or best_peer(cell)
+    if mine is None or peer is None:
+        return None
+    return seconds(mine)["median"] / seconds(peer)["median"]
+
+
+def lost(cell: dict[str, Any]) -> bool:
+    """Whether a peer is faster than gptkern, by more than noise."""
+    against_best = ratio(cell)
+    return against_best is not None and against_best > LOST
+
+
+class Recorder:
+    """Adds measurements to FOLDER/results.json.
+
+    Results of the same device, versions and sources that are there already are kept and not measured again. Those of
+    others are moved aside, to results-<commit>.json, and nothing is lost.
+    """
+
+    def __init__(self, folder: str | Path, machine: dict[str, Any]):
+        self.folder = Path(folder)
+        self.path = self.folder / NAME
+        self.moved: Path | None = None
+        self.results = {
+            "format": FORMAT, "sample": False, "machine": machine, "ceilings": {}, "cells": [], "costs": [],
+        }  # fmt: skip
+        if self.path.exists():
+            before = load(self.path)
+            if all(before["machine"].get(name) == machine.get(name) for name in SAME):
+                self.results |= {name: before[name] for name in ("ceilings", "cells", "costs")}
+            else:
+                self.moved = self._set_aside(before)
+
+    def _set_aside(self, before: dict[str, Any]) -> Path:
+        machine = before["machine"]
+        name = (machine.get("commit") or machine.get("source") or "before")[:12]
+        target, number = self.folder / f"results-{name}.json", 1
+        while target.exists():
+            number += 1
+            target = self.folder / f"results-{name}-{number}.json"
+        os.replace(self.path, target)
+        return target
+
+    def done(self, key: str, rounds: int) -> bool:
+        """Whether the cell has been measured with as many rounds already, and was right."""
+        return any(cell["key"] == key and cell["rounds"] >= rounds and ours(cell) for cell in self.results["cells"])
+
+    def has_cost(self, key: str) -> bool:
+        return any(cost["key"] == key for cost in self.results["costs"])
+
+    def add_cell(self, record: dict[str, Any]) -> None:
+        self._put("cells", record)
+
+    def add_cost(self, record: dict[str, Any]) -> None:
+        self._put("costs", record)
+
+    def set_ceilings(self, ceilings: dict[str, dict[str, Any]]) -> None:
+        self.results["ceilings"] = ceilings
+        self.save()
+
+    def _put(self, name: str, record: dict[str, Any]) -> None:
+        """In the place of the record of the same key, else at the end."""
+        records = self.results[name]
+        places = [place for place, other in enumerate(records) if other["key"] == record["key"]]
+        if places:
+            records[places[0]] = record
+        else:
+            records.append(record)
+        self.save()
+
+    def save(self) -> None:
+        """The whole file or nothing: written beside it, then put in its place."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=self.folder, prefix=".results-", suffix=".json")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(self.results, file, indent=1, ensure_ascii=False, allow_nan=False)
+                file.write("\n")
+            os.chmod(name, 0o644)
+            os.replace(name, self.path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            raise
