@@ -1,20 +1,116 @@
-"""Runs the benchmarks on harness.clock, and prints the table of ratios when they are done."""
+"""The benchmarks on pytest-benchmark: one test for each cell of gptkern.measuring and each implementation in it.
+
+    pytest bench                    the quick cells of all operators; --full all, --smoke tiny ones
+    pytest bench/bench_softmax.py --benchmark-group-by=group --benchmark-json=softmax.json
+
+All implementations of a cell are checked and timed in turn when its first test runs; each test hands its own samples to
+pytest-benchmark. `gptkern bench` measures the same cells without pytest, with the share of the device's ceiling.
+"""
 
 from __future__ import annotations
 
-import harness
 import pytest
+
+from gptkern.measuring import costs, machine, results, runner
+
+
+class Clock:
+    """A timer for pytest-benchmark that tells samples taken before: it cannot take turns between functions itself."""
+
+    __name__ = "samples"
+
+    def __init__(self):
+        self.samples: list[float] = []
+        self._now = 0.0
+        self._running = False
+
+    def __call__(self) -> float:
+        if self._running and self.samples:
+            self._now += self.samples.pop(0)
+        self._running = not self._running
+        return self._now
+
+    def replay(self, benchmark, samples: list[float]) -> None:
+        self.samples, self._running = list(samples), False
+        benchmark.pedantic(lambda: None, rounds=len(samples), iterations=1)
+
+
+clock = Clock()
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("gptkern").addoption
+    group("--full", action="store_true", help="all cells, not the quick ones alone")
+    group("--smoke", action="store_true", help="tiny cells, two samples each: to see that the benchmarks work")
+
+
+def _extent(config) -> str:
+    return "smoke" if config.getoption("--smoke") else "full" if config.getoption("--full") else "quick"
+
+
+def pytest_generate_tests(metafunc):
+    kind, extent = machine.kind(), _extent(metafunc.config)
+    if "cell" in metafunc.fixturenames:
+        operator = runner.module(metafunc.module.OPERATOR)
+        pairs = [(cell, name) for cell in operator.cells(kind, extent) for name in operator.implementations(cell, kind)]
+        ids = [f"{cell.direction}-{cell.label}-{cell.dtype}-{name}".replace(" ", "_") for cell, name in pairs]
+        metafunc.parametrize(("cell", "implementation"), pairs, ids=ids)
+    if "cost" in metafunc.fixturenames:
+        listed = list(costs.listed(extent))
+        metafunc.parametrize("cost", [measure for _, measure in listed], ids=[key for key, _ in listed])
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        item.add_marker(pytest.mark.benchmark(timer=harness.clock))
+        item.add_marker(pytest.mark.benchmark(timer=clock))
+
+
+@pytest.fixture(scope="session")
+def _measured():
+    return {}
+
+
+@pytest.fixture
+def measured(request, benchmark, _measured):
+    """Measures the test's cell, once for all its tests; hands one implementation's samples to pytest-benchmark."""
+
+    def of(cell, implementation):
+        if cell.key not in _measured:
+            extent = _extent(request.config)
+            _measured[cell.key] = runner.measure(cell, machine.kind(), runner.ROUNDS[extent])
+        record, samples = _measured[cell.key]
+        mine = next(i for i in record["implementations"] if i["name"] == implementation)
+        if implementation == runner.GPTKERN and "skipped" in mine:
+            pytest.fail(mine["skipped"])
+        if "skipped" in mine:
+            pytest.skip(mine["skipped"])
+        benchmark.group = cell.key
+        benchmark.extra_info |= {name: record[name] for name in ("sizes", "bytes", "flops", "check", "clocks")} | mine
+        clock.replay(benchmark, samples[implementation])
+
+    return of
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _identity(request):
+    """Device, versions and commit go into pytest-benchmark's own JSON."""
+    machine_info = getattr(getattr(request.config, "_benchmarksession", None), "machine_info", None)
+    if isinstance(machine_info, dict):
+        machine_info["gptkern"] = machine.identify()
+
+
+@pytest.fixture
+def replayed(benchmark):
+    """Hands the median of a cost that was measured to pytest-benchmark; costs in bytes have no time."""
+
+    def of(record):
+        benchmark.extra_info |= record
+        if record["unit"] != "s":
+            pytest.skip(f"{record['key']} is {record['gptkern']['median']:.0f} {record['unit']}, no time")
+        clock.replay(benchmark, [record["gptkern"]["median"]])
+
+    return of
 
 
 def pytest_terminal_summary(terminalreporter):
-    if not harness.ROWS:
-        return
-    terminalreporter.section("gptkern and its peers: medians, ratio = gptkern / peer")
-    terminalreporter.line(", ".join(f"{name}: {value}" for name, value in harness.environment().items()))
-    for line in harness.table():
-        terminalreporter.line(line)
+    terminalreporter.line(f"gptkern has lost a cell where its ratio to the best peer is over {results.LOST}.")

@@ -1,4 +1,4 @@
-"""The command line: `gptkern info | check | demo | train | generate`.
+"""The command line: `gptkern info | check | demo | train | generate | bench`.
 
 Every subcommand is a module `gptkern/commands/<name>.py` with
 
@@ -26,6 +26,7 @@ COMMANDS = {
     "check": "run this machine's kernels against float64 references",
     "demo": "train a GPT stock and swapped, quantise it to int8, generate text, write a report",
     "train": "train the reference GPT on a text file, into a checkpoint folder",
+    "bench": "time this machine's kernels against their peers; `bench report DIR` draws the report",
     "generate": "generate text from a checkpoint folder",
 }
 

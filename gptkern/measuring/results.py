@@ -73,7 +73,7 @@ def invalid(results: Any) -> str | None:
 
 
 def seconds(implementation: dict[str, Any]) -> dict[str, float] | None:
-    """The time that counts, with its quartiles: the device's on a GPU, the host's on a CPU; None where it was skipped."""
+    """The time that counts and its quartiles: the device's on a GPU, the host's on a CPU; None where it was skipped."""
     return implementation.get("device_s") or implementation.get("wall_s")
 
 

@@ -1,8 +1,8 @@
 """Measures a cell: checks gptkern's result, then times all implementations in turn, in one run.
 
 The check: gptkern's output, and its gradients where a backward is timed, against the operator's plain mathematics in
-float64, by the rule of gptkern.tolerance, on a cell small enough for that. At full size every implementation has to agree
-with the others, loosely, because peers may compute in another precision. What is wrong gets no time.
+float64, by the rule of gptkern.tolerance, on a cell small enough for that. At full size every implementation has to
+agree with the first peer, loosely, because some compute in another precision. What is wrong gets no time.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ OPERATORS = ("attention", "layer_norm", "softmax", "int8_linear", "model")
 GPTKERN = "gptkern"
 # Samples of each implementation: many and short, so that the median is one that nothing interrupted.
 ROUNDS = {"smoke": 2, "quick": 20, "full": 50}
-# ‖result − first implementation's‖ / ‖first's‖ at full size. int8 products of random inputs differ from exact ones by
+# ‖result − first peer's‖ / ‖first peer's‖ at full size. int8 products of random inputs differ from exact ones by
 # 1 %, a wrong mask or a wrong scale by tens.
 AGREEMENT = 0.05
+# The samples of a cell's implementations end soon after this time, be they fewer than wanted.
+CELL_SECONDS = 20.0
 # Directions that differentiate.
 _BACKWARD, _BOTH = "backward", "both"
 
@@ -130,11 +132,15 @@ def _reference(operator, cell, inputs, indices, dy, precision) -> list[torch.Ten
 
 def _timed(operator, cell, kind, rounds, found) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
     indices = operator.differentiable(cell) if cell.direction in (_BACKWARD, _BOTH) else ()
-    sets = timing.sets_of_inputs(lambda: operator.inputs(cell, kind), kind)
+    if hasattr(operator, "SETS"):
+        sets = [operator.inputs(cell, kind) for _ in range(operator.SETS)]
+    else:
+        sets = timing.sets_of_inputs(lambda: operator.inputs(cell, kind), kind)
     entries: dict[str, dict[str, Any]] = {}
     samplers: dict[str, dict[str, timing.Sampler]] = {}
     expected = dy = None
-    for name, implementation in found.items():
+    # The first peer comes first: it is what the others have to agree with.
+    for name, implementation in sorted(found.items(), key=lambda item: item[0] == GPTKERN):
         if isinstance(implementation, Missing):
             entries[name] = {"name": name, "skipped": implementation.reason}
             continue
@@ -158,7 +164,7 @@ def _timed(operator, cell, kind, rounds, found) -> tuple[list[dict[str, Any]], d
         entries[name] = {"name": name, "timed": timed, "peak_bytes": peak}
         entries[name]["backend"] = ", ".join(sorted({choice.backend for choice in choices})) or None
     samples = _spread_of_all(entries, samplers, rounds)
-    return list(entries.values()), samples
+    return [entries[name] for name in found], samples
 
 
 class _Disagreement(Exception):
@@ -205,7 +211,8 @@ def _spread_of_all(entries, samplers, rounds) -> dict[str, list[float]]:
     counted: dict[str, list[float]] = {}
     for column in ("device_s", "wall_s"):
         names = [name for name in samplers if column in samplers[name]]
-        for name, samples in zip(names, timing.in_turn([samplers[name][column] for name in names], rounds)):
+        in_turn = timing.in_turn([samplers[name][column] for name in names], rounds, CELL_SECONDS)
+        for name, samples in zip(names, in_turn):
             entries[name][column] = timing.spread(samples)._asdict()
             counted.setdefault(name, samples)
         for name in samplers:

@@ -30,6 +30,8 @@ CACHE_FACTOR = 3
 CPU_SETS, MOST_SETS = 3, 64
 # Calls before the first sample: compiling, autotuning and the allocator's first blocks happen in them.
 WARM_UPS = 3
+# Samples that a median and its quartiles need at least.
+FEWEST_ROUNDS = 5
 
 
 class Spread(NamedTuple):
@@ -59,11 +61,18 @@ def sets_of_inputs(make: Callable[[], tuple], device: torch.device | str) -> lis
     return [first, *(make() for _ in range(count - 1))]
 
 
-def in_turn(samplers: Sequence[Sampler], rounds: int) -> list[list[float]]:
-    """`rounds` samples of each; every second round in reverse order."""
+def in_turn(samplers: Sequence[Sampler], rounds: int, seconds: float = float("inf")) -> list[list[float]]:
+    """`rounds` samples of each; every second round in reverse order.
+
+    Args:
+        seconds: what takes longer ends after FEWEST_ROUNDS rounds, or with the round in which the time is up.
+    """
     samples: list[list[float]] = [[] for _ in samplers]
     order = list(range(len(samplers)))
-    for _ in range(rounds):
+    start = time.perf_counter()
+    for done in range(rounds):
+        if done >= FEWEST_ROUNDS and time.perf_counter() - start > seconds:
+            break
         for index in order:
             samples[index].append(samplers[index]())
         order.reverse()
@@ -184,6 +193,7 @@ def peak_bytes(function: Callable[..., Any], arguments: tuple) -> int | None:
     """The most GPU memory that one call holds at a time beyond what was held before it; None on a CPU."""
     if not torch.cuda.is_available():
         return None
+    function(*arguments)  # compiles and tunes, in memory that is not the call's
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

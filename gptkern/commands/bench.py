@@ -1,0 +1,143 @@
+"""`gptkern bench`: every kernel against every peer on this machine; `gptkern bench report DIR`: tables and plots."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from gptkern.commands import INTERRUPTED, UserError
+
+SUMMARY = "time this machine's kernels against their peers; `bench report DIR` draws the report"
+
+PASSED, FAILED = 0, 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "action", nargs="?", choices=("run", "report"), default="run",
+        help="run: measure; report: tables and plots of the results in FOLDER",
+    )  # fmt: skip
+    parser.add_argument("folder", nargs="?", metavar="FOLDER", help="for report: a folder that a run wrote")
+    extent = parser.add_mutually_exclusive_group()
+    extent.add_argument("--quick", action="store_true", help="the most telling cells, under 2 minutes")
+    extent.add_argument("--smoke", action="store_true", help="tiny cells, to see that the bench itself works")
+    parser.add_argument("--op", action="append", metavar="OPERATOR", help="only this one; may be given several times")
+    parser.add_argument("--out", metavar="FOLDER", help="where results.json goes (default: out/bench/<device>)")
+    parser.add_argument("--peers", metavar="A,B", help="only these peers, by their names in the table")
+    parser.add_argument("--seconds", type=float, metavar="N", help="start no new cell after N seconds")
+    parser.add_argument("--rounds", type=int, metavar="N", help="samples of each implementation")
+    parser.add_argument("--no-costs", action="store_true", help="leave out what is no kernel: host time, import, …")
+    parser.add_argument("--costs-only", action="store_true", help="nothing but what is no kernel")
+
+
+def run(args: argparse.Namespace) -> int:
+    return _report(args) if args.action == "report" else _run(args)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from gptkern.measuring import report, results
+
+    if args.folder is None:
+        raise UserError("bench report needs the folder of a run: gptkern bench report FOLDER")
+    try:
+        written = report.write(Path(args.folder))
+    except results.ResultsError as error:
+        raise UserError(str(error)) from error
+    for path in written:
+        print(path)
+    return PASSED
+
+
+def _run(args: argparse.Namespace) -> int:
+    from gptkern.measuring import ceilings, machine, report, results, runner
+
+    start = time.monotonic()
+    if args.folder is not None:
+        raise UserError(f"bench run takes no folder and got {args.folder!r}: --out FOLDER says where results go")
+    if args.rounds is not None and args.rounds < 1:
+        raise UserError(f"--rounds {args.rounds}: it needs at least 1")
+    unknown = [name for name in args.op or () if name not in runner.OPERATORS]
+    if unknown:
+        raise UserError(f"--op {unknown[0]}: there is no such operator; there are {', '.join(runner.OPERATORS)}")
+    extent = "smoke" if args.smoke else "quick" if args.quick else "full"
+    rounds = args.rounds or runner.ROUNDS[extent]
+    peers = None if args.peers is None else [name.strip() for name in args.peers.split(",")]
+    kind = machine.kind()
+    identity = machine.identify()
+    out = Path(args.out or Path("out") / "bench" / identity["slug"])
+    try:
+        recorder = results.Recorder(out, identity)
+    except results.ResultsError as error:
+        raise UserError(f"{error}. Give another --out") from error
+    if recorder.moved:
+        print(f"{recorder.path} held results of another version: they are in {recorder.moved} now")
+    print(
+        f"{identity['device']}, PyTorch {identity['torch']}, Triton {identity['triton']}; results go to {recorder.path}"
+    )
+
+    def time_is_up() -> bool:
+        return args.seconds is not None and time.monotonic() - start > args.seconds
+
+    status = PASSED
+    try:
+        if not recorder.results["ceilings"]:
+            recorder.set_ceilings(ceilings.measure(kind, smoke=args.smoke))
+        if not args.costs_only:
+            status = _cells(args, recorder, kind, extent, rounds, peers, time_is_up)
+        if not args.no_costs:
+            _costs(recorder, extent, args.op, time_is_up)
+    except KeyboardInterrupt:
+        print("\ngptkern bench: interrupted; what was measured is kept", file=sys.stderr)
+        status = INTERRUPTED
+    if recorder.results["cells"] or recorder.results["costs"]:
+        report.terminal_table(recorder.results)
+        print(f"\n{recorder.path}\nTables and plots: gptkern bench report {out}")
+    return status
+
+
+def _cells(args, recorder, kind, extent, rounds, peers, time_is_up) -> int:
+    from gptkern.measuring import results, runner
+
+    cells = runner.cells(kind, extent, args.op or runner.OPERATORS)
+    status = PASSED
+    for number, cell in enumerate(cells):
+        where = f"[{number + 1}/{len(cells)}] {cell.operator} {cell.direction}, {cell.label} {cell.dtype}"
+        if recorder.done(cell.key, rounds):
+            print(f"{where}: there already")
+            continue
+        if time_is_up():
+            print(f"The time is up: {len(cells) - number} of {len(cells)} cells were not measured")
+            break
+        record, _ = runner.measure(cell, kind, rounds, peers)
+        recorder.add_cell(record)
+        mine = results.ours(record)
+        if mine is None:
+            reason = next(i["skipped"] for i in record["implementations"] if i["name"] == runner.GPTKERN)
+            print(f"{where}: FAILED, {reason}", flush=True)
+            status = FAILED
+            continue
+        best, against = results.best_peer(record), results.ratio(record)
+        versus = "no peer" if best is None else f"{against:.3f} x {best['name']}'s time"
+        print(f"{where}: {_time(results.seconds(mine)['median'])}, {versus}", flush=True)
+    return status
+
+
+def _costs(recorder, extent, operators, time_is_up) -> None:
+    from gptkern.measuring import costs
+
+    if operators:
+        return
+    for key, measure in costs.listed(extent):
+        if recorder.has_cost(key):
+            continue
+        if time_is_up():
+            print("The time is up: some of the costs that are no kernels were not measured")
+            return
+        print(f"{key} …", flush=True)
+        recorder.add_cost(measure())
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.3f} ms"
