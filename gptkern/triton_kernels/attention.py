@@ -36,7 +36,8 @@ import triton
 import triton.language as tl
 
 from gptkern.ops.attention import empty_in_layout_of
-from gptkern.triton_kernels.common import INTERPRETED, CompileCase, architecture, dot, float32_precision
+from gptkern.tables.configurations import Table
+from gptkern.triton_kernels.common import INTERPRETED, CompileCase, dot, float32_precision
 
 # Where the running maximum starts: below every score, yet finite, so that m - m' is never -inf - -inf.
 LOWEST = tl.constexpr(-1.0e38)
@@ -520,33 +521,10 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-# architecture -> kernel -> the largest padded head_dim -> tiles, for 16-bit inputs. Every row compiles without spills
-# and fits the part's shared memory (80 also the 99 KB of 86, 89 and 120); none is measured on a GPU yet. Larger tiles
-# that were tried spill: forward 90 at 128: (128, 128, 8, 2); key_value 90 at 128: (64, 128, 8, 2).
-_TILES = {
-    80: {
-        "forward": {64: Tiles(128, 64, 4, 3), 128: Tiles(64, 64, 4, 2), 256: Tiles(64, 32, 8, 2)},
-        "key_value": {64: Tiles(32, 128, 8, 2), 128: Tiles(32, 64, 8, 2), 256: Tiles(16, 64, 8, 2)},
-        "query": {64: Tiles(128, 64, 8, 2), 128: Tiles(64, 64, 8, 2), 256: Tiles(32, 32, 8, 2)},
-    },
-    90: {
-        "forward": {64: Tiles(128, 128, 8, 2), 128: Tiles(128, 64, 8, 3), 256: Tiles(128, 32, 8, 2)},
-        "key_value": {64: Tiles(64, 128, 8, 2), 128: Tiles(32, 128, 8, 2), 256: Tiles(16, 64, 8, 2)},
-        "query": {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 64, 8, 2), 256: Tiles(128, 32, 8, 2)},
-    },
-    100: {
-        "forward": {64: Tiles(128, 128, 8, 2), 128: Tiles(128, 64, 8, 3), 256: Tiles(128, 32, 8, 2)},
-        "key_value": {64: Tiles(64, 64, 8, 2), 128: Tiles(32, 64, 8, 1), 256: Tiles(32, 64, 8, 1)},
-        "query": {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 32, 8, 2), 256: Tiles(128, 32, 8, 2)},
-    },
-}
-# float32 fills twice the registers, and at IEEE precision has no tensor cores: one row for every part. Compiled without
-# spills for 80; on 90 key_value spills 8 bytes at 128 and 16 at 256.
-_TILES_FLOAT32 = {
-    "forward": {64: Tiles(32, 32, 4, 1), 128: Tiles(16, 32, 4, 1), 256: Tiles(16, 32, 8, 1)},
-    "key_value": {64: Tiles(16, 32, 4, 1), 128: Tiles(16, 32, 8, 1), 256: Tiles(16, 16, 8, 1)},
-    "query": {64: Tiles(32, 32, 4, 1), 128: Tiles(32, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
-}
+# kernel, bits of an element, the largest padded head_dim -> tiles, from attention.json.
+TABLE = Table(
+    "attention", {"kernel": ("forward", "key_value", "query"), "bits": (16, 32), "head_dim": None}, Tiles
+)  # fmt: skip
 # Above it dK and dV together spill with all the tiles tried (8 to 1456 bytes on sm_90), and get a launch each.
 _LARGEST_BLOCK_D_OF_ONE_PASS = 128
 _DELTA_BLOCK_M = 32
@@ -557,7 +535,7 @@ _forced_tiles: Tiles | None = None
 
 @contextlib.contextmanager
 def forced_tiles(block_m: int, block_n: int, num_warps: int = 4, num_stages: int = 1):
-    """For tests and for tuning: every attention kernel started inside the `with` block uses these tiles.
+    """For tests: every attention kernel started inside the `with` block uses these tiles.
 
     Small ones (16 at least: tl.dot's least) bring many tiles, diagonals and tails out of short sequences.
     """
@@ -569,13 +547,8 @@ def forced_tiles(block_m: int, block_n: int, num_warps: int = 4, num_stages: int
         _forced_tiles = before
 
 
-def _tiles(kernel: str, arch: int, block_d: int, element_size: int) -> Tiles:
-    if _forced_tiles is not None:
-        return _forced_tiles
-    # The parts for workstations, from 120 on, have the shared memory and the instruction of 86 and 89.
-    row = 90 if 90 <= arch < 100 else 100 if 100 <= arch < 120 else 80
-    table = _TILES_FLOAT32 if element_size == 4 else _TILES[row]
-    return table[kernel][max(block_d, 64)]
+def _tiles(kernel: str, device: torch.device, block_d: int, element_size: int) -> Tiles:
+    return _forced_tiles or TABLE.find(device, block_d, kernel, 8 * element_size)
 
 
 def _block_d(head_dim: int) -> int:
@@ -632,7 +605,7 @@ def forward(query, key, value, is_causal, scale):
         return output.zero_(), lse.fill_(-math.inf)
     query, key, value = map(_readable, (query, key, value))
     block_d = _block_d(head_dim)
-    tiles = _tiles("forward", architecture(query.device), block_d, query.element_size())
+    tiles = _tiles("forward", query.device, block_d, query.element_size())
     _forward_kernel[(triton.cdiv(length_q, tiles.block_m) * batch * heads,)](
         query, key, value, output, lse,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
@@ -658,7 +631,6 @@ def backward(
     grad_output, query, key, value = map(_readable, (grad_output, query, key, value))
     group = heads // kv_heads
     block_d = _block_d(head_dim)
-    arch = architecture(query.device)
     strides = [stride for tensor in (grad_output, query, key, value) for stride in tensor.stride()[:3]]
     # Nobody reads delta for dvalue alone: lse stands in for the pointer.
     delta = lse
@@ -674,7 +646,7 @@ def backward(
     key_strides = (grad_key if need_key else key).stride()[:3]
     value_strides = (grad_value if need_value else key).stride()[:3]
     for pass_key, pass_value in _key_value_passes(need_key, need_value, block_d):
-        tiles = _tiles("key_value", arch, block_d, query.element_size())
+        tiles = _tiles("key_value", query.device, block_d, query.element_size())
         _key_value_kernel[(triton.cdiv(length_k, tiles.block_n) * batch * kv_heads,)](
             grad_output, query, key, value, lse, delta, grad_key, grad_value,
             *strides, *key_strides, *value_strides,
@@ -684,7 +656,7 @@ def backward(
             **_constants(query, head_dim, block_d, tiles),
         )  # fmt: skip
     if need_query:
-        tiles = _tiles("query", arch, block_d, query.element_size())
+        tiles = _tiles("query", query.device, block_d, query.element_size())
         _query_kernel[(triton.cdiv(length_q, tiles.block_m) * batch * heads,)](
             grad_output, query, key, value, lse, delta, grad_query,
             *strides, *grad_query.stride()[:3],
@@ -733,25 +705,37 @@ def compile_cases(architecture: int) -> list[CompileCase]:
 
     The one table of float32 is compiled whole for 80: its products are the same scalar instructions on every part.
     """
-    # 80 fills 128 columns with masked ones, which costs registers: its rows are the 128s.
-    shapes = [("bf16", head_dim) for head_dim in (64, 80, 128, 256)] + [("fp32", 64)]
-    if architecture == 80:
-        shapes += [("fp32", 128), ("fp32", 256)]
-    cases = [_delta_case(), _compile_case("forward", architecture, "bf16", 64, causal=False)]
-    for dtype, head_dim in shapes:
-        cases += [_compile_case(kernel, architecture, dtype, head_dim) for kernel in ("forward", "query")]
-        for needs in _key_value_passes(True, True, _block_d(head_dim)):
-            cases.append(_compile_case("key_value", architecture, dtype, head_dim, needs=needs))
+    cases = [_delta_case()]
+    for device, rows in TABLE.shipped(architecture):
+        tiles = {key: row.configuration for key, row in rows.items()}
+        cases += _cases_of(tiles, device, ("bf16", 64), ("forward",), causal=False)
+        # 80 fills 128 columns with masked ones, which costs registers: its rows are the 128s.
+        shapes = [("bf16", head_dim) for head_dim in (64, 80, 128, 256)] + [("fp32", 64)]
+        if architecture == 80 or device:
+            shapes += [("fp32", 128), ("fp32", 256)]
+        for shape in shapes:
+            cases += _cases_of(tiles, device, shape, ("forward", "query", "key_value"))
     return cases
 
 
-def _compile_case(kernel, arch, dtype, head_dim, causal=True, needs=(True, True)):
+def _cases_of(tiles, device, shape, kernels, causal=True):
+    """The cases of these kernels on a (dtype, head_dim), where the rows have them."""
+    dtype, head_dim = shape
     block_d = _block_d(head_dim)
-    tiles = _tiles(kernel, arch, block_d, 2 if dtype == "bf16" else 4)
+    cases = []
+    for kernel in kernels:
+        row = tiles.get((kernel, 16 if dtype == "bf16" else 32, max(block_d, 64)))
+        if row is not None:
+            passes = _key_value_passes(True, True, block_d) if kernel == "key_value" else [(True, True)]
+            cases += [_compile_case(kernel, row, device, dtype, head_dim, causal, needs) for needs in passes]
+    return cases
+
+
+def _compile_case(kernel, tiles, device, dtype, head_dim, causal, needs):
     constants = {
         "CAUSAL": causal,
         "HEAD_DIM": head_dim,
-        "BLOCK_D": block_d,
+        "BLOCK_D": _block_d(head_dim),
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
         "INPUT_PRECISION": "ieee",
@@ -761,7 +745,7 @@ def _compile_case(kernel, arch, dtype, head_dim, causal=True, needs=(True, True)
         constants |= dict(zip(("NEED_KEY", "NEED_VALUE"), needs))
     signature, aligned = _signature(_KERNELS[kernel], dtype, constants)
     gradients = "" if all(needs) else " dK" if needs[0] else " dV"
-    name = f"{kernel}{gradients} hd{head_dim}{' causal' if causal else ''} {dtype}"
+    name = f"{kernel}{gradients} hd{head_dim}{' causal' if causal else ''} {dtype}{device}"
     return CompileCase(
         name, _KERNELS[kernel], signature, constants, tiles.num_warps, tiles.num_stages, aligned,
         matrix_product=dtype == "bf16",

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from gptkern.ops.int8_linear import INT32_TERMS, rows_of
+from gptkern.tables.configurations import Table, descent
 from gptkern.triton_kernels import quantize_int8
 from gptkern.triton_kernels.common import INTERPRETED, CompileCase, dot, float32_precision
 from gptkern.triton_kernels.common import architecture as architecture_of
@@ -231,40 +232,20 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# kernel -> architecture -> (rows at most, tile). Compiled without spills; not measured yet. 128x128x128 above 64 rows
-# and 64x64x256 below are what others found good for int8 on Hopper. The tiles of sm_80 also fit the 99 KB of shared
-# memory of sm_86, sm_89 and sm_120.
-ANY = 2**63
-TILES = {
-    "w8a8": {
-        80: ((64, Tile(64, 64, 256, 4, 3)), (ANY, Tile(128, 128, 128, 8, 3))),
-        90: ((64, Tile(64, 64, 256, 4, 4)), (ANY, Tile(128, 128, 128, 8, 4))),
-        100: ((64, Tile(64, 64, 256, 4, 4)), (ANY, Tile(128, 128, 128, 8, 4))),
-    },
-    "w8a16": {
-        80: ((16, Tile(16, 64, 128, 4, 4)), (64, Tile(64, 64, 64, 4, 4)), (ANY, Tile(128, 128, 64, 8, 3))),
-        90: ((16, Tile(16, 64, 256, 4, 4)), (64, Tile(64, 64, 128, 4, 4)), (ANY, Tile(128, 128, 64, 8, 4))),
-        100: ((16, Tile(16, 64, 256, 4, 4)), (64, Tile(64, 64, 128, 4, 4)), (ANY, Tile(128, 128, 64, 8, 4))),
-    },
-    # float32 input: IEEE products run on the ordinary cores unless torch.set_float32_matmul_precision allows TF32.
-    "w8a32": {
-        80: ((16, Tile(16, 64, 32, 4, 3)), (ANY, Tile(64, 64, 32, 4, 3))),
-        90: ((16, Tile(16, 64, 32, 4, 3)), (ANY, Tile(64, 64, 32, 4, 3))),
-        100: ((16, Tile(16, 64, 32, 4, 3)), (ANY, Tile(64, 64, 32, 4, 3))),
-    },
-}
+# kernel, the most rows of the input -> tile, from int8_linear.json. w8a32 is w8a16 with float32 input.
+TABLE = Table("int8_linear", {"kernel": ("w8a8", "w8a16", "w8a32"), "rows": None}, Tile)
 # Tile of the gradient's elementwise pass, and its warps: 32 elements a thread.
 GRADIENT_BLOCK_M, GRADIENT_BLOCK_N, GRADIENT_WARPS = 64, 64, 4
 
 
-def tile(kernel: str, architecture: int, rows: int) -> Tile:
-    """The shipped tile. Tests put small ones in its place (monkeypatch), to see several tiles at small shapes."""
-    return next(tile for most, tile in TILES[kernel][_row(architecture)] if rows <= most)
+def tile(kernel: str, device: torch.device, rows: int) -> Tile:
+    """The tile of a call. Tests put small ones in its place (monkeypatch), to see several tiles at small shapes."""
+    return TABLE.find(device, rows, kernel)
 
 
-def _row(architecture: int) -> int:
-    """The row of TILES: the newest one with the matrix unit and the shared memory of that architecture."""
-    return 90 if 90 <= architecture < 100 else 100 if 100 <= architecture < 120 else 80
+def _is_like_100(architecture: int) -> bool:
+    """Whether the part has the matrix unit of sm_100."""
+    return descent(architecture, (80, 90, 100))[0] == 100
 
 
 def _input_precision(architecture: int) -> str:
@@ -274,7 +255,7 @@ def _input_precision(architecture: int) -> str:
     tcgen05.mma kind::tf32, where sm_80 and sm_90 get float32 multiply-adds). Three TF32 products take its place.
     """
     precision = float32_precision()
-    return "tf32x3" if precision == "ieee" and _row(architecture) == 100 else precision
+    return "tf32x3" if precision == "ieee" and _is_like_100(architecture) else precision
 
 
 def compile_cases(architecture: int) -> list[CompileCase]:
@@ -296,21 +277,21 @@ def compile_cases(architecture: int) -> list[CompileCase]:
     gradient = {"dy_stride_n": 1, "ACTIVATION": "gelu", "NEED_INPUT": True, "NEED_BIAS": True}
     gradient |= {"BLOCK_M": GRADIENT_BLOCK_M, "BLOCK_N": GRADIENT_BLOCK_N}
     cases = [case("gradient", _gradient_kernel, "bf16", GRADIENT_WARPS, **gradient)]
-    for _, tile in TILES["w8a8"][architecture]:
-        # For sm_100 Triton 3.7 takes the older mma.sync.
-        matrix = architecture != 100
-        cases.append(case(_name("w8a8", tile), _w8a8_kernel, "bf16", **rows, **tile._asdict(), matrix_product=matrix))
-    for kernel, dtype in (("w8a16", "bf16"), ("w8a32", "fp32")):
-        matrix = {"matrix_product": kernel == "w8a16"}
-        for _, tile in TILES[kernel][architecture]:
-            constants = widened | tile._asdict() | matrix
-            cases.append(case(_name(kernel, tile), _w8a16_kernel, dtype, **rows, **constants))
-        cases.append(case(f"{_name(kernel, tile)} backward", _w8a16_kernel, dtype, **columns, **constants))
+    for device, listed in TABLE.shipped(architecture):
+        tiles = {key: row.configuration for key, row in listed.items()}
+        for (kernel, _), tile in tiles.items():
+            name = f"{kernel} {tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}"
+            if kernel == "w8a8":
+                # For sm_100 Triton 3.7 takes the older mma.sync.
+                constants = rows | tile._asdict() | {"matrix_product": architecture != 100}
+                cases.append(case(f"{name}{device}", _w8a8_kernel, "bf16", **constants))
+                continue
+            dtype = "bf16" if kernel == "w8a16" else "fp32"
+            constants = widened | tile._asdict() | {"matrix_product": kernel == "w8a16"}
+            cases.append(case(f"{name}{device}", _w8a16_kernel, dtype, **rows, **constants))
+            if (kernel, None) in tiles and tile is tiles[kernel, None]:
+                cases.append(case(f"{name} backward{device}", _w8a16_kernel, dtype, **columns, **constants))
     return cases
-
-
-def _name(kernel: str, tile: Tile) -> str:
-    return f"{kernel} {tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}"
 
 
 # --- Launchers ------------------------------------------------------------------------------------------------------
@@ -366,8 +347,7 @@ def _product(input, weight, weight_scale, bias, activation, mode, dtype):
     if y.numel() == 0:
         return y
     wide = "w8a8" if mode == "w8a8" else "w8a32" if x.dtype == torch.float32 else "w8a16"
-    architecture = architecture_of(x.device)
-    config = tile(wide, architecture, M)
+    config = tile(wide, x.device, M)
     grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)
     epilogue = dict(HAS_BIAS=bias is not None, ACTIVATION=activation)
     bias = None if bias is None else bias.contiguous()
@@ -381,6 +361,6 @@ def _product(input, weight, weight_scale, bias, activation, mode, dtype):
         _w8a16_kernel[grid](
             x, weight, weight_scale, bias, y, M, N, K, *x.stride(), *weight.stride(), weight_scale.stride(0),
             **epilogue, **config._asdict(), GROUP_M=GROUP_M,
-            INPUT_PRECISION=_input_precision(architecture), WIDEN=INTERPRETED,
+            INPUT_PRECISION=_input_precision(architecture_of(x.device)), WIDEN=INTERPRETED,
         )  # fmt: skip
     return y

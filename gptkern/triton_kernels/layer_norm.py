@@ -20,39 +20,37 @@ Tests reach the variant for wide rows at small widths by lowering REGISTER_WIDTH
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
+from gptkern.tables.configurations import Table
 from gptkern.triton_kernels.common import CompileCase
 
-# Widest row that is held in registers, in elements of at most 4 bytes (a quarter of it for float64): beyond, ptxas
-# spills. The backward also keeps the weight and two accumulators, so it gives way at half the width.
-REGISTER_WIDTH = {"forward": 16384, "backward": 8192}
-# Elements of a chunk of a wide row: 16 values for each of 8 warps' threads.
-WIDE_BLOCK = 4096
-WIDE_WARPS = 8
-# Tile of the weight gradient's kernel for wide rows: columns are independent, so a program takes a few rows at a time.
-COLUMN_BLOCK_ROWS, COLUMN_BLOCK_WIDTH, COLUMN_WARPS = 16, 128, 4
+
+class Tile(NamedTuple):
+    """block_rows rows by block_width columns: whole rows, or of wider ones a chunk."""
+
+    block_rows: int
+    block_width: int
+    num_warps: int
+
+
+# kernel, the widest row -> tile, from layer_norm.json; None: of a wider row.
+TABLE = Table("layer_norm", {"kernel": ("forward", "backward", "parameters"), "width": None}, Tile)
+# Widest row that is held in registers, in elements of at most 4 bytes (a quarter of it for float64).
+REGISTER_WIDTH = {
+    direction: max(width for kernel, width in TABLE.defaults(80) if kernel == direction and width is not None)
+    for direction in ("forward", "backward")
+}
+# Elements of a chunk of a wide row, where it is not the table's: set by tests alone.
+WIDE_BLOCK: int | None = None
 # Programs a multiprocessor that share the rows of a backward: enough to hide latency, few enough partial sums.
 # Reasoned from occupancy (80 registers a thread); not measured yet.
 PROGRAMS_PER_MULTIPROCESSOR = 2
-
-# Padded width -> (rows of a tile, warps); the same on every architecture, since only memory counts.
-# 2048 elements a tile and 16 a thread up to 2048 columns. Compiled without spills; not measured yet.
-CONFIGURATIONS = {
-    16: (128, 4),
-    32: (64, 4),
-    64: (32, 4),
-    128: (16, 4),
-    256: (8, 4),
-    512: (4, 4),
-    1024: (2, 4),
-    2048: (1, 4),
-    4096: (1, 8),
-    8192: (1, 16),
-    16384: (1, 32),
-}
 
 
 @triton.jit
@@ -371,9 +369,12 @@ def forward(input, residual, weight, bias, eps):
         x.stride(0), added.stride(0),
     )  # fmt: skip
     if _is_wide("forward", width, statistic):
-        _forward_wide_kernel[(rows,)](*pointers, width, **flags, BLOCK_WIDTH=WIDE_BLOCK, num_warps=WIDE_WARPS)
+        _, block_width, warps = TABLE.find(x.device, math.inf, "forward")
+        _forward_wide_kernel[(rows,)](
+            *pointers, width, **flags, BLOCK_WIDTH=WIDE_BLOCK or block_width, num_warps=warps
+        )  # fmt: skip
     else:
-        block_rows, block_width, warps = _tile(width)
+        block_rows, block_width, warps = TABLE.find(x.device, width, "forward")
         grid = (triton.cdiv(rows, block_rows),)
         _forward_kernel[grid](
             *pointers, rows, width, **flags, BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width, num_warps=warps
@@ -394,22 +395,24 @@ def backward(grad_output, grad_summed, summed, weight, mean, rstd, need_input, n
     wanted = need_weight + need_bias
     if _is_wide("backward", width, mean.dtype):
         if need_input:
+            _, block_width, warps = TABLE.find(s.device, math.inf, "backward")
             _input_gradient_wide_kernel[(rows,)](
                 dy, incoming, s, _some(weight, s), mean, rstd, dsummed, dy.stride(0), incoming.stride(0), s.stride(0),
                 width, HAS_GRAD_SUMMED=grad_summed is not None, HAS_WEIGHT=weight is not None,
-                BLOCK_WIDTH=WIDE_BLOCK, num_warps=WIDE_WARPS,
+                BLOCK_WIDTH=WIDE_BLOCK or block_width, num_warps=warps,
             )  # fmt: skip
-        columns = triton.cdiv(width, COLUMN_BLOCK_WIDTH)
-        splits = min(triton.cdiv(rows, COLUMN_BLOCK_ROWS), triton.cdiv(_programs(s.device), columns))
+        block_rows, block_width, warps = TABLE.find(s.device, math.inf, "parameters")
+        columns = triton.cdiv(width, block_width)
+        splits = min(triton.cdiv(rows, block_rows), triton.cdiv(_programs(s.device), columns))
         partial = mean.new_empty((wanted, splits, width))
         if wanted:
             _parameter_gradient_wide_kernel[(columns, splits)](
                 dy, s, mean, rstd, partial[0], partial[-1], dy.stride(0), s.stride(0), rows, width,
                 NEED_WEIGHT=need_weight, NEED_BIAS=need_bias,
-                BLOCK_ROWS=COLUMN_BLOCK_ROWS, BLOCK_WIDTH=COLUMN_BLOCK_WIDTH, num_warps=COLUMN_WARPS,
+                BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width, num_warps=warps,
             )  # fmt: skip
     else:
-        block_rows, block_width, warps = _tile(width)
+        block_rows, block_width, warps = TABLE.find(s.device, width, "backward")
         programs = min(triton.cdiv(rows, block_rows), _programs(s.device))
         partial = mean.new_empty((wanted, programs, width))
         some = partial if wanted else mean[None]
@@ -438,12 +441,6 @@ def _some(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
     return other if tensor is None or tensor.numel() == 0 else tensor
 
 
-def _tile(width: int) -> tuple[int, int, int]:
-    """(rows, padded width, warps) of the tile for a width."""
-    block_width = max(triton.next_power_of_2(width), min(CONFIGURATIONS))
-    return CONFIGURATIONS[block_width][0], block_width, CONFIGURATIONS[block_width][1]
-
-
 def _is_wide(direction: str, width: int, statistic: torch.dtype) -> bool:
     return width > REGISTER_WIDTH[direction] // (4 if statistic == torch.float64 else 1)
 
@@ -456,7 +453,7 @@ def _programs(device: torch.device) -> int:
 
 
 def compile_cases(architecture: int) -> list[CompileCase]:
-    """Every width class and both wide variants, with everything that a kernel can be asked for at once."""
+    """Every row of the table, with everything that a kernel can be asked for at once."""
     every_flag = (
         "HAS_RESIDUAL", "HAS_GRAD_SUMMED", "HAS_WEIGHT", "HAS_BIAS", "NEED_INPUT", "NEED_WEIGHT", "NEED_BIAS"
     )  # fmt: skip
@@ -478,24 +475,26 @@ def compile_cases(architecture: int) -> list[CompileCase]:
         aligned = tuple(argument for argument in signature if argument.endswith(("stride", "width")))
         return CompileCase(f"{name} {dtype}", kernel, signature, constants, num_warps, 3, aligned)
 
-    def tiled(kernel, name, dtype, width):
-        block_rows, block_width, warps = _tile(width)
-        return case(kernel, f"{name} width {width}", dtype, warps, BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width)
+    def tiled(kernel, name, dtype, tile):
+        blocks = dict(BLOCK_ROWS=tile.block_rows, BLOCK_WIDTH=tile.block_width)
+        return case(kernel, name, dtype, tile.num_warps, **blocks)
 
-    cases = [tiled(_forward_kernel, "forward", "bf16", width) for width in CONFIGURATIONS]
-    cases += [
-        tiled(_backward_kernel, "backward", "bf16", width)
-        for width in CONFIGURATIONS
-        if width <= REGISTER_WIDTH["backward"]
-    ]
-    # float64 is there to be right, not fast: its widest tiles alone.
-    cases.append(tiled(_forward_kernel, "forward", "fp64", REGISTER_WIDTH["forward"] // 4))
-    cases.append(tiled(_backward_kernel, "backward", "fp64", REGISTER_WIDTH["backward"] // 4))
-    columns = dict(BLOCK_ROWS=COLUMN_BLOCK_ROWS, BLOCK_WIDTH=COLUMN_BLOCK_WIDTH)
-    for dtype in ("bf16", "fp64"):
-        cases += [
-            case(_forward_wide_kernel, "forward wide", dtype, WIDE_WARPS, BLOCK_WIDTH=WIDE_BLOCK),
-            case(_input_gradient_wide_kernel, "input gradient wide", dtype, WIDE_WARPS, BLOCK_WIDTH=WIDE_BLOCK),
-            case(_parameter_gradient_wide_kernel, "parameter gradient wide", dtype, COLUMN_WARPS, **columns),
-        ]
+    held = {"forward": _forward_kernel, "backward": _backward_kernel}
+    walked = {
+        "forward": (_forward_wide_kernel, "forward wide"),
+        "backward": (_input_gradient_wide_kernel, "input gradient wide"),
+        "parameters": (_parameter_gradient_wide_kernel, "parameter gradient wide"),
+    }
+    cases = []
+    for device, rows in TABLE.shipped(architecture):
+        for (direction, width), row in rows.items():
+            if width is not None:
+                name = f"{direction} width {width}{device}"
+                cases.append(tiled(held[direction], name, "bf16", row.configuration))
+                # float64 is there to be right, not fast: its widest tiles alone.
+                if width == REGISTER_WIDTH[direction] // 4:
+                    cases.append(tiled(held[direction], name, "fp64", row.configuration))
+            else:
+                kernel, name = walked[direction]
+                cases += [tiled(kernel, f"{name}{device}", dtype, row.configuration) for dtype in ("bf16", "fp64")]
     return cases

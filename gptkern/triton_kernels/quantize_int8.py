@@ -10,11 +10,15 @@ For n elements of b bytes in r rows: (b + 1) n + 4 r bytes moved, the least poss
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from gptkern.ops.quantize_int8 import LARGEST, SMALLEST_SCALE
+from gptkern.tables.configurations import Table
 from gptkern.triton_kernels.common import CompileCase
 
 # 1.5 * 2^23: a float32 near it has no fraction bits, so adding it rounds |v| < 2^22 to an integer, halves to even,
@@ -97,47 +101,53 @@ def _wide_row_kernel(
 
 # --- Configuration --------------------------------------------------------------------------------------------------
 
-# The widest row held in registers: 32 float32 a thread with WARPS_WIDE warps.
-WIDEST = 16384
-# Elements of a tile of narrow rows: 32 a thread with 4 warps.
-TILE = 4096
-# Block of a row that is read twice.
-BLOCK_WIDE = 8192
-ELEMENTS_PER_WARP = 1024
+
+class Configuration(NamedTuple):
+    """Elements of a program's tile of whole rows; of a wider row those that are read at a time."""
+
+    elements: int
+    num_warps: int
 
 
-def _warps(elements: int) -> int:
-    return min(max(elements // ELEMENTS_PER_WARP, 1), 16)
+# The widest row -> configuration, from quantize_int8.json; None: of a wider row, which is read twice.
+TABLE = Table("quantize_int8", {"width": None}, Configuration)
+# The widest row held in registers.
+WIDEST = max(width for (width,) in TABLE.defaults(80) if width is not None)
+
+
+def _rows_and_warps(configuration: Configuration, block: int, rows: int) -> tuple[int, int]:
+    """(rows of a tile, warps): fewer of both where the input has few rows."""
+    elements, warps = configuration
+    tile_rows = min(max(elements // block, 1), triton.next_power_of_2(rows))
+    return tile_rows, max(1, min(warps, warps * tile_rows * block // elements))
 
 
 def compile_cases(architecture: int) -> list[CompileCase]:
-    """The shipped configurations: they are the same for every architecture."""
+    """Every row of the table at its widest, and one of several rows a tile."""
     strides = {"rows": "i32", "width": "i32", "x_row_stride": "i32", "x_column_stride": "constexpr"}
     pointers = {"x_ptr": "*bf16", "q_ptr": "*i8", "scale_ptr": "*fp32"}
     wide = {name: kind for name, kind in strides.items() if name != "rows"}
-    return [
-        *(
-            CompileCase(
-                name=f"quantize width {block}",
-                kernel=_rows_kernel,
-                signature={**pointers, **strides, "ROWS": "constexpr", "BLOCK": "constexpr"},
-                constants={"x_column_stride": 1, "ROWS": max(TILE // block, 1), "BLOCK": block},
-                num_warps=_warps(max(TILE, block)),
-                num_stages=1,
-                aligned=("width", "x_row_stride"),
-            )
-            for block in (1024, WIDEST)
-        ),
-        CompileCase(
-            name="quantize wide",
-            kernel=_wide_row_kernel,
-            signature={**pointers, **wide, "BLOCK": "constexpr"},
-            constants={"x_column_stride": 1, "BLOCK": BLOCK_WIDE},
-            num_warps=_warps(BLOCK_WIDE),
-            num_stages=1,
-            aligned=("width", "x_row_stride"),
-        ),
-    ]
+    narrowest = min(width for (width,) in TABLE.defaults(architecture) if width is not None)
+    cases = []
+    for device, rows in TABLE.shipped(architecture):
+        for (widest,), row in rows.items():
+            if widest is None:
+                block, warps = row.configuration
+                signature = {**pointers, **wide, "BLOCK": "constexpr"}
+                shapes = [("quantize wide", _wide_row_kernel, signature, {"BLOCK": block}, warps)]
+            else:
+                signature = {**pointers, **strides, "ROWS": "constexpr", "BLOCK": "constexpr"}
+                shapes = []
+                # A quarter of the narrowest row's: a tile of four rows.
+                for block in (widest // 4, widest) if widest == narrowest else (widest,):
+                    tile_rows, warps = _rows_and_warps(row.configuration, block, widest)
+                    constants = {"ROWS": tile_rows, "BLOCK": block}
+                    shapes.append((f"quantize width {block}", _rows_kernel, signature, constants, warps))
+            for name, kernel, signature, constants, warps in shapes:
+                constants = {"x_column_stride": 1, **constants}
+                aligned = ("width", "x_row_stride")
+                cases.append(CompileCase(f"{name}{device}", kernel, signature, constants, warps, 1, aligned))
+    return cases
 
 
 # --- Launchers ------------------------------------------------------------------------------------------------------
@@ -162,13 +172,12 @@ def forward(input, dim):
     rows = x.shape[0]
     if width <= WIDEST:
         block = triton.next_power_of_2(width)
-        tile_rows = min(max(TILE // block, 1), triton.next_power_of_2(rows))
+        tile_rows, warps = _rows_and_warps(TABLE.find(x.device, width), block, rows)
         _rows_kernel[(triton.cdiv(rows, tile_rows),)](
             x, q, scale, rows, width, *x.stride(),
-            ROWS=tile_rows, BLOCK=block, num_warps=_warps(tile_rows * block), num_stages=1,
+            ROWS=tile_rows, BLOCK=block, num_warps=warps, num_stages=1,
         )  # fmt: skip
     else:
-        _wide_row_kernel[(rows,)](
-            x, q, scale, width, *x.stride(), BLOCK=BLOCK_WIDE, num_warps=_warps(BLOCK_WIDE), num_stages=1
-        )
+        block, warps = TABLE.find(x.device, math.inf)
+        _wide_row_kernel[(rows,)](x, q, scale, width, *x.stride(), BLOCK=block, num_warps=warps, num_stages=1)
     return q.view(moved.shape).movedim(-1, dim).contiguous(), scale.view(moved.shape[:-1])

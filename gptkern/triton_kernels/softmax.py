@@ -31,7 +31,8 @@ import torch
 import triton
 import triton.language as tl
 
-from gptkern.triton_kernels.common import CompileCase, architecture
+from gptkern.tables.configurations import Table
+from gptkern.triton_kernels.common import CompileCase
 from gptkern.triton_kernels.strides import Layout, layout
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -373,19 +374,18 @@ class Tile(NamedTuple):
     chunked: bool
 
 
-# (direction, AXIS) -> rows of (widest row, elements in the tile, warps); LANES is what the width leaves. A wider row
-# takes the chunked kernel, whose tile is the last row: (None, BLOCK_N, LANES, warps). A float64 row counts as one of
-# twice its width. Chosen by registers (a thread holds 8 to 32 elements of each operand, ptxas spills none); where
-# an architecture's own measurement differs, it gets its own table.
-_TILES = {
-    ("forward", 1): (
-        (2048, 2048, 4), (4096, 4096, 8), (8192, 8192, 16), (16384, 16384, 32), (32768, 32768, 32), (None, 8192, 1, 16)
-    ),
-    ("backward", 1): ((2048, 2048, 4), (4096, 4096, 8), (8192, 8192, 16), (16384, 16384, 32), (None, 8192, 1, 16)),
-    ("forward", 0): ((64, 4096, 4), (256, 8192, 8), (1024, 16384, 16), (None, 128, 64, 8)),
-    ("backward", 0): ((64, 2048, 4), (256, 4096, 8), (1024, 16384, 32), (None, 64, 64, 8)),
-}  # fmt: skip
-CONFIGURATIONS = {80: _TILES, 90: _TILES, 100: _TILES}
+class Configuration(NamedTuple):
+    """A row of softmax.json: elements of a tile, and the chunk of those rows that are walked in chunks, else None."""
+
+    elements: int
+    chunk: int | None
+    num_warps: int
+
+
+# direction, AXIS, the widest row -> configuration. A float64 row counts as one of twice its width.
+TABLE = Table(
+    "softmax", {"direction": ("forward", "backward"), "axis": (0, 1), "width": None}, Configuration, optional=("chunk",)
+)  # fmt: skip
 
 # The widest row that is held in registers where it is less than the table's, and the chunk of the wider ones. Set by
 # tests alone, to 16 say: the chunked kernels then run on rows that an interpreter gets through.
@@ -395,21 +395,24 @@ ONE_PASS_LIMIT: int | None = None
 _MAX_COUNT = 2**31 - 2**20
 
 
-def tile(direction: str, axis: int, width: int, lanes: int, dtype: torch.dtype, arch: int) -> Tile:
+def tile(direction: str, axis: int, width: int, lanes: int, dtype: torch.dtype, device: torch.device) -> Tile:
     """The configuration of a call. `dtype` is the one that it computes in."""
-    known = max((row for row in CONFIGURATIONS if row <= arch), default=min(CONFIGURATIONS))
-    *one_pass, (_, chunk, chunk_lanes, chunk_warps) = CONFIGURATIONS[known][direction, axis]
     double = 2 if dtype == torch.float64 else 1
-    block_n = triton.next_power_of_2(width)
+    narrow = ONE_PASS_LIMIT is None or width <= ONE_PASS_LIMIT
+    return _tile(TABLE.find(device, width * double if narrow else math.inf, direction, axis), width, lanes, double)
+
+
+def _tile(configuration: Configuration, width: int, lanes: int, double: int) -> Tile:
+    elements, chunk, warps = configuration
     most_lanes = triton.next_power_of_2(lanes)
-    if ONE_PASS_LIMIT is None or width <= ONE_PASS_LIMIT:
-        for widest, elements, warps in one_pass:
-            if width * double <= widest:
-                return Tile(min(max(1, elements // (block_n * double)), most_lanes), block_n, warps, False)
-    chunk = chunk // double
+    if chunk is None:
+        block_n = triton.next_power_of_2(width)
+        return Tile(min(max(1, elements // (block_n * double)), most_lanes), block_n, warps, False)
+    chunk_lanes = max(1, elements // chunk)
+    chunk = max(1, chunk // double)
     if ONE_PASS_LIMIT is not None:
         chunk = min(chunk, triton.next_power_of_2(ONE_PASS_LIMIT))
-    return Tile(min(chunk_lanes, most_lanes), chunk, chunk_warps, True)
+    return Tile(min(chunk_lanes, most_lanes), chunk, warps, True)
 
 
 # --- Launchers ------------------------------------------------------------------------------------------------------
@@ -467,9 +470,7 @@ def forward(input, dim, dtype, scale, mask, is_causal):
     width = input.shape[dim]
     kind = NO_MASK if mask is None else BOOL_MASK if mask.dtype == torch.bool else ADDITIVE_MASK
     walk, input, mask = _walked(input, dim, mask)
-    lanes, block_n, warps, chunked = tile(
-        "forward", walk.axis, width, walk.lanes, output.dtype, architecture(input.device)
-    )
+    lanes, block_n, warps, chunked = tile("forward", walk.axis, width, walk.lanes, output.dtype, input.device)
     kernel = _forward_chunked_kernel if chunked else _forward_kernel
     kernel[(walk.size_0 * walk.size_1 * triton.cdiv(walk.lanes, lanes),)](
         input, mask, output, _bits(scale), walk.size_1, walk.lanes, width, input.shape[-2] if is_causal else 1,
@@ -494,9 +495,7 @@ def backward(grad_output, output, dim, dtype, scale, is_causal):
     if walk is None:
         grad_output = grad_output.contiguous()
         walk = layout(dim, grad_output)
-    lanes, block_n, warps, chunked = tile(
-        "backward", walk.axis, width, walk.lanes, output.dtype, architecture(output.device)
-    )
+    lanes, block_n, warps, chunked = tile("backward", walk.axis, width, walk.lanes, output.dtype, output.device)
     kernel = _backward_chunked_kernel if chunked else _backward_kernel
     kernel[(walk.size_0 * walk.size_1 * triton.cdiv(walk.lanes, lanes),)](
         grad_output, output, dx, _bits(scale), walk.size_1, walk.lanes, width,
@@ -513,10 +512,11 @@ def backward(grad_output, output, dim, dtype, scale, is_causal):
 def compile_cases(architecture: int) -> list[CompileCase]:
     """Every row of the tables with what asks most of it: causal, and an additive mask in the forward."""
 
-    def case(direction, axis, width, dtype="bf16", mask=ADDITIVE_MASK, causal=True):
-        lanes, block_n, warps, chunked = tile(
-            direction, axis, width, 4096, torch.float64 if dtype == "fp64" else torch.float32, architecture
-        )
+    def case(rows, direction, axis, widest, dtype="bf16", mask=ADDITIVE_MASK, causal=True, device=""):
+        double = 2 if dtype == "fp64" else 1
+        # Only a row's tile counts here, not how wide the row is beyond its chunk.
+        width = (widest or 1) // double
+        lanes, block_n, warps, chunked = _tile(rows[direction, axis, widest].configuration, width, 4096, double)
         kernel = {
             "forward": (_forward_kernel, _forward_chunked_kernel),
             "backward": (_backward_kernel, _backward_chunked_kernel),
@@ -541,18 +541,19 @@ def compile_cases(architecture: int) -> list[CompileCase]:
             words.append("causal")
         aligned = ("lanes", "width", *(n for n in kernel.arg_names if "_stride_" in n and n not in constants))
         return CompileCase(
-            " ".join([*words, dtype]), kernel, signature, constants, warps, num_stages=3, aligned=aligned
+            " ".join([*words, dtype]) + device, kernel, signature, constants, warps, num_stages=3, aligned=aligned
         )
 
     cases = []
-    for (direction, axis), rows in CONFIGURATIONS[architecture].items():
-        beyond = 2 * rows[-2][0]
-        cases += [case(direction, axis, widest or beyond) for widest, *_ in rows]
-        if axis == 1:
-            cases.append(case(direction, axis, beyond, "fp64"))
+    for device, rows in TABLE.shipped(architecture):
+        for direction, axis, widest in rows:
+            cases.append(case(rows, direction, axis, widest, device=device))
+            if axis == 1 and widest is None:
+                cases.append(case(rows, direction, axis, widest, "fp64", device=device))
+    rows = TABLE.defaults(architecture)
     return [
         *cases,
-        case("forward", 1, 2048, mask=NO_MASK, causal=False),
-        case("forward", 1, 2048, mask=BOOL_MASK, causal=False),
-        case("backward", 1, 2048, causal=False),
+        case(rows, "forward", 1, 2048, mask=NO_MASK, causal=False),
+        case(rows, "forward", 1, 2048, mask=BOOL_MASK, causal=False),
+        case(rows, "backward", 1, 2048, causal=False),
     ]
