@@ -64,6 +64,7 @@ def test_a_dry_run_lists_every_step_its_time_and_its_command(machine, out, capsy
     listed = re.findall(r"^(\w+), (\d+) s: .*; would (run|be skipped: .+)$\n((?:    .+\n)+)", output, re.MULTILINE)
     assert [name for name, *_ in listed] == NAMES
     assert sum(int(seconds) for _, seconds, *_ in listed) <= 540
+    assert sum(step.budget for step in gpu.STEPS) <= gpu.SECONDS <= 540
     commands = {name: command for name, _, _, command in listed}
     assert "gptkern info --json" in commands["identify"]
     assert "build_ext --inplace" in commands["build"] and "GPTKERN_CUDA=1" in commands["build"]
