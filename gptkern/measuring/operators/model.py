@@ -1,0 +1,291 @@
+"""The whole model: a training step of the reference GPT, and the generation of a token.
+
+    training step    forward under autocast, cross-entropy, backward, AdamW (fused). The learning rate is 0: the same
+                     work on the same weights at every call, so that any call can be checked.
+    generation       one token after `length` others at batch 1, as GPT.generate makes it: the model keeps no keys and
+                     values, so all `length` tokens are run again.
+
+The check is the gradient of the position embedding (training: it has come through every layer, forward and back) or
+the logits of the last position (generation), in float32 on a small model with the same head_dim. The weights are
+drawn from a fixed seed: the inputs are the tokens alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+import gptkern
+from gptkern.commands import training
+from gptkern.commands.quantisation import quantised
+from gptkern.measuring import conventions, peers
+from gptkern.measuring.cells import Cell, Implementation, Missing
+from gptkern.models.gpt import BYTES, GPT, PRESETS, GPTConfig
+
+# Sets of inputs: the weights and activations are far larger than any L2 cache, the tokens need not be.
+SETS = 2
+SEED = 0
+# Biases start at 0 and norms at 1, where some mistakes would not show, and a trained model has neither: this much is
+# added to them at random.
+PARAMETER_NOISE = 0.02
+
+# Rows of a training step that fit beside three copies of the model, their gradients and moments into 139 GiB.
+GPU_BATCHES = {"gpt2": (16, 4, 32), "gpt3-1.3B": (4, 2, 1)}
+QUICK_GPU_BATCH = 16
+CPU_BATCH = 4
+# Tokens before the one that is generated.
+GENERATION_LENGTHS = (1, 16, 64, 512)
+# As for int8_linear: so few tokens at once, and reading the weights is what takes the time.
+COPY_BOUND_LENGTH = 64
+
+TITLES = {"nano": "nano", "gpt2": "GPT-2 124M", "gpt3-1.3B": "GPT-3 1.3B"}
+# What is checked in float64 instead, of the same head_dim; "tiny" is the smoke cells' own.
+SMALL = {
+    "tiny": GPTConfig(BYTES, context=16, layers=1, width=32, heads=2),
+    "small, head_dim 32": GPTConfig(BYTES, context=64, layers=2, width=64, heads=2),
+    "small, head_dim 64": GPTConfig(BYTES, context=64, layers=2, width=128, heads=2),
+    "small, head_dim 128": GPTConfig(BYTES, context=64, layers=2, width=256, heads=2),
+}
+# At most as many as int8_linear takes with 16-bit activations: quantised ones round differently in float64.
+CHECK_GENERATION_LENGTH = 8
+CHECK_BATCH = 2
+
+
+def cells(kind: str, extent: str) -> list[Cell]:
+    if extent == "smoke":
+        dtype = "bfloat16" if kind == "cuda" else "float32"
+        return [_training_cell(dtype, "tiny", 2), _generation_cell(dtype, "tiny", "int8", 4)]
+    if kind == "cpu":
+        steps = [_training_cell("float32", "nano", CPU_BATCH)]
+        if extent == "quick":
+            return steps
+        weights = ("float32", "int8")
+        return steps + [_generation_cell("float32", "nano", w, length) for length in (16, 64) for w in weights]
+    if extent == "quick":
+        return [_training_cell("bfloat16", "gpt2", QUICK_GPU_BATCH)]
+    found = [_training_cell("bfloat16", name, batch) for name, batches in GPU_BATCHES.items() for batch in batches]
+    found += [
+        _generation_cell("bfloat16", name, weights, length)
+        for length in GENERATION_LENGTHS
+        for name in GPU_BATCHES
+        for weights in ("bfloat16", "int8")
+    ]
+    return found
+
+
+def _config(name: str) -> GPTConfig:
+    return SMALL.get(name) or PRESETS[name]
+
+
+def _multiplied(config: GPTConfig) -> int:
+    """Parameters that a token is multiplied with: all but the position embedding."""
+    with torch.device("meta"):
+        model = GPT(config)
+    return model.parameter_count() - config.context * config.width
+
+
+def _weight_bytes(config: GPTConfig, weights: str) -> int:
+    """Bytes of what `_multiplied` counts, with int8 linear layers where `weights` says so (but the output's).
+
+    Then what is not int8 has 16 bits, and each output of a layer has a float32 scale.
+    """
+    if weights != "int8":
+        return _multiplied(config) * getattr(torch, weights).itemsize
+    with torch.device("meta"):
+        model = GPT(config)
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.lm_head]
+    in_int8 = sum(layer.weight.numel() for layer in layers)
+    scales = sum(layer.out_features for layer in layers)
+    others = _multiplied(config) - in_int8
+    return in_int8 + scales * conventions.FLOAT32_BYTES + others * torch.bfloat16.itemsize
+
+
+def _training_cell(dtype: str, name: str, batch: int) -> Cell:
+    config = _config(name)
+    parameters = _multiplied(config)
+    return Cell(
+        operator="model",
+        direction="training step",
+        dtype=dtype,
+        sizes=(("model", name), ("batch", batch), ("length", config.context)),
+        panel=f"training step, {TITLES.get(name, name)}",
+        x="batch",
+        bytes=conventions.training_bytes(parameters),
+        flops=conventions.training_flops(parameters, config.layers, config.width, batch, config.context),
+        ceiling=dtype,
+        tokens=batch * config.context,
+    )
+
+
+def _generation_cell(dtype: str, name: str, weights: str, length: int) -> Cell:
+    config = _config(name)
+    return Cell(
+        operator="model",
+        direction="generation",
+        dtype=dtype,
+        sizes=(("model", name), ("weights", weights), ("batch", 1), ("length", length)),
+        panel=f"generation, {TITLES.get(name, name)}, {weights} weights",
+        x="length",
+        bytes=conventions.generation_bytes(_weight_bytes(config, weights)),
+        flops=conventions.generation_flops(_multiplied(config), config.layers, config.width, length),
+        ceiling="copy" if length <= COPY_BOUND_LENGTH else dtype,
+        tokens=1,
+    )
+
+
+def inputs(cell: Cell, device) -> tuple[torch.Tensor, ...]:
+    """Training: ids and targets; generation: ids; each (batch, length)."""
+    config = _config(cell.size("model"))
+    shape = cell.size("batch"), cell.size("length")
+    count = 2 if cell.direction == "training step" else 1
+    return tuple(torch.randint(config.vocab_size, shape, device=device) for _ in range(count))
+
+
+def differentiable(cell: Cell) -> tuple[int, ...]:
+    return ()
+
+
+def new_model(config: GPTConfig, device, dtype: torch.dtype) -> GPT:
+    """Always the same weights on a device; drawn there in float32."""
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device.type == "cuda" else []):
+        torch.manual_seed(SEED)
+        with device:
+            model = GPT(config)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.dim() < 2:
+                        parameter.add_(torch.randn_like(parameter), alpha=PARAMETER_NOISE)
+    return model.to(dtype)
+
+
+# --- Implementations ------------------------------------------------------------------------------------------------
+
+
+def implementations(cell: Cell, kind: str) -> dict[str, Implementation | Missing]:
+    int8 = dict(cell.sizes).get("weights") == "int8"
+    run = _Training if cell.direction == "training step" else _Generation
+
+    def swapped(model):
+        gptkern.swap(model)
+        return quantised(model)[0] if int8 else model
+
+    found: dict[str, Implementation | Missing] = {
+        "gptkern": run(cell, swapped).implementation(),
+        peers.EAGER: run(cell, lambda model: model).implementation(),
+    }
+    if cell in cells(kind, "smoke"):
+        # It shows that the bench runs; compiling would be all of its time.
+        return found
+    found[peers.COMPILE] = peers.compiled_model(lambda change: run(cell, change).implementation(), kind)
+    if int8:
+        found[peers.TORCHAO] = peers.torchao_model(lambda change: run(cell, change).implementation(), kind)
+    return found
+
+
+class _Run:
+    """One implementation's model, made when the first inputs come.
+
+    Args:
+        change: takes the stock model, returns what is called in its place.
+    """
+
+    graph = True
+
+    def __init__(self, cell: Cell, change):
+        self.cell, self.change = cell, change
+        self.model = None
+
+    def implementation(self) -> Implementation:
+        return Implementation(self.call, self.prepare, graph=self.graph)
+
+    def prepare(self, ids, *rest):
+        if self.model is None:
+            self.make(ids.device)
+        return (ids, *rest)
+
+    def make(self, device):
+        raise NotImplementedError
+
+    def call(self, *inputs):
+        raise NotImplementedError
+
+
+class _Training(_Run):
+    # The fused AdamW counts its steps on the host.
+    graph = False
+
+    def make(self, device):
+        self.stock = new_model(_config(self.cell.size("model")), device, torch.float32).train()
+        self.model = self.change(self.stock)
+        self.optimizer = training.optimizer_of(self.stock, lr=0.0)
+
+    def call(self, ids, targets):
+        """-> the gradient of the position embedding (context, width), and the loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.enable_grad():
+            with _autocast(self.cell, ids.device):
+                _, loss = self.model(ids, targets)
+            loss.backward()
+        self.optimizer.step()
+        return self.stock.position_embedding.weight.grad, loss.detach()
+
+
+class _Generation(_Run):
+    def make(self, device):
+        dtype = getattr(torch, self.cell.dtype)
+        self.model = self.change(new_model(_config(self.cell.size("model")), device, dtype).eval())
+
+    def call(self, ids):
+        """-> the logits of the last position (1, vocab_size), and ids with the likeliest token behind them."""
+        with torch.no_grad():
+            logits, _ = self.model(ids)
+            last = logits[:, -1].float()
+            return last, torch.cat([ids, last.argmax(-1, keepdim=True)], dim=1)
+
+
+def _autocast(cell: Cell, device: torch.device):
+    if cell.dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, getattr(torch, cell.dtype))
+
+
+# --- The check ------------------------------------------------------------------------------------------------------
+
+
+def reference(cell: Cell, inputs: tuple[torch.Tensor, ...], precision: torch.dtype) -> torch.Tensor:
+    """What the stock model returns in `precision`; with int8 weights, of their dequantised values."""
+    ids, *targets = inputs
+    model = new_model(_config(cell.size("model")), ids.device, torch.float32)
+    quantised_values = _quantised_values(model) if dict(cell.sizes).get("weights") == "int8" else {}
+    model = model.to(precision)
+    for module, (q, scale) in quantised_values.items():
+        module.weight.data = q.to(precision) * scale.to(precision)
+    if cell.direction != "training step":
+        with torch.no_grad():
+            return model(ids)[0][:, -1]
+    with torch.enable_grad():
+        logits, _ = model(ids)  # GPT's own loss is in float32
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets[0].flatten())
+        return torch.autograd.grad(loss, model.position_embedding.weight)[0]
+
+
+def _quantised_values(model: GPT) -> dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+    """Linear layer, but the output's -> its weight's rows rounded to max|row| / 127, and these scales."""
+    found = {}
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module is not model.lm_head:
+            weight = module.weight.detach()
+            scale = weight.abs().amax(-1, keepdim=True) / 127
+            found[module] = torch.round(weight / scale), scale
+    return found
+
+
+def check_cell(cell: Cell) -> Cell:
+    name = cell.size("model")
+    small = name if name in SMALL else f"small, head_dim {_config(name).head_dim}"
+    if cell.direction == "training step":
+        return _training_cell("float32", small, CHECK_BATCH)
+    weights = cell.size("weights")
+    return _generation_cell("float32", small, "int8" if weights == "int8" else "float32", CHECK_GENERATION_LENGTH)
