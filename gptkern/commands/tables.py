@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 # Words that a table shows in colour.
-_STYLES = {"ok": "green", "yes": "green", "FAILED": "bold red", "no": "yellow"}
+_STYLES = {"ok": "green", "yes": "green", "FAILED": "bold red", "no": "yellow", "ahead": "green", "LOST": "bold red"}
 
 
 def show(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:

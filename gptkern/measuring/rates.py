@@ -18,7 +18,7 @@ from gptkern.measuring import results as files
 OPERATORS = ("attention", "layer_norm", "softmax", "int8_linear", "model")
 DIRECTIONS = ("forward", "backward", "both", "training step", "generation")
 # How a cell went; see `outcome`.
-FASTEST, LEVEL, BEHIND, ALONE, FAILED = "fastest", "within 2 %", "behind", "no peer", "not timed"
+FASTEST, LEVEL, BEHIND, ALONE, FAILED = "fastest", f"within {files.LOST - 1:.0%}", "behind", "no peer", "not timed"
 
 
 class Panel(NamedTuple):
@@ -89,6 +89,12 @@ def counted(cells: Sequence[dict[str, Any]]) -> str | None:
 def amount(cell: dict[str, Any], what: str | None) -> float | None:
     """How much of it one call does."""
     return cell.get({"ops": "flops"}.get(what, what)) if what else None
+
+
+def rate(cell: dict[str, Any], implementation: dict[str, Any] | None) -> float | None:
+    """Of what the cell counts, a second."""
+    taken, work = median(implementation), amount(cell, counted([cell]))
+    return work / taken if work and taken else None
 
 
 def least_seconds(cell: dict[str, Any], ceilings: dict[str, Any]) -> float | None:

@@ -1,0 +1,512 @@
+"""A results file as tables: Markdown with pictures, lines for the README, a table for the terminal.
+
+`write(folder)` makes FOLDER/report.md and FOLDER/<operator>.svg. bench/publish.py puts the same text into docs/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gptkern.measuring import plots, rates, wording
+from gptkern.measuring import results as files
+
+NAME = "report.md"
+SAMPLE = "SAMPLE: invented numbers, not measured"
+LOST_MARK, BROKEN_MARK, OTHERWISE_MARK = "▼", "✗", "†"
+# A GPU whose clock fell below this share of its highest, from cell to cell, is named.
+_THROTTLED = 0.95
+
+
+def write(folder: str | Path) -> list[Path]:
+    """The report of FOLDER/results.json, beside it; -> the files written.
+
+    Without matplotlib (gptkern[cli]) there are no pictures, and the report says so.
+
+    Raises:
+        results.ResultsError: there is no results file, or it is no such file.
+    """
+    folder = Path(folder)
+    results = files.load(folder / files.NAME)
+    pictures = {}
+    try:
+        for operator in rates.operators(results):
+            if plots.drawn(results, operator)["plots"]:
+                pictures[operator] = plots.draw(results, operator)
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+    written = []
+    for operator, svg in pictures.items():
+        path = folder / f"{operator}.svg"
+        path.write_text(svg, encoding="utf-8")
+        written.append(path)
+    text = markdown(results, {operator: f"{operator}.svg" for operator in pictures}, level=1)
+    if not pictures:
+        text += "\nThere are no pictures: matplotlib is not installed (`pip install 'gptkern[cli]'`).\n"
+    path = folder / NAME
+    path.write_text(text, encoding="utf-8")
+    return [path, *written]
+
+
+def markdown(results: dict[str, Any], pictures: Mapping[str, str], level: int = 2) -> str:
+    """The whole report.
+
+    Args:
+        pictures: operator -> the address of its picture.
+        level: of the heading; those below it are one and two deeper.
+    """
+    parts = [f"{'#' * level} {results['machine']['device']}"]
+    if results["sample"]:
+        parts.append(f"> **{SAMPLE}.** What follows shows the form of a report and nothing about any device.")
+    parts += [_machine(results), _ceilings(results), _summary_table(results), _legend(results)]
+    panels = rates.panels(results)
+    for operator in rates.operators(results):
+        parts.append(f"{'#' * (level + 1)} {operator} on {results['machine']['device']}")
+        if operator in pictures:
+            parts.append(f"![{_picture_text(results, operator)}]({pictures[operator]})")
+        for panel in (panel for panel in panels if panel.operator == operator):
+            parts.append(_panel(panel, results, level + 2))
+    parts += [_costs(results, level + 1), _promises(results, level + 1), _skipped(results, level + 1)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+# --- The head ---------------------------------------------------------------------------------------------------------
+
+
+def _machine(results: dict[str, Any]) -> str:
+    machine = results["machine"]
+    device = [machine["device"], machine.get("architecture")]
+    if machine.get("multiprocessors"):
+        device.append(f"{machine['multiprocessors']} multiprocessors")
+    if machine["kind"] == "cpu":
+        device.append(f"{machine.get('threads')} threads on {machine.get('cores')} cores")
+    versions = {
+        "Python": "python", "PyTorch": "torch", "Triton": "triton", "CUDA": "cuda", "driver": "driver",
+    }  # fmt: skip
+    peers = [f"{name} {version}" for name, version in (machine.get("peers") or {}).items() if version]
+    rows = [
+        ("device", ", ".join(filter(None, device))),
+        ("measured", machine.get("date")),
+        ("gptkern", _sources(machine)),
+        ("versions", ", ".join(f"{name} {machine[key]}" for name, key in versions.items() if machine.get(key))),
+        ("peers", ", ".join(peers) or "PyTorch alone"),
+        ("backends", _backends(results)),
+        ("clocks", _clocks(results)),
+        ("checked", _checks(results)),
+    ]
+    table = wording.table(["this run", ""], [(name, wording.text(value)) for name, value in rows if value])
+    return f"{table}\n\nTo measure it again, on such a machine:\n\n```\n{_command(machine)}\n```"
+
+
+def _sources(machine: dict[str, Any]) -> str:
+    commit = machine.get("commit")
+    state = (
+        "" if commit is None else f", commit {commit[:12]}" + (" with changes on top" if machine.get("dirty") else "")
+    )
+    return f"{machine.get('gptkern')}{state}, digest of the sources {machine.get('source')}"
+
+
+def _command(machine: dict[str, Any]) -> str:
+    commit = machine.get("commit")
+    lines = []
+    if commit:
+        note = "    # and changes that are in no commit: see the digest" if machine.get("dirty") else ""
+        lines.append(f"git checkout {commit[:12]}{note}")
+    return "\n".join([*lines, f"gptkern bench --out bench/results/{machine['slug']}"])
+
+
+def _backends(results: dict[str, Any]) -> str | None:
+    """Which of gptkern's backends ran: on a GPU "torch" is a call that no kernel covers."""
+    found = [(files.ours(cell) or {}).get("backend") for cell in results["cells"]]
+    counts = {name: found.count(name) for name in dict.fromkeys(found) if name}
+    listed = ", ".join(f"{name} in {wording.count(number, 'cell')}" for name, number in counts.items())
+    return f"gptkern ran {listed}" if listed else None
+
+
+def _clocks(results: dict[str, Any]) -> str | None:
+    found = [cell["clocks"] for cell in results["cells"] if cell.get("clocks")]
+    if not found:
+        return None
+    parts = []
+    for name, key in (("SM", "sm_mhz"), ("memory", "memory_mhz")):
+        least, most = (pick(clocks[key] for clocks in found) for pick in (min, max))
+        parts.append(f"{name} {least} MHz" if least == most else f"{name} {least} to {most} MHz")
+        if least < _THROTTLED * most:
+            parts[-1] += " (it fell during the run)"
+    return ", ".join(parts) + ", read after each cell"
+
+
+def _checks(results: dict[str, Any]) -> str | None:
+    checks = [cell["check"] for cell in results["cells"] if cell.get("check") and files.ours(cell)]
+    worst = [check["error"] / check["bound"] for check in checks if check.get("bound") and check["error"] is not None]
+    if not worst:
+        return None
+    return (
+        f"the results of {len(checks)} of {len(results['cells'])} cells against float64 before they were timed; "
+        f"nearest to the bound: {max(worst):.2f} of it"
+    )
+
+
+def _ceilings(results: dict[str, Any]) -> str:
+    rows = [
+        (name, wording.rate(ceiling["value"], _ceiling_counts(name)), wording.text(ceiling.get("how")))
+        for name, ceiling in results["ceilings"].items()
+    ]
+    return wording.table(["measured ceiling", ">rate", "what was measured"], rows) if rows else ""
+
+
+def _ceiling_counts(name: str) -> str:
+    return {"copy": "bytes", "int8": "ops"}.get(name, "flops")
+
+
+def verdict(cells: Sequence[dict[str, Any]]) -> str:
+    """ "gptkern is fastest in 12 of 20 cells, within 2% of the best peer in 3, behind in 5"."""
+    tally = rates.tally(cells)
+    text = (
+        f"gptkern is fastest in {tally[rates.FASTEST]} of {wording.count(len(cells), 'cell')}, "
+        f"{rates.LEVEL} of the best peer in {tally[rates.LEVEL]}, behind in {tally[rates.BEHIND]}"
+    )
+    if tally[rates.ALONE]:
+        text += f", without a peer in {tally[rates.ALONE]}"
+    if tally[rates.FAILED]:
+        text += f", not timed in {tally[rates.FAILED]} (it failed or was wrong)"
+    return text
+
+
+def _summary_table(results: dict[str, Any]) -> str:
+    """The counts for each operator and direction, with the widest lead and the widest loss."""
+    cells = results["cells"]
+    if not cells:
+        return "No cell has been measured."
+    groups: dict[tuple[str, str], list] = {}
+    for panel in rates.panels(results):
+        groups.setdefault((panel.operator, panel.direction), []).extend(panel.cells)
+    rows = []
+    for (operator, direction), group in groups.items():
+        tally = rates.tally(group)
+        best, worst = _extremes(group)
+        counts = [str(tally[name]) for name in (rates.FASTEST, rates.LEVEL)]
+        behind = f"**{tally[rates.BEHIND]}** {LOST_MARK}" if tally[rates.BEHIND] else "0"
+        others = str(tally[rates.ALONE] + tally[rates.FAILED] or "")
+        rows.append((operator, direction, str(len(group)), *counts, behind, others, _extreme(best), _extreme(worst)))
+    headings = ["operator", "direction", ">cells", ">fastest", f">{rates.LEVEL}", ">behind", ">no verdict"]
+    headings += ["widest lead", "widest loss"]
+    broken = [promise for promise in rates.all_promises(results) if promise.broken]
+    promised = f" Promised limits broken: **{len(broken)}** {BROKEN_MARK}, listed below." if broken else ""
+    return f"**{_sample(results)}{verdict(cells)}.**{promised}\n\n" + wording.table(headings, rows)
+
+
+def _extremes(cells: Sequence[dict[str, Any]]) -> tuple[dict | None, dict | None]:
+    """The cell of the widest lead over the best peer and that of the widest loss, where there are such."""
+    leads = [cell for cell in cells if rates.outcome(cell) == rates.FASTEST]
+    losses = [cell for cell in cells if files.lost(cell)]
+    return max(leads, key=rates.lead, default=None), min(losses, key=rates.lead, default=None)
+
+
+def _extreme(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return "–"
+    best = wording.text(files.best_peer(cell)["name"])
+    text = f"{wording.times(rates.lead(cell))} {best}, {wording.text(cell['label'])}"
+    return f"**{text}** {LOST_MARK}" if files.lost(cell) else text
+
+
+def _legend(results: dict[str, Any]) -> str:
+    if not results["cells"]:
+        return ""
+    on_gpu = results["machine"]["kind"] == "cuda"
+    lines = [
+        "Times are medians; *spread* is the distance of the quartiles as a share of the median, and a lead or a loss "
+        "smaller than it may be noise. A column named after a peer holds **the peer's time ÷ gptkern's: above 1.00 "
+        "gptkern is faster, below 1.00 the peer is**.",
+        f"{LOST_MARK} and bold: a peer is faster by more than {files.LOST - 1:.0%}. {BROKEN_MARK}: a promised limit is "
+        f"broken. {OTHERWISE_MARK}: timed in another way than gptkern (no CUDA graph could hold it). –: not measured, "
+        "the reasons stand at the end.",
+    ]
+    if on_gpu:
+        lines.append(
+            "*time* is the device's; *eager wall* is one call after another from Python, launches included, gptkern's "
+            "and the best peer's. *peak memory* is what one call allocates at most, and as a share of the best peer's: "
+            "below 1.00 gptkern takes less."
+        )
+    return "\n".join(f"- {line}" for line in lines)
+
+
+# --- One panel --------------------------------------------------------------------------------------------------------
+
+
+def _panel(panel: rates.Panel, results: dict[str, Any], level: int) -> str:
+    cells, ceilings = panel.cells, results["ceilings"]
+    mine, best = files.ours, files.best_peer
+    limits = list(dict.fromkeys(cell["ceiling"] for cell in cells if rates.least_seconds(cell, ceilings)))
+    backends = {(mine(cell) or {}).get("backend") for cell in cells} - {None}
+
+    columns = [(_shape_heading(cells), _shape)]
+    if len(backends) > 1:
+        columns.append(("backend", lambda cell: (mine(cell) or {}).get("backend") or "–"))
+    columns.append((">time", lambda cell: wording.seconds(rates.median(mine(cell))) if mine(cell) else "**not timed**"))
+    columns.append((">spread", lambda cell: _spread(mine(cell))))
+    if any(map(rates.counted, ([cell] for cell in cells))):
+        columns.append((">rate", lambda cell: wording.rate(rates.rate(cell, mine(cell)), rates.counted([cell]))))
+    if limits:
+        name = f"{limits[0]} ceiling" if len(limits) == 1 else "ceiling"
+        columns.append((f">of the {name}", lambda cell: _share(cell, ceilings, naming=len(limits) > 1)))
+    for peer in rates.names(cells):
+        if peer != "gptkern":
+            columns.append((f">{wording.text(peer)}", lambda cell, peer=peer: _lead(cell, peer)))
+    columns.append(("best peer", lambda cell: wording.text(best(cell)["name"]) if best(cell) else "–"))
+    if any((mine(cell) or {}).get("device_s") for cell in cells):
+        columns.append((">eager wall", lambda cell: _wall(mine(cell))))
+        columns.append((">best peer's", lambda cell: _wall(best(cell))))
+    if any((mine(cell) or {}).get("peak_bytes") for cell in cells):
+        columns.append((">peak memory", lambda cell: _memory(mine(cell))))
+        columns.append((">of best peer's", lambda cell: _memory_share(mine(cell), best(cell))))
+    if any(cell.get("limits") for cell in cells):
+        columns.append(("promised", lambda cell: "; ".join(map(_promise, rates.promises(cell))) or "–"))
+
+    title = f"{'#' * level} {wording.text(panel.title)}, {panel.dtype}: {panel.direction}"
+    rows = [[column(cell) for _, column in columns] for cell in cells]
+    table = wording.table([heading for heading, _ in columns], rows)
+    return f"{title}\n\n" + (f"**{SAMPLE}**\n\n" if results["sample"] else "") + table
+
+
+def _shape(cell: dict[str, Any]) -> str:
+    label = wording.text(cell["label"])
+    return f"{LOST_MARK} **{label}**" if files.lost(cell) else label
+
+
+def _share(cell: dict[str, Any], ceilings: dict[str, Any], naming: bool) -> str:
+    share = rates.share(cell, files.ours(cell), ceilings)
+    return wording.percent(share) + (f" ({cell['ceiling']})" if naming and share is not None else "")
+
+
+def _wall(implementation: dict[str, Any] | None) -> str:
+    wall = (implementation or {}).get("wall_s")
+    return wording.seconds(wall and wall["median"])
+
+
+def _shape_heading(cells: Sequence[dict[str, Any]]) -> str:
+    """The names of the sizes, as the labels have them: "batch x heads x length"."""
+    names = {
+        tuple(name for name, value in cell["sizes"].items() if not isinstance(value, (bool, str))) for cell in cells
+    }
+    return " x ".join(names.pop()) if len(names) == 1 else "shape"
+
+
+def _lead(cell: dict[str, Any], name: str) -> str:
+    peer = rates.implementation(cell, name)
+    lead = None if peer is None else rates.lead(cell, peer)
+    if lead is None:
+        return "–"
+    otherwise = OTHERWISE_MARK if peer.get("timed") != files.ours(cell).get("timed") else ""
+    return f"**{wording.times(lead)}**{otherwise}" if 1 / lead > files.LOST else wording.times(lead) + otherwise
+
+
+def _spread(implementation: dict[str, Any] | None) -> str:
+    if implementation is None:
+        return "–"
+    time = files.seconds(implementation)
+    return f"{(time['high'] - time['low']) / time['median']:.1%}"
+
+
+def _memory(implementation: dict[str, Any] | None) -> str:
+    count = (implementation or {}).get("peak_bytes")
+    return "–" if count is None else wording.size(count)
+
+
+def _memory_share(mine: dict[str, Any] | None, best: dict[str, Any] | None) -> str:
+    own, other = ((entry or {}).get("peak_bytes") for entry in (mine, best))
+    return f"{own / other:.2f}×" if own is not None and other else "–"
+
+
+def _promise(promise: rates.Promise) -> str:
+    limit = f"≤ {promise.limit:g} × {wording.text(promise.peer)}'s time"
+    if promise.ratio is None:
+        return f"{limit}: not measured"
+    return f"{limit}: **{promise.ratio:.2f}** {BROKEN_MARK}" if promise.broken else f"{limit}: {promise.ratio:.2f}"
+
+
+# --- The end ----------------------------------------------------------------------------------------------------------
+
+
+def _costs(results: dict[str, Any], level: int) -> str:
+    if not results["costs"]:
+        return ""
+    rows = []
+    for cost in results["costs"]:
+        unit, mine = cost.get("unit"), cost.get("gptkern") or {}
+        own = mine.get("median")
+        peers = []
+        for name, peer in (cost.get("peers") or {}).items():
+            if "skipped" in peer:
+                continue
+            ratio = (
+                f" (gptkern takes {wording.times(own / peer['median'])})" if own is not None and peer["median"] else ""
+            )
+            peers.append(f"{wording.text(name)}: {wording.quantity(peer['median'], unit)}{ratio}")
+        rows.append(
+            (
+                wording.text(cost["key"]),
+                wording.text(cost.get("what")),
+                "–" if own is None else wording.quantity(own, unit),
+                "; ".join(peers) or "–",
+                _cost_promise(cost),
+            )
+        )
+    title = f"{'#' * level} What is no kernel, on {results['machine']['device']}"
+    sample = f"**{SAMPLE}**\n\n" if results["sample"] else ""
+    return f"{title}\n\n{sample}" + wording.table(["cost", "what", ">gptkern", "peers", "promised"], rows)
+
+
+def _cost_promise(cost: dict[str, Any]) -> str:
+    promise = rates.cost_promise(cost)
+    if promise is None:
+        return "–"
+    if promise.peer:
+        limit = f"≤ {promise.limit:g} × {wording.text(promise.peer)}"
+        shown = None if promise.ratio is None else f"{promise.ratio:.2f}"
+    else:
+        limit = f"≤ {wording.quantity(promise.limit, cost.get('unit'))}"
+        shown = None if promise.ratio is None else wording.quantity(promise.ratio, cost.get("unit"))
+    if shown is None:
+        return f"{limit}: not measured"
+    return f"{limit}: **{shown}** {BROKEN_MARK}" if promise.broken else f"{limit}: kept"
+
+
+def _promises(results: dict[str, Any], level: int) -> str:
+    """The promises that are broken, and how many were kept."""
+    promises = rates.all_promises(results)
+    if not promises:
+        return ""
+    broken = [promise for promise in promises if promise.broken]
+    unknown = sum(promise.ratio is None for promise in promises)
+    kept = len(promises) - len(broken) - unknown
+    lines = [
+        f"{'#' * level} Promised limits, on {results['machine']['device']}",
+        f"{kept} of {len(promises)} kept, **{len(broken)} broken**, {unknown} not measured.",
+    ]
+    if broken:
+        listed = []
+        for promise in broken:
+            of = f" × {wording.text(promise.peer)}'s" if promise.peer else ""
+            ratio = f"{promise.ratio:.3g}{of}, promised {promise.limit:g}{of}"
+            listed.append(f"- {BROKEN_MARK} {wording.text(promise.where)}: {ratio}")
+        lines.append("\n".join(listed))
+    return "\n\n".join(lines)
+
+
+def _skipped(results: dict[str, Any], level: int) -> str:
+    """Each implementation that was not measured somewhere, with each reason once."""
+    reasons: dict[str, dict[str, list[str]]] = {}
+    for panel in rates.panels(results):
+        for cell in panel.cells:
+            for entry in cell["implementations"]:
+                if not files.seconds(entry):
+                    where = reasons.setdefault(entry["name"], {}).setdefault(entry.get("skipped") or "", [])
+                    where.append(f"{panel.operator} {panel.direction}")
+    for cost in results["costs"]:
+        for name, entry in {"gptkern": cost.get("gptkern") or {}, **(cost.get("peers") or {})}.items():
+            if "skipped" in entry:
+                reasons.setdefault(name, {}).setdefault(entry["skipped"], []).append(cost["key"])
+    if not reasons:
+        return ""
+    lines = []
+    for name in sorted(reasons, key=lambda name: name != "gptkern"):
+        for reason, where in reasons[name].items():
+            places = ", ".join(
+                place if where.count(place) == 1 else f"{where.count(place)} × {place}"
+                for place in dict.fromkeys(where)
+            )
+            mark = "**" if name == "gptkern" else ""
+            lines.append(
+                f"- {mark}{wording.text(name)}{mark}: {wording.text(wording.cut(reason))} ({wording.text(places)})"
+            )
+    return f"{'#' * level} Not measured on {results['machine']['device']}\n\n" + "\n".join(lines)
+
+
+# --- The README and the terminal --------------------------------------------------------------------------------------
+
+
+def summary(results: dict[str, Any], link: str) -> str:
+    """A few lines: who is ahead in how many cells, and for each operator the widest lead and loss."""
+    machine = results["machine"]
+    versions = f"PyTorch {machine['torch']}" + (f", Triton {machine['triton']}" if machine.get("triton") else "")
+    head = f"**[{machine['device']}]({link})**, {machine.get('date')}, {versions}: {_sample(results)}"
+    if not results["cells"]:
+        return head + "no cell has been measured."
+    broken = [promise for promise in rates.all_promises(results) if promise.broken]
+    kept = f" {BROKEN_MARK} {wording.count(len(broken), 'promised limit')} broken." if broken else ""
+    rows = []
+    for operator in rates.operators(results):
+        cells = [cell for cell in results["cells"] if cell["operator"] == operator]
+        tally = rates.tally(cells)
+        best, worst = _extremes(cells)
+        counts = " / ".join(str(tally[name]) for name in (rates.FASTEST, rates.LEVEL, rates.BEHIND))
+        rows.append((operator, counts, *(_telling(cell, results) for cell in (best, worst))))
+    table = wording.table(
+        ["operator", f"{rates.FASTEST} / {rates.LEVEL} / {rates.BEHIND}", "widest lead", "widest loss"], rows
+    )
+    return f"{head}{verdict(results['cells'])}.{kept}\n\n{table}"
+
+
+def _telling(cell: dict[str, Any] | None, results: dict[str, Any]) -> str:
+    """ "1.15× SDPA flash: forward, 4x16x4096x128 causal, 612 TFLOP/s, 77% of the bfloat16 ceiling"."""
+    if cell is None:
+        return "–"
+    mine, what = files.ours(cell), rates.counted([cell])
+    parts = [f"{cell['direction']}, {wording.text(cell['label'])}"]
+    if what:
+        parts.append(wording.rate(rates.rate(cell, mine), what))
+    share = rates.share(cell, mine, results["ceilings"])
+    if share is not None:
+        parts.append(f"{wording.percent(share)} of the {cell['ceiling']} ceiling")
+    lead = f"{wording.times(rates.lead(cell))} {wording.text(files.best_peer(cell)['name'])}"
+    return (f"**{lead}** {LOST_MARK}" if files.lost(cell) else lead) + f": {', '.join(parts)}"
+
+
+def terminal_table(results: dict[str, Any]) -> None:
+    """Print one table an operator; cells that are lost say so."""
+    from gptkern.commands import tables
+
+    if results["sample"]:
+        print(SAMPLE)
+    headings = ("direction", "shape", "dtype", "time", "rate", "of ceiling", "best peer", "its time / gptkern's", "")
+    right = headings[3:6] + headings[7:8]
+    for operator in rates.operators(results):
+        panels = [panel for panel in rates.panels(results) if panel.operator == operator]
+        rows = [_terminal_row(cell, results["ceilings"]) for panel in panels for cell in panel.cells]
+        print()
+        tables.show(f"{operator} on {results['machine']['device']}", headings, rows, right)
+    print()
+    if results["cells"]:
+        print(verdict(results["cells"]) + ".")
+    for promise in (promise for promise in rates.all_promises(results) if promise.broken):
+        of = f" x {promise.peer}'s" if promise.peer else ""
+        print(f"BROKEN: {promise.where}: {promise.ratio:.3g}{of}, promised {promise.limit:g}{of}")
+
+
+def _terminal_row(cell: dict[str, Any], ceilings: dict[str, Any]) -> tuple[str, ...]:
+    mine, best = files.ours(cell), files.best_peer(cell)
+    lead = rates.lead(cell)
+    words = {rates.FASTEST: "ahead", rates.LEVEL: "level", rates.BEHIND: "LOST", rates.FAILED: "FAILED"}
+    return (
+        cell["direction"],
+        cell["label"],
+        cell.get("dtype") or "",
+        wording.seconds(rates.median(mine)),
+        wording.rate(rates.rate(cell, mine), rates.counted([cell])),
+        wording.percent(rates.share(cell, mine, ceilings)),
+        best["name"] if best else "–",
+        "–" if lead is None else wording.times(lead),
+        words.get(rates.outcome(cell), ""),
+    )
+
+
+def _picture_text(results: dict[str, Any], operator: str) -> str:
+    return f"{_sample(results)}rates of gptkern and its peers: {operator} on {results['machine']['device']}"
+
+
+def _sample(results: dict[str, Any]) -> str:
+    return f"{SAMPLE}: " if results["sample"] else ""
