@@ -11,6 +11,9 @@ chosen, and has three functions of the same positional signature as the operator
     unsupported(*call) -> str | None    why this call is not covered, or None
     forward(*call), backward(*call)     bare launchers
 
+The order in which they are tried on a GPU is data (gptkern.tables): by operator, device and class of shapes where
+it was measured, and one default where it was not. PyTorch may come first.
+
 `choose` is called once per call of an operator, at the public boundary; the backward uses the backend
 that its forward used. On the `torch` backend a twin calls PyTorch's own operator, with PyTorch's autograd:
 the registered op and the autograd.Function cost more host time than a small layer_norm itself takes.
@@ -31,7 +34,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-BACKENDS = ("cuda", "triton", "torch")
+from gptkern.tables import backends as preferred
+from gptkern.tables import configurations, shape_classes, user
+
+BACKENDS = preferred.NAMES
 OPERATORS = ("attention", "layer_norm", "softmax", "int8_linear")
 
 # PyTorch's function -> its twin in gptkern.functional. Filled by `twin_of`.
@@ -211,11 +217,15 @@ def _decide(operator: str, forced: str | None, call: tuple) -> Choice:
         if reason is not None:
             raise BackendError(f"backend {forced!r} was asked for and cannot run {operator}: {reason}")
         return Choice(forced, "asked for by name")
+    order, measured = _order(operator, device, call)
+    if order[0] == "torch":
+        return Choice("torch", measured or "it is the first in gptkern's table of backends")
     reasons = []
-    for name in ("cuda", "triton"):
+    for name in order[: order.index("torch")]:
         reason = _unable(name, operator, device.type, device.index) or _uncovered(name, operator, call)
         if reason is None:
-            return Choice(name, "; ".join([f"the input is on {device.type}", *reasons]))
+            known = measured if measured and not reasons else f"the input is on {device.type}"
+            return Choice(name, "; ".join([known, *reasons]))
         reasons.append(f"not {name}: {reason}")
     choice = Choice("torch", "; ".join(reasons))
     if device.type != "meta":
@@ -236,6 +246,14 @@ def _uncovered(name: str, operator: str, call: tuple) -> str | None:
     return _modules[name, operator].unsupported(*call)
 
 
+def _order(operator: str, device: torch.device, call: tuple) -> tuple[tuple[str, ...], str | None]:
+    """(the backends in the order in which they are tried, what was measured or None)"""
+    # Host time counts: where nothing was measured this is a look-up, and the call's class is not found out.
+    if not _is_measured(operator, device.type, device.index):
+        return _default_order(), None
+    return _preference(operator, device.type, device.index, shape_classes.CLASSES[operator].of(*call))
+
+
 def _constant_while_compiling(function: Callable) -> Callable:
     """torch.compile calls the function once and keeps the result.
 
@@ -244,6 +262,41 @@ def _constant_while_compiling(function: Callable) -> Callable:
     """
     function._dynamo_marked_constant = True
     return function
+
+
+# (operator, index of a GPU) -> class of calls -> preference; what was measured on that GPU, most often nothing.
+_preferences: dict[tuple[str, int | None], dict[tuple, preferred.Preference]] = {}
+
+
+# A file cannot be read while tracing.
+@_constant_while_compiling
+def _is_measured(operator: str, device_type: str, device_index: int | None) -> bool:
+    if device_type != "cuda":
+        return False
+    found = _preferences.get((operator, device_index))
+    if found is None:
+        device = user.identify(torch.device(device_type, device_index))
+        found = _preferences[operator, device_index] = preferred.preferences(operator, device)
+    return bool(found)
+
+
+@_constant_while_compiling
+def _preference(operator: str, device_type: str, device_index: int | None, shape_class: tuple):
+    """`_order` where something was measured for the operator on this device, perhaps of another class."""
+    found = _preferences[operator, device_index].get(shape_class)
+    return (_default_order(), None) if found is None else (found.order, found.reason)
+
+
+@_constant_while_compiling
+def _default_order() -> tuple[str, ...]:
+    return preferred.shipped().default
+
+
+def forget() -> None:
+    """The tables are read anew at the next call: after one of them was written."""
+    preferred.forget()
+    configurations.forget()
+    _preferences.clear()
 
 
 # An import cannot be traced, and the answer does not change within a process.

@@ -102,8 +102,7 @@ for index, (was, is_now) in enumerate(zip(before, state())):
 
 # Who may import whom: only what stands further right, and what is in the same place (docs/design.md, section 2).
 LAYERS = (
-    {"cli", "commands", "__main__"},
-    {"measuring"},
+    {"cli", "commands", "measuring", "__main__"},
     {"checking", "checking_cases"},
     {"swapping"},
     {"nn"},
