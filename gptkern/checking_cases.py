@@ -239,7 +239,8 @@ def _quantized(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(q, scale) as the contract has them: quotients in float32, halves to even. scale keeps its dimension, as 1."""
     x = x.detach().float()
     largest = x.abs().amax(dim, keepdim=True)
-    scale = torch.where(largest == 0, 1.0, largest / 127)
+    # By a tensor: on a GPU PyTorch multiplies by a number's reciprocal, which is an ulp off.
+    scale = torch.where(largest == 0, 1.0, largest / torch.full_like(largest, 127))
     return torch.round(x / scale).clamp(-127, 127), scale
 
 

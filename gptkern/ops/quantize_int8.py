@@ -68,9 +68,10 @@ def forward(input, dim):
         return torch.empty(input.shape, dtype=torch.int8, device=input.device), x.new_ones(
             _without(input.shape, dim), dtype=torch.float32
         )
-    # scale = max|x| / 127
+    # scale = max|x| / 127; by a tensor, because on a GPU PyTorch multiplies by a number's reciprocal, an ulp off
     largest = x.abs().amax(dim, keepdim=True)
-    scale = (largest / LARGEST).clamp_(min=SMALLEST_SCALE).masked_fill_(largest == 0, 1.0).float()
+    scale = largest / torch.full_like(largest, LARGEST)
+    scale = scale.clamp_(min=SMALLEST_SCALE).masked_fill_(largest == 0, 1.0).float()
     # q = round(x / scale); no finite |x| / scale rounds to more than 127, so that there is nothing to clamp
     q = (x / scale).round_().to(torch.int8)
     return q.contiguous(), scale.squeeze(dim).contiguous()

@@ -54,6 +54,16 @@ PROGRAMS_PER_MULTIPROCESSOR = 2
 
 
 @triton.jit
+def _quotient(a, b):
+    """a / b rounded once; b is one number. `/` may be 2 ulp off on a GPU: too much for a mean far above the spread."""
+    divisor = tl.full(a.shape, b, a.dtype)
+    if a.dtype == tl.float64:
+        return a / divisor
+    else:
+        return tl.div_rn(a, divisor)
+
+
+@triton.jit
 def _forward_kernel(
     x_ptr,  # (rows, width)   input
     residual_ptr,  # (rows, width)   added to it, where HAS_RESIDUAL
@@ -89,7 +99,7 @@ def _forward_kernel(
         x = summed
     x = x.to(statistic)
 
-    mean = tl.sum(x, axis=1) / width
+    mean = _quotient(tl.sum(x, axis=1), width)
     # var = avg((x - mean)²): a second pass over registers, not E[x²] - mean², which cancels at |mean| >> std
     centred = tl.where(in_row, x - mean[:, None], 0.0)
     var = tl.sum(centred * centred, axis=1) / width
@@ -153,10 +163,10 @@ def _forward_wide_kernel(
         if HAS_RESIDUAL:
             tl.store(summed_ptr + column, x.to(rounded), mask=column < width)
         count = tl.minimum(width - start, BLOCK_WIDTH).to(statistic)
-        chunk_mean = tl.sum(x, axis=0) / count
+        chunk_mean = _quotient(tl.sum(x, axis=0), count)
         centred = tl.where(column < width, x - chunk_mean, 0.0)
         delta = chunk_mean - mean
-        share = count / (start + count)
+        share = _quotient(count, start + count)
         # mean += delta * n_b / n        m2 += m2_b + delta² * n_a * n_b / n
         mean += delta * share
         m2 += tl.sum(centred * centred, axis=0) + delta * delta * start * share
