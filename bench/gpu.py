@@ -191,13 +191,13 @@ def _bench(context: Context, *options: str) -> list[list[str]]:
 
 
 STEPS = [
-    Step("identify", 15, "what this machine is", _identify),
+    Step("identify", 25, "what this machine is", _identify),
     Step(
         "build", 45, "the CUDA kernels, for this GPU alone", _build, _no_build,
         environment=lambda c: {"GPTKERN_CUDA": "1", "GPTKERN_CUDA_ARCHS": c.machine.architecture or "THIS_GPUS"},
     ),
     Step("check", 50, "all kernels against float64", _check),
-    Step("tests", 150, "the test suite, on the GPU", _tests, _no_tests, output="tests.txt"),
+    Step("tests", 145, "the test suite, on the GPU", _tests, _no_tests, output="tests.txt"),
     Step(
         "sanitizer", 75, "memory errors and races, on small calls", _sanitizer, _no_sanitizer, output="sanitizer.txt",
         # Every tensor is an allocation of its own: PyTorch's allocator would put another one where a kernel goes wrong.
@@ -205,7 +205,7 @@ STEPS = [
     ),
     Step("quick", 105, "the most telling benchmarks", lambda c: _bench(c, "--quick", "--no-costs")),
     # Its file says what is measured already; nothing else knows whether all is.
-    Step("bench", 100, "all benchmarks, with the time that is left", _bench, again=True),
+    Step("bench", 95, "all benchmarks, with the time that is left", _bench, again=True),
 ]  # fmt: skip
 
 
