@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import re
 import textwrap
 from pathlib import Path
@@ -68,14 +69,17 @@ _RC = {
 _FAR = 3.0
 # Inches of one plot, of one bar, and of the legend's line; a plot has room for this many bars at least.
 _WIDTH, _HEIGHT, _BAR, _LEGEND_LINE = 4.5, 2.9, 0.24, 0.22
-_FEWEST_BARS = 5
-# Letters of the title over one plot's width.
-_LETTERS = 44
+_FEWEST_BARS = 3
+# Letters of the title over one plot's width, and of a plot's own.
+_LETTERS, _OWN_LETTERS = 44, 46
 _DASHES = {"color": "#20242b", "linestyle": (0, (5, 3)), "linewidth": 1}
 _MOST_COLUMNS = 3
-# Ticks of the x axis that stand beside one another without turning.
-_MOST_TICKS = 8
+# The share of empty places that a grid of panels and directions may have.
+_HOLES = 0.35
+# Ticks of the x axis that have room beside one another.
+_MOST_TICKS = 9
 _SAMPLE = "#b91c1c"
+_PATH = re.compile(r'\bd="[^"]*"')
 _DIGEST = re.compile(r"digest ([0-9a-f]{16})")
 
 
@@ -110,8 +114,9 @@ def draw(results: dict[str, Any], operator: str) -> str:
         buffer = io.StringIO()
         metadata = {"Date": None, "Creator": "gptkern", "Description": _description(picture)}
         figure.savefig(buffer, format="svg", facecolor="white", metadata=metadata)
-    # matplotlib leaves blanks at the ends of lines.
-    return re.sub(r"[ \t]+$", "", buffer.getvalue(), flags=re.MULTILINE)
+    # Hundredths of a point are enough, and matplotlib leaves blanks at the ends of lines.
+    svg = _PATH.sub(lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path.group()), buffer.getvalue())
+    return re.sub(r"[ \t]+$", "", svg, flags=re.MULTILINE)
 
 
 def drawn(results: dict[str, Any], operator: str) -> dict[str, Any]:
@@ -166,8 +171,12 @@ def _plot(panel: rates.Panel, ceilings: dict[str, Any]) -> dict[str, Any] | None
     limits = [
         [place, amounts[place] / seconds, cells[place]["ceiling"]] for place, seconds in enumerate(least) if seconds
     ]
+    # The picture's title has the operator, the plot's second line the direction.
+    name = panel.name
+    for known in (f"{panel.operator}, ", f"{panel.direction}, "):
+        name = name.removeprefix(known)
     return {
-        "panel": f"{panel.title}, {panel.dtype}",
+        "panel": name,
         "direction": panel.direction,
         "what": what,
         "x": cells[0].get("x"),
@@ -184,19 +193,22 @@ def _plot(panel: rates.Panel, ceilings: dict[str, Any]) -> dict[str, Any] | None
 
 
 def _grid(plots: list[dict]) -> list[list[dict | None]]:
-    """Rows of plots: a row a panel and a column a direction where that leaves no holes, else as they come."""
+    """Rows of plots: a row a panel and a column a direction where that leaves few holes, else as they come."""
     panels = list(dict.fromkeys(plot["panel"] for plot in plots))
     directions = list(dict.fromkeys(plot["direction"] for plot in plots))
-    if 1 < len(directions) <= _MOST_COLUMNS and len(plots) == len(panels) * len(directions):
+    places = len(panels) * len(directions)
+    if 1 < len(directions) <= _MOST_COLUMNS and places - len(plots) <= _HOLES * places:
         at = {(plot["panel"], plot["direction"]): plot for plot in plots}
-        return [[at[panel, direction] for direction in directions] for panel in panels]
+        return [[at.get((panel, direction)) for direction in directions] for panel in panels]
     columns = min(_MOST_COLUMNS, len(plots)) if len(plots) != 4 else 2
     rows = [list(plots[start : start + columns]) for start in range(0, len(plots), columns)]
     return [row + [None] * (columns - len(row)) for row in rows]
 
 
 def _plot_height(plot: dict) -> float:
-    return max(_HEIGHT, _BAR * len(_bar_rows(plot)) + 1.0) if plot["bars"] else _HEIGHT
+    if not plot["bars"]:
+        return _HEIGHT
+    return _BAR * max(len(_bar_rows(plot)), _FEWEST_BARS) + 1.1
 
 
 def _lines(axes, plot: dict, names: list[str]) -> None:
@@ -209,13 +221,14 @@ def _lines(axes, plot: dict, names: list[str]) -> None:
         axes.fill_between(at, lows, highs, color=style["color"], alpha=0.15, linewidth=0)
         axes.plot(at, values, zorder=4 if name == "gptkern" else 3, **style)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(xs, [_short(x) for x in xs], rotation=45 if len(xs) > _MOST_TICKS else 0)
+    ticks = _apart(xs)
+    axes.set_xticks(ticks, [_short(x) for x in ticks])
     axes.minorticks_off()
     # Room for the markers at both ends.
     axes.set_xlim(min(xs) / 1.25, max(xs) * 1.25)
     axes.set_xlabel(plot["x"])
     axes.set_ylabel(unit)
-    axes.set_title(f"{plot['panel']}\n{plot['direction']}", loc="left", fontweight="bold")
+    axes.set_title(_title(plot), loc="left", fontweight="bold")
     _y_axis_and_ceiling(axes, plot, scale, unit)
 
 
@@ -232,12 +245,17 @@ def _y_axis_and_ceiling(axes, plot: dict, scale: float, unit: str) -> None:
         return
     if far:
         pass
-    elif len({limit for _, limit in limits}) == 1:
+    elif math.isclose(nearest, max(limit for _, limit in limits)):
         axes.axhline(nearest, zorder=2, **_DASHES)
     else:
         axes.plot(*zip(*limits), zorder=2, **_DASHES)
     text = ("↑  " if far else "") + _ceiling_text(plot, unit, scale)
     axes.text(0.01, 0.985, text, transform=axes.transAxes, ha="left", va="top", fontsize=8, zorder=6)
+
+
+def _title(plot: dict) -> str:
+    one = f": {plot['labels'][0]}" if plot["bars"] and len(plot["labels"]) == 1 else ""
+    return "\n".join(textwrap.fill(line, _OWN_LETTERS) for line in (plot["panel"], plot["direction"] + one))
 
 
 def _bar_rows(plot: dict) -> list[tuple[int, str]]:
@@ -281,8 +299,7 @@ def _bars(axes, plot: dict, names: list[str]) -> None:
     axes.locator_params(axis="x", nbins=5)
     axes.xaxis.set_major_formatter(_number)
     axes.set_xlabel(unit + (f"    ({'' if near else '→  '}{_ceiling_text(plot, unit, scale)})" if limits else ""))
-    one = f": {plot['labels'][0]}" if len(plot["labels"]) == 1 else ""
-    axes.set_title(f"{plot['panel']}\n{plot['direction']}{one}", loc="left", fontweight="bold")
+    axes.set_title(_title(plot), loc="left", fontweight="bold")
 
 
 def _ceiling_text(plot: dict, unit: str, scale: float) -> str:
@@ -318,6 +335,16 @@ def _style(name: str, names: list[str]) -> tuple[str, str, str]:
 
 def _best(plot: dict) -> float:
     return max(point[3] for points in plot["series"].values() for point in points)
+
+
+def _apart(xs: list[float]) -> list[float]:
+    """Those of some rising sizes whose labels have room on a logarithmic axis: the last, and others from the left."""
+    room = math.log(xs[-1] / xs[0]) / _MOST_TICKS
+    kept = []
+    for x in xs[:-1]:
+        if math.log(xs[-1] / x) >= room and (not kept or math.log(x / kept[-1]) >= room):
+            kept.append(x)
+    return [*kept, xs[-1]]
 
 
 def _unit(plot: dict) -> tuple[float, str]:

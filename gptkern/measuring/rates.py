@@ -30,6 +30,11 @@ class Panel(NamedTuple):
     direction: str
     cells: list[dict[str, Any]]
 
+    @property
+    def name(self) -> str:
+        """The title, with the dtype."""
+        return self.title if self.dtype in self.title else f"{self.title}, {self.dtype}"
+
 
 def panels(results: dict[str, Any]) -> list[Panel]:
     """All cells, in the order of OPERATORS, then as the file has the panels, then of DIRECTIONS."""

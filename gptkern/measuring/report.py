@@ -15,6 +15,8 @@ from gptkern.measuring import results as files
 NAME = "report.md"
 SAMPLE = "SAMPLE: invented numbers, not measured"
 LOST_MARK, BROKEN_MARK, OTHERWISE_MARK = "▼", "✗", "†"
+# An operator with more tables than these has them folded.
+_MOST_OPEN = 4
 # A GPU whose clock fell below this share of its highest, from cell to cell, is named.
 _THROTTLED = 0.95
 
@@ -66,8 +68,13 @@ def markdown(results: dict[str, Any], pictures: Mapping[str, str], level: int = 
         parts.append(f"{'#' * (level + 1)} {operator} on {results['machine']['device']}")
         if operator in pictures:
             parts.append(f"![{_picture_text(results, operator)}]({pictures[operator]})")
-        for panel in (panel for panel in panels if panel.operator == operator):
-            parts.append(_panel(panel, results, level + 2))
+        own = [panel for panel in panels if panel.operator == operator]
+        # Hundreds of rows: folded, with what there is to find in them on the fold.
+        lead = verdict([cell for panel in own for cell in panel.cells])
+        tables = wording.count(len(own), "table")
+        parts.append(f"<details{_opened(own)}><summary>{tables}: {_sample(results)}{lead}</summary>")
+        parts += [_panel(panel, results, level + 2) for panel in own]
+        parts.append("</details>")
     parts += [_costs(results, level + 1), _promises(results, level + 1), _skipped(results, level + 1)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -266,7 +273,7 @@ def _panel(panel: rates.Panel, results: dict[str, Any], level: int) -> str:
     if any(cell.get("limits") for cell in cells):
         columns.append(("promised", lambda cell: "; ".join(map(_promise, rates.promises(cell))) or "–"))
 
-    title = f"{'#' * level} {wording.text(panel.title)}, {panel.dtype}: {panel.direction}"
+    title = f"{'#' * level} {wording.text(panel.name)}: {panel.direction}"
     rows = [[column(cell) for _, column in columns] for cell in cells]
     table = wording.table([heading for heading, _ in columns], rows)
     return f"{title}\n\n" + (f"**{SAMPLE}**\n\n" if results["sample"] else "") + table
@@ -285,6 +292,10 @@ def _share(cell: dict[str, Any], ceilings: dict[str, Any], naming: bool) -> str:
 def _wall(implementation: dict[str, Any] | None) -> str:
     wall = (implementation or {}).get("wall_s")
     return wording.seconds(wall and wall["median"])
+
+
+def _opened(panels: Sequence[rates.Panel]) -> str:
+    return " open" if len(panels) <= _MOST_OPEN else ""
 
 
 def _shape_heading(cells: Sequence[dict[str, Any]]) -> str:
