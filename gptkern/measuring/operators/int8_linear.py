@@ -35,9 +35,9 @@ def cells(kind: str, extent: str) -> list[Cell]:
     if extent == "smoke":
         return [_cell(dtype, mode, rows, 32, 48) for mode, rows in (("w8a16", 2), ("w8a8", 24))]
     if kind == "cpu":
-        shapes = [("w8a16", 1), ("w8a8", 256)]
+        shapes = [("w8a16", 1), ("w8a8", 64)]
         if extent == "full":
-            shapes += [("w8a16", 16), ("w8a16", 256), ("w8a8", 16), ("auto", 16), ("auto", 17)]
+            shapes += [("w8a16", 16), ("w8a16", 256), ("w8a8", 16), ("w8a8", 256), ("auto", 16), ("auto", 17)]
         return [_cell(dtype, mode, rows, 768, 3072) for mode, rows in shapes]
     if extent == "quick":
         shapes = [("w8a16", 1), ("w8a8", 4096)]

@@ -33,7 +33,7 @@ PARAMETER_NOISE = 0.02
 # Rows of a training step that fit beside three copies of the model, their gradients and moments into 139 GiB.
 GPU_BATCHES = {"gpt2": (16, 4, 32), "gpt3-1.3B": (4, 2, 1)}
 QUICK_GPU_BATCH = 16
-CPU_BATCH = 4
+CPU_BATCH = 2
 # Tokens before the one that is generated.
 GENERATION_LENGTHS = (1, 16, 64, 512)
 # As for int8_linear: so few tokens at once, and reading the weights is what takes the time.
@@ -78,27 +78,30 @@ def _config(name: str) -> GPTConfig:
     return SMALL.get(name) or PRESETS[name]
 
 
+def _layer_weights(config: GPTConfig) -> int:
+    """Elements of the matrices of all blocks: qkv, project, expand and contract."""
+    return config.layers * (3 + 1 + 4 + 4) * config.width**2
+
+
+def _layer_outputs(config: GPTConfig) -> int:
+    """Outputs of these matrices: as many biases, and scales where they are int8."""
+    return config.layers * (3 + 1 + 4 + 1) * config.width
+
+
 def _multiplied(config: GPTConfig) -> int:
     """Parameters that a token is multiplied with: all but the position embedding."""
-    with torch.device("meta"):
-        model = GPT(config)
-    return model.parameter_count() - config.context * config.width
+    norms = (2 * config.layers + 1) * 2 * config.width
+    return config.vocab_size * config.width + _layer_weights(config) + _layer_outputs(config) + norms
 
 
-def _weight_bytes(config: GPTConfig, weights: str) -> int:
-    """Bytes of what `_multiplied` counts, with int8 linear layers where `weights` says so (but the output's).
-
-    Then what is not int8 has 16 bits, and each output of a layer has a float32 scale.
-    """
+def _weight_bytes(config: GPTConfig, weights: str, dtype: str) -> int:
+    """Bytes of what `_multiplied` counts, in `dtype`; where `weights` is "int8", the blocks' matrices in that."""
+    itemsize = getattr(torch, dtype).itemsize
     if weights != "int8":
-        return _multiplied(config) * getattr(torch, weights).itemsize
-    with torch.device("meta"):
-        model = GPT(config)
-    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.lm_head]
-    in_int8 = sum(layer.weight.numel() for layer in layers)
-    scales = sum(layer.out_features for layer in layers)
-    others = _multiplied(config) - in_int8
-    return in_int8 + scales * conventions.FLOAT32_BYTES + others * torch.bfloat16.itemsize
+        return _multiplied(config) * itemsize
+    in_int8 = _layer_weights(config)
+    scales = _layer_outputs(config) * conventions.FLOAT32_BYTES
+    return in_int8 + scales + (_multiplied(config) - in_int8) * itemsize
 
 
 def _training_cell(dtype: str, name: str, batch: int) -> Cell:
@@ -127,7 +130,7 @@ def _generation_cell(dtype: str, name: str, weights: str, length: int) -> Cell:
         sizes=(("model", name), ("weights", weights), ("batch", 1), ("length", length)),
         panel=f"generation, {TITLES.get(name, name)}, {weights} weights",
         x="length",
-        bytes=conventions.generation_bytes(_weight_bytes(config, weights)),
+        bytes=conventions.generation_bytes(_weight_bytes(config, weights, dtype)),
         flops=conventions.generation_flops(_multiplied(config), config.layers, config.width, length),
         ceiling="copy" if length <= COPY_BOUND_LENGTH else dtype,
         tokens=1,

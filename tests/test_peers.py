@@ -1,0 +1,381 @@
+"""The adapters of other libraries: what they call, with what, and why they say that a library is missing.
+
+Libraries that are not installed are replaced by what their documented function computes, so that a wrong layout or a
+forgotten argument shows on any machine.
+"""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gptkern.measuring import peers
+from gptkern.measuring.cells import Implementation, Missing
+
+BF16 = torch.bfloat16
+LIBRARIES = ("liger_kernel", "flash_attn", "flash_attn_interface", "quack", "torchao", "bitsandbytes", "cutlass")
+
+
+def test_importing_the_adapters_imports_no_library():
+    code = (
+        "import sys, gptkern.measuring.peers\n"
+        f"found = [name for name in {LIBRARIES!r} + ('triton', 'torch._dynamo') if name in sys.modules]\n"
+        "import gptkern, torch; sys.exit(str(found) if found else 0)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_versions(monkeypatch):
+    installed = {"liger-kernel": "1.2", "torchao": "3.4"}
+
+    def version(name):
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    found = peers.versions()
+    assert found["liger-kernel"] == "1.2" and found["torchao"] == "3.4"
+    assert found["flash-attn"] is found["bitsandbytes"] is found["quack-kernels"] is None
+    assert tuple(found) == peers.DISTRIBUTIONS
+
+
+# --- Reasons --------------------------------------------------------------------------------------------------------
+
+
+def attention(generation=2, kind="cuda", dtype=BF16, head_dim=64, causal=True, square=True, direction="forward"):
+    return peers.flash_attn(generation, kind, dtype, head_dim, causal, square, direction)
+
+
+def sdpa(backend="flash", kind="cuda", dtype=BF16, head_dim=64, causal=True, grouped=False, square=True):
+    return peers.sdpa(backend, kind, dtype, head_dim, causal, grouped, square)
+
+
+ADAPTERS = {
+    "liger_kernel.transformers.functional": (
+        lambda: peers.liger_layer_norm("cuda", 1e-5),
+        lambda: peers.liger_softmax("cuda", False),
+    ),
+    "flash_attn": (lambda: attention(2),),
+    "flash_attn_interface": (lambda: attention(3),),
+    "flash_attn.cute": (lambda: attention(4),),
+    "quack.rmsnorm": (lambda: peers.quack_layer_norm("cuda", 1e-5, "forward"),),
+    "quack.softmax": (lambda: peers.quack_softmax("cuda", False),),
+    "torchao.quantization": (
+        lambda: peers.torchao("cuda", "w8a8"),
+        lambda: peers.torchao_model(lambda change: None, "cuda"),
+    ),
+    "bitsandbytes": (lambda: peers.bitsandbytes("cuda", "w8a8"),),
+}
+
+
+@pytest.fixture(autouse=True)
+def any_gpu(monkeypatch):
+    """Adapters are asked as on a GPU of any kind, with triton."""
+    monkeypatch.setattr(peers, "_need_architecture", lambda *majors: None)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name == "triton" or found(name, *rest))
+
+
+@pytest.mark.parametrize("module", ADAPTERS)
+@pytest.mark.parametrize("error", [ImportError("undefined symbol: x\nmore"), RuntimeError("no CUDA"), OSError("lib")])
+def test_a_library_that_cannot_be_imported(monkeypatch, module, error):
+    def import_module(name):
+        assert name == module
+        raise error
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    for adapter in ADAPTERS[module]:
+        found = adapter()
+        first_line = str(error).splitlines()[0]
+        assert found == Missing(f"{module} cannot be imported: {type(error).__name__}: {first_line}")
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        (lambda: attention(dtype=torch.float32), "float16 and bfloat16 alone, not float32"),
+        (lambda: attention(head_dim=264), "head_dim up to 256 in steps of 8, not 264"),
+        (lambda: attention(head_dim=60), "not 60"),
+        (lambda: attention(square=False), "causal limit at the last key"),
+        (lambda: attention(kind="cpu"), "needs a GPU"),
+        (lambda: sdpa(kind="cpu"), "GPUs"),
+        (lambda: sdpa(dtype=torch.float32), "not float32"),
+        (lambda: sdpa("cudnn", dtype=torch.float32), "not float32"),
+        (lambda: sdpa("cudnn", head_dim=60), "multiple of 8, not 60"),
+        (lambda: sdpa(head_dim=264), "up to 256, not 264"),
+        (lambda: sdpa("efficient", grouped=True), "no grouped heads"),
+        (lambda: sdpa("flash", square=False), "equal lengths alone"),
+        (lambda: peers.flex_attention("cpu", 8, 8, 16, True, False), "GPUs alone"),
+        (lambda: peers.flex_attention("cuda", 8, 8, 8, True, False), "at least 16, not 8"),
+        (lambda: peers.liger_layer_norm("cuda", 1e-5, residual=True), "no layer_norm with a residual"),
+        (lambda: peers.liger_layer_norm("cpu", 1e-5), "needs a GPU"),
+        (lambda: peers.liger_softmax("cuda", True), "no causal softmax"),
+        (lambda: peers.quack_layer_norm("cuda", 1e-5, "backward"), "autograd"),
+        (lambda: peers.quack_layer_norm("cuda", 1e-5, "forward", residual=True), "residual"),
+        (lambda: peers.quack_softmax("cuda", True), "no causal softmax"),
+        (lambda: peers.int_mm("cuda", "w8a16", 64, 64, 64), "no w8a16"),
+        (lambda: peers.int_mm("cuda", "w8a8", 16, 64, 64), "more than 16 rows on a GPU, not 16"),
+        (lambda: peers.int_mm("cuda", "w8a8", 17, 60, 64), "multiples of 8"),
+        (lambda: peers.int_mm("cuda", "w8a8", 17, 64, 60), "multiples of 8"),
+        (lambda: peers.compiled_int8("cuda", "w8a8", 16, 64, 64), "more than 16 rows"),
+        (lambda: peers.torchao("cpu", "w8a8"), "GPUs alone"),
+        (lambda: peers.bitsandbytes("cpu", "w8a8"), "GPUs alone"),
+        (lambda: peers.bitsandbytes("cuda", "w8a16"), "no w8a16"),
+        (lambda: peers.compiled_max_autotune(torch.neg, "cpu"), "GPUs alone"),
+    ],
+)
+def test_reasons(found, reason):
+    result = found()
+    assert isinstance(result, Missing) and reason in result.reason
+
+
+def test_what_runs_has_no_reason():
+    assert isinstance(peers.int_mm("cuda", "w8a8", 17, 64, 64), Implementation)
+    assert isinstance(peers.int_mm("cpu", "w8a8", 1, 60, 60), Implementation)
+    assert isinstance(peers.compiled_int8("cuda", "w8a16", 1, 60, 60), Implementation)
+    assert isinstance(sdpa("efficient", dtype=torch.float32, head_dim=60, square=False), Implementation)
+    assert isinstance(sdpa("cudnn", grouped=True), Implementation)
+
+
+def test_compile_without_a_compiler(monkeypatch):
+    monkeypatch.setattr(peers.shutil, "which", lambda name: None)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "no no-such-compiler" in peers.compiled(torch.neg, "cpu").reason
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
+    assert "triton" in peers.compiled(torch.neg, "cuda").reason
+
+
+def test_an_architecture_that_a_library_lacks(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (8, 0))
+    assert attention(3) == Missing("runs on sm_9x alone, not on sm_80")
+    assert attention(4, direction="backward") == Missing("runs on sm_9x, sm_10x, sm_11x, sm_12x alone, not on sm_80")
+
+
+# --- What is called -------------------------------------------------------------------------------------------------
+
+
+def library(monkeypatch, name, **functions):
+    module = types.ModuleType(name)
+    vars(module).update(functions)
+    monkeypatch.setitem(sys.modules, name, module)
+    parent = name.rpartition(".")[0]
+    if parent and parent not in sys.modules:
+        library(monkeypatch, parent)
+    return module
+
+
+@pytest.mark.parametrize("generation", [2, 3, 4])
+@pytest.mark.parametrize("pair", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_flash_attn_gets_its_own_layout(monkeypatch, generation, pair, causal):
+    def flash_attn_func(query, key, value, *, causal):
+        # (batch, length, heads, head_dim)
+        assert query.shape == (2, 6, 4, 16) and key.shape == value.shape == (2, 6, 2, 16)
+        heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        output = F.scaled_dot_product_attention(*heads_first, is_causal=causal, enable_gqa=True).transpose(1, 2)
+        return (output, None) if pair else output
+
+    name = {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_attn.cute"}[generation]
+    library(monkeypatch, name, flash_attn_func=flash_attn_func)
+    query = torch.randn(2, 4, 6, 16)
+    key, value = torch.randn(2, 2, 2, 6, 16)
+    output = attention(generation, causal=causal).call(query, key, value)
+    expected = F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
+    torch.testing.assert_close(output, expected)
+
+
+def test_flash_attn_without_its_function(monkeypatch):
+    library(monkeypatch, "flash_attn")
+    assert attention(2) == Missing("flash_attn has no flash_attn_func")
+
+
+@pytest.mark.parametrize("backend", ["flash", "efficient", "cudnn"])
+def test_sdpa_is_forced(monkeypatch, backend):
+    from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
+
+    seen = []
+
+    def forced(*tensors, **options):
+        seen.append((_cur_sdpa_kernel_backends(), options))
+        return tensors[0]
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", forced)
+    grouped = backend != "efficient"
+    sdpa(backend, grouped=grouped).call(*torch.randn(3, 1, 1, 4, 64))
+    names = {"flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "cudnn": "CUDNN_ATTENTION"}
+    ((backends, options),) = seen
+    assert backends == [getattr(SDPBackend, names[backend])]
+    assert options == {"is_causal": True, "enable_gqa": grouped}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [(6, 6), (4, 9)])
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_flex_attention(monkeypatch, causal, lengths):
+    """Not compiled: it is slow on a CPU, and its kernels are for GPUs."""
+    monkeypatch.setattr(peers, "fresh_compile", lambda function: function)
+    peer = peers.flex_attention("cuda", *lengths, 16, causal, True)
+    query = torch.randn(2, 4, lengths[0], 16)
+    key, value = torch.randn(2, 2, 2, lengths[1], 16)
+    inputs = peer.prepare(query, key, value)
+    assert all(tensor is other for tensor, other in zip(inputs, (query, key, value)))
+    output = peer.call(*inputs)
+    expected = F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
+    torch.testing.assert_close(output, expected)
+
+
+def test_liger(monkeypatch):
+    module = library(
+        monkeypatch,
+        "liger_kernel.transformers.functional",
+        liger_layer_norm=lambda x, weight, bias, eps: F.layer_norm(x, weight.shape, weight, bias, eps),
+        liger_softmax=lambda x: F.softmax(x, -1),
+    )
+    x, weight, bias = torch.randn(4, 8), torch.randn(8), torch.randn(8)
+    output = peers.liger_layer_norm("cuda", 0.5).call(x, weight, bias)
+    torch.testing.assert_close(output, F.layer_norm(x, (8,), weight, bias, 0.5))
+    assert peers.liger_softmax("cuda", False).call is module.liger_softmax
+
+
+def test_quack(monkeypatch):
+    def layernorm_fwd(x, weight, bias, eps):
+        assert x.dtype == BF16 and weight.dtype == bias.dtype == torch.float32
+        return F.layer_norm(x.float(), weight.shape, weight, bias, eps).to(x.dtype)
+
+    library(monkeypatch, "quack.rmsnorm", layernorm_fwd=layernorm_fwd)
+    library(monkeypatch, "quack.softmax", softmax=torch.neg)
+    x, weight, bias = torch.randn(4, 8).to(BF16), torch.randn(8).to(BF16), torch.randn(8).to(BF16)
+    peer = peers.quack_layer_norm("cuda", 0.5, "forward")
+    prepared = peer.prepare(x, weight, bias)
+    assert prepared[0] is x
+    torch.testing.assert_close(peer.call(*prepared), F.layer_norm(x, (8,), weight, bias, 0.5))
+    assert peers.quack_softmax("cuda", False).call is torch.neg
+
+
+# --- int8 -----------------------------------------------------------------------------------------------------------
+
+# The products of values that are rounded to 1 / 127 of a row's largest differ by about 1 %.
+INT8_ERROR = 0.02
+
+
+def int8_inputs(dtype):
+    return torch.randn(24, 64).to(dtype), (torch.randn(48, 64) / 8).to(dtype), torch.randn(48).to(dtype)
+
+
+def assert_near(output, input, weight, bias):
+    right = input.double() @ weight.double().t() + bias.double()
+    assert output.dtype == input.dtype
+    error = ((output.double() - right).norm() / right.norm()).item()
+    assert error < INT8_ERROR
+    # And it is the quantised product, not the product.
+    assert error > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_int_mm(dtype):
+    inputs = int8_inputs(dtype)
+    peer = peers.int_mm("cpu", "w8a8", 24, 64, 48)
+    prepared = peer.prepare(*inputs)
+    assert prepared[1].dtype == torch.int8 and prepared[2].shape == (48,)
+    assert_near(peer.call(*prepared), *inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_widened_weight(dtype):
+    inputs = int8_inputs(dtype)
+    assert_near(peers.w8a16_of_operators(*peers._prepare_int8(*inputs)), *inputs)
+
+
+def test_quantised():
+    x = torch.tensor([[-2.0, 1.0, 0.0], [0.5, 0.25, 0.1]])
+    q, scale = peers.quantised(x)
+    assert q.tolist() == [[-127, 64, 0], [127, 64, 25]]
+    assert scale.flatten().tolist() == pytest.approx([2 / 127, 0.5 / 127])
+
+
+def test_unquantised():
+    input, weight, bias = int8_inputs(torch.float32)
+    torch.testing.assert_close(peers.linear_unquantised().call(input, weight, bias), input @ weight.t() + bias)
+
+
+@pytest.mark.parametrize("mode", ["w8a8", "w8a16"])
+def test_torchao(monkeypatch, mode):
+    """The real library, not compiled."""
+    pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    monkeypatch.setattr(peers, "fresh_compile", lambda function, **options: function)
+    inputs = int8_inputs(torch.float32)
+    peer = peers.torchao("cuda", mode)
+    prepared = peer.prepare(*inputs)
+    assert prepared[0] is inputs[0] and "Int8" in type(prepared[1]).__name__
+    with torch.no_grad():
+        assert_near(peer.call(*prepared), *inputs)
+
+
+def test_torchao_model(monkeypatch):
+    """The real library, not compiled: all linear layers but the output's."""
+    pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
+    from gptkern.measuring.operators.model import SMALL
+    from gptkern.models.gpt import GPT
+
+    changes = []
+    peers.torchao_model(changes.append, "cuda")
+    model = changes[0](GPT(SMALL["tiny"]).eval())
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    assert sum("Int8" in type(module.weight).__name__ for module in linears) == len(linears) - 1
+    assert model.lm_head.weight is model.token_embedding.weight
+    model(torch.zeros(1, 4, dtype=torch.long))
+
+
+def test_bitsandbytes():
+    """The real library, which falls back to plain PyTorch on a CPU."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    inputs = int8_inputs(torch.float32)
+    peer = peers.bitsandbytes("cuda", "w8a8")
+    prepared = peer.prepare(*inputs)
+    assert prepared[0] is inputs[0]
+    with torch.no_grad():
+        assert_near(peer.call(*prepared), *inputs)
+
+
+# --- torch.compile --------------------------------------------------------------------------------------------------
+
+
+def test_every_cell_is_compiled_afresh():
+    """Dynamo gives up on a function after its recompile_limit and runs it eagerly, without an error."""
+    from torch._dynamo import config
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    cells = config.recompile_limit + 3
+    for rows in range(2, 2 + cells):
+        fresh = peers.fresh_compile(_negated_sum, backend=counter)
+        torch.testing.assert_close(fresh(torch.ones(rows)), torch.tensor(-float(rows)))
+    assert counter.frame_count == cells
+
+
+def _negated_sum(x):
+    return (-x).sum()
+
+
+def test_how_it_is_compiled(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: seen.append(options) or function)
+    assert peers.compiled(torch.neg, "cuda").call is torch.neg
+    assert peers.compiled_max_autotune(torch.neg, "cuda").call is torch.neg
+    assert peers.compiled_int8("cuda", "w8a8", 17, 64, 64).call is peers.w8a8_of_operators
+    assert peers.compiled_int8("cuda", "w8a16", 17, 64, 64).call is peers.w8a16_of_operators
+    peers.compiled_model(lambda change: change(torch.neg), "cuda")
+    plain = {"dynamic": False}
+    # CUDA graphs are the runner's own: a mode with graphs would be captured twice.
+    assert seen == [plain, plain | {"mode": "max-autotune-no-cudagraphs"}, plain, plain, plain]
