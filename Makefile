@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint bench gpu figures clean
 
 # Editable, so that a change to a kernel is what runs next.
 $(VENV)/installed: pyproject.toml setup.py constraints.txt
@@ -31,6 +31,9 @@ OUT ?= out/gpu
 # Sets nothing up: a machine with a GPU often has no network, and its Python has what is needed.
 gpu:  ## on a machine with a GPU: check, test, sanitize and measure, in nine minutes; DRY=1 lists the steps
 	$(PYTHON) bench/gpu.py --out $(OUT) $(if $(DRY),--dry-run)
+
+figures: $(VENV)/installed  ## the figures of README.md and docs/ from bench/results/
+	$(BIN)/python bench/publish.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info out
