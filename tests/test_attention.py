@@ -256,9 +256,12 @@ def test_values_near_the_largest_float16(backend, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_scores_of_1e30(backend, device, dtype):
+def test_enormous_scores(backend, device, dtype):
+    # 1e30 on a CPU. On a GPU 1e8: S - m is one fused multiply-add there, in PyTorch's kernels as well, whose S is not
+    # rounded as m was; what is between them, 2^-24 of the score, has to stay within the range of exp2.
+    factor = 1e15 if device == "cpu" else 1e4
     query, key, value = random_call(Shape(1, 1, 1, 17, 33, 16), device, dtype)
-    leaves = [tensor.requires_grad_() for tensor in (query * 1e15, key * 1e15, value)]
+    leaves = [tensor.requires_grad_() for tensor in (query * factor, key * factor, value)]
     output = G.scaled_dot_product_attention(*leaves, is_causal=True)
     assert output.isfinite().all()
     output.sum().backward()
@@ -547,9 +550,10 @@ def test_dropout_runs_on_pytorch(device):
             torch.manual_seed(1)
             same_bits("dropout", dropped, F.scaled_dot_product_attention(*call, dropout_p=0.5))
             assert (dropped - G.scaled_dot_product_attention(*call)).abs().max() > 0.1
-            torch.testing.assert_close(
-                G.scaled_dot_product_attention(*call, dropout_p=1.0), torch.zeros_like(call[0]), equal_nan=True
-            )
+            everything = [
+                f(*call, dropout_p=1.0) for f in (G.scaled_dot_product_attention, F.scaled_dot_product_attention)
+            ]
+            torch.testing.assert_close(*everything, equal_nan=True)
 
 
 def test_dropout_is_refused_by_kernels(kernel_backend, device):
@@ -598,7 +602,7 @@ BAD_CALLS = {
     "one dimension": (lambda f, q, k, v: f(q[0, 0, 0], k[0, 0, 0], v[0, 0, 0]), RuntimeError, "query|dimension"),
     "integers": (lambda f, q, k, v: f(q.long(), k.long(), v.long()), RuntimeError, "query|int64|dtype"),
     "mask and is_causal": (
-        lambda f, q, k, v: f(q.half(), k.half(), v.half(), torch.ones(17, 19).bool(), is_causal=True, dropout_p=0.5),
+        lambda f, q, k, v: f(q.half(), k.half(), v.half(), q[0, 0] @ k[0, 0].T > 0, is_causal=True, dropout_p=0.5),
         RuntimeError,
         "attn_mask|is_causal",
     ),

@@ -466,7 +466,8 @@ def test_autocast_as_pytorch(backend, device, dtype, parameters, autocast_dtype)
         ours = F.layer_norm(input, (33,), weight, bias)
         theirs = torch.nn.functional.layer_norm(input, (33,), weight, bias)
         normalised, summed = F.layer_norm(input, (33,), weight, bias, residual=residual)
-    assert ours.dtype == theirs.dtype == normalised.dtype == summed.dtype
+    assert ours.dtype == theirs.dtype == normalised.dtype
+    assert summed.dtype == dtype, "autocast leaves an addition alone"
     torch.testing.assert_close(ours, theirs)
     ours.sum().backward()
     assert [t.grad.dtype for t in (input, weight, bias)] == [t.dtype for t in (input, weight, bias)]
@@ -515,7 +516,10 @@ def test_mistakes_raise_what_pytorch_raises(backend, device, mistake):
     call, words = BAD_CALLS[mistake]
     theirs = raised_by(call, torch.nn.functional.layer_norm, X.to(device), W.to(device))
     ours = raised_by(call, F.layer_norm, X.to(device), W.to(device))
-    assert type(ours) is type(theirs), f"{ours!r}; PyTorch: {theirs!r}"
+    if device == "cpu":
+        assert type(ours) is type(theirs), f"{ours!r}; PyTorch: {theirs!r}"
+    else:  # PyTorch looks at dtypes in another order there, and may raise NotImplementedError, which is a RuntimeError
+        assert isinstance(theirs, type(ours)) or isinstance(ours, type(theirs)), f"{ours!r}; PyTorch: {theirs!r}"
     if backend != "torch":  # there it is PyTorch's own message
         for alternatives in words:
             assert any(word in str(ours) for word in alternatives.split("|")), str(ours)

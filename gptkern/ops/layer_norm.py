@@ -96,12 +96,12 @@ def layer_norm(
 
 
 def _on_pytorch(input, normalized_shape, weight, bias, eps):
-    if isinstance(input, torch.Tensor) and input.is_cpu and input.dtype in _SIXTEEN_BITS:
+    if isinstance(input, torch.Tensor) and input.dtype in _SIXTEEN_BITS:
         # PyTorch sums the gradients of 16-bit layer_norm in 16 bits on the CPU, those of float32 parameters too,
-        # which costs the weight's gradient two digits.
-        parameters = [parameter for parameter in (weight, bias) if isinstance(parameter, torch.Tensor)]
-        dtypes = [parameter.dtype for parameter in parameters]
-        if not parameters or (dtypes[0] in (input.dtype, torch.float32) and dtypes[0] == dtypes[-1]):
+        # which costs the weight's gradient two digits. On a GPU it refuses float32 parameters beside a 16-bit input.
+        dtypes = {parameter.dtype for parameter in (weight, bias) if isinstance(parameter, torch.Tensor)}
+        refused = input.is_cuda and dtypes == {torch.float32} and not torch.is_autocast_enabled("cuda")
+        if refused or (input.is_cpu and dtypes in (set(), {input.dtype}, {torch.float32})):
             weight = weight.float() if isinstance(weight, torch.Tensor) else weight
             bias = bias.float() if isinstance(bias, torch.Tensor) else bias
             return F.layer_norm(input.float(), normalized_shape, weight, bias, eps).to(input.dtype)
