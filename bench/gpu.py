@@ -65,8 +65,8 @@ WORKER_GIBIBYTES, MOST_WORKERS = 4, 12
 
 # The tests of kernels come first, in case that the time does not suffice for all.
 KERNEL_TESTS = ("layer_norm", "softmax", "int8_linear", "attention", "check")
-# What a GPU changes nothing about: compiling ahead of time, packaging, this file.
-NOT_FOR_A_GPU = ("compiled_kernels", "bounds", "package", "gpu_script")
+# What a GPU changes nothing about: compiling ahead of time, the interpreter, packaging, what runs on the CPU alone.
+NOT_FOR_A_GPU = ("compiled_kernels", "bounds", "package", "gpu_script", "demo", "gpt")
 TESTS_NEED = ("pytest", "hypothesis")
 
 PASSED, FAILED, KILLED, SKIPPED, INTERRUPTED = "passed", "failed", "killed", "skipped", "interrupted"
