@@ -184,8 +184,8 @@ def test_a_table_says_what_was_measured(results):
     assert row == {
         "rows x width": "▼ **32768x1024**", "time": "50.0 µs", "spread": "2.0%", "rate": "2,684 GB/s",
         "of the copy ceiling": "67%", "eager": "1.80×", "compile": "1.20×", "Liger-Kernel": "1.10×",
-        "quack": "**0.80×**", "best peer": "quack", "eager wall": "63.5 µs", "best peer's": "53.2 µs", "peak memory": "67.1 MB",
-        "of best peer's": "0.50×", "promised": "≤ 1.05 × eager's time: 0.56",
+        "quack": "**0.80×**", "best peer": "quack", "eager wall": "63.5 µs", "best peer's": "53.2 µs",
+        "peak memory": "67.1 MB", "of best peer's": "0.50×", "promised": "≤ 1.05 × eager's time: 0.56",
     }  # fmt: skip
     row = _row(text, "rows 32768, bfloat16: backward", "32768x16384")
     assert row["rows x width"].startswith("▼")
@@ -330,7 +330,7 @@ def test_report_writes_the_tables_and_a_picture_an_operator(results, tmp_path):
 
 
 def test_what_a_picture_shows(results):
-    # A panel over several widths is lines; one of a single shape is bars; where the ceiling changes, its share is shown.
+    # A panel over several widths is lines; one of a single shape is bars; where the ceiling changes, it is a share.
     layer_norm = plots.drawn(results, "layer_norm")
     assert layer_norm["names"] == ["gptkern", "eager", "compile", "Liger-Kernel", "quack"]
     forward = layer_norm["plots"][0]
