@@ -58,6 +58,8 @@ CHECK_MARGIN = 10
 KEPT_BYTES = 1 << 20
 # A log larger than this is begun anew, so that runs that go on and on stay small enough to send.
 LOG_BYTES = 8 << 20
+# Characters of a failed test's report that are printed at once: its end, where the error is.
+FAILURE_TEXT = 3000
 # Cases of each operator that run under the sanitizer, where everything takes many times as long.
 SANITIZED_CASES = 2
 # GiB of the GPU's memory for each worker of the tests, and how many workers there are at most.
@@ -136,7 +138,8 @@ def _check(context: Context) -> list[list[str]]:
 
 
 def _tests(context: Context) -> list[list[str]]:
-    command = [PYTHON, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
+    # `-p gpu`: this file, for the hooks at its end.
+    command = [PYTHON, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "gpu"]
     if not _found("pytest_timeout"):
         # Without pytest-timeout its `timeout` in pyproject.toml is unknown, which --strict-config takes for an error.
         command += ["-o", "addopts=-ra --strict-markers"]
@@ -197,7 +200,10 @@ STEPS = [
         environment=lambda c: {"GPTKERN_CUDA": "1", "GPTKERN_CUDA_ARCHS": c.machine.architecture or "THIS_GPUS"},
     ),
     Step("check", 50, "all kernels against float64", _check),
-    Step("tests", 145, "the test suite, on the GPU", _tests, _no_tests, output="tests.txt"),
+    Step(
+        "tests", 145, "the test suite, on the GPU", _tests, _no_tests, output="tests.txt",
+        environment=lambda c: {"PYTHONPATH": str(Path(__file__).resolve().parent)},
+    ),
     Step(
         "sanitizer", 75, "memory errors and races, on small calls", _sanitizer, _no_sanitizer, output="sanitizer.txt",
         # Every tensor is an allocation of its own: PyTorch's allocator would put another one where a kernel goes wrong.
@@ -410,8 +416,9 @@ def run(steps: list[Step], out: Path, machine: Machine, seconds: float, source: 
 def _run_step(step: Step, context: Context, log) -> dict[str, Any]:
     """Runs a step's commands, one after the other; what becomes of them, for steps.json."""
     start = time.monotonic()
-    environment = {**os.environ, **step.environment(context)}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
+    added = step.environment(context)
+    paths = [str(ROOT), added.get("PYTHONPATH"), os.environ.get("PYTHONPATH")]
+    environment = {**os.environ, **added, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     # Kernels are to be compiled here, whatever the shell was used for before.
     environment.pop("TRITON_INTERPRET", None)
     commands, exits, status = step.commands(context), [], PASSED
@@ -522,6 +529,25 @@ def small_calls() -> None:
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 print(f"{operator}, {case.shape_class}, {backend}: ran", flush=True)
+
+
+# --- What pytest calls ------------------------------------------------------------------------------------------------
+
+
+def pytest_configure(config) -> None:
+    config.pluginmanager.register(_FailuresAtOnce(config), "failures_at_once")
+
+
+class _FailuresAtOnce:
+    """Prints a failure when it happens: where the tests' time is over before they are, pytest's summary never comes."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def pytest_runtest_logreport(self, report) -> None:
+        terminal = self.config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and terminal is not None:  # the workers of xdist have none
+            terminal.write_line(f"\nFAILED at {report.when}: {report.nodeid}\n{report.longreprtext[-FAILURE_TEXT:]}")
 
 
 def main(arguments: list[str] | None = None) -> int:

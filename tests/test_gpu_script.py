@@ -132,6 +132,24 @@ def test_without_pytest_timeout_the_configuration_is_no_error(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("workers", [[], ["-n", "1"]], ids=["one process", "xdist"])
+def test_a_failed_test_is_printed_when_it_fails(tmp_path, workers):
+    """Not at pytest's end, which a budget may cut off: the test after it ends the process at once."""
+    (tmp_path / "test_two.py").write_text(
+        "import os\ndef test_first(): assert 1 + 1 == 3, 'the reason'\ndef test_second(): os.kill(PID, 9)\n".replace(
+            "PID", "os.getppid()" if workers else "os.getpid()"
+        )
+    )
+    if workers:
+        pytest.importorskip("xdist", reason="pytest-xdist is not installed")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu", "-p", "no:cacheprovider", *workers, "test_two.py"]
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+    assert "FAILED at call: test_two.py::test_first" in done.stdout
+    assert "the reason" in done.stdout
+
+
 @pytest.mark.parametrize("module", ["pytest", "hypothesis"])
 def test_without_what_every_test_needs_they_are_skipped(module, out, monkeypatch):
     monkeypatch.setattr(gpu, "_found", lambda name: name != module)
@@ -182,8 +200,9 @@ def test_steps_run_in_order_and_leave_their_output(out):
 def test_a_step_sees_this_tree_and_its_variables_and_no_interpreter(out, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     program = "import os; print([os.environ.get(n) for n in ('TRITON_INTERPRET', 'EXTRA', 'PYTHONPATH')], os.getcwd())"
-    assert run([planted("step", program, environment=lambda context: {"EXTRA": "yes"})], out) == 0
-    assert f"[None, 'yes', '{ROOT}" in log(out)
+    monkeypatch.setenv("PYTHONPATH", "/mine")
+    assert run([planted("step", program, environment=lambda c: {"EXTRA": "yes", "PYTHONPATH": "/the-steps"})], out) == 0
+    assert f"[None, 'yes', '{os.pathsep.join([str(ROOT), '/the-steps', '/mine'])}']" in log(out)
     assert f"] {ROOT}\n" in log(out)
 
 
