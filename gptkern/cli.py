@@ -1,4 +1,4 @@
-"""The command line: `gptkern info | check | demo | train | generate | bench`.
+"""The command line: `gptkern info | check | demo | train | generate | bench | tune`.
 
 Every subcommand is a module `gptkern/commands/<name>.py` with
 
@@ -27,6 +27,7 @@ COMMANDS = {
     "demo": "train a GPT stock and swapped, quantise it to int8, generate text, write a report",
     "train": "train the reference GPT on a text file, into a checkpoint folder",
     "bench": "time this machine's kernels against their peers; `bench report DIR` draws the report",
+    "tune": "choose tiles and backends for this machine's GPU by measuring them",
     "generate": "generate text from a checkpoint folder",
 }
 

@@ -108,7 +108,8 @@ def _rows(where: str, operator: str, listed: Any, default: tuple, device: str, d
             raise files.TableError(f"{place}: a second row of {key}")
         # What was not measured comes last: nothing is known for it.
         complete = (*order, *(name for name in default if name not in order))
-        rows[key] = Preference(complete, f"measured {ratio:.2f} x faster than {order[1]} on {device}, {date}")
+        found = f"{ratio:.2f} x faster than" if ratio > 1 else "within the noise as fast as"
+        rows[key] = Preference(complete, f"measured {found} {order[1]} on {device}, {date}")
     return rows
 
 

@@ -84,10 +84,16 @@ class Table:
         # In a file they are in lower case; where they are handed to a kernel as they are, they are BLOCK_M.
         self._names = tuple(name.lower() for name in configuration._fields)
         self.path = path or files.shipped(operator)
-        self.entries = self._entries(files.read(self.path))
+        self.entries: list[Entry] = []
         # index of a GPU, or None for a CPU -> the key without its size -> (size, configuration), the least size first
         self._steps: dict[int | None, dict[tuple, tuple[tuple[int | float, Any], ...]]] = {}
+        self.read_again()
         TABLES[operator] = self
+
+    def read_again(self) -> None:
+        """Reads the file, at the beginning and after it was written."""
+        self.entries = self._entries(files.read(self.path))
+        self._steps.clear()
 
     def find(self, device: torch.device, size: float, *key) -> Any:
         """The configuration for a call: the one of the least size that is not below `size`."""
@@ -249,7 +255,7 @@ def described(names: Any, key: tuple) -> str:
     """ "forward, bits 16, head_dim 128": a row's key in words."""
     *parts, size = zip(names, key)
     words = [value if isinstance(value, str) else f"{name} {value}" for name, value in parts]
-    return ", ".join([*words, f"{size[0]} {'above' if size[1] is None else size[1]}"])
+    return ", ".join([*words, f"any larger {size[0]}" if size[1] is None else f"{size[0]} {size[1]}"])
 
 
 def descent(architecture: int, known: tuple[int, ...]) -> list[int]:

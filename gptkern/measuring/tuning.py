@@ -1,0 +1,329 @@
+"""Chooses tiles and backends by measurement: what `gptkern tune` does.
+
+For each row of the tables of configurations: the present configuration and its neighbours are checked against float64
+by the rule of gptkern.tolerance, what is wrong or does not run is dropped, and the rest is timed in turn. For each
+class of calls: the same with the backends. A neighbour wins if its median is below the present one's by more than
+
+    margin = max(LEAST_GAIN * median of the present one, the wider of the two interquartile ranges)
+
+so that noise changes no table. What was found is handed to `keep` at once; nothing is lost where a run ends early.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from gptkern import checking, checking_cases, dispatch
+from gptkern.measuring import timing
+from gptkern.measuring.tuning_tasks import (
+    BACKWARD,
+    FORWARD,
+    ClassTask,
+    RowTask,
+    Task,
+    class_tasks,
+    row_tasks,
+    tables,
+)
+from gptkern.tables import backends, configurations, files, shape_classes, user
+
+# timer(functions, inputs, rounds) -> seconds of one call of each function, `rounds` samples each; measuring.timing's.
+Timer = Callable[[Sequence[Callable], Sequence[tuple], int], list[list[float]]]
+# keep(part, operator, row, key): writes a row of "configurations" or "backends".
+Keep = Callable[[str, str, dict[str, Any], tuple[str, ...]], None]
+
+# Samples of each candidate.
+ROUNDS = 30
+# Less than this part of the present one's time is no gain that is worth a change.
+LEAST_GAIN = 0.02
+
+
+class Dropped(NamedTuple):
+    """A candidate that gets no time, and why."""
+
+    candidate: Any
+    reason: str
+
+
+class Outcome(NamedTuple):
+    """What became of a task.
+
+    Args:
+        seconds: {candidate: the median}, the present one or the default first.
+        chosen: the configuration, or the order of the backends; None where nothing could be measured.
+        gain: the time of the present configuration (of the second backend) over that of the chosen one; 1 where
+            nothing wins by more than the margin.
+        note: why nothing was chosen.
+    """
+
+    task: Task
+    seconds: dict[Any, float]
+    chosen: Any
+    gain: float
+    dropped: list[Dropped]
+    note: str = ""
+
+
+class Left(NamedTuple):
+    """A task that was not begun, because the time was up."""
+
+    task: Task
+
+
+def plan(operators: Sequence[str], device: torch.device) -> list[Task]:
+    """The tasks on a device: the rows of every operator before the classes, whose kernels run with what was found."""
+    found = user.identify(device)
+    architecture = 80 if found is None else found.architecture
+    tasks: list[Task] = []
+    for operator, table in tables(tuple(operators)).items():
+        tasks += row_tasks(operator, architecture, table.in_force(device))
+    for operator in operators:
+        tasks += class_tasks(operator, set(backends.preferences(operator, found)))
+    return tasks
+
+
+def tune(
+    tasks: Sequence[Task],
+    device: torch.device,
+    keep: Keep,
+    *,
+    seconds: float | None = None,
+    rounds: int = ROUNDS,
+    timer: Timer = timing.durations,
+) -> Iterator[Outcome | Left]:
+    """Measures the tasks in order, and yields what became of each as soon as it is known and kept.
+
+    Args:
+        seconds: starts no new task after so long.
+    """
+    start = time.monotonic()
+    with _on(device):
+        timing.use_own_stream()
+        for task in tasks:
+            if seconds is not None and time.monotonic() - start > seconds:
+                yield Left(task)
+                continue
+            outcome = _row(task, device, rounds, timer) if isinstance(task, RowTask) else None
+            if outcome is None:
+                outcome = _class(task, device, rounds, timer)
+            if outcome.chosen is not None:
+                measured = {"on": task.on}
+                if isinstance(task, RowTask):
+                    row = task.table.row(task.key, outcome.chosen, {"gain": round(outcome.gain, 3)} | measured)
+                    keep("configurations", task.operator, row, tuple(task.table.key))
+                else:
+                    parts = shape_classes.CLASSES[task.operator].parts
+                    ratio = {"order": list(outcome.chosen), "ratio": round(outcome.gain, 3)}
+                    keep("backends", task.operator, dict(zip(parts, task.key)) | ratio | measured, tuple(parts))
+                dispatch.forget()
+            yield outcome
+
+
+def _on(device: torch.device):
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+# --- One task -------------------------------------------------------------------------------------------------------
+
+
+def _row(task: RowTask, device: torch.device, rounds: int, timer: Timer) -> Outcome:
+    def runs_with(configuration) -> Callable[[], Any]:
+        return lambda: _stack(
+            dispatch.backend("triton"), configurations.override(task.operator, task.key, configuration)
+        )
+
+    variants = [Variant(task, candidate, runs_with(candidate)) for candidate in (task.present, *task.candidates)]
+    samples, dropped = _measured(task, variants, {"triton"}, device, rounds, timer)
+    spreads = {candidate: timing.spread(values) for candidate, values in samples.items()}
+    medians = {candidate: spread.median for candidate, spread in spreads.items()}
+    if task.present not in spreads:
+        reason = next((drop.reason for drop in dropped if drop.candidate == task.present), "it was not timed")
+        return Outcome(task, medians, None, 1.0, dropped, f"the present configuration: {reason}")
+    fastest = min(medians, key=medians.get)
+    if wins(spreads[fastest], spreads[task.present]):
+        return Outcome(task, medians, fastest, medians[task.present] / medians[fastest], dropped)
+    return Outcome(task, medians, task.present, 1.0, dropped)
+
+
+def _class(task: ClassTask, device: torch.device, rounds: int, timer: Timer) -> Outcome:
+    names = [
+        name for name in backends.shipped().default if name == "torch" or dispatch.unavailable(name, device) is None
+    ]
+    variants = [Variant(task, name, lambda name=name: _stack(dispatch.backend(name))) for name in names]
+    samples, dropped = _measured(task, variants, set(names) - {"torch"}, device, rounds, timer)
+    spreads = {name: timing.spread(values) for name, values in samples.items()}
+    medians = {name: spread.median for name, spread in spreads.items()}
+    if len(medians) < 2:
+        return Outcome(task, medians, None, 1.0, dropped, "fewer than two backends can be timed")
+    order = sorted(medians, key=medians.get)
+    # Within the margin the default order stands.
+    for name in names:
+        if name in medians and not wins(spreads[order[0]], spreads[name]):
+            order.remove(name)
+            order.insert(0, name)
+            break
+    gain = medians[order[1]] / medians[order[0]]
+    return Outcome(task, medians, tuple(order), gain if wins(spreads[order[0]], spreads[order[1]]) else 1.0, dropped)
+
+
+def wins(challenger: timing.Spread, present: timing.Spread) -> bool:
+    """Whether the challenger is faster by more than the margin."""
+    ranges = (challenger.high - challenger.low, present.high - present.low)
+    return present.median - challenger.median > max(LEAST_GAIN * present.median, *ranges)
+
+
+class Variant:
+    """One way to run a task: what the timer calls.
+
+    Args:
+        candidate: a configuration, or a backend's name.
+        forcing: makes the context in which the candidate is used.
+    """
+
+    def __init__(self, task: Task, candidate: Any, forcing: Callable[[], Any]):
+        self.task, self.candidate, self.forcing = task, candidate, forcing
+
+    def __call__(self, problem: checking_cases.Problem, outputs: int, *tensors: torch.Tensor) -> Any:
+        if self.task.direction == FORWARD:
+            with self.forcing(), torch.no_grad():
+                return problem.twin(*tensors)
+        if self.task.direction == BACKWARD:
+            results, gradients, leaves = tensors[:outputs], tensors[outputs : 2 * outputs], tensors[2 * outputs :]
+            with self.forcing():
+                wanted = [leaf for leaf in leaves if leaf.requires_grad]
+                return torch.autograd.grad(results, wanted, gradients, retain_graph=True)
+        gradients, leaves = tensors[:outputs], tensors[outputs:]
+        with self.forcing(), torch.enable_grad():
+            return torch.autograd.grad(_tuple(problem.twin(*leaves)), leaves, gradients)
+
+    def inputs(self, generator: torch.Generator) -> tuple:
+        """(problem, the number of its outputs, tensors…) as `__call__` takes them, new and random."""
+        task = self.task
+        problem = task.timed.build(generator)
+        if task.direction == FORWARD:
+            return problem, 1, *problem.tensors.values()
+        wrt = tuple(problem.tensors) if task.wrt is None else task.wrt
+        leaves = [tensor.detach().requires_grad_(name in wrt) for name, tensor in problem.tensors.items()]
+        with self.forcing(), torch.set_grad_enabled(task.direction == BACKWARD):
+            results = _tuple(problem.twin(*leaves))
+        gradients = [
+            torch.randn(result.shape, generator=generator, device=result.device).to(result.dtype) for result in results
+        ]
+        kept = results if task.direction == BACKWARD else ()
+        return problem, len(results), *kept, *gradients, *leaves
+
+
+def _tuple(results: Any) -> tuple:
+    return (results,) if isinstance(results, torch.Tensor) else tuple(results)
+
+
+@contextlib.contextmanager
+def _stack(*contexts: Any):
+    with contextlib.ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
+
+
+def _measured(
+    task: Task, variants: list[Variant], kernels: set[str], device: torch.device, rounds: int, timer: Timer
+) -> tuple[dict[Any, list[float]], list[Dropped]]:
+    """({candidate: samples in seconds}, what was dropped): what is wrong or fails gets no time."""
+    dropped = []
+    right = []
+    for variant in variants:
+        backend = "triton" if isinstance(task, RowTask) else variant.candidate
+        reason = wrong(variant, backend, device) if backend in kernels else None
+        if reason is None:
+            right.append(variant)
+        else:
+            dropped.append(Dropped(variant.candidate, reason))
+    if not right:
+        return {}, dropped
+    generator = torch.Generator(device).manual_seed(0)
+    try:
+        inputs = timing.sets_of_inputs(lambda: right[0].inputs(generator), device)
+    except (RuntimeError, dispatch.BackendError) as error:
+        return {}, [*dropped, *(Dropped(variant.candidate, _line(error)) for variant in right)]
+    runnable = []
+    for variant in right:
+        try:
+            variant(*inputs[0])
+            runnable.append(variant)
+        except Exception as error:  # a compiler's and a driver's errors are of many types
+            dropped.append(Dropped(variant.candidate, _line(error)))
+    if not runnable:
+        return {}, dropped
+    samples = timer(runnable, inputs, rounds)
+    return {variant.candidate: values for variant, values in zip(runnable, samples)}, dropped
+
+
+def wrong(variant: Variant, backend: str, device: torch.device) -> str | None:
+    """What the rule of gptkern.tolerance says against a variant on the task's small shape, or None."""
+    task = variant.task
+    shape = task.checked
+    case = checking_cases.Case(
+        task.operator, "tune", "x".join(map(str, shape.sizes)), shape.dtype, lambda _, generator: shape.build(generator)
+    )
+    with variant.forcing():
+        for result in checking.check(case, backend, device):
+            if not result.ok:
+                said = result.note or f"worst error {result.error:.3e}, the rule allows {result.bound:.3e}"
+                return f"{result.direction}: {said}".splitlines()[0]
+    return None
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+# --- Where the results go -------------------------------------------------------------------------------------------
+
+
+def today() -> str:
+    return datetime.date.today().isoformat()
+
+
+def keep_for_user(device: user.Device) -> Keep:
+    """Into the user's file of the device."""
+
+    def keep(part: str, operator: str, row: dict[str, Any], key: tuple[str, ...]) -> None:
+        user.put(device, part, operator, row, key, today())
+
+    return keep
+
+
+def keep_shipped(device: user.Device) -> Keep:
+    """Into the files of this package: what others get with the next version."""
+
+    def keep(part: str, operator: str, row: dict[str, Any], key: tuple[str, ...]) -> None:
+        path = files.shipped("backends" if part == "backends" else operator)
+        content = files.read(path)
+        entry = _entry(content["entries"], device, {} if part == "backends" else [])
+        rows = entry["rows"].setdefault(operator, []) if part == "backends" else entry["rows"]
+        user.replace_row(rows, row, key)
+        files.write(path, content)
+        if part == "configurations":
+            configurations.TABLES[operator].read_again()
+
+    return keep
+
+
+def _entry(entries: list[dict[str, Any]], device: user.Device, rows: Any) -> dict[str, Any]:
+    """The device's entry, at today's date; what was measured with other versions is not kept beside this."""
+    fresh = {"device": device.name, "architecture": device.architecture, "date": today(), "versions": user.versions()}
+    fresh |= {"source": "measured by gptkern tune", "rows": rows}
+    for place, entry in enumerate(entries):
+        if (entry.get("device"), entry["architecture"]) == tuple(device):
+            if entry["versions"] == fresh["versions"]:
+                fresh["rows"] = entry["rows"]
+            entries[place] = fresh
+            return fresh
+    entries.append(fresh)
+    return fresh
