@@ -467,6 +467,16 @@ def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
     assert [file.name for file in path.parent.iterdir()] == ["file.json"], "a part of a file was left behind"
 
 
+def test_info_says_whose_tables_are_in_force(an_h200):
+    from gptkern.commands import info
+
+    assert info._tables(an_h200) == "gptkern's own"
+    path = users_file()
+    assert info._tables(an_h200) == f"measured by you on 2026-11-23, {path}"
+    users_file(versions=user.versions() | {"torch": "2.0.0"})
+    assert f"{path} is ignored: it was made for torch 2.0.0 (here: " in info._tables(an_h200)
+
+
 # --- Classes of calls -----------------------------------------------------------------------------------------------
 
 

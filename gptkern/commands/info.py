@@ -16,7 +16,7 @@ from gptkern.commands import tables
 SUMMARY = "what this machine has: versions, device, backends, and why one is missing"
 
 # The variables that change what runs.
-VARIABLES = ("GPTKERN_BACKEND", "TRITON_INTERPRET", "GPTKERN_EMULATE_CUDA", "CUDA_VISIBLE_DEVICES")
+VARIABLES = ("GPTKERN_BACKEND", "GPTKERN_CACHE", "TRITON_INTERPRET", "GPTKERN_EMULATE_CUDA", "CUDA_VISIBLE_DEVICES")
 
 # What the kernels cover, as the contracts of gptkern.functional say; other calls run on PyTorch.
 COVERAGE = {
@@ -106,7 +106,20 @@ def _device(device) -> dict[str, Any]:
         "compute capability": f"{properties.major}.{properties.minor}",
         "memory GiB": round(properties.total_memory / GIBIBYTE, 1),
         "multiprocessors": properties.multi_processor_count,
+        "tables": _tables(device),
     }
+
+
+def _tables(device) -> str:
+    """Whose tiles and preferred backends are in force on a GPU; `gptkern tune --show` prints them."""
+    from gptkern.tables import user
+
+    found = user.identify(device)
+    file = None if found is None else user.read(found)
+    if file is not None and file.content is not None:
+        return f"measured by you on {file.content['date']}, {file.path}"
+    ignored = "" if file is None or file.ignored is None else f"; {file.path} is ignored: {file.ignored}"
+    return f"gptkern's own{ignored}"
 
 
 def _backends(device) -> dict[str, dict[str, str | None]]:
@@ -135,9 +148,12 @@ def _show(facts: dict[str, Any]) -> None:
     rows = [[name, version or "none"] for name, version in facts["versions"].items()]
     tables.show("Versions", ("", "version"), rows)
     print()
+    apart = ("backends", "tables")
     for device in facts["devices"]:
-        described = ", ".join(f"{value} {name}" for name, value in list(device.items())[2:] if name != "backends")
+        described = ", ".join(f"{value} {name}" for name, value in list(device.items())[2:] if name not in apart)
         print(f"{device['name']}: {device['model']} ({described})")
+        if "tables" in device:
+            print(f"  tiles and preferred backends: {device['tables']}")
     if len(facts["devices"]) == 1:
         print("PyTorch sees no GPU.")
     print(f"CUDA C++: {facts['cuda_kernels']}.")
