@@ -37,6 +37,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from collections import deque
@@ -245,6 +246,19 @@ def probe() -> Machine:
         raise SystemExit(f"gpu.py: PyTorch cannot be asked for its GPU:\n{done.stdout}{done.stderr}") from None
 
 
+def obstacles() -> list[str]:
+    """What is missing that lets every kernel fail: said before the steps, because their errors would not say it."""
+    found = []
+    if not _found("triton"):
+        found.append("triton cannot be imported, so there are no Triton kernels")
+    # Triton compiles the function that starts a kernel with the machine's C compiler.
+    if not os.environ.get("CC") and not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        found.append("Triton needs a C compiler: there is no cc, gcc or clang on the PATH, and CC is not set")
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        found.append(f"Triton needs Python.h, which is not in {sysconfig.get_path('include')}")
+    return found
+
+
 def source_digest() -> str:
     """Of everything that the steps run."""
     digest = hashlib.sha256()
@@ -387,7 +401,9 @@ def run(steps: list[Step], out: Path, machine: Machine, seconds: float, source: 
     large = log_path.exists() and log_path.stat().st_size > LOG_BYTES
     promised = shares(steps, seconds)
     with open(log_path, "wb" if large else "ab") as log:
-        _say(log, f"{machine.gpu}, PyTorch {machine.torch}, sources {source}; {seconds:g} s")
+        _say(log, f"{machine.gpu}, PyTorch {machine.torch}, sources {source}; {seconds:.0f} s")
+        for obstacle in obstacles():
+            _say(log, f"missing: {obstacle}")
         for place, step in enumerate(steps):
             context = Context(out, machine, deadline - time.monotonic() - sum(promised[place + 1 :]))
             if record.done(step):
@@ -482,6 +498,8 @@ def dry_run(steps: list[Step], out: Path, machine: Machine, seconds: float, sour
         print("This machine has no GPU. What would run on one, with what is installed here:")
     else:
         print(f"{machine.gpu}, sm_{machine.architecture}, PyTorch {machine.torch}:")
+    for obstacle in obstacles():
+        print(f"missing: {obstacle}")
     record = Record(out, machine, source)
     for step, share in zip(steps, shares(steps, seconds)):
         context = Context(out, machine, share)
