@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -18,9 +17,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "bench" / "gpu.py"
 
-specification = importlib.util.spec_from_file_location("gpu_script", SCRIPT)
-gpu = importlib.util.module_from_spec(specification)
-specification.loader.exec_module(gpu)
+sys.path.insert(0, str(SCRIPT.parent))
+try:
+    import gpu
+    import steps as running
+finally:
+    sys.path.remove(str(SCRIPT.parent))
 
 # For a pytest within a test: it starts faster.
 WITHOUT_PLUGINS = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
@@ -46,7 +48,7 @@ def out(tmp_path) -> Path:
 
 
 def run(steps, out, *, seconds=60.0, source="abc", machine=A_GPU) -> int:
-    return gpu.run(steps, out, machine, seconds, source)
+    return running.run(steps, out, machine, seconds, source, gpu.obstacles())
 
 
 def statuses(out) -> dict[str, str]:
@@ -62,7 +64,7 @@ def log(out) -> str:
 
 @pytest.mark.parametrize("machine", [A_GPU, NO_GPU], ids=["a GPU", "no GPU"])
 def test_a_dry_run_lists_every_step_its_time_and_its_command(machine, out, capsys):
-    gpu.dry_run(gpu.STEPS, out, machine, gpu.SECONDS, "abc")
+    running.dry_run(gpu.STEPS, out, machine, gpu.SECONDS, "abc", [])
     output = capsys.readouterr().out
     listed = re.findall(r"^(\w+), (\d+) s: .*; would (run|be skipped: .+)$\n((?:    .+\n)+)", output, re.MULTILINE)
     assert [name for name, *_ in listed] == NAMES
@@ -135,20 +137,26 @@ def test_without_pytest_timeout_the_configuration_is_no_error(tmp_path, accepted
 
 @pytest.mark.parametrize("workers", [[], ["-p", "xdist.plugin", "-n", "1"]], ids=["one process", "xdist"])
 def test_a_failed_test_is_printed_when_it_fails(tmp_path, workers):
-    """Not at pytest's end, which a budget may cut off: the test after it ends the process at once."""
-    (tmp_path / "test_two.py").write_text(
-        "import os\ndef test_first(): assert 1 + 1 == 3, 'the reason'\ndef test_second(): os.kill(PID, 9)\n".replace(
-            "PID", "os.getppid()" if workers else "os.getpid()"
-        )
-    )
+    """Not at pytest's end, which a budget may cut off: here the test after it does not end."""
     if workers:
         pytest.importorskip("xdist", reason="pytest-xdist is not installed")
+    (tmp_path / "test_two.py").write_text(
+        "import time\ndef test_first(): assert 1 + 1 == 3, 'the reason'\ndef test_second(): time.sleep(60)\n"
+    )
     command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu", "-p", "no:cacheprovider", *workers, "test_two.py"]
     environment = {**WITHOUT_PLUGINS, "PYTHONPATH": str(SCRIPT.parent)}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
-    assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
-    assert "FAILED at call: test_two.py::test_first" in done.stdout
-    assert "the reason" in done.stdout
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if "the reason" in line:
+            break
+    over = process.poll()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert over is None and "FAILED at call: test_two.py::test_first\n" in seen, "".join(seen)
 
 
 def test_what_every_kernel_needs_is_said_first(out, monkeypatch, capsys):
@@ -156,7 +164,7 @@ def test_what_every_kernel_needs_is_said_first(out, monkeypatch, capsys):
     monkeypatch.setattr(gpu.shutil, "which", lambda name, **options: None)
     monkeypatch.setattr(gpu.sysconfig, "get_path", lambda name: "/no/such/folder")
     monkeypatch.delenv("CC", raising=False)
-    gpu.dry_run(gpu.STEPS, out, A_GPU, gpu.SECONDS, "abc")
+    running.dry_run(gpu.STEPS, out, A_GPU, gpu.SECONDS, "abc", gpu.obstacles())
     run([planted("step", "")], out)
     for text in (capsys.readouterr().out, log(out)):
         for words in ("triton cannot be imported", "needs a C compiler", "Python.h, which is not in /no/such/folder"):
@@ -287,7 +295,7 @@ def test_what_a_step_leaves_over_goes_to_the_next(out):
     ]
     assert run(steps, out, seconds=200.0) == 0
     assert seen == pytest.approx([100, 150, 200], abs=20)
-    assert gpu.shares(steps, 100.0) == [50, 25, 25]
+    assert running.shares(steps, 100.0) == [50, 25, 25]
 
 
 def test_what_is_done_is_not_done_again_with_the_same_sources(out, tmp_path):
@@ -320,16 +328,15 @@ def test_what_was_killed_or_skipped_is_run_again(out, tmp_path):
 
 def test_ctrl_c_stops_the_step_and_writes_what_is_known(out, tmp_path):
     program = f"""
-import importlib.util, sys
+import sys
 from pathlib import Path
-specification = importlib.util.spec_from_file_location("gpu_script", {str(SCRIPT)!r})
-gpu = importlib.util.module_from_spec(specification)
-specification.loader.exec_module(gpu)
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import steps
 def step(name, program):
-    return gpu.Step(name, 100, name, lambda context: [[sys.executable, "-c", program]])
-steps = [step("first", ""), step("second", "import os, time; print('pid', os.getpid(), flush=True); time.sleep(60)")]
-machine = gpu.Machine("2.13.0", "NVIDIA H200", "90", 139, 16)
-sys.exit(gpu.run(steps + [step("third", "")], Path({str(out)!r}), machine, 300.0, "abc"))
+    return steps.Step(name, 100, name, lambda context: [[sys.executable, "-c", program]])
+planted = [step("first", ""), step("second", "import os, time; print('pid', os.getpid(), flush=True); time.sleep(60)")]
+machine = steps.Machine("2.13.0", "NVIDIA H200", "90", 139, 16)
+sys.exit(steps.run(planted + [step("third", "")], Path({str(out)!r}), machine, 300.0, "abc", []))
 """
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     line = next(line for line in process.stdout if line.startswith("pid "))
@@ -341,7 +348,7 @@ sys.exit(gpu.run(steps + [step("third", "")], Path({str(out)!r}), machine, 300.0
 
 
 def test_output_without_end_is_cut_in_the_middle(out, monkeypatch):
-    monkeypatch.setattr(gpu, "KEPT_BYTES", 2000)
+    monkeypatch.setattr(running, "KEPT_BYTES", 2000)
     assert run([planted("step", "for i in range(10_000): print('line', i)", output="step.txt")], out) == 0
     text = (out / "step.txt").read_text()
     assert len(text) < 5000
@@ -355,7 +362,7 @@ def test_output_without_end_is_cut_in_the_middle(out, monkeypatch):
 
 def test_a_large_log_is_begun_anew(out, monkeypatch):
     run([planted("step", "print('before')")], out)
-    monkeypatch.setattr(gpu, "LOG_BYTES", 10)
+    monkeypatch.setattr(running, "LOG_BYTES", 10)
     run([planted("step", "print('now')")], out, source="other")
     assert "now\n" in log(out) and "before\n" not in log(out)
 
