@@ -123,8 +123,8 @@ def _readme(measured: dict[str, dict[str, Any]]) -> str:
     parts += [report.summary(results, f"{page}#{device}") for device, results in measured.items()]
     if measured:
         parts.append(
-            "A number with × is the best peer's time ÷ gptkern's: above 1 gptkern is faster. All cells, the ceilings and "
-            f"the pictures: [{page}]({page})."
+            "A number with × is the best peer's time ÷ gptkern's: above 1 gptkern is faster. All cells, ceilings and "
+            f"pictures: [{page}]({page})."
         )
     return "\n\n".join(parts)
 
