@@ -120,6 +120,12 @@ def test_the_margin_within_which_a_cell_is_not_lost(results):
         assert rates.outcome(cell) == outcome
 
 
+@pytest.mark.parametrize(("low", "high", "unclear"), [(0.9, 0.99, False), (0.9, 1.0, True), (1.2, 1.3, False)])
+def test_a_difference_is_unclear_where_the_quartiles_overlap(low, high, unclear):
+    ours, peer = ({"wall_s": {"median": 1, "low": l, "high": h}} for l, h in ((1.0, 1.1), (low, high)))
+    assert rates.unclear(ours, peer) == rates.unclear(peer, ours) == unclear
+
+
 def test_cells_are_counted_by_outcome(results):
     # layer_norm forward: lost, level, ahead; backward: ahead, ahead, lost (eager is faster at 16384).
     cells = [cell for cell in results["cells"] if cell["operator"] == "layer_norm"]
@@ -192,7 +198,8 @@ def test_a_table_says_what_was_measured(results):
     assert row["eager"] == "**0.94×**"
     assert row["promised"] == "≤ 1.05 × eager's time: **1.06** ✗"
     # Level is not lost; a peer that no graph holds is marked; another ceiling is named.
-    assert _row(text, "rows 32768, bfloat16: forward", "32768x4096")["quack"] == "0.99×"
+    # 158.4 µs and 160 µs, the quartiles 1 % to either side: they overlap.
+    assert _row(text, "rows 32768, bfloat16: forward", "32768x4096")["quack"] == "0.99×≈"
     row = _row(text, "4096 to 12288, bfloat16: forward", "4096x12288x4096")
     assert (row["bitsandbytes int8"], row["of the ceiling"]) == ("1.43×†", "62% (int8)")
     assert _row(text, "plain, bfloat16: forward", "4096x65536")["time"] == "**not timed**"
@@ -203,6 +210,7 @@ def test_the_report_names_machine_ceilings_command_and_costs(results):
     for words in (
         "sm\\_90", "driver 580.00", "PyTorch 2.13.0", "Triton 3.7.1", "commit 0123456789ab with changes on top",
         "2026-01-01", "SM 1980 MHz, memory 3201 MHz", "liger-kernel 0.6.1", "digest of the sources 0123456789ab",
+        "spread of gptkern's times: 2.0% in the middle, 2.0% at most",
         "git checkout 0123456789ab", "gptkern bench --out bench/results/sample-gpu-invented",
         "| copy | 4,000 GB/s |", "| bfloat16 | 800 TFLOP/s |", "| int8 | 1,400 TOP/s |",
         "fastest in 8 of 36 cells, within 2% of the best peer in 1, behind in 26, not timed in 1",
@@ -260,6 +268,7 @@ def test_a_cpu_has_no_columns_of_a_gpu(results):
         assert words not in text
     assert "gptkern ran torch in 35 cells" in text
     assert "8 threads on 16 cores" in text
+    assert "OMP_NUM_THREADS=8 gptkern bench" in text
 
 
 def test_the_terminal_marks_what_is_lost(results, capsys):

@@ -9,8 +9,8 @@ ceilings      what this device can do: copy bandwidth, matrix products
 machine       which device, driver, versions and sources a number belongs to
 runner        checks a cell, then times all of its implementations in turn
 results       the JSON file
-rates         what such a file says: rates, shares of the ceilings, who is ahead (wording: how that is written)
-report, plots Markdown and pictures from such a file
+rates         what such a file says: rates, shares of the ceilings, who is ahead
+report        Markdown from such a file; plots: its pictures; provenance, wording: parts of the report
 costs         what is no kernel: host time, import, first call, build, wheel
 tuning        the choice of backends and of tiles by measurement
 """

@@ -18,7 +18,10 @@ import gptkern
 
 PACKAGE = Path(gptkern.__file__).parent
 # Beside the package in a source tree; what is drawn and printed changes no measurement.
-_NOT_MEASURED = ("commands", "measuring/rates.py", "measuring/wording.py", "measuring/report.py", "measuring/plots.py")
+_NOT_MEASURED = (
+    "commands",
+    *(f"measuring/{name}.py" for name in ("rates", "wording", "provenance", "report", "plots")),
+)
 # Seconds that nvidia-smi and git may take.
 _PATIENCE = 20
 

@@ -76,6 +76,12 @@ def median(implementation: dict[str, Any] | None) -> float | None:
     return None if implementation is None else files.seconds(implementation)["median"]
 
 
+def spread(implementation: dict[str, Any]) -> float:
+    """The distance of the quartiles as a share of the median."""
+    time = files.seconds(implementation)
+    return (time["high"] - time["low"]) / time["median"]
+
+
 # --- Rates and limits -------------------------------------------------------------------------------------------------
 
 
@@ -122,6 +128,12 @@ def lead(cell: dict[str, Any], peer: dict[str, Any] | None = None) -> float | No
     """The time of a peer (the best one's) / gptkern's: above 1 gptkern is faster."""
     ratio = files.ratio(cell, peer)
     return None if ratio is None else 1 / ratio
+
+
+def unclear(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether the quartiles of two implementations' times overlap: their difference may be noise."""
+    one, other = files.seconds(one), files.seconds(other)
+    return one["low"] <= other["high"] and other["low"] <= one["high"]
 
 
 def outcome(cell: dict[str, Any]) -> str:

@@ -9,16 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gptkern.measuring import plots, rates, wording
+from gptkern.measuring import plots, provenance, rates, wording
 from gptkern.measuring import results as files
 
 NAME = "report.md"
 SAMPLE = "SAMPLE: invented numbers, not measured"
-LOST_MARK, BROKEN_MARK, OTHERWISE_MARK = "▼", "✗", "†"
+LOST_MARK, BROKEN_MARK, OTHERWISE_MARK, UNCLEAR_MARK = "▼", "✗", "†", "≈"
 # An operator with more tables than these has them folded.
 _MOST_OPEN = 4
-# A GPU whose clock fell below this share of its highest, from cell to cell, is named.
-_THROTTLED = 0.95
 
 
 def write(folder: str | Path) -> list[Path]:
@@ -62,7 +60,7 @@ def markdown(results: dict[str, Any], pictures: Mapping[str, str], level: int = 
     parts = [f"{'#' * level} {results['machine']['device']}"]
     if results["sample"]:
         parts.append(f"> **{SAMPLE}.** What follows shows the form of a report and nothing about any device.")
-    parts += [_machine(results), _ceilings(results), _summary_table(results), _legend(results)]
+    parts += [provenance.table(results), provenance.ceilings(results), _summary_table(results), _legend(results)]
     panels = rates.panels(results)
     for operator in rates.operators(results):
         parts.append(f"{'#' * (level + 1)} {operator} on {results['machine']['device']}")
@@ -79,93 +77,7 @@ def markdown(results: dict[str, Any], pictures: Mapping[str, str], level: int = 
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-# --- The head ---------------------------------------------------------------------------------------------------------
-
-
-def _machine(results: dict[str, Any]) -> str:
-    machine = results["machine"]
-    device = [machine["device"], machine.get("architecture")]
-    if machine.get("multiprocessors"):
-        device.append(f"{machine['multiprocessors']} multiprocessors")
-    if machine["kind"] == "cpu":
-        device.append(f"{machine.get('threads')} threads on {machine.get('cores')} cores")
-    versions = {
-        "Python": "python", "PyTorch": "torch", "Triton": "triton", "CUDA": "cuda", "driver": "driver",
-    }  # fmt: skip
-    peers = [f"{name} {version}" for name, version in (machine.get("peers") or {}).items() if version]
-    rows = [
-        ("device", ", ".join(filter(None, device))),
-        ("measured", machine.get("date")),
-        ("gptkern", _sources(machine)),
-        ("versions", ", ".join(f"{name} {machine[key]}" for name, key in versions.items() if machine.get(key))),
-        ("peers", ", ".join(peers) or "PyTorch alone"),
-        ("backends", _backends(results)),
-        ("clocks", _clocks(results)),
-        ("checked", _checks(results)),
-    ]
-    table = wording.table(["this run", ""], [(name, wording.text(value)) for name, value in rows if value])
-    return f"{table}\n\nTo measure it again, on such a machine:\n\n```\n{_command(machine)}\n```"
-
-
-def _sources(machine: dict[str, Any]) -> str:
-    commit = machine.get("commit")
-    state = (
-        "" if commit is None else f", commit {commit[:12]}" + (" with changes on top" if machine.get("dirty") else "")
-    )
-    return f"{machine.get('gptkern')}{state}, digest of the sources {machine.get('source')}"
-
-
-def _command(machine: dict[str, Any]) -> str:
-    commit = machine.get("commit")
-    lines = []
-    if commit:
-        note = "    # and changes that are in no commit: see the digest" if machine.get("dirty") else ""
-        lines.append(f"git checkout {commit[:12]}{note}")
-    return "\n".join([*lines, f"gptkern bench --out bench/results/{machine['slug']}"])
-
-
-def _backends(results: dict[str, Any]) -> str | None:
-    """Which of gptkern's backends ran: on a GPU "torch" is a call that no kernel covers."""
-    found = [(files.ours(cell) or {}).get("backend") for cell in results["cells"]]
-    counts = {name: found.count(name) for name in dict.fromkeys(found) if name}
-    listed = ", ".join(f"{name} in {wording.count(number, 'cell')}" for name, number in counts.items())
-    return f"gptkern ran {listed}" if listed else None
-
-
-def _clocks(results: dict[str, Any]) -> str | None:
-    found = [cell["clocks"] for cell in results["cells"] if cell.get("clocks")]
-    if not found:
-        return None
-    parts = []
-    for name, key in (("SM", "sm_mhz"), ("memory", "memory_mhz")):
-        least, most = (pick(clocks[key] for clocks in found) for pick in (min, max))
-        parts.append(f"{name} {least} MHz" if least == most else f"{name} {least} to {most} MHz")
-        if least < _THROTTLED * most:
-            parts[-1] += " (it fell during the run)"
-    return ", ".join(parts) + ", read after each cell"
-
-
-def _checks(results: dict[str, Any]) -> str | None:
-    checks = [cell["check"] for cell in results["cells"] if cell.get("check") and files.ours(cell)]
-    worst = [check["error"] / check["bound"] for check in checks if check.get("bound") and check["error"] is not None]
-    if not worst:
-        return None
-    return (
-        f"the results of {len(checks)} of {len(results['cells'])} cells against float64 before they were timed; "
-        f"nearest to the bound: {max(worst):.2f} of it"
-    )
-
-
-def _ceilings(results: dict[str, Any]) -> str:
-    rows = [
-        (name, wording.rate(ceiling["value"], _ceiling_counts(name)), wording.text(ceiling.get("how")))
-        for name, ceiling in results["ceilings"].items()
-    ]
-    return wording.table(["measured ceiling", ">rate", "what was measured"], rows) if rows else ""
-
-
-def _ceiling_counts(name: str) -> str:
-    return {"copy": "bytes", "int8": "ops"}.get(name, "flops")
+# --- The counts -------------------------------------------------------------------------------------------------------
 
 
 def verdict(cells: Sequence[dict[str, Any]]) -> str:
@@ -225,11 +137,11 @@ def _legend(results: dict[str, Any]) -> str:
         return ""
     on_gpu = results["machine"]["kind"] == "cuda"
     lines = [
-        "Times are medians; *spread* is the distance of the quartiles as a share of the median, and a lead or a loss "
-        "smaller than it may be noise. A column named after a peer holds **the peer's time ÷ gptkern's: above 1.00 "
-        "gptkern is faster, below 1.00 the peer is**.",
+        "Times are medians; *spread* is the distance of the quartiles as a share of the median. A column named after a "
+        "peer holds **the peer's time ÷ gptkern's: above 1.00 gptkern is faster, below 1.00 the peer is**.",
         f"{LOST_MARK} and bold: a peer is faster by more than {files.LOST - 1:.0%}. {BROKEN_MARK}: a promised limit is "
-        f"broken. {OTHERWISE_MARK}: timed in another way than gptkern (no CUDA graph could hold it). –: not measured, "
+        f"broken. {UNCLEAR_MARK}: the quartiles of the two overlap, so that the difference may be noise. "
+        f"{OTHERWISE_MARK}: timed in another way than gptkern (no CUDA graph could hold it). –: not measured, "
         "the reasons stand at the end.",
     ]
     if on_gpu:
@@ -254,7 +166,7 @@ def _panel(panel: rates.Panel, results: dict[str, Any], level: int) -> str:
     if len(backends) > 1:
         columns.append(("backend", lambda cell: (mine(cell) or {}).get("backend") or "–"))
     columns.append((">time", lambda cell: wording.seconds(rates.median(mine(cell))) if mine(cell) else "**not timed**"))
-    columns.append((">spread", lambda cell: _spread(mine(cell))))
+    columns.append((">spread", lambda cell: f"{rates.spread(mine(cell)):.1%}" if mine(cell) else "–"))
     if any(map(rates.counted, ([cell] for cell in cells))):
         columns.append((">rate", lambda cell: wording.rate(rates.rate(cell, mine(cell)), rates.counted([cell]))))
     if limits:
@@ -311,15 +223,9 @@ def _lead(cell: dict[str, Any], name: str) -> str:
     lead = None if peer is None else rates.lead(cell, peer)
     if lead is None:
         return "–"
-    otherwise = OTHERWISE_MARK if peer.get("timed") != files.ours(cell).get("timed") else ""
-    return f"**{wording.times(lead)}**{otherwise}" if 1 / lead > files.LOST else wording.times(lead) + otherwise
-
-
-def _spread(implementation: dict[str, Any] | None) -> str:
-    if implementation is None:
-        return "–"
-    time = files.seconds(implementation)
-    return f"{(time['high'] - time['low']) / time['median']:.1%}"
+    marks = UNCLEAR_MARK if rates.unclear(files.ours(cell), peer) else ""
+    marks += OTHERWISE_MARK if peer.get("timed") != files.ours(cell).get("timed") else ""
+    return (f"**{wording.times(lead)}**" if 1 / lead > files.LOST else wording.times(lead)) + marks
 
 
 def _memory(implementation: dict[str, Any] | None) -> str:
