@@ -106,7 +106,8 @@ def _tests(context: Context) -> list[list[str]]:
         workers = min(machine.cores, MOST_WORKERS)
         if machine.gpu is not None:
             workers = max(1, min(workers, machine.gibibytes // WORKER_GIBIBYTES))
-        command += ["-n", str(workers), "--dist", "worksteal"]
+        # `load` hands tests out in their order, `worksteal` in one piece for each worker.
+        command += ["-n", str(workers), "--dist", "load"]
     if not _found("expecttest"):
         # torch.library.opcheck imports it.
         command += ["-k", "not registered_ops"]
