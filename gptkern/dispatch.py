@@ -207,28 +207,34 @@ def _announced(choice: Choice) -> Choice:
 
 
 def _decide(operator: str, forced: str | None, call: tuple) -> Choice:
-    device = call[0].device
     if forced == "torch":
         return _FORCED_TORCH
-    if forced is None and device.type == "cpu":
+    device = call[0].device
+    # Read once: each makes a Python object.
+    kind, index = device.type, device.index
+    if forced is None and kind == "cpu":
         return _ON_CPU
     if forced is not None:
-        reason = _unable(forced, operator, device.type, device.index) or _uncovered(forced, operator, call)
+        reason = _unable(forced, operator, kind, index) or _uncovered(forced, operator, call)
         if reason is not None:
             raise BackendError(f"backend {forced!r} was asked for and cannot run {operator}: {reason}")
         return Choice(forced, "asked for by name")
-    order, measured = _order(operator, device, call)
+    order, measured = _unmeasured_order(operator, kind, index), None
+    if order is None:
+        order, measured = _preference(operator, index, shape_classes.CLASSES[operator].of(*call))
     if order[0] == "torch":
         return Choice("torch", measured or "it is the first in gptkern's table of backends")
     reasons = []
-    for name in order[: order.index("torch")]:
-        reason = _unable(name, operator, device.type, device.index) or _uncovered(name, operator, call)
+    for name in order:
+        if name == "torch":
+            break
+        reason = _unable(name, operator, kind, index) or _uncovered(name, operator, call)
         if reason is None:
-            known = measured if measured and not reasons else f"the input is on {device.type}"
+            known = measured if measured and not reasons else f"the input is on {kind}"
             return Choice(name, "; ".join([known, *reasons]))
         reasons.append(f"not {name}: {reason}")
     choice = Choice("torch", "; ".join(reasons))
-    if device.type != "meta":
+    if kind != "meta":
         _warn_once(operator, choice.reason)
     return choice
 
@@ -246,14 +252,6 @@ def _uncovered(name: str, operator: str, call: tuple) -> str | None:
     return _modules[name, operator].unsupported(*call)
 
 
-def _order(operator: str, device: torch.device, call: tuple) -> tuple[tuple[str, ...], str | None]:
-    """(the backends in the order in which they are tried, what was measured or None)"""
-    # Host time counts: where nothing was measured this is a look-up, and the call's class is not found out.
-    if not _is_measured(operator, device.type, device.index):
-        return _default_order(), None
-    return _preference(operator, device.type, device.index, shape_classes.CLASSES[operator].of(*call))
-
-
 def _constant_while_compiling(function: Callable) -> Callable:
     """torch.compile calls the function once and keeps the result.
 
@@ -266,30 +264,32 @@ def _constant_while_compiling(function: Callable) -> Callable:
 
 # (operator, index of a GPU) -> class of calls -> preference; what was measured on that GPU, most often nothing.
 _preferences: dict[tuple[str, int | None], dict[tuple, preferred.Preference]] = {}
+# (operator, type and index of a device) -> the default order, or None where something was measured.
+_unmeasured: dict[tuple[str, str, int | None], tuple[str, ...] | None] = {}
 
 
 # A file cannot be read while tracing.
 @_constant_while_compiling
-def _is_measured(operator: str, device_type: str, device_index: int | None) -> bool:
-    if device_type != "cuda":
-        return False
-    found = _preferences.get((operator, device_index))
-    if found is None:
-        device = user.identify(torch.device(device_type, device_index))
-        found = _preferences[operator, device_index] = preferred.preferences(operator, device)
-    return bool(found)
+def _unmeasured_order(operator: str, device_type: str, device_index: int | None) -> tuple[str, ...] | None:
+    """The order of the backends where nothing was measured for the operator on the device, else None.
+
+    Host time counts: this is a look-up, and only where it gives None is a call's class found out.
+    """
+    try:
+        return _unmeasured[operator, device_type, device_index]
+    except KeyError:
+        found = preferred.preferences(operator, user.identify(torch.device(device_type, device_index)))
+        if found:
+            _preferences[operator, device_index] = found
+        order = _unmeasured[operator, device_type, device_index] = None if found else preferred.shipped().default
+        return order
 
 
 @_constant_while_compiling
-def _preference(operator: str, device_type: str, device_index: int | None, shape_class: tuple):
-    """`_order` where something was measured for the operator on this device, perhaps of another class."""
+def _preference(operator: str, device_index: int | None, shape_class: tuple) -> tuple[tuple[str, ...], str | None]:
+    """(the order, what was measured) where something was measured on this GPU, perhaps not for this class."""
     found = _preferences[operator, device_index].get(shape_class)
-    return (_default_order(), None) if found is None else (found.order, found.reason)
-
-
-@_constant_while_compiling
-def _default_order() -> tuple[str, ...]:
-    return preferred.shipped().default
+    return (preferred.shipped().default, None) if found is None else (found.order, found.reason)
 
 
 def forget() -> None:
@@ -297,6 +297,7 @@ def forget() -> None:
     preferred.forget()
     configurations.forget()
     _preferences.clear()
+    _unmeasured.clear()
 
 
 # An import cannot be traced, and the answer does not change within a process.

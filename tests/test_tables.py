@@ -422,7 +422,7 @@ def test_a_file_that_cannot_be_read_is_ignored_with_one_warning_at_most(table, a
         assert read.find(an_h200, 64, "forward").block_m == 64
         assert other.find(an_h200, 64, "forward").block_m == 64
         configurations.TABLES.clear()
-        assert dispatch._order("softmax", an_h200, ()) == (backends.NAMES, None)
+        assert dispatch._unmeasured_order("softmax", "cuda", 0) == backends.NAMES
     ours = [str(warning.message) for warning in caught if "gptkern" in str(warning.message)]
     assert len(ours) == (0 if text == '{"format": 1}' else 1)
     assert all(str(path) in message and "is ignored" in message for message in ours)
@@ -707,24 +707,18 @@ def test_a_simulated_gpu_that_torch_knows_nothing_of_has_the_defaults(monkeypatc
 
 def test_choices_are_traced(kernels, measured, monkeypatch):
     """torch.compile sees one graph, follows the table, and does not read files while it traces."""
-    torch._dynamo.reset()
     # A meta tensor stands in for the GPU's: it is the one that compiles here.
-    read = dispatch._is_measured
-    monkeypatch.setattr(
-        dispatch, "_is_measured", dispatch._constant_while_compiling(lambda o, t, i: read(o, "cuda", 0))
-    )
-    monkeypatch.setitem(dispatch._preferences, ("softmax", 0), {})
+    monkeypatch.setattr(user, "identify", lambda device: H200)
 
     def chosen(x):
         choice = dispatch.choose("softmax", x, -1, None, 1.0, None, False)
         return x.new_empty({"cuda": 1, "triton": 2, "torch": 3}[choice.backend])
 
     def sizes(*widths):
+        torch._dynamo.reset()
         compiled = torch.compile(chosen, fullgraph=True, backend="eager")
         return [compiled(tensor(4, width)).shape[0] for width in widths]
 
     assert sizes(512, 2000) == [1, 1]
-    torch._dynamo.reset()
     measured(a_preference("triton", "cuda"), a_preference("torch", "cuda", width=4096))
-    dispatch._preferences["softmax", None] = backends.preferences("softmax", H200)
     assert sizes(512, 800, 2000, 3000, 5000) == [2, 2, 3, 3, 1]
