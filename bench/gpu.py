@@ -10,7 +10,8 @@ The steps, in this order; each is a process of its own with a time of its own, a
     tests       the test suite, on the GPU
     sanitizer   compute-sanitizer's memcheck and racecheck of one small forward and backward of each operator
     quick       gptkern bench --quick
-    bench       gptkern bench, the most important cells first, with the time that is left
+    costs       what is no kernel, the quickest of it: host time, import
+    bench       gptkern bench, the most important cells first, then the other costs, with the time that is left
 
 How they are run is bench/steps.py.
 
@@ -168,9 +169,10 @@ STEPS = [
         # Every tensor is an allocation of its own: PyTorch's allocator would put another one where a kernel goes wrong.
         environment=lambda c: {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
     ),
-    Step("quick", 105, "the most telling benchmarks", lambda c: _bench(c, "--quick", "--no-costs")),
+    Step("quick", 90, "the most telling benchmarks", lambda c: _bench(c, "--quick", "--no-costs")),
+    Step("costs", 40, "host time and import, which are no kernels", lambda c: _bench(c, "--quick", "--costs-only")),
     # Its file says what is measured already; nothing else knows whether all is.
-    Step("bench", 95, "all benchmarks, with the time that is left", _bench, again=True),
+    Step("bench", 70, "all benchmarks, with the time that is left", _bench, again=True),
 ]  # fmt: skip
 
 

@@ -28,7 +28,7 @@ finally:
 WITHOUT_PLUGINS = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 A_GPU = gpu.Machine(torch="2.13.0", gpu="NVIDIA H200", architecture="90", gibibytes=139, cores=16)
 NO_GPU = gpu.Machine(torch="2.13.0", gpu=None, architecture=None, gibibytes=0, cores=2)
-NAMES = ["identify", "build", "check", "tests", "sanitizer", "quick", "bench"]
+NAMES = ["identify", "build", "check", "tests", "sanitizer", "quick", "costs", "bench"]
 
 
 def planted(name: str, *programs: str, budget: int = 100, **options) -> gpu.Step:
@@ -77,6 +77,7 @@ def test_a_dry_run_lists_every_step_its_time_and_its_command(machine, out, capsy
     assert "pytest" in commands["tests"] and "test_compiled_kernels" not in commands["tests"]
     assert "--tool memcheck" in commands["sanitizer"] and "--tool racecheck" in commands["sanitizer"]
     assert "gptkern bench --quick" in commands["quick"] and f"--out {out}" in commands["bench"]
+    assert "--costs-only" in commands["costs"]
     assert ("no GPU" in output) == (machine.gpu is None)
     if machine.gpu:
         assert "GPTKERN_CUDA_ARCHS=90" in commands["build"]
