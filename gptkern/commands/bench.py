@@ -65,7 +65,7 @@ def _run(args: argparse.Namespace) -> int:
     rounds = args.rounds or runner.ROUNDS[extent]
     peers = None if args.peers is None else [name.strip() for name in args.peers.split(",")]
     kind = machine.kind()
-    identity = machine.identify()
+    identity = machine.identify() | {"options": _options(args)}
     out = Path(args.out or Path("out") / "bench" / identity["slug"])
     try:
         recorder = results.Recorder(out, identity)
@@ -95,6 +95,18 @@ def _run(args: argparse.Namespace) -> int:
         report.terminal_table(recorder.results)
         print(f"\n{recorder.path}\nTables and plots: gptkern bench report {out}")
     return status
+
+
+def _options(args) -> list[str]:
+    """What has to be said to measure the same again."""
+    options = [f"--{name}" for name in ("quick", "smoke") if getattr(args, name)]
+    for name in args.op or ():
+        options += ["--op", name]
+    if args.peers is not None:
+        options += ["--peers", f"'{args.peers}'"]
+    if args.rounds is not None:
+        options += ["--rounds", str(args.rounds)]
+    return options
 
 
 def _cells(args, recorder, kind, extent, rounds, peers, time_is_up) -> int:

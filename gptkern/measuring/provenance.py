@@ -55,7 +55,8 @@ def _command(machine: dict[str, Any]) -> str:
         note = "    # and changes that are in no commit: see the digest" if machine.get("dirty") else ""
         lines.append(f"git checkout {commit[:12]}{note}")
     threads = f"OMP_NUM_THREADS={machine.get('threads')} " if machine["kind"] == "cpu" else ""
-    return "\n".join([*lines, f"{threads}gptkern bench --out bench/results/{machine['slug']}"])
+    options = "".join(f"{option} " for option in machine.get("options") or ())
+    return "\n".join([*lines, f"{threads}gptkern bench {options}--out bench/results/{machine['slug']}"])
 
 
 def _backends(results: dict[str, Any]) -> str | None:
