@@ -46,7 +46,7 @@ def _cpu_cells(extent: str) -> list[Cell]:
 
 def _gpu_cells(extent: str) -> list[Cell]:
     if extent == "quick":
-        return [_gpu_cell("forward", 128), _gpu_cell("backward", 128), _gpu_cell("forward", 64)]
+        return [_gpu_cell("forward", 128), _gpu_cell("backward", 128)]
     # The middle of each panel first, so that a run that is cut short has seen all of them.
     lengths = sorted(LENGTHS, key=lambda length: abs(length.bit_length() - QUICK_LENGTH.bit_length()))
     found = []
