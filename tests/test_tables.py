@@ -659,6 +659,11 @@ def test_no_kernel_in_front_of_pytorch_can_run_warns(kernels, measured):
     kernels()
     with pytest.warns(UserWarning, match="triton leaves this out"):
         assert dispatch.choose("softmax", *a_call(4, 512)).backend == "torch"
+    # Nor does one take PyTorch's place that nobody measured against it.
+    kernels("cuda")
+    dispatch._warned.clear()
+    with pytest.warns(UserWarning, match="triton leaves this out"):
+        assert dispatch.choose("softmax", *a_call(4, 512)).backend == "torch"
     dispatch._warned.clear()
 
 

@@ -157,6 +157,19 @@ def test_a_present_configuration_that_is_wrong_is_said_and_nothing_is_kept(task,
     assert "the present configuration: forward: worst error" in outcome.note
 
 
+def test_a_timing_that_fails_is_said_and_the_next_task_goes_on(task, where):
+    calls = []
+
+    def first_fails():
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    outcomes, kept = tuned([task, task], where, Clock(lambda candidate: 1e-3, before=first_fails))
+    assert [outcome.chosen for outcome in outcomes] == [None, task.present] and len(kept) == 1
+    assert "stream is capturing" in outcomes[0].note
+
+
 def test_the_time_is_respected(task, where, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(tuning.time, "monotonic", lambda: now[0])

@@ -143,7 +143,7 @@ def _row(task: RowTask, device: torch.device, rounds: int, timer: Timer) -> Outc
     spreads = {candidate: timing.spread(values) for candidate, values in samples.items()}
     medians = {candidate: spread.median for candidate, spread in spreads.items()}
     if task.present not in spreads:
-        reason = next((drop.reason for drop in dropped if drop.candidate == task.present), "it was not timed")
+        reason = next(drop.reason for drop in dropped if drop.candidate == task.present)
         return Outcome(task, medians, None, 1.0, dropped, f"the present configuration: {reason}")
     fastest = min(medians, key=medians.get)
     if wins(spreads[fastest], spreads[task.present]):
@@ -260,7 +260,10 @@ def _measured(
             dropped.append(Dropped(variant.candidate, _line(error)))
     if not runnable:
         return {}, dropped
-    samples = timer(runnable, inputs, rounds)
+    try:
+        samples = timer(runnable, inputs, rounds)
+    except RuntimeError as error:
+        return {}, [*dropped, *(Dropped(variant.candidate, _line(error)) for variant in runnable)]
     return {variant.candidate: values for variant, values in zip(runnable, samples)}, dropped
 
 
