@@ -53,7 +53,7 @@ def task(table):
     present = table.defaults(80)[KEY].configuration
     others = (present._replace(block_rows=64), present._replace(num_warps=8), present._replace(num_warps=2))
     shape = Shape("layer_norm", (5, 9, False, True), BFLOAT16)
-    return RowTask("layer_norm", KEY, FORWARD, shape, shape, "5x9 bfloat16", (), present, others)
+    return RowTask("layer_norm", KEY, FORWARD, shape, shape, "5x9 bfloat16", (), present=present, candidates=others)
 
 
 class Clock:
@@ -211,9 +211,10 @@ def test_what_a_user_measured_is_in_force_on_that_device(task, table, where, mon
     assert table.find(gpu, 16, "forward") == fastest
     row = table.in_force(gpu)[KEY]
     assert row.source == f"measured by you on {tuning.today()}" and row.measured["gain"] == 2.0
-    # The next run begins with what is not measured yet.
-    tasks = tuning_tasks.row_tasks("layer_norm", 90, table.in_force(gpu))
-    assert tasks[-1].key == KEY and tasks[-1].present == fastest
+    # The next run begins with what is not measured yet, be it of another operator or a class.
+    tasks = tuning.plan(("layer_norm", "softmax"), gpu)
+    assert (tasks[-1].operator, tasks[-1].key, tasks[-1].present) == ("layer_norm", KEY, fastest)
+    assert [task.known for task in tasks].count(True) == 1
 
 
 # --- Every direction runs ---------------------------------------------------------------------------------------------
@@ -379,9 +380,10 @@ def test_a_class_is_timed_by_a_call_of_that_class(operator, monkeypatch):
         found.clear()
 
 
-def test_classes_that_are_known_come_last():
+def test_classes_that_were_measured_are_known():
     every = tuning_tasks.class_tasks("softmax")
-    assert tuning_tasks.class_tasks("softmax", {every[0].key})[-1] == every[0]
+    again = tuning_tasks.class_tasks("softmax", {every[1].key})
+    assert [task.known for task in again] == [False, True] + [False] * (len(every) - 2)
 
 
 def test_a_plan_measures_rows_before_classes(where):

@@ -77,7 +77,10 @@ class Left(NamedTuple):
 
 
 def plan(operators: Sequence[str], device: torch.device) -> list[Task]:
-    """The tasks on a device: the rows of every operator before the classes, whose kernels run with what was found."""
+    """The tasks on a device: the rows of every operator before the classes, whose kernels run with what was found.
+
+    What was measured on the device before comes last, so that a run that was cut short is gone on with.
+    """
     found = user.identify(device)
     architecture = 80 if found is None else found.architecture
     tasks: list[Task] = []
@@ -85,7 +88,7 @@ def plan(operators: Sequence[str], device: torch.device) -> list[Task]:
         tasks += row_tasks(operator, architecture, table.in_force(device))
     for operator in operators:
         tasks += class_tasks(operator, set(backends.preferences(operator, found)))
-    return tasks
+    return sorted(tasks, key=lambda task: task.known)
 
 
 def tune(

@@ -9,6 +9,7 @@ A row's shape is the widest or longest that it serves, large enough to fill a GP
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,6 +58,7 @@ class Task:
         direction: FORWARD, BACKWARD (the forward is not timed) or BOTH.
         checked: the small shape; timed: the large one, and `on` how it is called.
         wrt: the arguments that a backward differentiates: they choose which kernels run. None: all.
+        known: whether it was measured on this device before.
     """
 
     operator: str
@@ -66,6 +68,7 @@ class Task:
     timed: Shape
     on: str
     wrt: tuple[str, ...] | None = None
+    known: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ class ClassTask(Task):
 
 
 def row_tasks(operator: str, architecture: int, rows: dict[tuple, configurations.Row]) -> list[RowTask]:
-    """A task for each row of an operator's table, the ones that were not measured yet first.
+    """A task for each row of an operator's table.
 
     Args:
         rows: those in force, whose configurations are the present ones.
@@ -108,8 +111,9 @@ def row_tasks(operator: str, architecture: int, rows: dict[tuple, configurations
         arguments = describe(rows, *key)
         present = row.configuration
         tried = candidates(operator, key, present, architecture)
-        tasks.append(RowTask(operator, key, **arguments, present=present, candidates=tried))
-    return sorted(tasks, key=lambda task: bool(rows[task.key].measured))
+        known = bool(row.measured)
+        tasks.append(RowTask(operator, key, **arguments, known=known, present=present, candidates=tried))
+    return tasks
 
 
 def _attention_row(rows, kernel, bits, head_dim):
@@ -289,8 +293,8 @@ def shared_memory(operator: str, key: tuple, candidate: Any) -> int:
 
 
 def class_tasks(operator: str, known: set[tuple] | frozenset = frozenset()) -> list[ClassTask]:
-    """A task for each class of 16-bit calls that a GPT makes, the ones that are not `known` first."""
-    return sorted(_CLASSES[operator](), key=lambda task: task.key in known)
+    """A task for each class of 16-bit calls that a GPT makes. known: the classes that were measured before."""
+    return [dataclasses.replace(task, known=task.key in known) for task in _CLASSES[operator]()]
 
 
 def _attention_classes() -> Iterator[ClassTask]:
