@@ -12,5 +12,5 @@ results       the JSON file
 rates         what such a file says: rates, shares of the ceilings, who is ahead
 report        Markdown from such a file; plots: its pictures; provenance, wording: parts of the report
 costs         what is no kernel: host time, import, first call, build, wheel
-tuning        the choice of backends and of tiles by measurement
+tuning        the choice of backends and of tiles by measurement; tuning_tasks: its shapes and candidates
 """
