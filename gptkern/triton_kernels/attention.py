@@ -37,7 +37,7 @@ import triton.language as tl
 
 from gptkern.ops.attention import empty_in_layout_of
 from gptkern.tables.configurations import Table
-from gptkern.triton_kernels.common import INTERPRETED, CompileCase, dot, float32_precision
+from gptkern.triton_kernels.common import INTERPRETED, CompileCase, cdiv, dot, float32_precision, next_power_of_2
 
 # Where the running maximum starts: below every score, yet finite, so that m - m' is never -inf - -inf.
 LOWEST = tl.constexpr(-1.0e38)
@@ -553,7 +553,7 @@ def _tiles(kernel: str, device: torch.device, block_d: int, element_size: int) -
 
 def _block_d(head_dim: int) -> int:
     """The power of two that holds head_dim, 16 at least: tl.dot's least."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, next_power_of_2(head_dim))
 
 
 # --- Launchers ------------------------------------------------------------------------------------------------------
@@ -606,7 +606,7 @@ def forward(query, key, value, is_causal, scale):
     query, key, value = map(_readable, (query, key, value))
     block_d = _block_d(head_dim)
     tiles = _tiles("forward", query.device, block_d, query.element_size())
-    _forward_kernel[(triton.cdiv(length_q, tiles.block_m) * batch * heads,)](
+    _forward_kernel[(cdiv(length_q, tiles.block_m) * batch * heads,)](
         query, key, value, output, lse,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
         heads, heads // key.shape[1], length_q, length_k,
@@ -636,7 +636,7 @@ def backward(
     delta = lse
     if need_query or need_key:
         delta = torch.empty_like(lse)
-        _delta_kernel[(triton.cdiv(length_q, _DELTA_BLOCK_M) * batch * heads,)](
+        _delta_kernel[(cdiv(length_q, _DELTA_BLOCK_M) * batch * heads,)](
             grad_output, output, delta,
             *grad_output.stride()[:3], *output.stride()[:3],
             heads, length_q,
@@ -647,7 +647,7 @@ def backward(
     value_strides = (grad_value if need_value else key).stride()[:3]
     for pass_key, pass_value in _key_value_passes(need_key, need_value, block_d):
         tiles = _tiles("key_value", query.device, block_d, query.element_size())
-        _key_value_kernel[(triton.cdiv(length_k, tiles.block_n) * batch * kv_heads,)](
+        _key_value_kernel[(cdiv(length_k, tiles.block_n) * batch * kv_heads,)](
             grad_output, query, key, value, lse, delta, grad_key, grad_value,
             *strides, *key_strides, *value_strides,
             kv_heads, group, length_q, length_k,
@@ -657,7 +657,7 @@ def backward(
         )  # fmt: skip
     if need_query:
         tiles = _tiles("query", query.device, block_d, query.element_size())
-        _query_kernel[(triton.cdiv(length_q, tiles.block_m) * batch * heads,)](
+        _query_kernel[(cdiv(length_q, tiles.block_m) * batch * heads,)](
             grad_output, query, key, value, lse, delta, grad_query,
             *strides, *grad_query.stride()[:3],
             heads, group, length_q, length_k,

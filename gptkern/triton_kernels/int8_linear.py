@@ -26,7 +26,7 @@ import triton.language as tl
 from gptkern.ops.int8_linear import INT32_TERMS, rows_of
 from gptkern.tables.configurations import Table, descent
 from gptkern.triton_kernels import quantize_int8
-from gptkern.triton_kernels.common import INTERPRETED, CompileCase, dot, float32_precision
+from gptkern.triton_kernels.common import INTERPRETED, CompileCase, cdiv, dot, float32_precision
 from gptkern.triton_kernels.common import architecture as architecture_of
 
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
@@ -321,11 +321,9 @@ def backward(grad_output, input, weight, weight_scale, bias, activation, mode, n
         z = _product(input, weight, weight_scale, bias, None, mode, torch.float32)
     largest = torch.linalg.vector_norm(weight_scale, torch.inf) if N else weight_scale.new_zeros(())
     scaled = torch.empty((M, N) if need_input else 0, dtype=dy.dtype, device=dy.device)
-    partial = torch.empty(
-        (triton.cdiv(M, GRADIENT_BLOCK_M), N) if need_bias else 0, dtype=torch.float32, device=dy.device
-    )
+    partial = torch.empty((cdiv(M, GRADIENT_BLOCK_M), N) if need_bias else 0, dtype=torch.float32, device=dy.device)
     if dy.numel():
-        _gradient_kernel[(triton.cdiv(M, GRADIENT_BLOCK_M), triton.cdiv(N, GRADIENT_BLOCK_N))](
+        _gradient_kernel[(cdiv(M, GRADIENT_BLOCK_M), cdiv(N, GRADIENT_BLOCK_N))](
             dy, z, weight_scale.contiguous(), largest, scaled, partial, M, N, *dy.stride(),
             ACTIVATION=activation, NEED_INPUT=need_input, NEED_BIAS=need_bias,
             BLOCK_M=GRADIENT_BLOCK_M, BLOCK_N=GRADIENT_BLOCK_N, num_warps=GRADIENT_WARPS,
@@ -348,7 +346,7 @@ def _product(input, weight, weight_scale, bias, activation, mode, dtype):
         return y
     wide = "w8a8" if mode == "w8a8" else "w8a32" if x.dtype == torch.float32 else "w8a16"
     config = tile(wide, x.device, M)
-    grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)
+    grid = (cdiv(M, config.BLOCK_M) * cdiv(N, config.BLOCK_N),)
     epilogue = dict(HAS_BIAS=bias is not None, ACTIVATION=activation)
     bias = None if bias is None else bias.contiguous()
     if mode == "w8a8":

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from gptkern.tables.configurations import Table
-from gptkern.triton_kernels.common import CompileCase
+from gptkern.triton_kernels.common import CompileCase, cdiv
 
 
 class Tile(NamedTuple):
@@ -385,7 +385,7 @@ def forward(input, residual, weight, bias, eps):
         )  # fmt: skip
     else:
         block_rows, block_width, warps = TABLE.find(x.device, width, "forward")
-        grid = (triton.cdiv(rows, block_rows),)
+        grid = (cdiv(rows, block_rows),)
         _forward_kernel[grid](
             *pointers, rows, width, **flags, BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width, num_warps=warps
         )
@@ -412,8 +412,8 @@ def backward(grad_output, grad_summed, summed, weight, mean, rstd, need_input, n
                 BLOCK_WIDTH=WIDE_BLOCK or block_width, num_warps=warps,
             )  # fmt: skip
         block_rows, block_width, warps = TABLE.find(s.device, math.inf, "parameters")
-        columns = triton.cdiv(width, block_width)
-        splits = min(triton.cdiv(rows, block_rows), triton.cdiv(_programs(s.device), columns))
+        columns = cdiv(width, block_width)
+        splits = min(cdiv(rows, block_rows), cdiv(_programs(s.device), columns))
         partial = mean.new_empty((wanted, splits, width))
         if wanted:
             _parameter_gradient_wide_kernel[(columns, splits)](
@@ -423,7 +423,7 @@ def backward(grad_output, grad_summed, summed, weight, mean, rstd, need_input, n
             )  # fmt: skip
     else:
         block_rows, block_width, warps = TABLE.find(s.device, width, "backward")
-        programs = min(triton.cdiv(rows, block_rows), _programs(s.device))
+        programs = min(cdiv(rows, block_rows), _programs(s.device))
         partial = mean.new_empty((wanted, programs, width))
         some = partial if wanted else mean[None]
         _backward_kernel[(programs,)](

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from gptkern.ops.quantize_int8 import LARGEST, SMALLEST_SCALE
 from gptkern.tables.configurations import Table
-from gptkern.triton_kernels.common import CompileCase
+from gptkern.triton_kernels.common import CompileCase, cdiv, next_power_of_2
 
 # 1.5 * 2^23: a float32 near it has no fraction bits, so adding it rounds |v| < 2^22 to an integer, halves to even,
 # and leaves that integer in the low bits. Rounding functions of the GPU's library differ under the interpreter.
@@ -118,7 +118,7 @@ WIDEST = max(width for (width,) in TABLE.defaults(80) if width is not None)
 def _rows_and_warps(configuration: Configuration, block: int, rows: int) -> tuple[int, int]:
     """(rows of a tile, warps): fewer of both where the input has few rows."""
     elements, warps = configuration
-    tile_rows = min(max(elements // block, 1), triton.next_power_of_2(rows))
+    tile_rows = min(max(elements // block, 1), next_power_of_2(rows))
     return tile_rows, max(1, min(warps, warps * tile_rows * block // elements))
 
 
@@ -171,9 +171,9 @@ def forward(input, dim):
     scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     rows = x.shape[0]
     if width <= WIDEST:
-        block = triton.next_power_of_2(width)
+        block = next_power_of_2(width)
         tile_rows, warps = _rows_and_warps(TABLE.find(x.device, width), block, rows)
-        _rows_kernel[(triton.cdiv(rows, tile_rows),)](
+        _rows_kernel[(cdiv(rows, tile_rows),)](
             x, q, scale, rows, width, *x.stride(),
             ROWS=tile_rows, BLOCK=block, num_warps=warps, num_stages=1,
         )  # fmt: skip

@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 
 from gptkern.tables.configurations import Table
-from gptkern.triton_kernels.common import CompileCase
+from gptkern.triton_kernels.common import CompileCase, cdiv, next_power_of_2
 from gptkern.triton_kernels.strides import Layout, layout
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -404,14 +404,14 @@ def tile(direction: str, axis: int, width: int, lanes: int, dtype: torch.dtype, 
 
 def _tile(configuration: Configuration, width: int, lanes: int, double: int) -> Tile:
     elements, chunk, warps = configuration
-    most_lanes = triton.next_power_of_2(lanes)
+    most_lanes = next_power_of_2(lanes)
     if chunk is None:
-        block_n = triton.next_power_of_2(width)
+        block_n = next_power_of_2(width)
         return Tile(min(max(1, elements // (block_n * double)), most_lanes), block_n, warps, False)
     chunk_lanes = max(1, elements // chunk)
     chunk = max(1, chunk // double)
     if ONE_PASS_LIMIT is not None:
-        chunk = min(chunk, triton.next_power_of_2(ONE_PASS_LIMIT))
+        chunk = min(chunk, next_power_of_2(ONE_PASS_LIMIT))
     return Tile(min(chunk_lanes, most_lanes), chunk, warps, True)
 
 
@@ -472,7 +472,7 @@ def forward(input, dim, dtype, scale, mask, is_causal):
     walk, input, mask = _walked(input, dim, mask)
     lanes, block_n, warps, chunked = tile("forward", walk.axis, width, walk.lanes, output.dtype, input.device)
     kernel = _forward_chunked_kernel if chunked else _forward_kernel
-    kernel[(walk.size_0 * walk.size_1 * triton.cdiv(walk.lanes, lanes),)](
+    kernel[(walk.size_0 * walk.size_1 * cdiv(walk.lanes, lanes),)](
         input, mask, output, _bits(scale), walk.size_1, walk.lanes, width, input.shape[-2] if is_causal else 1,
         *walk.strides[0], *walk.strides[1],
         MASK=kind, CAUSAL=is_causal, COMPUTE=_compute(output.dtype), AXIS=walk.axis, LANES=lanes, BLOCK_N=block_n,
@@ -497,7 +497,7 @@ def backward(grad_output, output, dim, dtype, scale, is_causal):
         walk = layout(dim, grad_output)
     lanes, block_n, warps, chunked = tile("backward", walk.axis, width, walk.lanes, output.dtype, output.device)
     kernel = _backward_chunked_kernel if chunked else _backward_kernel
-    kernel[(walk.size_0 * walk.size_1 * triton.cdiv(walk.lanes, lanes),)](
+    kernel[(walk.size_0 * walk.size_1 * cdiv(walk.lanes, lanes),)](
         grad_output, output, dx, _bits(scale), walk.size_1, walk.lanes, width,
         grad_output.shape[-2] if is_causal else 1, *walk.strides[0],
         CAUSAL=is_causal, COMPUTE=_compute(output.dtype), AXIS=walk.axis, LANES=lanes, BLOCK_N=block_n,
