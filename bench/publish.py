@@ -4,8 +4,8 @@
     python bench/publish.py --check    exits with 1 and names what is stale
 
 What is written: docs/performance.md and README.md between the lines BEGIN and END, and
-docs/figures/<device>/<operator>.svg. A picture is drawn again when the digest of what it shows changes
-(measuring.plots); checking draws nothing.
+docs/figures/<device>/<operator>.svg. A picture is drawn again when the digest of what it shows changes, or when
+the file is not as it was drawn (measuring.plots); checking draws nothing.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def publish(root: Path) -> list[str]:
             done.append(_name(root, path))
     pictures = _pictures(root)
     for path, (results, operator) in pictures.items():
-        if _is_stale(path, results, operator):
+        if _stale_picture(path, results, operator):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(plots.draw(results, operator), encoding="utf-8")
             done.append(_name(root, path))
@@ -77,8 +77,9 @@ def stale(root: Path) -> list[str]:
     ]
     pictures = _pictures(root)
     for path, (results, operator) in pictures.items():
-        if _is_stale(path, results, operator):
-            found.append(f"{_name(root, path)}: {'shows other results' if path.exists() else 'is missing'}")
+        reason = _stale_picture(path, results, operator)
+        if reason:
+            found.append(f"{_name(root, path)}: {reason}")
     return found + [f"{_name(root, path)}: no results have it" for path in _left_over(root, pictures)]
 
 
@@ -123,8 +124,8 @@ def _readme(measured: dict[str, dict[str, Any]]) -> str:
     parts += [report.summary(results, f"{page}#{device}") for device, results in measured.items()]
     if measured:
         parts.append(
-            "A number with × is the best peer's time ÷ gptkern's: above 1 gptkern is faster. All cells, ceilings and "
-            f"pictures: [{page}]({page})."
+            "A lead or loss with × is the best peer's time ÷ gptkern's: above 1 gptkern is faster; – where there "
+            f"is none beyond noise. All cells, costs, ceilings and pictures: [{page}]({page})."
         )
     return "\n\n".join(parts)
 
@@ -150,10 +151,14 @@ def _filled(path: Path, text: str) -> str:
     return f"{before}{BEGIN}\n\n{text}\n\n{after}"
 
 
-def _is_stale(path: Path, results: dict[str, Any], operator: str) -> bool:
+def _stale_picture(path: Path, results: dict[str, Any], operator: str) -> str | None:
+    """Why a picture has to be drawn again, or None."""
     if not path.exists():
-        return True
-    return plots.embedded_digest(path.read_text(encoding="utf-8")) != plots.digest(results, operator)
+        return "is missing"
+    svg = path.read_text(encoding="utf-8")
+    if plots.embedded_digest(svg) != plots.digest(results, operator):
+        return "shows other results"
+    return None if plots.intact(svg) else "was changed after it was drawn"
 
 
 def _left_over(root: Path, pictures: dict[Path, Any]) -> list[Path]:

@@ -5,7 +5,8 @@ dashed line. Where the ceiling changes along the panel, from bytes to operations
 ceiling in percent. Where a panel has one size alone, or one size twice, its plot has bars.
 
 `drawn` is all that a picture shows, as plain data. Its digest stands in the SVG's description, so that a picture that
-no longer shows the results is found without drawing it again (`digest`, `embedded_digest`).
+no longer shows the results is found without drawing it again (`digest`, `embedded_digest`). The file's last line has a
+digest of all before it, so that an edit by hand is found too (`intact`).
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ _MOST_TICKS = 9
 _SAMPLE = "#b91c1c"
 _PATH = re.compile(r'\bd="[^"]*"')
 _DIGEST = re.compile(r"digest ([0-9a-f]{16})")
+_SEAL = "<!-- sha256 of what stands above: "
 
 
 def draw(results: dict[str, Any], operator: str) -> str:
@@ -116,7 +118,7 @@ def draw(results: dict[str, Any], operator: str) -> str:
         figure.savefig(buffer, format="svg", facecolor="white", metadata=metadata)
     # Hundredths of a point are enough, and matplotlib leaves blanks at the ends of lines.
     svg = _PATH.sub(lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path.group()), buffer.getvalue())
-    return re.sub(r"[ \t]+$", "", svg, flags=re.MULTILINE)
+    return _sealed(re.sub(r"[ \t]+$", "", svg, flags=re.MULTILINE))
 
 
 def drawn(results: dict[str, Any], operator: str) -> dict[str, Any]:
@@ -141,6 +143,16 @@ def embedded_digest(svg: str) -> str | None:
     """The digest that an SVG was drawn with, or None where it has none."""
     found = _DIGEST.search(svg)
     return found and found.group(1)
+
+
+def intact(svg: str) -> bool:
+    """Whether an SVG is as it was drawn: its last line has the digest of all that stands above it."""
+    above, seal, _ = svg.rpartition(_SEAL)
+    return bool(seal) and svg == _sealed(above)
+
+
+def _sealed(svg: str) -> str:
+    return f"{svg}{_SEAL}{hashlib.sha256(svg.encode()).hexdigest()} -->\n"
 
 
 def _digest(picture: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from gptkern.measuring import results as files
 OPERATORS = ("attention", "layer_norm", "softmax", "int8_linear", "model")
 DIRECTIONS = ("forward", "backward", "both", "training step", "generation")
 # How a cell went; see `outcome`.
-FASTEST, LEVEL, BEHIND, ALONE, FAILED = "fastest", f"within {files.LOST - 1:.0%}", "behind", "no peer", "not timed"
+FASTEST, LEVEL, BEHIND, ALONE, FAILED = "fastest", "level", "behind", "no peer", "not timed"
 
 
 class Panel(NamedTuple):
@@ -136,14 +136,24 @@ def unclear(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return one["low"] <= other["high"] and other["low"] <= one["high"]
 
 
-def outcome(cell: dict[str, Any]) -> str:
-    """FASTEST, LEVEL (behind the best peer by no more than results.LOST), BEHIND, ALONE or FAILED."""
-    if files.ours(cell) is None:
+def outcome(cell: dict[str, Any], peer: dict[str, Any] | None = None) -> str:
+    """How a cell went against a peer (the best one), by more than noise.
+
+    FASTEST    gptkern is faster, and the quartiles of the two do not overlap
+    BEHIND     the peer is faster by more than results.LOST, and the quartiles do not overlap
+    LEVEL      neither: the difference is small, or may be noise
+    ALONE      no peer was timed
+    FAILED     gptkern was not timed
+    """
+    mine, peer = files.ours(cell), peer or files.best_peer(cell)
+    if mine is None:
         return FAILED
-    ratio = files.ratio(cell)
-    if ratio is None:
+    if peer is None:
         return ALONE
-    return FASTEST if ratio <= 1 else LEVEL if ratio <= files.LOST else BEHIND
+    ratio = files.ratio(cell, peer)
+    if unclear(mine, peer) or 1 <= ratio <= files.LOST:
+        return LEVEL
+    return FASTEST if ratio < 1 else BEHIND
 
 
 def tally(cells: Sequence[dict[str, Any]]) -> dict[str, int]:
@@ -191,6 +201,14 @@ def all_promises(results: dict[str, Any]) -> list[Promise]:
     """The promises of all cells and costs."""
     found = [promise for cell in results["cells"] for promise in promises(cell)]
     return found + [promise for promise in map(cost_promise, results["costs"]) if promise]
+
+
+def meaningless(results: dict[str, Any], name: str) -> bool:
+    """Whether some of a file's "cells", "ceilings" or "costs" were measured in a smoke run, on tiny sizes."""
+    entries = results[name]
+    if name == "ceilings":
+        entries = entries.values()
+    return any(entry.get("extent") == "smoke" or "--smoke" in (entry.get("options") or ()) for entry in entries)
 
 
 def _place(name: str, order: Sequence[str]) -> int:

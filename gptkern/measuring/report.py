@@ -14,7 +14,12 @@ from gptkern.measuring import results as files
 
 NAME = "report.md"
 SAMPLE = "SAMPLE: invented numbers, not measured"
-LOST_MARK, BROKEN_MARK, OTHERWISE_MARK, UNCLEAR_MARK = "▼", "✗", "†", "≈"
+SMOKE_CELLS = "SMOKE RUN: some cells are of tiny sizes. Their times and rates mean nothing."
+SMOKE_COSTS = "SMOKE RUN: some costs were measured a few times only. They mean nothing."
+LOST_MARK, BROKEN_MARK, EVENTS_MARK, UNCLEAR_MARK = "▼", "✗", "†", "≈"
+LEVEL = f"level with the best peer (within {files.LOST - 1:.0%}, or within the noise)"
+# What the README says of what is no kernel, where it was measured: the key of the cost.
+README_COSTS = ("import", "first call", "host time, layer_norm", "host time, layer_norm, to the launch", "wheel")
 # An operator with more tables than these has them folded.
 _MOST_OPEN = 4
 
@@ -60,6 +65,8 @@ def markdown(results: dict[str, Any], pictures: Mapping[str, str], level: int = 
     parts = [f"{'#' * level} {results['machine']['device']}"]
     if results["sample"]:
         parts.append(f"> **{SAMPLE}.** What follows shows the form of a report and nothing about any device.")
+    if rates.meaningless(results, "cells"):
+        parts.append(f"> **{SMOKE_CELLS}**")
     parts += [provenance.table(results), provenance.ceilings(results), _summary_table(results), _legend(results)]
     panels = rates.panels(results)
     for operator in rates.operators(results):
@@ -81,11 +88,11 @@ def markdown(results: dict[str, Any], pictures: Mapping[str, str], level: int = 
 
 
 def verdict(cells: Sequence[dict[str, Any]]) -> str:
-    """ "gptkern is fastest in 12 of 20 cells, within 2% of the best peer in 3, behind in 5"."""
+    """ "gptkern is fastest in 12 of 20 cells, level with the best peer (…) in 3, behind in 5"."""
     tally = rates.tally(cells)
     text = (
         f"gptkern is fastest in {tally[rates.FASTEST]} of {wording.count(len(cells), 'cell')}, "
-        f"{rates.LEVEL} of the best peer in {tally[rates.LEVEL]}, behind in {tally[rates.BEHIND]}"
+        f"{LEVEL} in {tally[rates.LEVEL]}, behind in {tally[rates.BEHIND]}"
     )
     if tally[rates.ALONE]:
         text += f", without a peer in {tally[rates.ALONE]}"
@@ -118,10 +125,14 @@ def _summary_table(results: dict[str, Any]) -> str:
 
 
 def _extremes(cells: Sequence[dict[str, Any]]) -> tuple[dict | None, dict | None]:
-    """The cell of the widest lead over the best peer and that of the widest loss, where there are such."""
+    """The cell of the widest lead over the best peer and that of the widest loss, where one is more than noise."""
     leads = [cell for cell in cells if rates.outcome(cell) == rates.FASTEST]
-    losses = [cell for cell in cells if files.lost(cell)]
+    losses = [cell for cell in cells if _behind(cell)]
     return max(leads, key=rates.lead, default=None), min(losses, key=rates.lead, default=None)
+
+
+def _behind(cell: dict[str, Any]) -> bool:
+    return rates.outcome(cell) == rates.BEHIND
 
 
 def _extreme(cell: dict[str, Any] | None) -> str:
@@ -129,7 +140,7 @@ def _extreme(cell: dict[str, Any] | None) -> str:
         return "–"
     best = wording.text(files.best_peer(cell)["name"])
     text = f"{wording.times(rates.lead(cell))} {best}, {wording.text(cell['label'])}"
-    return f"**{text}** {LOST_MARK}" if files.lost(cell) else text
+    return f"**{text}** {LOST_MARK}" if _behind(cell) else text
 
 
 def _legend(results: dict[str, Any]) -> str:
@@ -139,10 +150,14 @@ def _legend(results: dict[str, Any]) -> str:
     lines = [
         "Times are medians; *spread* is the distance of the quartiles as a share of the median. A column named after a "
         "peer holds **the peer's time ÷ gptkern's: above 1.00 gptkern is faster, below 1.00 the peer is**.",
-        f"{LOST_MARK} and bold: a peer is faster by more than {files.LOST - 1:.0%}. {BROKEN_MARK}: a promised limit is "
-        f"broken. {UNCLEAR_MARK}: the quartiles of the two overlap, so that the difference may be noise. "
-        f"{OTHERWISE_MARK}: timed in another way than gptkern (no CUDA graph could hold it). –: not measured, "
-        "the reasons stand at the end.",
+        f"Bold, and {LOST_MARK} where it is the best peer: the peer is faster by more than {files.LOST - 1:.0%}, and "
+        f"the quartiles of the two do not overlap. {UNCLEAR_MARK}: they overlap, the difference may be noise.",
+        "The verdict on a cell is that on its best peer: *fastest*, gptkern is faster and the quartiles do not "
+        f"overlap; *behind*, {LOST_MARK}; all else is *level*. The widest lead is of the fastest cells, the widest "
+        "loss of those behind.",
+        f"{BROKEN_MARK}: a promised limit is broken (of the medians, noise or not). {EVENTS_MARK}: timed with events "
+        "around plain calls, no CUDA graph could hold it: gaps between launches count. –: not measured, the reasons "
+        "stand at the end.",
     ]
     if on_gpu:
         lines.append(
@@ -165,7 +180,7 @@ def _panel(panel: rates.Panel, results: dict[str, Any], level: int) -> str:
     columns = [(_shape_heading(cells), _shape)]
     if len(backends) > 1:
         columns.append(("backend", lambda cell: (mine(cell) or {}).get("backend") or "–"))
-    columns.append((">time", lambda cell: wording.seconds(rates.median(mine(cell))) if mine(cell) else "**not timed**"))
+    columns.append((">time", lambda cell: _time(mine(cell)) if mine(cell) else "**not timed**"))
     columns.append((">spread", lambda cell: f"{rates.spread(mine(cell)):.1%}" if mine(cell) else "–"))
     if any(map(rates.counted, ([cell] for cell in cells))):
         columns.append((">rate", lambda cell: wording.rate(rates.rate(cell, mine(cell)), rates.counted([cell]))))
@@ -193,7 +208,15 @@ def _panel(panel: rates.Panel, results: dict[str, Any], level: int) -> str:
 
 def _shape(cell: dict[str, Any]) -> str:
     label = wording.text(cell["label"])
-    return f"{LOST_MARK} **{label}**" if files.lost(cell) else label
+    return f"{LOST_MARK} **{label}**" if _behind(cell) else label
+
+
+def _time(implementation: dict[str, Any] | None) -> str:
+    return wording.seconds(rates.median(implementation)) + _events(implementation)
+
+
+def _events(implementation: dict[str, Any] | None) -> str:
+    return EVENTS_MARK if (implementation or {}).get("timed") == "events" else ""
 
 
 def _share(cell: dict[str, Any], ceilings: dict[str, Any], naming: bool) -> str:
@@ -223,9 +246,9 @@ def _lead(cell: dict[str, Any], name: str) -> str:
     lead = None if peer is None else rates.lead(cell, peer)
     if lead is None:
         return "–"
-    marks = UNCLEAR_MARK if rates.unclear(files.ours(cell), peer) else ""
-    marks += OTHERWISE_MARK if peer.get("timed") != files.ours(cell).get("timed") else ""
-    return (f"**{wording.times(lead)}**" if 1 / lead > files.LOST else wording.times(lead)) + marks
+    marks = (UNCLEAR_MARK if rates.unclear(files.ours(cell), peer) else "") + _events(peer)
+    behind = rates.outcome(cell, peer) == rates.BEHIND
+    return (f"**{wording.times(lead)}**" if behind else wording.times(lead)) + marks
 
 
 def _memory(implementation: dict[str, Any] | None) -> str:
@@ -235,7 +258,7 @@ def _memory(implementation: dict[str, Any] | None) -> str:
 
 def _memory_share(mine: dict[str, Any] | None, best: dict[str, Any] | None) -> str:
     own, other = ((entry or {}).get("peak_bytes") for entry in (mine, best))
-    return f"{own / other:.2f}×" if own is not None and other else "–"
+    return wording.times(own / other) if own is not None and other else "–"
 
 
 def _promise(promise: rates.Promise) -> str:
@@ -253,28 +276,25 @@ def _costs(results: dict[str, Any], level: int) -> str:
         return ""
     rows = []
     for cost in results["costs"]:
-        unit, mine = cost.get("unit"), cost.get("gptkern") or {}
-        own = mine.get("median")
-        peers = []
-        for name, peer in (cost.get("peers") or {}).items():
-            if "skipped" in peer:
-                continue
-            ratio = (
-                f" (gptkern takes {wording.times(own / peer['median'])})" if own is not None and peer["median"] else ""
-            )
-            peers.append(f"{wording.text(name)}: {wording.quantity(peer['median'], unit)}{ratio}")
-        rows.append(
-            (
-                wording.text(cost["key"]),
-                wording.text(cost.get("what")),
-                "–" if own is None else wording.quantity(own, unit),
-                "; ".join(peers) or "–",
-                _cost_promise(cost),
-            )
-        )
+        own, peers = _cost(cost)
+        rows.append((wording.text(cost["key"]), wording.text(cost.get("what")), own, peers, _cost_promise(cost)))
     title = f"{'#' * level} What is no kernel, on {results['machine']['device']}"
-    sample = f"**{SAMPLE}**\n\n" if results["sample"] else ""
-    return f"{title}\n\n{sample}" + wording.table(["cost", "what", ">gptkern", "peers", "promised"], rows)
+    loud = f"**{SAMPLE}**\n\n" if results["sample"] else ""
+    loud += f"> **{SMOKE_COSTS}**\n\n" if rates.meaningless(results, "costs") else ""
+    return f"{title}\n\n{loud}" + wording.table(["cost", "what", ">gptkern", "peers", "promised"], rows)
+
+
+def _cost(cost: dict[str, Any]) -> tuple[str, str]:
+    """gptkern's cost in words, and its peers' with what gptkern takes of each."""
+    unit, own = cost.get("unit"), (cost.get("gptkern") or {}).get("median")
+    peers = []
+    for name, peer in (cost.get("peers") or {}).items():
+        if "skipped" in peer:
+            continue
+        known = own is not None and peer["median"]
+        ratio = f" (gptkern takes {wording.times(own / peer['median'])})" if known else ""
+        peers.append(f"{wording.text(name)}: {wording.quantity(peer['median'], unit)}{ratio}")
+    return "–" if own is None else wording.quantity(own, unit), "; ".join(peers) or "–"
 
 
 def _cost_promise(cost: dict[str, Any]) -> str:
@@ -347,14 +367,18 @@ def _skipped(results: dict[str, Any], level: int) -> str:
 
 
 def summary(results: dict[str, Any], link: str) -> str:
-    """A few lines: who is ahead in how many cells, and for each operator the widest lead and loss."""
+    """A few lines: who is ahead in how many cells, each operator's widest lead and loss, a few costs."""
     machine = results["machine"]
     versions = f"PyTorch {machine['torch']}" + (f", Triton {machine['triton']}" if machine.get("triton") else "")
     head = f"**[{machine['device']}]({link})**, {machine.get('date')}, {versions}: {_sample(results)}"
+    costs = _few_costs(results)
     if not results["cells"]:
-        return head + "no cell has been measured."
+        return "\n\n".join([head + "no cell has been measured.", *costs])
     broken = [promise for promise in rates.all_promises(results) if promise.broken]
     kept = f" {BROKEN_MARK} {wording.count(len(broken), 'promised limit')} broken." if broken else ""
+    chosen = sum(cell.get("peers_asked") is not None for cell in results["cells"])
+    if chosen:
+        kept += f" In {wording.count(chosen, 'cell')} not every peer was asked for."
     rows = []
     for operator in rates.operators(results):
         cells = [cell for cell in results["cells"] if cell["operator"] == operator]
@@ -365,7 +389,24 @@ def summary(results: dict[str, Any], link: str) -> str:
     table = wording.table(
         ["operator", f"{rates.FASTEST} / {rates.LEVEL} / {rates.BEHIND}", "widest lead", "widest loss"], rows
     )
-    return f"{head}{verdict(results['cells'])}.{kept}\n\n{table}"
+    loud = [f"**{provenance.SMOKE_CEILINGS}**"] if rates.meaningless(results, "ceilings") else []
+    loud += [f"**{SMOKE_CELLS}**"] if rates.meaningless(results, "cells") else []
+    return "\n\n".join([f"{head}{verdict(results['cells'])}.{kept}", *loud, table, *costs])
+
+
+def _few_costs(results: dict[str, Any]) -> list[str]:
+    """The table of README_COSTS, as far as they were measured."""
+    measured = {cost["key"]: cost for cost in results["costs"]}
+    rows = []
+    for cost in (measured[key] for key in README_COSTS if key in measured):
+        promise = rates.cost_promise(cost)
+        mark = f" {BROKEN_MARK}" if promise and promise.broken else ""
+        own, peers = _cost(cost)
+        rows.append((wording.text(cost["key"]), own + mark, peers))
+    if not rows:
+        return []
+    loud = [f"**{SMOKE_COSTS}**"] if rates.meaningless(results, "costs") else []
+    return [*loud, wording.table(["what is no kernel", ">gptkern", "peers"], rows)]
 
 
 def _telling(cell: dict[str, Any] | None, results: dict[str, Any]) -> str:
@@ -380,15 +421,18 @@ def _telling(cell: dict[str, Any] | None, results: dict[str, Any]) -> str:
     if share is not None:
         parts.append(f"{wording.percent(share)} of the {cell['ceiling']} ceiling")
     lead = f"{wording.times(rates.lead(cell))} {wording.text(files.best_peer(cell)['name'])}"
-    return (f"**{lead}** {LOST_MARK}" if files.lost(cell) else lead) + f": {', '.join(parts)}"
+    return (f"**{lead}** {LOST_MARK}" if _behind(cell) else lead) + f": {', '.join(parts)}"
 
 
 def terminal_table(results: dict[str, Any]) -> None:
-    """Print one table an operator; cells that are lost say so."""
+    """Print one table an operator; cells that are lost by more than noise say so."""
     from gptkern.commands import tables
 
     if results["sample"]:
         print(SAMPLE)
+    for name, loud in (("cells", SMOKE_CELLS), ("ceilings", provenance.SMOKE_CEILINGS), ("costs", SMOKE_COSTS)):
+        if rates.meaningless(results, name):
+            print(loud)
     headings = ("direction", "shape", "dtype", "time", "rate", "of ceiling", "best peer", "its time / gptkern's", "")
     right = headings[3:6] + headings[7:8]
     for operator in rates.operators(results):
@@ -399,6 +443,8 @@ def terminal_table(results: dict[str, Any]) -> None:
     print()
     if results["cells"]:
         print(verdict(results["cells"]) + ".")
+    if any(_events(entry) for cell in results["cells"] for entry in cell["implementations"]):
+        print(f"{EVENTS_MARK}: timed with events around plain calls, gaps between launches count.")
     for promise in (promise for promise in rates.all_promises(results) if promise.broken):
         of = f" x {promise.peer}'s" if promise.peer else ""
         print(f"BROKEN: {promise.where}: {promise.ratio:.3g}{of}, promised {promise.limit:g}{of}")
@@ -412,11 +458,11 @@ def _terminal_row(cell: dict[str, Any], ceilings: dict[str, Any]) -> tuple[str, 
         cell["direction"],
         cell["label"],
         cell.get("dtype") or "",
-        wording.seconds(rates.median(mine)),
+        _time(mine),
         wording.rate(rates.rate(cell, mine), rates.counted([cell])),
         wording.percent(rates.share(cell, mine, ceilings)),
         best["name"] if best else "–",
-        "–" if lead is None else wording.times(lead),
+        "–" if lead is None else wording.times(lead) + _events(best),
         words.get(rates.outcome(cell), ""),
     )
 

@@ -33,6 +33,9 @@ def count(number: int, noun: str) -> str:
 
 
 def times(ratio: float) -> str:
+    """1.15 -> "1.15×"; below 0.1 as a fraction of two digits: 0.00007 -> "1/14000"."""
+    if 0 < ratio < 0.1:
+        return f"1/{float(f'{1 / ratio:.2g}'):.0f}"
     return f"{ratio:.2f}×"
 
 
