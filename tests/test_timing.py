@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import gc
+import subprocess
+import threading
+import types
+import weakref
+
 import pytest
 import torch
 
@@ -122,16 +130,388 @@ def test_the_machine_is_identified():
 
 
 def test_the_digest_is_that_of_what_is_measured(tmp_path):
-    for name in ("a.py", "tables/b.json", "commands/c.py", "measuring/report.py", "notes.txt"):
+    measured = ("a.py", "tables/b.json", "commands/training.py", "commands/quantisation.py", "measuring/timing.py")
+    others = ("commands/c.py", "commands/train.py", "measuring/report.py", "notes.txt")
+    for name in (*measured, *others):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("one")
     before = machine.source_digest(tmp_path)
-    for name in ("commands/c.py", "measuring/report.py", "notes.txt"):
+    for name in others:
         (tmp_path / name).write_text("two")
         assert machine.source_digest(tmp_path) == before, name
-    for name in ("a.py", "tables/b.json"):
+    for name in measured:
         (tmp_path / name).write_text(f"three {name}")
         assert machine.source_digest(tmp_path) != before, name
         before = machine.source_digest(tmp_path)
     (tmp_path / "a.py").rename(tmp_path / "d.py")
     assert machine.source_digest(tmp_path) != before
+
+
+def test_the_digest_holds_each_command_that_a_measurement_imports():
+    used = set()
+    for path in (machine.PACKAGE / "measuring").rglob("*.py"):
+        if machine.is_measured(path.relative_to(machine.PACKAGE).as_posix()):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom) and node.module == "gptkern.commands":
+                    used |= {alias.name for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gptkern.commands."):
+                    used.add(node.module.rpartition(".")[2])
+    assert {"training", "quantisation"} <= used, "the model's cells run them"
+    for name in used:
+        assert machine.is_measured(f"commands/{name}.py"), name
+
+
+# --- A GPU's half, on a GPU that is made up -------------------------------------------------------------------------
+
+LAUNCH_SECONDS = 1e-5
+
+
+class Device:
+    """A host that takes LAUNCH_SECONDS for each launch, and one stream that runs what was launched, in order."""
+
+    def __init__(self):
+        self.now, self.free = 0.0, 0.0  # the host's clock, and when the device will have done all
+        self.capturing = None
+        self.log = []
+
+    def launch(self, seconds):
+        if self.capturing is not None:
+            self.capturing.append(seconds)
+            return
+        self.now += LAUNCH_SECONDS
+        self.free = max(self.free, self.now) + seconds
+
+    def synchronize(self):
+        assert self.capturing is None, "a capture may not wait"
+        self.now = max(self.now, self.free)
+
+
+class Result:
+    pass
+
+
+class Function:
+    """Launches kernels of `seconds`; notes for which sets it was called and how many of its results were alive."""
+
+    def __init__(self, device, seconds):
+        self.device, self.seconds = device, seconds
+        self.calls, self.alive, self._results = [], [], weakref.WeakSet()
+
+    def __call__(self, index):
+        self.calls.append(index)
+        self.alive.append(len(self._results))
+        self.device.launch(self.seconds)
+        result = Result()
+        self._results.add(result)
+        return result
+
+    def forget(self):
+        self.calls.clear()
+        self.alive.clear()
+
+
+@pytest.fixture
+def device(monkeypatch):
+    device = Device()
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            assert device.capturing is None
+            self.at = device.free = max(device.free, device.now)
+
+        def synchronize(self):
+            device.now = max(device.now, self.at)
+
+        def elapsed_time(self, end):
+            return (end.at - self.at) * 1e3
+
+    class Graph:
+        def __init__(self):
+            self.kernels = []
+
+        def replay(self):
+            assert device.capturing is None
+            device.log.append("replay")
+            device.launch(sum(self.kernels))
+
+    @contextlib.contextmanager
+    def capture(graph, stream):
+        assert stream == "current"
+        device.log.append("capture")
+        device.capturing = graph.kernels
+        yield
+        device.capturing = None
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: device.now)
+    for name, value in {
+        "is_available": lambda: True,
+        "Event": Event,
+        "CUDAGraph": Graph,
+        "graph": capture,
+        "current_stream": lambda: "current",
+        "synchronize": device.synchronize,
+        "_sleep": lambda cycles: device.log.append("sleep") or device.launch(cycles / timing.CYCLES_PER_SECOND),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return device
+
+
+SETS = [(0,), (1,), (2,)]
+# How a sampler warms up: the first set several times, then each.
+WARM_UP = [0] * timing.WARM_UPS + [0, 1, 2]
+
+
+def test_a_graph_holds_each_set_once_after_all_are_warm(device):
+    function = Function(device, 1e-6)
+    captured = []
+    device.log = types.SimpleNamespace(append=lambda entry: captured.append((entry, list(function.calls))))
+    timing.graph_sampler(function, SETS)
+    assert [calls for entry, calls in captured if entry == "capture"] == [WARM_UP]
+    assert function.calls == [*WARM_UP, 0, 1, 2], "nothing is called after the capture"
+
+
+def test_the_results_of_a_capture_have_memory_of_their_own(device):
+    function = Function(device, 1e-6)
+    timing.graph_sampler(function, SETS)
+    gc.collect()
+    assert function.alive[-3:] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e-7, 1e-6, 1e-4, 1e-2])
+def test_graph_time_is_the_kernels_alone(device, seconds):
+    function = Function(device, seconds)
+    sample = timing.graph_sampler(function, SETS)
+    for _ in range(2):
+        device.synchronize()
+        device.now += 1.0  # idle before the sample
+        device.log.clear()
+        assert sample() == pytest.approx(seconds), "of one call, without the latency of a launch"
+        assert device.log[0] == "sleep" and device.log.count("sleep") == 1
+        replays = device.log.count("replay")
+        lasts = replays * len(SETS) * seconds
+        assert lasts >= timing.SAMPLE_SECONDS_GPU or replays == timing.MOST_RUNS
+        assert (replays - 1) * len(SETS) * seconds < timing.SAMPLE_SECONDS_GPU, "no more than needed"
+
+
+def test_events_time_plain_calls_of_each_set(device):
+    function = Function(device, 1e-4)
+    sample = timing.event_sampler(function, SETS)
+    assert function.calls[: len(WARM_UP)] == WARM_UP
+    device.synchronize()
+    device.now += 1.0
+    function.forget()
+    assert sample() == pytest.approx(1e-4)
+    runs = len(function.calls) // len(SETS)
+    assert function.calls == [0, 1, 2] * runs and runs == 7, "2 ms of calls of 0.1 ms"
+    assert function.alive == [0, 1, 2] * runs, "freed with the run, not before"
+
+
+def test_the_gpu_is_not_kept_busy_for_long(device):
+    def waits(index):
+        device.launch(1.0)
+        device.synchronize()
+
+    sample = timing.event_sampler(waits, SETS)
+    begin = device.now
+    assert sample() == pytest.approx(1.0, rel=1e-3)
+    assert device.now - begin < 3 + 2 * timing.MOST_BUSY_SECONDS
+
+
+class OnGpu(torch.Tensor):
+    is_cuda = True
+
+
+def test_eager_wall_time_waits_for_the_device(device):
+    sets = [(torch.full((1,), index).as_subclass(OnGpu),) for index in range(3)]
+    function = Function(device, 1e-3)
+    sample = timing.wall_sampler(lambda tensor: function(int(tensor.item())), sets)
+    assert function.calls == WARM_UP
+    device.free += 1.0  # what others have queued is no part of the sample
+    for _ in range(2):
+        function.forget()
+        # The device runs while the host launches: only the first launch is waited for.
+        assert sample() == pytest.approx(1e-3 + LAUNCH_SECONDS / 3)
+        assert function.calls == [0, 1, 2] and function.alive == [0, 1, 2]
+
+
+def test_durations_are_device_time_on_a_gpu(device):
+    function = Function(device, 1e-3)
+    (samples,) = timing.durations([function], [(torch.zeros(1).as_subclass(OnGpu),)] * 3, 4)
+    assert samples == [pytest.approx(1e-3)] * 4
+
+
+def test_host_time_does_not_wait_and_drains_the_queue(device):
+    function = Function(device, 1e-3)
+    queued = []
+
+    def call():
+        queued.append(device.free - device.now)
+        function(0)
+
+    (samples,) = timing.host_durations([call], 3)
+    assert samples == [pytest.approx(LAUNCH_SECONDS)] * 3, "the launch, not the kernel"
+    calls = round(timing.SAMPLE_SECONDS / LAUNCH_SECONDS)
+    assert [queue > 0 for queue in queued[-2 * calls :]] == ([False] + [True] * (calls - 1)) * 2, "empty at each start"
+
+
+def test_peak_bytes_is_what_one_warm_call_adds(monkeypatch):
+    held, peak, calls = 1000, [0], []
+
+    def function(size):
+        calls.append(size)
+        # The first call compiles and tunes, in more memory than a call takes.
+        peak[0] = max(peak[0], held + size * (1 if len(calls) > 1 else 100))
+
+    for name, value in {
+        "is_available": lambda: True,
+        "synchronize": lambda: None,
+        "reset_peak_memory_stats": lambda: peak.__setitem__(0, held),
+        "memory_allocated": lambda: held,
+        "max_memory_allocated": lambda: peak[0],
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    assert timing.peak_bytes(function, (24,)) == 24 and calls == [24, 24]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert timing.peak_bytes(function, (24,)) is None
+
+
+# --- The stream -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """The stack of current streams, and who waited for whom."""
+    found = types.SimpleNamespace(current=[], waits=[])
+
+    class Stream:
+        def __init__(self, name="own"):
+            self.name = name
+
+        def wait_stream(self, other):
+            found.waits.append((self.name, other.name, found.current[-1].name))
+
+    @contextlib.contextmanager
+    def on(stream):
+        found.current.append(stream)
+        try:
+            yield
+        finally:
+            found.current.pop()
+
+    found.current.append(Stream("former"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: found.current[-1])
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    return found
+
+
+def test_own_stream_is_left_again(streams):
+    with timing.own_stream("cuda"):
+        assert streams.current[-1].name == "own"
+        assert streams.waits == [("own", "former", "former")], "what was queued before comes first"
+    assert [stream.name for stream in streams.current] == ["former"]
+    assert streams.waits[1:] == [("former", "own", "former")], "what comes after waits for it"
+
+
+def test_own_stream_is_left_by_an_error(streams):
+    with pytest.raises(ZeroDivisionError), timing.own_stream("cuda"):
+        raise ZeroDivisionError
+    assert streams.current[-1].name == "former" and ("former", "own", "former") in streams.waits
+
+
+@pytest.mark.parametrize(("kind", "available"), [("cpu", True), ("cuda", False)])
+def test_without_a_gpu_the_stream_stays(streams, monkeypatch, kind, available):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    with timing.own_stream(kind):
+        assert streams.current[-1].name == "former"
+    assert streams.waits == []
+
+
+# --- The clocks -----------------------------------------------------------------------------------------------------
+
+
+class Uuid:
+    """As PyTorch's own type: only its text is public."""
+
+    def __str__(self):
+        return "ffc79498-8ff3-c2dc-3b0d-fafd804516ae"
+
+
+@pytest.fixture
+def smi(monkeypatch):
+    """A GPU whose nvidia-smi answers with `found.answer()`."""
+    found = types.SimpleNamespace(
+        commands=[], answer=lambda: "1980, 2619\n", properties=types.SimpleNamespace(uuid=Uuid())
+    )
+
+    def run(command, **_):
+        found.commands.append(command)
+        return types.SimpleNamespace(stdout=found.answer())
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: found.properties)
+    monkeypatch.setattr(machine.subprocess, "run", run)
+    return found
+
+
+def test_clocks_are_asked_by_uuid(smi):
+    assert machine.clocks() == {"sm_mhz": 1980, "memory_mhz": 2619}
+    assert "--id=GPU-ffc79498-8ff3-c2dc-3b0d-fafd804516ae" in smi.commands[0]
+    smi.properties = types.SimpleNamespace(uuid="GPU-1")
+    machine.clocks()
+    assert "--id=GPU-1" in smi.commands[1]
+
+
+@pytest.mark.parametrize(("visible", "index"), [(None, "1"), ("", "1"), ("5,3", "3"), ("7", "1")])
+def test_without_a_uuid_by_index(smi, monkeypatch, visible, index):
+    smi.properties = object()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    machine.clocks()
+    assert f"--id={index}" in smi.commands[0]
+
+
+def test_clocks_are_read_while_work_is_queued(smi, monkeypatch):
+    now, events = [0.0], []
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("wait"))
+    more = threading.Event()
+
+    def busy():
+        now[0] += machine._RISE_SECONDS / 4
+        events.append("busy")
+        if "asked" in events[:-2]:
+            more.set()
+
+    def answer():
+        events.append("asked")
+        # In another thread than the work: it goes on until this returns.
+        assert more.wait(timeout=60), "no work while nvidia-smi was asked"
+        return "345, 1593\n"
+
+    smi.answer = answer
+    assert machine.clocks(busy) == {"sm_mhz": 345, "memory_mhz": 1593}
+    before = events[: events.index("asked")]
+    assert before.count("busy") >= 4, "the clocks had time to rise"
+    work = [event for event in events if event != "asked"]
+    assert work == ["busy", "wait"] * (len(work) // 2), "never more than a call is queued"
+
+
+def test_no_clocks_without_an_answer(smi, monkeypatch):
+    smi.answer = lambda: "[N/A], 2619\n"
+    assert machine.clocks() is None
+
+    def fails():
+        raise subprocess.CalledProcessError(6, "nvidia-smi")
+
+    smi.answer = fails
+    assert machine.clocks() is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert machine.clocks(busy=fails) is None

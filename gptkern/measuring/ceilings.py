@@ -31,15 +31,15 @@ def measure(kind: str, smoke: bool = False) -> dict[str, dict[str, Any]]:
     Args:
         kind: "cuda" or "cpu". smoke: tiny sizes, whose rates mean nothing, to run the code.
     """
-    timing.use_own_stream()
-    found = {"copy": _copy(kind, COPY_BYTES[kind] if not smoke else 2**20)}
-    for name in ("float32", "bfloat16", "int8"):
-        size = 64 if smoke else (MATRIX if name == "float32" else SMALL_MATRIX)[kind]
-        try:
-            found[name] = _product(kind, name, size)
-        except RuntimeError:
-            # Not every device has an 8-bit product.
-            continue
+    with timing.own_stream(kind):
+        found = {"copy": _copy(kind, COPY_BYTES[kind] if not smoke else 2**20)}
+        for name in ("float32", "bfloat16", "int8"):
+            size = 64 if smoke else (MATRIX if name == "float32" else SMALL_MATRIX)[kind]
+            try:
+                found[name] = _product(kind, name, size)
+            except RuntimeError:
+                # Not every device has an 8-bit product.
+                continue
     return found
 
 

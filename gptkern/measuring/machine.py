@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import datetime
 import hashlib
 import os
@@ -9,6 +10,8 @@ import platform
 import re
 import shutil
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +20,16 @@ import torch
 import gptkern
 
 PACKAGE = Path(gptkern.__file__).parent
-# Beside the package in a source tree; what is drawn and printed changes no measurement.
+# What is drawn and printed changes no measurement. Of the commands, the model's cells run two.
 _NOT_MEASURED = (
-    "commands",
+    "commands/",
     *(f"measuring/{name}.py" for name in ("rates", "wording", "provenance", "report", "plots")),
 )
+_MEASURED = ("commands/training.py", "commands/quantisation.py")
 # Seconds that nvidia-smi and git may take.
 _PATIENCE = 20
+# Seconds of work before the clocks are read: an idle GPU's clocks take some milliseconds to rise.
+_RISE_SECONDS = 0.05
 
 
 def kind() -> str:
@@ -54,7 +60,7 @@ def identify() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": None if triton is None else triton.__version__,
         "cuda": torch.version.cuda,
-        "driver": _nvidia_smi("driver_version") if on_gpu else None,
+        "driver": _nvidia_smi("driver_version", _device_id()) if on_gpu else None,
         "gptkern": gptkern.__version__,
         "commit": commit,
         "dirty": dirty,
@@ -69,11 +75,30 @@ def slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)|cpu|processor", "", device.lower())).strip("-")
 
 
-def clocks() -> dict[str, int] | None:
-    """The GPU's clocks at this moment, in MHz, so that a throttled run shows; None without a GPU or nvidia-smi."""
+def clocks(busy: Callable[[], Any] | None = None) -> dict[str, int] | None:
+    """The GPU's clocks at this moment, in MHz, so that a throttled run shows; None without a GPU or nvidia-smi.
+
+    Args:
+        busy: queues work on the GPU. It is called again and again from before nvidia-smi is asked until that has
+            answered: an idle GPU's clocks say nothing about a run.
+    """
     if kind() != "cuda":
         return None
-    answer = _nvidia_smi("clocks.sm,clocks.mem")
+    device, query = _device_id(), "clocks.sm,clocks.mem"
+    if busy is None:
+        answer = _nvidia_smi(query, device)
+    else:
+        # The calls wait for the GPU, or a queue of long ones would outlast the question by far.
+        end = time.perf_counter() + _RISE_SECONDS
+        while time.perf_counter() < end:
+            busy()
+            torch.cuda.synchronize()
+        with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
+            asked = thread.submit(_nvidia_smi, query, device)
+            while not asked.done():
+                busy()
+                torch.cuda.synchronize()
+        answer = asked.result()
     numbers = re.findall(r"\d+", answer or "")
     return {"sm_mhz": int(numbers[0]), "memory_mhz": int(numbers[1])} if len(numbers) == 2 else None
 
@@ -83,9 +108,14 @@ def source_digest(package: Path = PACKAGE) -> str:
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*")):
         name = path.relative_to(package).as_posix()
-        if path.suffix in (".py", ".json", ".so") and not name.startswith(_NOT_MEASURED):
+        if path.suffix in (".py", ".json", ".so") and is_measured(name):
             digest.update(name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def is_measured(name: str) -> bool:
+    """Whether a measurement depends on this file of the package, "measuring/timing.py" for one."""
+    return name in _MEASURED or not name.startswith(_NOT_MEASURED)
 
 
 def _commit() -> tuple[str | None, bool | None]:
@@ -100,11 +130,21 @@ def _commit() -> tuple[str | None, bool | None]:
     return commit, bool(changes)
 
 
-def _nvidia_smi(query: str) -> str | None:
-    """Asks for a property of the current device; changes no setting."""
-    index = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0] or "0"
+def _device_id() -> str:
+    """The current device for nvidia-smi: its UUID, because nvidia-smi and CUDA number devices in different orders."""
+    uuid = getattr(torch.cuda.get_device_properties(), "uuid", None)
+    if uuid is not None:
+        # PyTorch's own type of UUID prints the hexadecimal digits alone.
+        return f"GPU-{str(uuid).removeprefix('GPU-')}"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    index = torch.cuda.current_device()
+    return visible[index].strip() if index < len(visible) and visible[index].strip() else str(index)
+
+
+def _nvidia_smi(query: str, device: str) -> str | None:
+    """Asks for a property of a device; changes no setting."""
     try:
-        return _output("nvidia-smi", f"--id={index}", f"--query-gpu={query}", "--format=csv,noheader,nounits")
+        return _output("nvidia-smi", f"--id={device}", f"--query-gpu={query}", "--format=csv,noheader,nounits")
     except (OSError, subprocess.SubprocessError):
         return None
 

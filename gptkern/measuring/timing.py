@@ -1,20 +1,23 @@
 """How long a function takes, and how much memory: samples taken in turn, on one machine, in one process.
 
     sampler    a function without arguments that runs what is measured once and returns the seconds of one call
-    graph      GPU: device time, by CUDA events around a replay of a CUDA graph that holds a call for each set of inputs
+    graph      GPU: device time, by CUDA events around replays of a CUDA graph that holds a call for each set of inputs
     events     GPU: device time of calls that a graph cannot capture, by CUDA events around plain calls
     wall       the host's clock around calls, waiting for the device: what an eager user sees
     host       the host's clock around calls, not waiting for the device
 
-Sets of inputs are together larger than the GPU's L2 cache, so that it serves none of them. `in_turn` takes samples of
-several functions alternately, so that what slows the machine down slows all of them.
+Sets of inputs are together larger than the GPU's L2 cache, so that it serves none of them; each set has results of its
+own. Between two events stands only what the GPU does: it is kept busy until all of it is queued. `in_turn` takes
+samples of several functions alternately, so that what slows the machine down slows all of them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +27,16 @@ Sampler = Callable[[], float]
 # A sample on a CPU lasts about this long at least: a thousand times what reading the clock takes, and well below the
 # slice of time that an operating system gives a process.
 SAMPLE_SECONDS = 2e-4
+# A sample of device time lasts about this long at least: four thousand times what an event resolves (0.5 us).
+SAMPLE_SECONDS_GPU = 2e-3
+# Runs in a sample at most, for what is shorter than an event resolves.
+MOST_RUNS = 1000
+# Before a sample the GPU is kept busy for BUSY_FACTOR times as long as the host takes to queue the sample, so that an
+# unlucky host is fast enough as well. At most so long: a call that waits for the GPU cannot be queued ahead of it.
+BUSY_FACTOR = 2
+LEAST_BUSY_SECONDS, MOST_BUSY_SECONDS = 5e-4, 2e-2
+# torch.cuda._sleep counts the multiprocessors' cycles. About the highest clock of a data-centre GPU (H200: 1980 MHz).
+CYCLES_PER_SECOND = 2e9
 # How much larger than the L2 cache the sets of inputs are together.
 CACHE_FACTOR = 3
 # Sets of inputs on a CPU, and at most on a GPU.
@@ -90,7 +103,7 @@ def wall_sampler(function: Callable[..., Any], inputs: Sequence[tuple]) -> Sampl
     on_gpu = any(isinstance(value, torch.Tensor) and value.is_cuda for value in inputs[0])
     if on_gpu:
         return _eager_gpu_sampler(function, inputs)
-    function(*inputs[0])
+    _warm_up(function, inputs)
     seconds = []
     for _ in range(WARM_UPS):
         start = time.perf_counter()
@@ -112,18 +125,29 @@ def wall_sampler(function: Callable[..., Any], inputs: Sequence[tuple]) -> Sampl
 
 
 def _eager_gpu_sampler(function: Callable[..., Any], inputs: Sequence[tuple]) -> Sampler:
-    for _ in range(WARM_UPS):
-        function(*inputs[0])
+    _warm_up(function, inputs)
 
     def sample() -> float:
         torch.cuda.synchronize()
         start = time.perf_counter()
-        for arguments in inputs:
-            function(*arguments)
+        _run_all(function, inputs)
         torch.cuda.synchronize()
         return (time.perf_counter() - start) / len(inputs)
 
     return sample
+
+
+def _warm_up(function: Callable[..., Any], inputs: Sequence[tuple]) -> None:
+    """The first set WARM_UPS times, then every set as a sample runs them."""
+    for _ in range(WARM_UPS):
+        function(*inputs[0])
+    _run_all(function, inputs)
+
+
+def _run_all(function: Callable[..., Any], inputs: Sequence[tuple]) -> list[Any]:
+    """A call for each set. All results live until the last call: one that was freed would give the next its memory,
+    and what is written to the same place again and again stays in the cache."""
+    return [function(*arguments) for arguments in inputs]
 
 
 def host_durations(functions: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
@@ -145,40 +169,66 @@ def host_durations(functions: Sequence[Callable[[], Any]], rounds: int) -> list[
 
 
 def graph_sampler(function: Callable[..., Any], inputs: Sequence[tuple]) -> Sampler:
-    """Device time of one call. A backward runs on its forward's stream: call `use_own_stream` before the forward."""
-    for _ in range(WARM_UPS):
-        function(*inputs[0])
+    """Device time of one call. A backward runs on its forward's stream: enter `own_stream` before the forward."""
+    _warm_up(function, inputs)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        for arguments in inputs:
-            function(*arguments)
+        # The results' memory remains the graph's until the graph is released.
+        _run_all(function, inputs)
     graph.replay()
     return _event_sampler(graph.replay, len(inputs))
 
 
 def event_sampler(function: Callable[..., Any], inputs: Sequence[tuple]) -> Sampler:
     """As `graph_sampler` without a graph: where calls are short, the gaps between launches count as well."""
-    for _ in range(WARM_UPS):
-        function(*inputs[0])
-
-    def all_sets() -> None:
-        for arguments in inputs:
-            function(*arguments)
-
-    return _event_sampler(all_sets, len(inputs))
+    _warm_up(function, inputs)
+    return _event_sampler(lambda: _run_all(function, inputs), len(inputs))
 
 
 def _event_sampler(run: Callable[[], Any], calls: int) -> Sampler:
-    def sample() -> float:
+    """Device time of one of the `calls` calls that `run` queues; short runs are repeated to fill a sample."""
+
+    def seconds(runs: int, busy: float) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        # An idle GPU would pass `start` at once and wait for the first launch, which would count as time of the call.
+        torch.cuda._sleep(round(busy * CYCLES_PER_SECOND))
         start.record()
-        run()
+        for _ in range(runs):
+            run()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) * 1e-3 / calls
+        return start.elapsed_time(end) * 1e-3
 
-    return sample
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    run()
+    queueing = time.perf_counter() - begin
+    torch.cuda.synchronize()
+    one = seconds(1, _busy_seconds(queueing))
+    runs = min(MOST_RUNS, math.ceil(SAMPLE_SECONDS_GPU / one)) if one > 0 else MOST_RUNS
+    busy = _busy_seconds(runs * queueing)
+    return lambda: seconds(runs, busy) / (runs * calls)
+
+
+def _busy_seconds(queueing: float) -> float:
+    """How long the GPU has to be busy where the host takes `queueing` seconds to queue a sample."""
+    return min(max(BUSY_FACTOR * queueing, LEAST_BUSY_SECONDS), MOST_BUSY_SECONDS)
+
+
+@contextlib.contextmanager
+def own_stream(kind: str) -> Iterator[None]:
+    """On "cuda", a stream other than the default is the current one: the default cannot be captured in a graph."""
+    if kind != "cuda" or not torch.cuda.is_available():
+        yield
+        return
+    former, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(former)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        former.wait_stream(stream)
 
 
 def use_own_stream() -> None:

@@ -106,8 +106,7 @@ def tune(
         seconds: starts no new task after so long.
     """
     start = time.monotonic()
-    with _on(device):
-        timing.use_own_stream()
+    with _on(device), timing.own_stream(device.type):
         for task in tasks:
             if seconds is not None and time.monotonic() - start > seconds:
                 yield Left(task)
