@@ -47,6 +47,8 @@ PYTHON = sys.executable
 SECONDS = 540
 # `gptkern bench --seconds` starts no new cell after so long before the step's end: the last one has to finish.
 BENCH_MARGIN = 25
+# gptkern.measuring.runner.ROUNDS["quick"], which this file cannot import: PyTorch may be missing.
+QUICK_ROUNDS = 20
 CHECK_MARGIN = 10
 # Characters of a failed test's report that are printed at once: its end, where the error is.
 FAILURE_TEXT = 3000
@@ -169,10 +171,17 @@ STEPS = [
         # Every tensor is an allocation of its own: PyTorch's allocator would put another one where a kernel goes wrong.
         environment=lambda c: {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
     ),
-    Step("quick", 90, "the most telling benchmarks", lambda c: _bench(c, "--quick", "--no-costs")),
-    Step("costs", 40, "host time and import, which are no kernels", lambda c: _bench(c, "--quick", "--costs-only")),
-    # Its file says what is measured already; nothing else knows whether all is.
-    Step("bench", 70, "all benchmarks, with the time that is left", _bench, again=True),
+    Step("quick", 90, "the most telling benchmarks", lambda c: _bench(c, "--quick", "--no-costs"), may_stop=True),
+    Step(
+        "costs", 40, "host time and import, which are no kernels", lambda c: _bench(c, "--quick", "--costs-only"),
+        may_stop=True,
+    ),
+    # Its file says what is measured already; nothing else knows whether all is. As many samples as the quick ones
+    # have: these would be measured again with more.
+    Step(
+        "bench", 70, "all benchmarks, with the time that is left",
+        lambda c: _bench(c, "--no-costs", "--rounds", str(QUICK_ROUNDS)), again=True, may_stop=True,
+    ),
 ]  # fmt: skip
 
 
@@ -209,6 +218,8 @@ def probe() -> Machine:
 def obstacles() -> list[str]:
     """What is missing that lets every kernel fail: said before the steps, because their errors would not say it."""
     found = []
+    if not _found("torch"):
+        found.append(f"{PYTHON} cannot import torch: every step needs it (make gpu PYTHON=another)")
     if not _found("triton"):
         found.append("triton cannot be imported, so there are no Triton kernels")
     # Triton compiles the function that starts a kernel with the machine's C compiler.

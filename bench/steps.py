@@ -32,6 +32,8 @@ KEPT_BYTES = 1 << 20
 LOG_BYTES = 8 << 20
 
 PASSED, FAILED, KILLED, SKIPPED, INTERRUPTED = "passed", "failed", "killed", "skipped", "interrupted"
+# Its time was over, and what it had found until then is kept: no failure.
+STOPPED = "stopped"
 
 
 class Machine(NamedTuple):
@@ -61,6 +63,7 @@ class Step(NamedTuple):
     environment: Callable[[Context], dict[str, str]] = lambda context: {}
     output: str | None = None  # a file beside the log that holds this step's output alone
     again: bool = False  # also run where it has come to its end before
+    may_stop: bool = False  # keeps what it has found when its time is over: that is no failure
 
 
 # --- Running ----------------------------------------------------------------------------------------------------------
@@ -247,7 +250,7 @@ def _run_step(step: Step, context: Context, log) -> dict[str, Any]:
             exits.append(exit)
             if exit is None:
                 output.write(f"[stopped: the step's {context.seconds:.0f} s are over]\n".encode())
-                status = KILLED
+                status = STOPPED if step.may_stop else KILLED
                 break
             if exit != 0:
                 status = FAILED

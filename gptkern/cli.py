@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import os
 import sys
 
 from gptkern.commands import INTERRUPTED, UserError
@@ -35,6 +36,14 @@ COMMANDS = {
 EXTRA = {"rich": "rich", "matplotlib": "matplotlib", "safetensors": "safetensors"}
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where it says something and the text does not."""
+
+    def _get_help_string(self, action):
+        says_nothing = action.default is None or action.default is False
+        return action.help if says_nothing or "default:" in (action.help or "") else super()._get_help_string(action)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns the exit status; argparse exits by itself (status 2) on arguments it cannot read."""
     arguments = sys.argv[1:] if argv is None else list(argv)
@@ -47,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, summary in COMMANDS.items():
         subparser = subparsers.add_parser(
             name, help=summary, description=summary[0].upper() + summary[1:] + ".",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_Help,
         )  # fmt: skip
         if name == chosen:
             try:
@@ -60,6 +69,10 @@ def main(argv: list[str] | None = None) -> int:
         return module.run(args)
     except ModuleNotFoundError as error:
         return _missing(args.command, error)
+    except BrokenPipeError:
+        # `gptkern tune --show | head`: nobody reads on. What is still buffered has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("gptkern: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -288,7 +288,7 @@ def _unmeasured_order(operator: str, device_type: str, device_index: int | None)
 @_constant_while_compiling
 def _preference(operator: str, device_index: int | None, shape_class: tuple) -> tuple[tuple[str, ...], str | None]:
     """(the order, what was measured) where something was measured on this GPU, perhaps not for this class."""
-    found = _preferences[operator, device_index].get(shape_class)
+    found = _preferences.get((operator, device_index), {}).get(shape_class)
     return (preferred.shipped().default, None) if found is None else (found.order, found.reason)
 
 

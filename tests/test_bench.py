@@ -19,6 +19,8 @@ ROOT = Path(__file__).parents[1]
 def run(*command, **environment):
     # The bench runs as a user's would: on a CPU nothing is interpreted.
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
+    # A user's own tables may prefer PyTorch.
+    env["GPTKERN_CACHE"] = str(ROOT / "tests" / "no_such_folder")
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
 
 
@@ -88,7 +90,7 @@ def test_a_wrong_kernel_fails_the_run(quick_bench, monkeypatch, tmp_path):
 
 def test_peers_are_narrowed_and_the_time_is_kept(quick_bench, tmp_path, monkeypatch):
     monkeypatch.setattr(runner.module("softmax"), "check_cell", lambda cell: cell)
-    status, printed = quick_bench("--peers", "nobody")
+    status, printed = quick_bench("--peers", "quack")
     assert status == 0 and "no peer" in printed.out
     assert all([i["name"] for i in c["implementations"]] == ["gptkern"] for c in results.load(tmp_path)["cells"])
     status, printed = quick_bench("--rounds", "9", "--seconds", "0")
@@ -126,6 +128,7 @@ def test_interrupted_keeps_what_is_done(quick_bench, tmp_path, monkeypatch):
         (["report"], "needs the folder of a run"),
         (["report", "/absent"], "/absent"),
         (["run", "folder"], "--out FOLDER"),
+        (["--smoke", "--peers", "eager,nobody"], "--peers nobody: there is no such peer; there are eager, compile"),
         (["--rounds", "0"], "--rounds 0: it needs at least 1"),
     ],
 )

@@ -104,3 +104,23 @@ def test_user_errors_are_one_line(command, capsys):
 def test_interrupt_has_the_shell_status(command):
     command("train", lambda args: _raise(KeyboardInterrupt()))
     assert cli.main(["train"]) == 130
+
+
+def test_a_reader_that_leaves_is_no_traceback():
+    """`gptkern … | head -1`."""
+    program = (
+        "import sys; from gptkern import cli; from gptkern.commands import info\n"
+        "info.run = lambda args: [print('x' * 100, flush=True) for _ in range(10000)] and 0\n"
+        "sys.exit(cli.main(['info']))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 1
+
+
+def test_help_says_defaults_that_say_something(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--help"])
+    printed = capsys.readouterr().out
+    assert "default: None" not in printed and "default: False" not in printed and "out/bench/<device>" in printed

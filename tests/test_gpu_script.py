@@ -288,6 +288,21 @@ def test_a_step_is_asked_to_stop_before_it_is_killed(out):
     assert "so far\n" in log(out)
 
 
+def test_a_step_that_keeps_what_it_found_may_be_stopped(out):
+    step = planted("step", "import time; print('so far', flush=True); time.sleep(60)", budget=3)._replace(may_stop=True)
+    assert run([step], out, seconds=3.0) == 0
+    assert statuses(out) == {"step": "stopped"} and "so far\n" in log(out)
+    again = planted("step", "print('the rest')")._replace(may_stop=True)
+    assert run([again], out) == 0
+    assert statuses(out) == {"step": "passed"}, "it had not come to its end"
+
+
+def test_the_whole_bench_does_not_repeat_the_quick_one():
+    from gptkern.measuring import runner
+
+    assert runner.ROUNDS["quick"] == gpu.QUICK_ROUNDS
+
+
 def test_what_a_step_leaves_over_goes_to_the_next(out):
     seen = []
     steps = [

@@ -29,7 +29,7 @@ def cell(key="a cell", rounds=5, implementations=None):
 def test_what_is_recorded_is_loaded(tmp_path):
     recorder = results.Recorder(tmp_path / "new" / "folder", MACHINE)
     recorder.add_cell(cell())
-    recorder.set_ceilings({"copy": {"value": 1e9, "unit": "B/s", "how": "x"}})
+    recorder.set_ceilings({"copy": {"value": 1e9, "unit": "B/s", "how": "x"}}, "full")
     recorder.add_cost({"key": "import"})
     found = results.load(tmp_path / "new" / "folder")
     assert [c["key"] for c in found["cells"]] == ["a cell"] and found["ceilings"]["copy"]["value"] == 1e9
@@ -45,6 +45,41 @@ def test_a_run_goes_on_where_the_last_one_ended(tmp_path):
     assert not again.done("another cell", 1)
     again.add_cell(cell(rounds=9))
     assert [c["rounds"] for c in results.load(tmp_path)["cells"]] == [9], "measured anew, in its place"
+
+
+def test_fewer_peers_do_not_stand_for_more(tmp_path):
+    recorder = results.Recorder(tmp_path, MACHINE)
+    recorder.add_cell(cell() | {"peers_asked": ["compile", "eager"]})
+    assert recorder.done("a cell", 1, ["eager"]) and recorder.done("a cell", 1, ["compile", "eager"])
+    assert not recorder.done("a cell", 1, ["quack"]) and not recorder.done("a cell", 1), "all peers were not asked"
+    recorder.add_cell(cell() | {"peers_asked": None})
+    assert recorder.done("a cell", 1) and recorder.done("a cell", 1, ["quack"])
+
+
+def test_a_smoke_run_does_not_stand_for_a_real_one(tmp_path):
+    recorder = results.Recorder(tmp_path, MACHINE)
+    assert not recorder.has_ceilings("smoke") and not recorder.has_cost("import", "smoke")
+    for extent, reached in (("smoke", ["smoke"]), ("quick", ["smoke", "quick", "full"])):
+        recorder.set_ceilings({"copy": {"value": 1e9, "unit": "B/s", "how": "x"}}, extent)
+        assert [e for e in results.EXTENTS if recorder.has_ceilings(e)] == reached, "quick and full are the same"
+    for extent, reached in (("smoke", 1), ("quick", 2), ("full", 3)):
+        recorder.add_cost({"key": "import", "extent": extent})
+        assert [e for e in results.EXTENTS if recorder.has_cost("import", e)] == list(results.EXTENTS[:reached])
+
+
+@pytest.mark.skipif(results.fcntl is None, reason="this system has no flock")
+def test_a_second_run_is_kept_out(tmp_path):
+    with results.locked(tmp_path / "new"):
+        second = results.locked(tmp_path / "new")
+        with pytest.raises(results.ResultsError, match="another gptkern bench is writing there"):
+            second.__enter__()
+        with results.locked(tmp_path / "other"):
+            pass
+    with results.locked(tmp_path / "new"):
+        assert list((tmp_path / "new").iterdir()) == [], "it leaves nothing behind"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(results.ResultsError, match=r"file.* cannot be written"), results.locked(tmp_path / "file"):
+        pass
 
 
 def test_a_cell_where_gptkern_failed_is_measured_again(tmp_path):

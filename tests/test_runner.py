@@ -79,20 +79,23 @@ def test_a_wrong_result_gets_no_time(measure):
 
 
 class _WrongGradient(torch.autograd.Function):
+    """3·x·w with a gradient of w that is `factor` times the right one."""
+
     @staticmethod
-    def forward(ctx, x, w):
+    def forward(ctx, x, w, factor):
         ctx.save_for_backward(x, w)
+        ctx.factor = factor
         return 3 * x * w
 
     @staticmethod
     def backward(ctx, dy):
         x, w = ctx.saved_tensors
-        return 3 * dy * w, (3.001 * dy * x).sum(0)
+        return 3 * dy * w, ctx.factor * (3 * dy * x).sum(0), None
 
 
 @pytest.mark.parametrize("direction", ["backward", "both"])
 def test_a_wrong_gradient_gets_no_time(measure, direction):
-    wrong = Implementation(lambda x, w: _WrongGradient.apply(x, w))
+    wrong = Implementation(lambda x, w: _WrongGradient.apply(x, w, 1.0003))
     assert "the gradient of input 1" in by_name(measure(direction, gptkern=wrong)[0])["gptkern"]["skipped"]
     assert by_name(measure("forward", gptkern=wrong)[0])["gptkern"]["wall_s"], "nothing is differentiated there"
 
@@ -109,7 +112,9 @@ def test_a_wrong_peer_is_named_and_not_timed(measure):
         shape=Implementation(lambda x, w: (3 * x * w)[:2]),
         near=Implementation(lambda x, w: 3.01 * x * w),
     )  # fmt: skip
-    assert by_name(record)["other"]["skipped"] == "computes something else: its result differs by 10.0%"
+    found = by_name(record)["other"]["skipped"]
+    assert found == "computes something else: its result differs from that of eager by 10.0%"
+    assert record["agreement"] == {"worst": 0.0, "with": "eager"}
     assert "computes something else" in by_name(record)["shape"]["skipped"]
     assert set(samples) == {"gptkern", "eager", "near"}, "another precision is no other function"
 
@@ -123,6 +128,54 @@ def test_wrong_at_full_size_alone_is_wrong(measure):
     assert record["check"]["on"] == "2x4"
     assert "computes something else" in by_name(record)["gptkern"]["skipped"]
     assert by_name(record)["eager"]["wall_s"]
+
+
+@pytest.mark.parametrize("direction", ["backward", "both"])
+def test_a_gradient_wrong_at_full_size_alone_is_wrong(measure, direction):
+    def wrong_if_large(x, w):
+        return _WrongGradient.apply(x, w, 1.2) if len(x) > 2 else right(x, w)
+
+    small = operator(
+        gptkern=Implementation(wrong_if_large),
+        eager=Implementation(right),
+        peer=Implementation(lambda x, w: _WrongGradient.apply(x, w, 0.5)),
+    )
+    small.check_cell = lambda whole: cell(whole.direction, rows=2)
+    record, _ = measure(direction, module=small)
+    assert "its gradient of input 1 differs from that of eager by 20.0%" in by_name(record)["gptkern"]["skipped"]
+    assert "its gradient of input 1 differs" in by_name(record)["peer"]["skipped"]
+    assert by_name(record)["eager"]["wall_s"] and record["agreement"] is None
+
+
+@pytest.mark.parametrize("direction", ["backward", "both"])
+def test_every_set_has_a_gradient_of_its_own(measure, monkeypatch, direction):
+    seen = []
+    samplers = runner._samplers
+
+    def spied(function, arguments, *rest):
+        seen.extend(id(a) for call in arguments for a in call if isinstance(a, torch.Tensor) and a.shape == (6, 4))
+        return samplers(function, arguments, *rest)
+
+    monkeypatch.setattr(runner, "_samplers", spied)
+    measure(direction, gptkern=Implementation(right))
+    assert len(set(seen)) == len(seen) and len(seen) == 2 * timing.CPU_SETS, "outputs or inputs, and gradients"
+
+
+def test_what_fails_while_it_is_made_ready_is_a_reason(measure, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("out of memory")
+
+    record, _ = measure(gptkern=Implementation(right, prepare=fails), eager=Implementation(right))
+    assert by_name(record)["gptkern"]["skipped"] == "failed: RuntimeError: out of memory"
+    assert by_name(record)["eager"]["wall_s"]
+    monkeypatch.setattr(timing, "in_turn", fails)
+    record, samples = measure(gptkern=Implementation(right))
+    assert (
+        by_name(record)["gptkern"]["skipped"] == "while sampling, failed: RuntimeError: out of memory" and not samples
+    )
+    monkeypatch.setattr(timing, "sets_of_inputs", fails)
+    record, _ = measure(gptkern=Implementation(right), eager=Implementation(right))
+    assert {entry["skipped"] for entry in by_name(record).values()} == {"failed: RuntimeError: out of memory"}
 
 
 def test_failures_and_absences_keep_their_reason(measure):

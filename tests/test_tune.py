@@ -454,7 +454,10 @@ def a_gpu(monkeypatch, where):
 def test_without_a_gpu_it_says_so_and_exits_with_2(no_gpu, capsys):
     assert cli.main(["tune"]) == 2
     assert cli.main(["tune", "--reset"]) == 2
-    assert capsys.readouterr().out.count("there is nothing to choose") == 2
+    printed = capsys.readouterr()
+    assert printed.out.count("there is nothing to choose") == 1 and "--reset removes the file of one GPU" in printed.err
+    assert cli.main(["tune", "--dry-run", "--architecture", "42"]) == 2
+    assert "--architecture 42: it needs 80 or more" in capsys.readouterr().err
     assert user.written() == []
 
 

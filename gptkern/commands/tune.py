@@ -13,6 +13,8 @@ SUMMARY = "choose tiles and backends for this machine's GPU by measuring them"
 PASSED, NOTHING_TO_CHOOSE = 0, 2
 # What `--dry-run` and `--show` speak of where there is no GPU.
 ARCHITECTURE = 90
+# What the kernels run on.
+OLDEST = 80
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from gptkern.measuring.tuning_tasks import OPERATORS
 
+    if args.architecture is not None and args.architecture < OLDEST:
+        raise UserError(f"--architecture {args.architecture}: it needs {OLDEST} or more, as the kernels do")
     operators = tuple(dict.fromkeys(args.op or OPERATORS))
     device = _gpu(args.device)
     if args.dry_run:
@@ -46,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
     if args.show:
         return _show(operators, device, args.architecture)
     if device is None:
+        if args.reset:
+            raise UserError("--reset removes the file of one GPU, and PyTorch sees none here")
         print(
             "gptkern tune: PyTorch sees no GPU here, and there is nothing to choose: on a CPU every operator runs on "
             "PyTorch. `--dry-run` lists what would be measured, `--show` what is in force."

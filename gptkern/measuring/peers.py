@@ -43,6 +43,10 @@ BF16_LINEAR = "bf16 linear"
 INT_MM = "int_mm + dequantise"
 TORCHAO = "torchao int8"
 BITSANDBYTES = "bitsandbytes int8"
+NAMES = (
+    EAGER, COMPILE, COMPILE_MAX, *SDPA.values(), FLEX, LIGER, *FLASH_ATTN.values(), QUACK, BF16_LINEAR, INT_MM, TORCHAO,
+    BITSANDBYTES,
+)  # fmt: skip
 
 # The distributions whose versions a measurement depends on, beside torch and triton.
 DISTRIBUTIONS = (
@@ -90,6 +94,8 @@ def _adapter(function: Callable[..., Implementation]) -> Callable[..., Implement
             return function(*args, **kwargs)
         except _Unable as error:
             return Missing(str(error))
+        except Exception as error:  # Another version of the library than the adapter knows.
+            return Missing(f"its adapter failed: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
 
     return adapter
 

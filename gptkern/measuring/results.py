@@ -17,13 +17,23 @@ import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs at once are not told apart
+    fcntl = None
 
 FORMAT = 1
 NAME = "results.json"
 # What has to be the same for one file to hold two measurements.
-SAME = ("slug", "kind", "source", "gptkern", "torch", "triton", "threads")
+SAME = (
+    "slug", "kind", "source", "gptkern", "torch", "triton", "cuda", "driver", "threads", "peers", "backend", "tables",
+)  # fmt: skip
+# A smaller measurement does not stand for a larger one.
+EXTENTS = ("smoke", "quick", "full")
 # gptkern has lost a cell where its time exceeds the best peer's by more than this factor: less is noise.
 LOST = 1.02
 
@@ -102,6 +112,37 @@ def lost(cell: dict[str, Any]) -> bool:
     return against_best is not None and against_best > LOST
 
 
+def _reaches(record: dict[str, Any], extent: str) -> bool:
+    return EXTENTS.index(record.get("extent", "full")) >= EXTENTS.index(extent)
+
+
+@contextlib.contextmanager
+def locked(folder: str | Path):
+    """Keeps a second run out of the folder: each writes the whole file, and one would lose the other's cells.
+
+    Raises:
+        ResultsError: another run is writing there, or the folder cannot be made.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(0, "permission denied")
+        handle = None if fcntl is None else os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise ResultsError(f"{folder} cannot be written: {error.strerror}") from error
+    try:
+        if handle is not None:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ResultsError(f"{folder}: another gptkern bench is writing there") from error
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
 class Recorder:
     """Adds measurements to FOLDER/results.json.
 
@@ -133,12 +174,27 @@ class Recorder:
         os.replace(self.path, target)
         return target
 
-    def done(self, key: str, rounds: int) -> bool:
-        """Whether the cell has been measured with as many rounds already, and was right."""
-        return any(cell["key"] == key and cell["rounds"] >= rounds and ours(cell) for cell in self.results["cells"])
+    def done(self, key: str, rounds: int, peers: Sequence[str] | None = None) -> bool:
+        """Whether the cell has been measured with as many rounds and these peers (None: all), and was right."""
 
-    def has_cost(self, key: str) -> bool:
-        return any(cost["key"] == key for cost in self.results["costs"])
+        def enough(cell: dict[str, Any]) -> bool:
+            asked = cell.get("peers_asked")
+            return asked is None or (peers is not None and set(peers) <= set(asked))
+
+        return any(
+            cell["key"] == key and cell["rounds"] >= rounds and enough(cell) and ours(cell)
+            for cell in self.results["cells"]
+        )
+
+    def has_cost(self, key: str, extent: str) -> bool:
+        return any(cost["key"] == key and _reaches(cost, extent) for cost in self.results["costs"])
+
+    def has_ceilings(self, extent: str) -> bool:
+        """The sizes of "quick" and "full" are the same."""
+        ceilings = self.results["ceilings"].values()
+        return bool(ceilings) and all(
+            _reaches(ceiling, min(extent, "quick", key=EXTENTS.index)) for ceiling in ceilings
+        )
 
     def add_cell(self, record: dict[str, Any]) -> None:
         self._put("cells", record)
@@ -146,8 +202,8 @@ class Recorder:
     def add_cost(self, record: dict[str, Any]) -> None:
         self._put("costs", record)
 
-    def set_ceilings(self, ceilings: dict[str, dict[str, Any]]) -> None:
-        self.results["ceilings"] = ceilings
+    def set_ceilings(self, ceilings: dict[str, dict[str, Any]], extent: str) -> None:
+        self.results["ceilings"] = {name: ceiling | {"extent": extent} for name, ceiling in ceilings.items()}
         self.save()
 
     def _put(self, name: str, record: dict[str, Any]) -> None:

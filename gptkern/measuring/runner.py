@@ -1,12 +1,14 @@
 """Measures a cell: checks gptkern's result, then times all implementations in turn, in one run.
 
 The check: gptkern's output, and its gradients where a backward is timed, against the operator's plain mathematics in
-float64, by the rule of gptkern.tolerance, on a cell small enough for that. At full size every implementation has to
-agree with the first peer, loosely, because some compute in another precision. What is wrong gets no time.
+float64, by the rule of gptkern.tolerance, on a cell small enough for that. At full size the results and the gradients
+of every implementation have to agree with the first peer's, loosely, because some compute in another precision. What
+is wrong gets no time.
 """
 
 from __future__ import annotations
 
+import datetime
 import gc
 import importlib
 from collections.abc import Callable, Sequence
@@ -26,6 +28,8 @@ ROUNDS = {"smoke": 2, "quick": 20, "full": 50}
 # ‖result − first peer's‖ / ‖first peer's‖ at full size. int8 products of random inputs differ from exact ones by
 # 1 %, a wrong mask or a wrong scale by tens.
 AGREEMENT = 0.05
+# Of the inputs of the check.
+CHECK_SEED = 0
 # The samples of a cell's implementations end soon after this time, be they fewer than wanted.
 CELL_SECONDS = 20.0
 # Directions that differentiate.
@@ -44,6 +48,10 @@ def cells(kind: str, extent: str, operators: Sequence[str] = OPERATORS) -> list[
     return [cells[place] for place in range(longest) for cells in lists if place < len(cells)]
 
 
+class DeviceLost(RuntimeError):
+    """The GPU answers no more: after an illegal access every later call of the process fails."""
+
+
 def measure(
     cell: Cell, kind: str, rounds: int, peers: Sequence[str] | None = None
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
@@ -51,28 +59,44 @@ def measure(
 
     Args:
         kind: "cuda" or "cpu". rounds: samples of each implementation. peers: their names; None for all.
+
+    Raises:
+        DeviceLost: the GPU answers no more. All else that fails is a reason in the record.
     """
     operator = module(cell.operator)
-    timing.use_own_stream()
+    record = cell.record() | {"rounds": rounds, "peers_asked": None if peers is None else sorted(peers)}
+    record |= {"date": datetime.date.today().isoformat(), "clocks": None, "agreement": None}
     # A backward that is timed again and again keeps its graph, whose buffers compiled code would give away.
-    with functorch_config.patch(donated_buffer=False):
+    keeps_graph = {"donated_buffer": False} if cell.direction == _BACKWARD else {}
+    with timing.own_stream(kind), functorch_config.patch(keeps_graph):
         found = {
             name: implementation
             for name, implementation in operator.implementations(cell, kind).items()
             if name == GPTKERN or peers is None or name in peers
         }
-        record = cell.record() | {"rounds": rounds, "clocks": None, "check": None, "implementations": []}
         check = _checked(operator, cell, kind, found.get(GPTKERN))
         record["check"] = {name: check[name] for name in ("error", "bound", "on")}
         if check["wrong"]:
             found[GPTKERN] = Missing(check["wrong"])
-        entries, samples = _timed(operator, cell, kind, rounds, found)
-        record["clocks"] = machine.clocks()
-        record["implementations"] = entries
+        names = list(found)
+        timed = _Timed(operator, cell, kind, found)
+        samples = timed.sample(rounds)
+        record["clocks"], record["agreement"] = timed.clocks(), timed.agreement
+        record["implementations"] = [timed.entries[name] for name in names]
+    # The models and graphs go before their memory is handed back.
+    del timed, found
     gc.collect()
     if kind == "cuda":
+        _alive()
         torch.cuda.empty_cache()
     return record, samples
+
+
+def _alive() -> None:
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        raise DeviceLost(f"the GPU answers no more: {_first_line(error)}") from error
 
 
 # --- The check ------------------------------------------------------------------------------------------------------
@@ -80,18 +104,24 @@ def measure(
 
 def _checked(operator, cell: Cell, kind: str, implementation) -> dict[str, Any]:
     """{"error", "bound", "on": which cell, "wrong": what is wrong or None} of gptkern's implementation."""
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if kind == "cuda" else []):
+        # The same verdict on the same sources: a check at its bound does not change from run to run.
+        torch.manual_seed(CHECK_SEED)
+        return _compared(operator, cell, kind, implementation)
+
+
+def _compared(operator, cell: Cell, kind: str, implementation) -> dict[str, Any]:
     small = operator.check_cell(cell)
     worst = {"error": 0.0, "bound": 0.0, "on": small.label, "wrong": None}
     if isinstance(implementation, Missing) or implementation is None:
         return worst | {"wrong": "gptkern is not measured here"}
-    implementation = operator.implementations(small, kind)[GPTKERN]
-    inputs = operator.inputs(small, kind)
     indices = operator.differentiable(small) if small.direction in (_BACKWARD, _BOTH) else ()
     names = ["the output", *(f"the gradient of input {index}" for index in indices)]
-    prepared = _prepared(implementation, inputs, indices)
-    dy = None
     nearest = -1.0
     try:
+        implementation = operator.implementations(small, kind)[GPTKERN]
+        inputs = operator.inputs(small, kind)
+        prepared = _prepared(implementation, inputs, indices)
         actual = _output(implementation.call(*prepared))
         dy = torch.randn_like(actual) if indices else None
         results = [actual, *_gradients(actual, prepared, indices, dy)]
@@ -130,64 +160,126 @@ def _reference(operator, cell, inputs, indices, dy, precision) -> list[torch.Ten
 # --- The timing -----------------------------------------------------------------------------------------------------
 
 
-def _timed(operator, cell, kind, rounds, found) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
-    indices = operator.differentiable(cell) if cell.direction in (_BACKWARD, _BOTH) else ()
-    if hasattr(operator, "SETS"):
-        sets = [operator.inputs(cell, kind) for _ in range(operator.SETS)]
-    else:
-        sets = timing.sets_of_inputs(lambda: operator.inputs(cell, kind), kind)
-    entries: dict[str, dict[str, Any]] = {}
-    samplers: dict[str, dict[str, timing.Sampler]] = {}
-    expected = dy = None
-    # The first peer comes first: it is what the others have to agree with.
-    for name, implementation in sorted(found.items(), key=lambda item: item[0] == GPTKERN):
-        if isinstance(implementation, Missing):
-            entries[name] = {"name": name, "skipped": implementation.reason}
-            continue
+class _Timed:
+    """The implementations of a cell, made ready, compared at full size, and then sampled.
+
+    entries      name -> its part of the record
+    agreement    {"worst": gptkern's distance from the first peer, "with": that peer}, or None without a peer
+    """
+
+    def __init__(self, operator, cell: Cell, kind: str, found: dict[str, Implementation | Missing]):
+        self.cell, self.kind = cell, kind
+        self.indices = operator.differentiable(cell) if cell.direction in (_BACKWARD, _BOTH) else ()
+        self.entries: dict[str, dict[str, Any]] = {}
+        self.samplers: dict[str, dict[str, timing.Sampler]] = {}
+        self.calls: dict[str, Callable] = {}
+        self.agreement: dict[str, Any] | None = None
+        self.expected: list[torch.Tensor] | None = None
+        self.expected_of = ""
         try:
-            prepared = [_prepared(implementation, inputs, indices) for inputs in sets]
-            with torch.set_grad_enabled(cell.direction != "forward"), dispatch.choices_made() as choices:
-                output = _output(implementation.call(*prepared[0])).detach()
-                if expected is None:
-                    expected = output
-                    dy = torch.randn_like(output) if indices else None
-                elif _distance(output, expected) > AGREEMENT:
-                    distance = _distance(output, expected)
-                    raise _Disagreement(f"computes something else: its result differs by {distance:.1%}")
-            del output
-            function, arguments = _function(implementation, cell.direction, prepared, indices, dy)
-            peak = timing.peak_bytes(function, arguments[0])
-            samplers[name], timed = _samplers(function, arguments, kind, implementation.graph)
+            if hasattr(operator, "SETS"):
+                self.sets = [operator.inputs(cell, kind) for _ in range(operator.SETS)]
+            else:
+                self.sets = timing.sets_of_inputs(lambda: operator.inputs(cell, kind), kind)
         except Exception as error:
-            entries[name] = {"name": name, "skipped": _failure(error)}
-            continue
-        entries[name] = {"name": name, "timed": timed, "peak_bytes": peak}
-        entries[name]["backend"] = ", ".join(sorted({choice.backend for choice in choices})) or None
-    samples = _spread_of_all(entries, samplers, rounds)
-    return [entries[name] for name in found], samples
+            reason = _failure(error)
+            self.entries = {name: {"name": name, "skipped": reason} for name in found}
+            return
+        self.gradients: list[torch.Tensor | None] = [None] * len(self.sets)
+        # The first peer comes first: it is what the others have to agree with.
+        for name, implementation in sorted(found.items(), key=lambda item: item[0] == GPTKERN):
+            if isinstance(implementation, Missing):
+                self.entries[name] = {"name": name, "skipped": implementation.reason}
+                continue
+            try:
+                self._ready(name, implementation)
+            except Exception as error:
+                self.entries[name] = {"name": name, "skipped": _failure(error)}
+                if kind == "cuda":
+                    _alive()
+
+    def _ready(self, name: str, implementation: Implementation) -> None:
+        prepared = [_prepared(implementation, inputs, self.indices) for inputs in self.sets]
+        with torch.set_grad_enabled(self.cell.direction != "forward"), dispatch.choices_made() as choices:
+            output = _output(implementation.call(*prepared[0]))
+            if self.indices and self.gradients[0] is None:
+                # One for each set: shared, it would stay in the L2 cache.
+                self.gradients = [torch.randn_like(output) for _ in self.sets]
+            self._compare(name, [output.detach(), *_gradients(output, prepared[0], self.indices, self.gradients[0])])
+            del output
+        function, arguments = _function(implementation, self.cell.direction, prepared, self.indices, self.gradients)
+        peak = timing.peak_bytes(function, arguments[0])
+        self.samplers[name], timed = _samplers(function, arguments, self.kind, implementation.graph)
+        self.calls[name] = lambda: function(*arguments[0])
+        self.entries[name] = {"name": name, "timed": timed, "peak_bytes": peak}
+        self.entries[name]["backend"] = ", ".join(sorted({choice.backend for choice in choices})) or None
+
+    def _compare(self, name: str, results: list[torch.Tensor]) -> None:
+        """The output, and the gradients where they are timed, with the first peer's, at full size."""
+        if self.expected is None:
+            self.expected, self.expected_of = results, name
+            return
+        names = ["result", *(f"gradient of input {index}" for index in self.indices)]
+        distances = [_distance(actual, expected) for actual, expected in zip(results, self.expected)]
+        for what, distance in zip(names, distances):
+            if not distance <= AGREEMENT:
+                raise _Disagreement(
+                    f"computes something else: its {what} differs from that of {self.expected_of} by {distance:.1%}"
+                )
+        if name == GPTKERN:
+            self.agreement = {"worst": max(distances), "with": self.expected_of}
+
+    def sample(self, rounds: int) -> dict[str, list[float]]:
+        """Fills in each implementation's times; -> the samples of the time that counts."""
+        self.expected = None
+        counted: dict[str, list[float]] = {}
+        for column, seconds in (("device_s", CELL_SECONDS), ("wall_s", CELL_SECONDS / 4)):
+            names = [name for name in self.samplers if column in self.samplers[name]]
+            if self.kind != "cuda":
+                seconds = CELL_SECONDS
+            try:
+                in_turn = timing.in_turn([self.samplers[name][column] for name in names], rounds, seconds)
+            except Exception as error:
+                # Whose fault it is cannot be told: they took turns.
+                for name in names:
+                    self.entries[name] = {"name": name, "skipped": f"while sampling, {_failure(error)}"}
+                    del self.samplers[name]
+                continue
+            for name, samples in zip(names, in_turn):
+                self.entries[name][column] = timing.spread(samples)._asdict()
+                counted.setdefault(name, samples)
+            for name in self.samplers:
+                self.entries[name].setdefault(column, None)
+        return {name: samples for name, samples in counted.items() if name in self.samplers}
+
+    def clocks(self) -> dict[str, int] | None:
+        """The GPU's clocks while it runs an implementation that could be sampled."""
+        return machine.clocks(next((call for name, call in self.calls.items() if name in self.samplers), None))
 
 
 class _Disagreement(Exception):
     pass
 
 
-def _function(implementation, direction, prepared, indices, dy) -> tuple[Callable, list[tuple]]:
+def _function(implementation, direction, prepared, indices, gradients) -> tuple[Callable, list[tuple]]:
     """-> (what is timed, its arguments for each set of inputs)."""
     if direction == _BACKWARD:
-        graphs = [(_output(implementation.call(*arguments)), arguments) for arguments in prepared]
+        graphs = [
+            (_output(implementation.call(*arguments)), dy, arguments) for arguments, dy in zip(prepared, gradients)
+        ]
 
-        def backward(output, arguments):
+        def backward(output, dy, arguments):
             leaves = [arguments[index] for index in indices]
             return torch.autograd.grad(output, leaves, dy, retain_graph=True)
 
         return backward, graphs
     if direction == _BOTH:
 
-        def both(*arguments):
+        def both(dy, *arguments):
             output = _output(implementation.call(*arguments))
             return torch.autograd.grad(output, [arguments[index] for index in indices], dy)
 
-        return both, prepared
+        return both, [(dy, *arguments) for arguments, dy in zip(prepared, gradients)]
     if direction == "forward":
 
         def forward(*arguments):
@@ -204,20 +296,6 @@ def _samplers(function, arguments, kind, may_graph) -> tuple[dict[str, timing.Sa
     timed = "graph" if may_graph else "events"
     device = (timing.graph_sampler if may_graph else timing.event_sampler)(function, arguments)
     return {"device_s": device, "wall_s": timing._eager_gpu_sampler(function, arguments)}, timed
-
-
-def _spread_of_all(entries, samplers, rounds) -> dict[str, list[float]]:
-    """Fills in each implementation's times; -> the samples of the time that counts."""
-    counted: dict[str, list[float]] = {}
-    for column in ("device_s", "wall_s"):
-        names = [name for name in samplers if column in samplers[name]]
-        in_turn = timing.in_turn([samplers[name][column] for name in names], rounds, CELL_SECONDS)
-        for name, samples in zip(names, in_turn):
-            entries[name][column] = timing.spread(samples)._asdict()
-            counted.setdefault(name, samples)
-        for name in samplers:
-            entries[name].setdefault(column, None)
-    return counted
 
 
 # --- Small parts ----------------------------------------------------------------------------------------------------
@@ -249,8 +327,11 @@ def _distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
 def _failure(error: Exception) -> str:
     if isinstance(error, _Disagreement):
         return str(error)
-    first = next(iter(str(error).strip().splitlines()), "")
-    return f"failed: {type(error).__name__}: {first[:200]}"
+    return f"failed: {type(error).__name__}: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")[:200]
 
 
 def _finite(number: float) -> float | None:

@@ -40,7 +40,7 @@ CYCLES_PER_SECOND = 2e9
 # How much larger than the L2 cache the sets of inputs are together.
 CACHE_FACTOR = 3
 # Sets of inputs on a CPU, and at most on a GPU.
-CPU_SETS, MOST_SETS = 3, 64
+CPU_SETS, MOST_SETS = 3, 256
 # Calls before the first sample: compiling, autotuning and the allocator's first blocks happen in them.
 WARM_UPS = 3
 # Samples that a median and its quartiles need at least.
@@ -229,14 +229,6 @@ def own_stream(kind: str) -> Iterator[None]:
             yield
     finally:
         former.wait_stream(stream)
-
-
-def use_own_stream() -> None:
-    """Makes a stream other than the default the current one: the default stream cannot be captured in a graph."""
-    if torch.cuda.is_available() and torch.cuda.current_stream() == torch.cuda.default_stream():
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.default_stream())
-        torch.cuda.set_stream(stream)
 
 
 def peak_bytes(function: Callable[..., Any], arguments: tuple) -> int | None:

@@ -130,6 +130,7 @@ def _checked(where: Path, device: Device) -> File:
     here = {"format": FORMAT, "device": device.name, "architecture": device.architecture, "versions": versions()}
     if made_for != here:
         return File(where, None, _difference(made_for, here))
+    files.wanted(str(where), "date", content.get("date"), str, "a date")
     for part in ("configurations", "backends"):
         rows = files.wanted(str(where), part, content.get(part), dict, "an object of rows by operator")
         for operator, listed in rows.items():

@@ -119,7 +119,9 @@ def implementations(cell: Cell, kind: str) -> dict[str, Implementation | Missing
 def _quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Each row's scale, max|x| / 127, and q = x / scale rounded to even: in float32, as the contract says."""
     x = x.detach().float()
-    scale = x.abs().amax(-1, keepdim=True) / 127
+    largest = x.abs().amax(-1, keepdim=True)
+    # By a tensor: on a GPU PyTorch multiplies with the reciprocal of a Python number, which rounds twice.
+    scale = largest / torch.full_like(largest, 127)
     return torch.round(x / scale), scale
 
 

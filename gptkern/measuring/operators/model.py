@@ -216,7 +216,7 @@ class _Run:
 
 
 class _Training(_Run):
-    # The fused AdamW counts its steps on the host.
+    # An optimizer that is not made `capturable` refuses to be captured.
     graph = False
 
     def make(self, device):
@@ -280,7 +280,9 @@ def _quantised_values(model: GPT) -> dict[torch.nn.Module, tuple[torch.Tensor, t
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module is not model.lm_head:
             weight = module.weight.detach()
-            scale = weight.abs().amax(-1, keepdim=True) / 127
+            largest = weight.abs().amax(-1, keepdim=True)
+            # By a tensor: on a GPU PyTorch multiplies with the reciprocal of a Python number, which rounds twice.
+            scale = largest / torch.full_like(largest, 127)
             found[module] = torch.round(weight / scale), scale
     return found
 
