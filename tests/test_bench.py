@@ -18,7 +18,9 @@ ROOT = Path(__file__).parents[1]
 
 def run(*command, **environment):
     # The bench runs as a user's would: on a CPU nothing is interpreted.
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
+    # Nor is it a worker of the tests' own pytest, where pytest-benchmark would do nothing.
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_INTERPRET", "PYTEST_"))}
+    env |= environment
     # A user's own tables may prefer PyTorch.
     env["GPTKERN_CACHE"] = str(ROOT / "tests" / "no_such_folder")
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
