@@ -335,10 +335,7 @@ def unavailable(name: str, device: torch.device) -> str | None:
     """Why a backend has no kernels for a device in this process, or None where it has."""
     if name == "torch":
         return None
-    if name == "cuda":
-        if not _installed("gptkern.cuda_kernels"):
-            return "there are no CUDA kernels in this build"
-    elif not _installed("triton"):
+    if name == "triton" and not _installed("triton"):
         return "triton is not installed"
     if device.type == "cpu":
         switch = "TRITON_INTERPRET" if name == "triton" else "GPTKERN_EMULATE_CUDA"
@@ -350,6 +347,10 @@ def unavailable(name: str, device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"kernels need compute capability 8.0 or newer and this GPU has {major}.{minor}"
+    if name == "cuda":
+        from gptkern.cuda_kernels import common
+
+        return common.unavailable(device.index)
     return None
 
 

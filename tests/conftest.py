@@ -1,4 +1,4 @@
-"""Where the tests run: on the GPU where there is one, else on the CPU with Triton's kernels interpreted.
+"""Where the tests run: on the GPU where there is one, else on the CPU, with interpreted and emulated kernels.
 
 TRITON_INTERPRET is read when a kernel's module is first imported, so it is set before anything else.
 """
@@ -12,9 +12,11 @@ import torch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["GPTKERN_EMULATE_CUDA"] = "1"
 
 import contextlib
 import importlib.util
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -30,11 +32,26 @@ settings.load_profile("gptkern")
 # Two workers on two cores: more threads each would only wait for one another.
 torch.set_num_threads(1)
 
+
+def _no_cuda() -> str | None:
+    """Why the cuda backend cannot run here."""
+    if DEVICE == "cuda":
+        from gptkern.cuda_kernels import common
+
+        return common.unavailable(0)
+    from gptkern.cuda_kernels import emulated
+
+    return None if emulated.compiler() else "there is no C++ compiler for the emulated CUDA kernels"
+
+
+_NO_CUDA = _no_cuda()
+
 KERNEL_BACKENDS = [
     pytest.param(
         "triton",
         marks=pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
-    )
+    ),
+    pytest.param("cuda", marks=pytest.mark.skipif(_NO_CUDA is not None, reason=_NO_CUDA or "")),
 ]
 
 
@@ -43,14 +60,32 @@ def device() -> str:
     return DEVICE
 
 
+def _skip_unwritten(test):
+    """Operators get their CUDA kernels one after another; tests of several operators wait for the last."""
+    written = {path.stem for path in (Path(gptkern.__file__).parent / "cuda_kernels").glob("*.py")}
+    operator = Path(test.partition("::")[0]).stem.removeprefix("test_")
+    needed = (
+        {operator} if operator in (*gptkern.dispatch.OPERATORS, "quantize_int8") else set(gptkern.dispatch.OPERATORS)
+    )
+    if needed - written:
+        pytest.skip(f"no CUDA kernels of {', '.join(sorted(needed - written))} are written yet")
+
+
 @contextlib.contextmanager
-def _forced(name):
-    """The backend is forced; interpreted kernels that touch memory outside of their tensors raise."""
+def _forced(name, test):
+    """The backend is forced; kernels that touch memory outside of their tensors raise."""
     with contextlib.ExitStack() as stack:
         if name == "triton" and DEVICE == "cpu":
             from bounds import inside_bounds
 
             stack.enter_context(inside_bounds())
+        if name == "cuda":
+            _skip_unwritten(test)
+        if name == "cuda" and DEVICE == "cpu":
+            import emulation
+
+            emulation.schedule_of(test)
+            stack.enter_context(emulation.inside_bounds())
         stack.enter_context(gptkern.backend(name))
         yield
 
@@ -58,14 +93,14 @@ def _forced(name):
 @pytest.fixture(params=["torch", *KERNEL_BACKENDS])
 def backend(request):
     """The name of a backend, which is forced while the test runs."""
-    with _forced(request.param):
+    with _forced(request.param, request.node.nodeid):
         yield request.param
 
 
 @pytest.fixture(params=KERNEL_BACKENDS)
 def kernel_backend(request):
     """As `backend`, without PyTorch: for what only kernels have to get right."""
-    with _forced(request.param):
+    with _forced(request.param, request.node.nodeid):
         yield request.param
 
 

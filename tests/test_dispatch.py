@@ -140,12 +140,14 @@ def test_forced_and_not_installed_says_so(monkeypatch, nothing_looked_up):
         G.softmax(*a_call("softmax"))
 
 
-def test_forced_and_not_built_says_so(monkeypatch, nothing_looked_up):
-    found = dispatch.importlib.util.find_spec
-    monkeypatch.setattr(
-        dispatch.importlib.util, "find_spec", lambda name, *rest: None if "cuda" in name else found(name, *rest)
-    )
-    with gptkern.backend("cuda"), pytest.raises(gptkern.BackendError, match="no CUDA kernels in this build"):
+def test_forced_and_not_built_says_so(monkeypatch):
+    from gptkern.cuda_kernels import common
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(common, "unavailable", lambda index: "there are no CUDA kernels in this build")
+    assert dispatch.unavailable("cuda", torch.device("cuda", 0)) == "there are no CUDA kernels in this build"
+    monkeypatch.delenv("GPTKERN_EMULATE_CUDA", raising=False)
+    with gptkern.backend("cuda"), pytest.raises(gptkern.BackendError, match="GPTKERN_EMULATE_CUDA=1 is not set"):
         G.softmax(*a_call("softmax"))
 
 

@@ -15,6 +15,11 @@ from gptkern import cli, dispatch
 from gptkern.commands import info
 
 
+@pytest.fixture(autouse=True)
+def _not_emulated(monkeypatch):
+    monkeypatch.delenv("GPTKERN_EMULATE_CUDA", raising=False)
+
+
 def _facts(capsys) -> dict:
     assert cli.main(["info", "--json"]) == 0
     return json.loads(capsys.readouterr().out)
@@ -30,7 +35,7 @@ def test_json_holds_versions_devices_and_backends(capsys):
     cpu = facts["devices"][0]
     for operator in dispatch.OPERATORS:
         assert cpu["backends"][operator]["torch"] is None
-        assert "no CUDA kernels in this build" in cpu["backends"][operator]["cuda"]
+        assert cpu["backends"][operator]["cuda"] == "the input is on the CPU and GPTKERN_EMULATE_CUDA=1 is not set"
 
 
 def test_the_reason_goes_when_the_interpreter_is_on(capsys, monkeypatch):
@@ -53,7 +58,7 @@ def test_an_operator_without_a_module_is_told_apart(capsys, monkeypatch):
     assert "ModuleNotFoundError" in facts["devices"][0]["backends"]["convolution"]["triton"]
     reasons = info._reasons(facts["devices"][0]["backends"])
     assert reasons["triton"].startswith("convolution: ModuleNotFoundError")
-    assert reasons["cuda"] == "there are no CUDA kernels in this build"
+    assert "GPTKERN_EMULATE_CUDA=1 is not set" in reasons["cuda"]
 
 
 def test_text_names_what_is_missing(capsys, monkeypatch):
@@ -61,7 +66,7 @@ def test_text_names_what_is_missing(capsys, monkeypatch):
     assert cli.main(["info"]) == 0
     output = capsys.readouterr().out
     assert "CUDA C++: no CUDA kernels in this build." in output
-    assert "not cuda: there are no CUDA kernels in this build" in output
+    assert "not cuda: the input is on the CPU and GPTKERN_EMULATE_CUDA=1 is not set" in output
     assert "GPTKERN_BACKEND=torch" in output
     assert ("PyTorch sees no GPU." in output) == (not torch.cuda.is_available())
 

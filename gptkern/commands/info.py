@@ -56,7 +56,7 @@ def gathered() -> dict[str, Any]:
         "versions": _versions(torch),
         "environment": {name: os.environ.get(name) for name in VARIABLES},
         "cuda_kernels": "in this build"
-        if importlib.util.find_spec("gptkern.cuda_kernels")
+        if importlib.util.find_spec("gptkern._cuda")
         else "no CUDA kernels in this build",
         "forced_backend": os.environ.get("GPTKERN_BACKEND") or None,
         "operators": {operator: COVERAGE.get(operator, "") for operator in dispatch.OPERATORS},

@@ -1,0 +1,85 @@
+// Starting a kernel, on the host. A launch that fails is an exception with the kernel's name and its configuration.
+#pragma once
+
+#include <atomic>
+#include <cstdio>
+#include <stdexcept>
+#include <string>
+
+#include "platform.cuh"
+
+namespace gptkern {
+
+struct LaunchShape {
+    unsigned grid_x = 1, grid_y = 1, grid_z = 1;
+    unsigned threads = 1;  // a block's, in one dimension
+    size_t shared_bytes = 0;
+};
+
+namespace detail {
+
+inline std::string describe(const char* kernel, const LaunchShape& shape) {
+    char text[256];
+    std::snprintf(text, sizeof text, "%s, grid (%u, %u, %u), %u threads, %zu bytes of shared memory", kernel,
+                  shape.grid_x, shape.grid_y, shape.grid_z, shape.threads, shape.shared_bytes);
+    return text;
+}
+
+#ifndef GPTKERN_EMULATED
+
+inline void check(cudaError_t error, const char* what, const char* kernel, const LaunchShape& shape) {
+    if (error == cudaSuccess) return;
+    // An error of a launch is sticky no longer than this: the next launch has its own.
+    (void)cudaGetLastError();
+    throw std::runtime_error("gptkern: " + std::string(what) + " failed: " + cudaGetErrorString(error) + " (" +
+                             describe(kernel, shape) + ")");
+}
+
+// More than 48 KB of shared memory has to be asked for, once for a kernel and a device.
+template <auto KERNEL>
+void allow_shared_memory(const char* name, const LaunchShape& shape) {
+    constexpr size_t WITHOUT_ASKING = 48 * 1024;
+    if (shape.shared_bytes <= WITHOUT_ASKING) return;
+    // Bytes allowed so far, by device.
+    static std::atomic<size_t> allowed[64];
+    int device = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice", name, shape);
+    std::atomic<size_t>* entry = device < 64 ? &allowed[device] : nullptr;
+    if (entry && entry->load(std::memory_order_relaxed) >= shape.shared_bytes) return;
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(KERNEL), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               int(shape.shared_bytes)),
+          "cudaFuncSetAttribute", name, shape);
+    if (entry) entry->store(shape.shared_bytes, std::memory_order_relaxed);
+}
+
+#endif
+
+template <auto KERNEL>
+struct Launcher;
+
+template <class... Parameters, void (*KERNEL)(Parameters...)>
+struct Launcher<KERNEL> {
+    static void launch(const char* name, const LaunchShape& shape, void* stream, Parameters... arguments) {
+        if (shape.grid_x == 0 || shape.grid_y == 0 || shape.grid_z == 0) return;
+#ifdef GPTKERN_EMULATED
+        (void)stream;
+        auto call = [&] { KERNEL(arguments...); };
+        emulator::launch(name, {shape.grid_x, shape.grid_y, shape.grid_z}, shape.threads, shape.shared_bytes,
+                         [](void* context) { (*static_cast<decltype(call)*>(context))(); }, &call);
+#else
+        allow_shared_memory<KERNEL>(name, shape);
+        void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+        check(cudaLaunchKernel(reinterpret_cast<const void*>(KERNEL), dim3(shape.grid_x, shape.grid_y, shape.grid_z),
+                               dim3(shape.threads), pointers, shape.shared_bytes, static_cast<cudaStream_t>(stream)),
+              "a launch", name, shape);
+#endif
+    }
+};
+
+}  // namespace detail
+}  // namespace gptkern
+
+// GPTKERN_LAUNCH((kernel<T, 64>), shape, stream, arguments…): the arguments convert to the kernel's parameters.
+#define GPTKERN_PLAIN(...) __VA_ARGS__
+#define GPTKERN_LAUNCH(KERNEL, SHAPE, STREAM, ...) \
+    ::gptkern::detail::Launcher<GPTKERN_PLAIN KERNEL>::launch(#KERNEL, SHAPE, STREAM, __VA_ARGS__)

@@ -1,0 +1,106 @@
+// float16 and bfloat16, and how they become float32 and back (rounded to nearest, ties to even).
+#pragma once
+
+#include "platform.cuh"
+
+#ifdef GPTKERN_EMULATED
+#include <bit>
+#endif
+
+namespace gptkern {
+
+#ifdef GPTKERN_EMULATED
+
+struct float16 {
+    uint16_t bits;
+};
+struct bfloat16 {
+    uint16_t bits;
+};
+
+inline float to_float(float x) { return x; }
+inline float to_float(float16 x) { return emulator::float_of_float16(x.bits); }
+inline float to_float(bfloat16 x) { return std::bit_cast<float>(uint32_t(x.bits) << 16); }
+
+template <class T>
+T from_float(float x);
+template <>
+inline float from_float<float>(float x) {
+    return x;
+}
+template <>
+inline float16 from_float<float16>(float x) {
+    return {emulator::float16_of_float(x)};
+}
+template <>
+inline bfloat16 from_float<bfloat16>(float x) {
+    return {emulator::bfloat16_of_float(x)};
+}
+
+template <class T>
+uint16_t bits_of(T x) {
+    return x.bits;
+}
+template <class T>
+T of_bits(uint16_t bits) {
+    return {bits};
+}
+
+#else
+
+using float16 = __half;
+using bfloat16 = __nv_bfloat16;
+
+GPTKERN_DEVICE float to_float(float x) { return x; }
+GPTKERN_DEVICE float to_float(float16 x) { return __half2float(x); }
+GPTKERN_DEVICE float to_float(bfloat16 x) { return __bfloat162float(x); }
+
+template <class T>
+GPTKERN_DEVICE T from_float(float x);
+template <>
+GPTKERN_DEVICE float from_float<float>(float x) {
+    return x;
+}
+template <>
+GPTKERN_DEVICE float16 from_float<float16>(float x) {
+    return __float2half_rn(x);
+}
+template <>
+GPTKERN_DEVICE bfloat16 from_float<bfloat16>(float x) {
+    return __float2bfloat16_rn(x);
+}
+
+#endif
+
+// Two 16-bit values in a register, `low` in the lower half: the operand of a matrix instruction.
+template <class T>
+GPTKERN_DEVICE uint32_t pack(float low, float high) {
+#ifdef GPTKERN_EMULATED
+    return uint32_t(bits_of(from_float<T>(low))) | uint32_t(bits_of(from_float<T>(high))) << 16;
+#else
+    if constexpr (sizeof(T) == 2) {
+        // One instruction (cvt.rn.*x2) for both.
+        if constexpr (std::is_same_v<T, float16>) {
+            __half2 pair = __floats2half2_rn(low, high);
+            return *reinterpret_cast<uint32_t*>(&pair);
+        } else {
+            __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+            return *reinterpret_cast<uint32_t*>(&pair);
+        }
+    }
+#endif
+}
+
+template <class T>
+GPTKERN_DEVICE float2 unpack(uint32_t pair) {
+#ifdef GPTKERN_EMULATED
+    return {to_float(of_bits<T>(uint16_t(pair))), to_float(of_bits<T>(uint16_t(pair >> 16)))};
+#else
+    if constexpr (std::is_same_v<T, float16>)
+        return __half22float2(*reinterpret_cast<__half2*>(&pair));
+    else
+        return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&pair));
+#endif
+}
+
+}  // namespace gptkern

@@ -1,0 +1,185 @@
+"""The CUDA kernels on a CPU: builds csrc/ for its emulator with a host compiler, at first use, and loads it.
+
+    GPTKERN_EMULATE_CUDA=1          CPU tensors may run the cuda backend
+    GPTKERN_EMULATE_CUDA_SEED=n     the schedule of the first launch (default 1); later launches count on from it
+    GPTKERN_SANITIZE=1              built with AddressSanitizer and UndefinedBehaviorSanitizer, whose libraries have
+                                    to be loaded before Python: see `sanitizer_environment`
+    CXX                             the compiler, for C++20 (default: g++, else clang++)
+
+Objects are kept in gptkern's cache by a hash of what they are made of, so a change compiles what it touches.
+`python -m gptkern.cuda_kernels.emulated` builds and says where.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.machinery
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+from gptkern.cuda_kernels import sources
+from gptkern.tables import user
+
+NAME = "_cuda_emulated"
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
+# -O1: kernels are compiled four times as fast as with -O2 and a test calls each of them but a few times. The emulator's
+# own files are few and run all the time.
+_FLAGS = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-DGPTKERN_EMULATED", "-Wno-unknown-pragmas", "-g1")
+
+
+class CompilerError(ImportError):
+    """The emulated kernels cannot be built here; the message says why."""
+
+
+def sanitized() -> bool:
+    return os.environ.get("GPTKERN_SANITIZE") == "1"
+
+
+@functools.cache
+def compiler() -> str | None:
+    """The host compiler, or None where there is none."""
+    for name in (os.environ.get("CXX"), "g++", "clang++"):
+        if name and shutil.which(name.split()[0]):
+            return name
+    return None
+
+
+@functools.cache
+def load() -> ModuleType:
+    """The emulated module, built now if it is not in the cache.
+
+    Raises:
+        CompilerError: there is no compiler, no source or no pybind11, or the compiler failed.
+    """
+    path = build(quiet=True)
+    loader = importlib.machinery.ExtensionFileLoader(f"gptkern.{NAME}", str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(loader.name, path, loader=loader))
+    loader.exec_module(module)
+    module.set_seed(int(os.environ.get("GPTKERN_EMULATE_CUDA_SEED", "1")))
+    return module
+
+
+def build(*, quiet: bool) -> Path:
+    """Compiles what the cache does not hold and returns the module's path."""
+    csrc = sources.folder()
+    if csrc is None:
+        raise CompilerError("the sources of the CUDA kernels (csrc) are not installed")
+    command = compiler()
+    if command is None:
+        raise CompilerError("there is no C++ compiler: install g++ or clang++, or set CXX")
+    try:
+        import pybind11
+    except ImportError as error:
+        raise CompilerError("the emulated CUDA kernels need pybind11: pip install pybind11") from error
+    base = user.folder()
+    if base is None:
+        raise CompilerError("this system names no folder for caches: set GPTKERN_CACHE")
+    folder = base / "emulated"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    extra = SANITIZERS if sanitized() else ()
+    include = (f"-I{csrc}", f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}")
+    common = hashlib.sha256(
+        repr((command, _version(command), _FLAGS, extra, sys.version, pybind11.__version__)).encode()
+    )
+    for header in sources.headers(csrc, emulated=True):
+        common.update(header.name.encode() + header.read_bytes())
+
+    jobs = []
+    for unit in (*sources.kernel_units(csrc), *sources.host_units(csrc, emulated=True)):
+        optimise = "-O3" if unit.source.parent.name == "emulator" else "-O1"
+        flags = [*_FLAGS, optimise, *extra, *include, *(f"-D{define}" for define in unit.defines)]
+        digest = common.copy()
+        digest.update(repr((unit.defines, optimise)).encode() + unit.source.read_bytes())
+        target = folder / f"{unit.name}-{digest.hexdigest()[:16]}.o"
+        jobs.append((target, [*command.split(), *flags, "-x", "c++", "-c", str(unit.source), "-o"]))
+
+    missing = [job for job in jobs if not job[0].exists()]
+    if missing and not quiet:
+        print(f"gptkern: compiling {len(missing)} of {len(jobs)} parts of the emulated CUDA kernels", file=sys.stderr)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda job: _once(*job), missing))
+    names = " ".join(target.name for target, _ in jobs)
+    module = (
+        folder / f"{NAME}-{hashlib.sha256(names.encode()).hexdigest()[:16]}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    )
+    link = [*command.split(), "-shared", *extra, *(str(target) for target, _ in jobs), "-o"]
+    if not module.exists():
+        _once(module, link)
+    return module
+
+
+@functools.cache
+def _version(command: str) -> str:
+    return subprocess.run([*command.split(), "--version"], capture_output=True, text=True).stdout
+
+
+def _once(target: Path, command: list[str]) -> None:
+    """Makes `target`, which appears whole or not at all; several processes may try at a time, and one does the work."""
+    with _locked(target):
+        if target.exists():
+            return
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        os.close(handle)
+        try:
+            done = subprocess.run([*command, name], capture_output=True, text=True)
+            if done.returncode:
+                raise CompilerError(f"{' '.join(command)} failed:\n{done.stderr}")
+            os.chmod(name, 0o755)
+            os.replace(name, target)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+            raise
+
+
+@contextlib.contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    lock = target.with_name(f"{target.name}.lock")
+    with open(lock, "w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except ImportError:  # not on this system: the work may be done twice, the result is the same
+            pass
+        yield
+    with contextlib.suppress(OSError):
+        lock.unlink()
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """What a Python process needs in its environment to load a module built with the sanitizers."""
+    command = compiler()
+    if command is None:
+        raise CompilerError("there is no C++ compiler: install g++ or clang++, or set CXX")
+    libraries = []
+    for name in ("libasan.so", "libubsan.so", "libstdc++.so"):
+        found = subprocess.run([*command.split(), f"-print-file-name={name}"], capture_output=True, text=True)
+        path = Path(found.stdout.strip())
+        if not path.is_absolute():
+            raise CompilerError(f"{command} has no {name}")
+        libraries.append(str(path.resolve()))
+    return {
+        "GPTKERN_EMULATE_CUDA": "1",
+        "GPTKERN_SANITIZE": "1",
+        "LD_PRELOAD": " ".join(libraries),
+        # Python frees little at its end, and a module opened twice holds each symbol twice.
+        "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0:abort_on_error=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+    }
+
+
+if __name__ == "__main__":
+    print(build(quiet=False))
