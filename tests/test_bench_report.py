@@ -339,8 +339,8 @@ def test_the_readme_names_the_widest_lead_and_loss(results):
     lines = report.summary(results, "page").splitlines()
     assert len(lines) <= 20
     row = next(line for line in lines if line.startswith("| layer_norm"))
-    assert "| 3 / 1 / 2 | 1.34× compile: backward, 32768x1024, 2,369 GB/s, 59% of the copy ceiling |" in row
-    assert "**0.80× quack** ▼: forward, 32768x1024, 2,684 GB/s, 67% of the copy ceiling" in row
+    assert "| 3 / 1 / 2 | 1.34× compile: backward, 32768x1024 bfloat16, 2,369 GB/s, 59% of the copy ceiling |" in row
+    assert "**0.80× quack** ▼: forward, 32768x1024 bfloat16, 2,684 GB/s, 67% of the copy ceiling" in row
     assert "✗ 2 promised limits broken" in lines[0]
 
 

@@ -410,11 +410,11 @@ def _few_costs(results: dict[str, Any]) -> list[str]:
 
 
 def _telling(cell: dict[str, Any] | None, results: dict[str, Any]) -> str:
-    """ "1.15× SDPA flash: forward, 4x16x4096x128 causal, 612 TFLOP/s, 77% of the bfloat16 ceiling"."""
+    """ "1.15× SDPA flash: forward, 4x16x4096x128 causal bfloat16, 612 TFLOP/s, 77% of the bfloat16 ceiling"."""
     if cell is None:
         return "–"
     mine, what = files.ours(cell), rates.counted([cell])
-    parts = [f"{cell['direction']}, {wording.text(cell['label'])}"]
+    parts = [f"{cell['direction']}, {wording.text(cell['label'])} {cell['dtype']}"]
     if what:
         parts.append(wording.rate(rates.rate(cell, mine), what))
     share = rates.share(cell, mine, results["ceilings"])
