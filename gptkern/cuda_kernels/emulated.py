@@ -23,7 +23,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -62,8 +62,12 @@ def load() -> ModuleType:
     Raises:
         CompilerError: there is no compiler, no source or no pybind11, or the compiler failed.
     """
-    path = build(quiet=True)
-    loader = importlib.machinery.ExtensionFileLoader(f"gptkern.{NAME}", str(path))
+    return loaded(NAME, build(quiet=True))
+
+
+def loaded(name: str, path: Path) -> ModuleType:
+    """The module of a path that `build_units` returned."""
+    loader = importlib.machinery.ExtensionFileLoader(f"gptkern.{name}", str(path))
     module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(loader.name, path, loader=loader))
     loader.exec_module(module)
     module.set_seed(int(os.environ.get("GPTKERN_EMULATE_CUDA_SEED", "1")))
@@ -72,9 +76,28 @@ def load() -> ModuleType:
 
 def build(*, quiet: bool) -> Path:
     """Compiles what the cache does not hold and returns the module's path."""
+    csrc = _csrc()
+    return build_units(NAME, [*sources.kernel_units(csrc), *sources.host_units(csrc, emulated=True)], quiet=quiet)
+
+
+def build_with(name: str, own: Iterable[Path], *, quiet: bool) -> Path:
+    """As `build`, of a module that holds the emulator and the given sources in place of csrc's kernels: for tests.
+
+    One of them defines the Python module `name`.
+    """
+    units = [unit for unit in sources.host_units(_csrc(), emulated=True) if unit.name != "bindings"]
+    return build_units(name, [*units, *(sources.Unit(path.stem, path, ()) for path in own)], quiet=quiet)
+
+
+def _csrc() -> Path:
     csrc = sources.folder()
     if csrc is None:
         raise CompilerError("the sources of the CUDA kernels (csrc) are not installed")
+    return csrc
+
+
+def build_units(name: str, units: Iterable[sources.Unit], *, quiet: bool) -> Path:
+    csrc = _csrc()
     command = compiler()
     if command is None:
         raise CompilerError("there is no C++ compiler: install g++ or clang++, or set CXX")
@@ -97,7 +120,7 @@ def build(*, quiet: bool) -> Path:
         common.update(header.name.encode() + header.read_bytes())
 
     jobs = []
-    for unit in (*sources.kernel_units(csrc), *sources.host_units(csrc, emulated=True)):
+    for unit in units:
         optimise = "-O3" if unit.source.parent.name == "emulator" else "-O1"
         flags = [*_FLAGS, optimise, *extra, *include, *(f"-D{define}" for define in unit.defines)]
         digest = common.copy()
@@ -112,7 +135,7 @@ def build(*, quiet: bool) -> Path:
         list(pool.map(lambda job: _once(*job), missing))
     names = " ".join(target.name for target, _ in jobs)
     module = (
-        folder / f"{NAME}-{hashlib.sha256(names.encode()).hexdigest()[:16]}{sysconfig.get_config_var('EXT_SUFFIX')}"
+        folder / f"{name}-{hashlib.sha256(names.encode()).hexdigest()[:16]}{sysconfig.get_config_var('EXT_SUFFIX')}"
     )
     link = [*command.split(), "-shared", *extra, *(str(target) for target, _ in jobs), "-o"]
     if not module.exists():
