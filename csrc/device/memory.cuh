@@ -66,7 +66,7 @@ GPTKERN_DEVICE Raw<V> to_raw(V value) {
 template <class V>
 GPTKERN_DEVICE V load_global(const V* address GPTKERN_SITE) {
 #ifdef GPTKERN_EMULATED
-    emulator::accessed(emulator::GLOBAL_LOAD, address, sizeof(V), site);
+    emulator::accessed(emulator::GLOBAL_LOAD_READ_ONLY, address, sizeof(V), site);
     return *address;
 #else
     return detail::from_raw<V>(__ldg(reinterpret_cast<const detail::Raw<V>*>(address)));

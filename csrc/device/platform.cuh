@@ -19,12 +19,17 @@
 // The last parameter of a helper: where in the kernel it was called. Lanes meet at a collective only at one place.
 #define GPTKERN_SITE , std::source_location site = std::source_location::current()
 #define GPTKERN_SITE_ONLY std::source_location site = std::source_location::current()
+// Hands it on to another helper, as its last argument.
+#define GPTKERN_HERE , site
+#define GPTKERN_HERE_ONLY site
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #define GPTKERN_SITE
 #define GPTKERN_SITE_ONLY
+#define GPTKERN_HERE
+#define GPTKERN_HERE_ONLY
 #endif
 
 #define GPTKERN_DEVICE __device__ __forceinline__

@@ -51,18 +51,27 @@ GPTKERN_DEVICE void warp_sync(GPTKERN_SITE_ONLY) {
 #endif
 }
 
+// __syncthreads() at the place of the helper that calls it.
+GPTKERN_DEVICE void block_sync(GPTKERN_SITE_ONLY) {
+#ifdef GPTKERN_EMULATED
+    emulator::block_barrier(site);
+#else
+    __syncthreads();
+#endif
+}
+
 // Sum over aligned groups of LANES lanes; every lane of the group gets it. The order of the additions is fixed.
 template <int LANES = WARP>
-GPTKERN_DEVICE float warp_sum(float value) {
+GPTKERN_DEVICE float warp_sum(float value GPTKERN_SITE) {
 #pragma unroll
-    for (int mask = LANES / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+    for (int mask = LANES / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask GPTKERN_HERE);
     return value;
 }
 
 template <int LANES = WARP>
-GPTKERN_DEVICE float warp_max(float value) {
+GPTKERN_DEVICE float warp_max(float value GPTKERN_SITE) {
 #pragma unroll
-    for (int mask = LANES / 2; mask > 0; mask /= 2) value = fmaxf(value, shuffle_xor(value, mask));
+    for (int mask = LANES / 2; mask > 0; mask /= 2) value = fmaxf(value, shuffle_xor(value, mask GPTKERN_HERE));
     return value;
 }
 
@@ -70,11 +79,11 @@ GPTKERN_DEVICE float warp_max(float value) {
 // use again before the next __syncthreads(). All threads of the block call it, and every one gets the sum of its
 // warps in a fixed order.
 template <int WARPS>
-GPTKERN_DEVICE float block_sum(float value, float* scratch) {
-    value = warp_sum(value);
+GPTKERN_DEVICE float block_sum(float value, float* scratch GPTKERN_SITE) {
+    value = warp_sum(value GPTKERN_HERE);
     if constexpr (WARPS > 1) {
         if (lane_of_thread() == 0) store_shared(scratch + warp_of_thread() % WARPS, value);
-        __syncthreads();
+        block_sync(GPTKERN_HERE_ONLY);
         value = 0.0f;
 #pragma unroll
         for (int warp = 0; warp < WARPS; ++warp) value += load_shared(scratch + warp);
@@ -83,11 +92,11 @@ GPTKERN_DEVICE float block_sum(float value, float* scratch) {
 }
 
 template <int WARPS>
-GPTKERN_DEVICE float block_max(float value, float* scratch) {
-    value = warp_max(value);
+GPTKERN_DEVICE float block_max(float value, float* scratch GPTKERN_SITE) {
+    value = warp_max(value GPTKERN_HERE);
     if constexpr (WARPS > 1) {
         if (lane_of_thread() == 0) store_shared(scratch + warp_of_thread() % WARPS, value);
-        __syncthreads();
+        block_sync(GPTKERN_HERE_ONLY);
         value = load_shared(scratch);
 #pragma unroll
         for (int warp = 1; warp < WARPS; ++warp) value = fmaxf(value, load_shared(scratch + warp));

@@ -23,7 +23,9 @@ inline pybind11::dict to_dict(const KernelCounts& counts) {
     using namespace pybind11::literals;
     pybind11::dict regions;
     for (const auto& [name, region] : counts.regions)
-        regions[pybind11::str(name)] = pybind11::dict("loaded"_a = region.loaded, "stored"_a = region.stored);
+        regions[pybind11::str(name)] = pybind11::dict(
+            "loaded"_a = region.loaded, "stored"_a = region.stored, "loaded_sectors"_a = region.loaded_sectors,
+            "stored_sectors"_a = region.stored_sectors);
     return pybind11::dict(
         "launches"_a = counts.launches, "blocks"_a = counts.blocks, "barriers"_a = counts.barriers,
         "shuffles"_a = counts.shuffles, "mma_16bit"_a = counts.mma_16bit, "mma_int8"_a = counts.mma_int8,
@@ -37,6 +39,7 @@ inline void bind(pybind11::module_& module) {
     module.def("set_seed", &set_seed);
     module.def("seed", &seed);
     module.def("skip_launches", &skip_launches);
+    module.def("check_races", &check_races);
     module.def("set_bounds", &set_bounds);
     module.def("start_counting", [](const std::map<std::string, std::pair<std::uintptr_t, size_t>>& watched) {
         std::vector<Region> regions;

@@ -10,7 +10,8 @@
 
 namespace gptkern::emulator {
 
-// One kind of access to global memory. A request is one instruction of a warp; a sector is 32 bytes of memory.
+// One kind of access to global memory. A request is one instruction of a warp. Bytes are those that the request
+// touches, each once; a sector, which is what moves, is 32 bytes of memory.
 struct GlobalCounts {
     uint64_t requests = 0, bytes = 0, sectors = 0;
 };
@@ -22,6 +23,7 @@ struct SharedCounts {
 
 struct RegionCounts {
     uint64_t loaded = 0, stored = 0;  // bytes
+    uint64_t loaded_sectors = 0, stored_sectors = 0;
 };
 
 struct KernelCounts {
@@ -52,7 +54,8 @@ enum Logged { LOGGED_ASYNC = 100 };
 // An access of one lane. The lanes of a warp that made the same access of the same epoch made one request.
 struct LogEntry {
     int kind;  // Access or Logged
-    uint32_t site, epoch, size;
+    Site site;
+    uint32_t epoch, size;
     uintptr_t address, shared_address;
 };
 

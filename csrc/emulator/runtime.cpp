@@ -15,6 +15,7 @@
 
 #include "counters.h"
 #include "fiber.h"
+#include "races.h"
 
 #if defined(__x86_64__)
 // Saves the registers that a call must preserve on the stack it leaves, and takes them from the one it enters.
@@ -72,6 +73,7 @@ struct Copy {
     int bytes;
     int group;
     int countdown;  // lands when the thread has waited so often; negative: in cp_async_wait
+    bool landed;
 };
 
 struct Thread {
@@ -81,7 +83,7 @@ struct Thread {
     bool done = false;
     const char* waits_for = nullptr;  // what it stands at, for the report of a deadlock
     Site site{};
-    std::vector<Copy> copies;
+    std::vector<Copy> copies;  // which no wait has covered
     int group = 0;
     uint32_t epoch = 0;
 };
@@ -97,6 +99,7 @@ struct Meeting {
 struct Warp {
     unsigned ready = 0;
     uint32_t priority = 0;
+    uint32_t barriers = 0;
     std::vector<Meeting> meetings;
 };
 
@@ -119,7 +122,7 @@ std::string text(const Index& index) {
 
 std::mutex launching;
 uint64_t the_seed = 0;
-bool skipping = false;
+bool skipping = false, checking_races = true;
 std::vector<std::pair<uintptr_t, uintptr_t>> bounds;
 
 Fiber host;
@@ -134,6 +137,12 @@ Site barrier_site;
 Index the_block, the_block_size, the_grid;
 Random random_numbers;
 bool in_order = true, by_priority = false;
+uint32_t accesses_to_switch = 0;  // a thread goes on so many accesses before another may run; 0: it waits for nothing
+
+SharedRaces shared_races;
+GlobalRaces global_races;
+uint32_t barriers = 0;  // of blocks, ever
+unsigned block_number = 0;
 
 unsigned char* shared = nullptr;
 size_t shared_bytes_launched = 0;
@@ -211,7 +220,8 @@ void go_on(bool for_good) {
     self.fiber.switch_to(next ? next->fiber : host, for_good);
 }
 
-void land(const Copy& copy) {
+void land(Copy& copy) {
+    copy.landed = true;
     if (copy.global)
         std::memcpy(copy.shared, copy.global, size_t(copy.bytes));
     else
@@ -222,12 +232,8 @@ void wait_at(const char* what, const Site& site) {
     Thread& self = *current;
     self.waits_for = what;
     self.site = site;
-    if (!self.copies.empty())
-        std::erase_if(self.copies, [](Copy& copy) {
-            if (copy.countdown < 0 || --copy.countdown > 0) return false;
-            land(copy);
-            return true;
-        });
+    for (Copy& copy : self.copies)
+        if (!copy.landed && copy.countdown > 0 && --copy.countdown == 0) land(copy);
     go_on(false);
 }
 
@@ -260,6 +266,8 @@ void thread_entry() {
             fail("the thread ends while asynchronous copies are under way: a cp_async_wait is missing");
     } catch (const std::exception& error) {
         failure = std::string(error.what()) + " (thread " + text(current->index) + ")";
+    } catch (...) {
+        failure = "the kernel threw what is no std::exception (thread " + text(current->index) + ")";
     }
     current->done = true;
     ++done_count;
@@ -273,6 +281,7 @@ void run_block() {
         std::memset(shared, POISON, shared_bytes_launched);
     }
     done_count = at_barrier = ready_warps = 0;
+    ++barriers;
     for (unsigned warp = 0; warp < warp_count; ++warp) {
         warps[warp].meetings.clear();
         warps[warp].ready = 0;
@@ -302,7 +311,7 @@ void run_block() {
 
 void log_access(int kind, const void* address, size_t bytes, const Site& site, const void* shared_address = nullptr) {
     logs[current->warp * WARP + current->lane].push_back(
-        {kind, uint32_t(site.line() * 512 + site.column()), current->epoch, uint32_t(bytes),
+        {kind, site, current->epoch, uint32_t(bytes),
          reinterpret_cast<uintptr_t>(address), reinterpret_cast<uintptr_t>(shared_address)});
 }
 
@@ -310,6 +319,33 @@ bool in_shared(const void* address, size_t bytes) {
     auto offset = reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(shared);
     return shared && offset < shared_bytes_launched && offset + bytes <= shared_bytes_launched;
 }
+
+// Now and then another thread runs between two accesses, as on a GPU: what a thread reads and then writes may have
+// changed in between.
+void maybe_switch() {
+    if (accesses_to_switch == 0 || --accesses_to_switch) return;
+    constexpr uint32_t LONGEST = 128;
+    accesses_to_switch = 1 + random_numbers.below(LONGEST);
+    make_ready(current->warp, 1u << current->lane);
+    current->waits_for = "its turn";
+    go_on(false);
+}
+
+Accessor accessor(const Thread& thread, const Site& site) {
+    return {{barriers, warps[thread.warp].barriers}, thread.warp * WARP + thread.lane, site};
+}
+
+void fail_race(const char* memory, const char* kind, const Thread& thread, const Site& site, const Conflict& other) {
+    if (std::strcmp(other.kind, "cp_async") == 0)
+        fail("the " + std::string(kind) + " at " + place(site) + " (thread " +
+             std::to_string(thread.warp * WARP + thread.lane) + ") touches what the cp_async at " + place(other.site) +
+             " (thread " + std::to_string(other.thread) + ") is writing: no cp_async_wait has covered it");
+    fail("a race in " + std::string(memory) + " memory: nothing orders the " + kind + " at " + place(site) +
+         " (thread " + std::to_string(thread.warp * WARP + thread.lane) + ") and the " + other.kind + " at " +
+         place(other.site) + " (thread " + std::to_string(other.thread) + ")");
+}
+
+size_t shared_offset(const void* address) { return size_t(static_cast<const unsigned char*>(address) - shared); }
 
 void check_alignment(const char* what, const void* address, size_t bytes, const Site& site) {
     if (reinterpret_cast<uintptr_t>(address) % bytes)
@@ -340,6 +376,7 @@ void check_global(const char* what, const void* address, size_t bytes, const Sit
 void set_seed(uint64_t seed) { the_seed = seed; }
 uint64_t seed() { return the_seed; }
 void skip_launches(bool skip) { skipping = skip; }
+void check_races(bool check) { checking_races = check; }
 void set_bounds(std::vector<std::pair<uintptr_t, uintptr_t>> extents) { bounds = std::move(extents); }
 
 void launch(const char* kernel, Index grid, unsigned block_threads, size_t bytes, void (*body)(void*), void* context) {
@@ -378,6 +415,11 @@ void launch(const char* kernel, Index grid, unsigned block_threads, size_t bytes
     random_numbers = Random(the_seed);
     in_order = the_seed == 0;
     by_priority = the_seed % 2 == 0;
+    accesses_to_switch = !in_order && the_seed / 2 % 2 ? 1 : 0;
+    if (checking_races) {
+        shared_races.start_launch(bytes);
+        global_races.start_launch();
+    }
     // The next launch has another schedule.
     if (!in_order) ++the_seed;
     uint64_t seed_of_launch = in_order ? 0 : the_seed - 1;
@@ -390,6 +432,7 @@ void launch(const char* kernel, Index grid, unsigned block_threads, size_t bytes
         for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random_numbers.below(uint32_t(i))]);
     for (uint64_t block : order) {
         the_block = {unsigned(block % grid.x), unsigned(block / grid.x % grid.y), unsigned(block / grid.x / grid.y)};
+        block_number = unsigned(block);
         run_block();
         if (!failure.empty()) break;
     }
@@ -424,12 +467,15 @@ void block_barrier(Site site) {
     ++current->epoch;
     if (++at_barrier < thread_count) return wait_at("__syncthreads", site);
     at_barrier = 0;
+    ++barriers;
     if (counts) ++counts->barriers;
     for (unsigned warp = 0; warp < warp_count; ++warp)
         make_ready(warp, warp == current->warp ? ALL & ~(1u << current->lane) : ALL);
 }
 
-void warp_barrier(Site site) { meet("warp_sync", site, nullptr, nullptr); }
+void warp_barrier(Site site) {
+    meet("warp_sync", site, nullptr, [](void**) { ++warps[current->warp].barriers; });
+}
 
 uint32_t shuffle(uint32_t value, int source_lane, const char* name, Site site) {
     struct Argument {
@@ -538,6 +584,7 @@ struct LoadMatrixArgument {
     uint32_t* r;
     const void* row;
     int matrices;
+    Site site;
 };
 
 template <bool TRANSPOSED>
@@ -546,6 +593,14 @@ void execute_ldmatrix(void** lanes) {
     uintptr_t rows[WARP];
     for (unsigned lane = 0; lane < WARP; ++lane)
         rows[lane] = reinterpret_cast<uintptr_t>(static_cast<LoadMatrixArgument*>(lanes[lane])->row);
+    if (checking_races)
+        for (unsigned lane = 0; lane < 8 * unsigned(matrices); ++lane) {
+            const Thread& thread = threads[current->warp * WARP + lane];
+            const Site& site = static_cast<LoadMatrixArgument*>(lanes[lane])->site;
+            const void* row = reinterpret_cast<const void*>(rows[lane]);
+            if (Conflict other = shared_races.load_matrix_row(accessor(thread, site), shared_offset(row), 16))
+                fail_race("shared", "ldmatrix", thread, site, other);
+        }
     for (int m = 0; m < matrices; ++m) {
         uint16_t matrix[8][8];
         for (unsigned row = 0; row < 8; ++row)
@@ -581,7 +636,7 @@ void ldmatrix(uint32_t* r, int matrices, bool transposed, const void* row, Site 
         check_alignment("ldmatrix", row, ROW_BYTES, site);
         check_shared("ldmatrix", row, ROW_BYTES, site);
     }
-    LoadMatrixArgument argument{r, row, matrices};
+    LoadMatrixArgument argument{r, row, matrices, site};
     const char* names[] = {"ldmatrix_x2", "ldmatrix_x2_transposed", "ldmatrix_x4", "ldmatrix_x4_transposed"};
     meet(names[(matrices == 4) * 2 + transposed], site, &argument,
          transposed ? execute_ldmatrix<true> : execute_ldmatrix<false>);
@@ -599,14 +654,23 @@ void cp_async(void* destination, const void* global, int bytes, bool in_range, S
         (void)source[bytes - 1];
     }
     if (counts) log_access(LOGGED_ASYNC, in_range ? global : nullptr, size_t(bytes), site, destination);
-    Copy copy{destination, in_range ? global : nullptr, bytes, current->group, -1};
+    maybe_switch();
+    if (checking_races) {
+        Accessor by = accessor(*current, site);
+        if (in_range)
+            if (Conflict other = global_races.load(by, block_number, reinterpret_cast<uintptr_t>(global), size_t(bytes), true))
+                fail_race("global", "cp_async", *current, site, other);
+        if (Conflict other = shared_races.issue_copy(by, shared_offset(destination), size_t(bytes)))
+            fail_race("shared", "cp_async", *current, site, other);
+    }
+    Copy copy{destination, in_range ? global : nullptr, bytes, current->group, -1, false};
+    std::memset(destination, POISON, size_t(bytes));
     if (!in_order) {
         constexpr uint32_t WAITS = 16;
         uint32_t draw = random_numbers();
-        if (draw % 4 == 0) return land(copy);
+        if (draw % 4 == 0) land(copy);
         if (draw % 4 == 1) copy.countdown = int(1 + (draw >> 8) % WAITS);
     }
-    std::memset(destination, POISON, size_t(bytes));
     current->copies.push_back(copy);
 }
 
@@ -614,21 +678,45 @@ void cp_async_commit() { ++current->group; }
 
 void cp_async_wait(int newest) {
     int covered = current->group - newest;
-    std::erase_if(current->copies, [&](const Copy& copy) {
+    std::erase_if(current->copies, [&](Copy& copy) {
         if (copy.group >= covered) return false;
-        land(copy);
+        if (!copy.landed) land(copy);
+        if (checking_races)
+            shared_races.finish_copy(accessor(*current, {}), shared_offset(copy.shared), size_t(copy.bytes));
         return true;
     });
 }
 
 void accessed(Access kind, const void* address, size_t bytes, Site site) {
-    static constexpr const char* names[] = {"load", "store", "atomic", "load", "store"};
+    static constexpr const char* names[] = {"load", "store", "atomic", "load", "store", "load"};
     check_alignment(names[kind], address, bytes, site);
     if (kind == SHARED_LOAD || kind == SHARED_STORE)
         check_shared(names[kind], address, bytes, site);
     else
         check_global(names[kind], address, bytes, site);
-    if (counts) log_access(kind, address, bytes, site);
+    if (counts) log_access(kind == GLOBAL_LOAD_READ_ONLY ? GLOBAL_LOAD : kind, address, bytes, site);
+    maybe_switch();
+    if (!checking_races) return;
+    Accessor by = accessor(*current, site);
+    Conflict other;
+    auto place_in_memory = reinterpret_cast<uintptr_t>(address);
+    switch (kind) {
+        case GLOBAL_LOAD: other = global_races.load(by, block_number, place_in_memory, bytes, false); break;
+        case GLOBAL_LOAD_READ_ONLY: other = global_races.load(by, block_number, place_in_memory, bytes, true); break;
+        case GLOBAL_STORE: other = global_races.write(by, block_number, place_in_memory, bytes, GlobalRaces::STORE); break;
+        case GLOBAL_ATOMIC: other = global_races.write(by, block_number, place_in_memory, bytes, GlobalRaces::ATOMIC); break;
+        case SHARED_LOAD: other = shared_races.load(by, shared_offset(address), bytes); break;
+        case SHARED_STORE: other = shared_races.store(by, shared_offset(address), bytes); break;
+    }
+    if (!other) return;
+    bool in_shared_memory = kind == SHARED_LOAD || kind == SHARED_STORE;
+    if (kind == GLOBAL_LOAD_READ_ONLY && other.block == block_number)
+        fail("load_global at " + place(site) + ": the kernel itself wrote that memory, at " + place(other.site) +
+             "; load_global_written reads it");
+    if (!in_shared_memory && other.block != block_number)
+        fail("a race in global memory: block " + std::to_string(block_number) + "'s " + names[kind] + " at " +
+             place(site) + " and block " + std::to_string(other.block) + "'s " + other.kind + " at " + place(other.site));
+    fail_race(in_shared_memory ? "shared" : "global", names[kind], *current, site, other);
 }
 
 // --- Conversions ------------------------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 // Runs a kernel's threads on the CPU, as fibers, and checks what a GPU would not tell.
 //
 //   order        Inside a block the threads that can go on are taken in an order drawn from a seed; a switch happens
-//                only where a thread waits. A missing barrier shows as a wrong answer, or one that changes with the
-//                seed. Blocks run one after another, in an order drawn from the seed.
+//                where a thread waits, and in some launches between any two accesses to memory. A missing barrier
+//                shows as a wrong answer, or one that changes with the seed. Blocks run one after another, in an order
+//                drawn from the seed.
+//   races        Two accesses that no barrier orders, one of them a write, fail the launch, whichever comes first.
 //   collectives  The lanes of a warp meet at the same place in the kernel. If one never comes, the launch fails with
 //                a list of who waits where.
 //   memory       Shared memory starts as NaN. An address that is not aligned for its access fails the launch, and so
@@ -54,7 +56,7 @@ void cp_async(void* shared, const void* global, int bytes, bool in_range, Site s
 void cp_async_commit();
 void cp_async_wait(int newest);
 
-enum Access { GLOBAL_LOAD, GLOBAL_STORE, GLOBAL_ATOMIC, SHARED_LOAD, SHARED_STORE };
+enum Access { GLOBAL_LOAD, GLOBAL_STORE, GLOBAL_ATOMIC, SHARED_LOAD, SHARED_STORE, GLOBAL_LOAD_READ_ONLY };
 // Called before the access: checks it, and counts it where asked for.
 void accessed(Access kind, const void* address, size_t bytes, Site site);
 
@@ -72,5 +74,7 @@ uint64_t seed();
 void set_bounds(std::vector<std::pair<uintptr_t, uintptr_t>> extents);
 // Launches that follow do nothing: what is left is the host's own time.
 void skip_launches(bool skip);
+// Whether accesses that nothing orders fail a launch (they do at first), and are not left to the schedule to show.
+void check_races(bool check);
 
 }  // namespace gptkern::emulator
