@@ -35,49 +35,68 @@ struct alignas(128) Tile {
         return chunk < CHUNKS / PANEL_CHUNKS * PANEL_CHUNKS ? PANEL_CHUNKS : CHUNKS % PANEL_CHUNKS;
     }
 
-    // Where chunk `chunk` of row `base + row` begins, in elements. base: a multiple of 8, which the swizzle ignores: what
-    // varies by lane (row) is kept apart from what an unrolled loop knows (base).
-    static constexpr GPTKERN_DEVICE int offset(int base, int row, int chunk) {
+    // Where chunk `chunk` of a row begins, in elements.
+    static constexpr GPTKERN_DEVICE int offset(int row, int chunk) {
         int width = panel_chunks(chunk), panel = chunk / PANEL_CHUNKS * PANEL_CHUNKS;
         int swizzle = row % 8 / (PANEL_CHUNKS / width);
-        return CHUNK * (panel * ROWS + base * width + row * width + ((chunk - panel) ^ swizzle));
+        return CHUNK * (panel * ROWS + row * width + ((chunk - panel) ^ swizzle));
+    }
+
+    // The same for row `base + row` and chunk `even + odd`, base a multiple of 8, even of 2, odd 0 or 1. What varies by lane
+    // (row, odd) is one value, which an unrolled loop changes by an exclusive or (even) and by adding constants (the
+    // panel, base): a few registers hold the addresses of all the loop's loads.
+    static constexpr GPTKERN_DEVICE int offset(int base, unsigned row, int even, unsigned odd) {
+        int width = panel_chunks(even), panel = even / PANEL_CHUNKS * PANEL_CHUNKS;
+        unsigned of_lane = CHUNK * (row * unsigned(width) + (odd ^ row % 8 / unsigned(PANEL_CHUNKS / width)));
+        return CHUNK * (panel * ROWS + base * width) + int(of_lane ^ unsigned(CHUNK * (even - panel)));
     }
 
     // 16 bytes: columns 8 * chunk .. 8 * chunk + 7 of a row.
     GPTKERN_DEVICE Vector<T, CHUNK>* chunk(int row, int chunk) {
-        return reinterpret_cast<Vector<T, CHUNK>*>(values + offset(0, row, chunk));
+        return reinterpret_cast<Vector<T, CHUNK>*>(values + offset(row, chunk));
     }
 
     // Two neighbouring values, column even. A warp's accumulators, stored by pairs, meet no bank conflict.
     GPTKERN_DEVICE uint32_t* pair(int row, int column) {
-        return reinterpret_cast<uint32_t*>(values + offset(0, row, column / CHUNK) + column % CHUNK);
+        return reinterpret_cast<uint32_t*>(values + offset(row, column / CHUNK) + column % CHUNK);
     }
 };
 
 namespace detail {
 
-// visit(row, chunk) for the chunks of rows [0, ROWS) that fall to `thread` of THREADS: neighbouring threads take
-// neighbouring chunks of one panel, so that eight of them meet no bank conflict.
-template <class Tile, int ROWS, int THREADS, class Visit>
-GPTKERN_DEVICE void for_chunks(int thread, Visit visit) {
+// visit(row, chunk, where it lies in global memory, and in the tile) for the chunks of rows [0, ROWS) that fall to `thread`
+// of THREADS: neighbouring threads take neighbouring chunks of one panel, so that eight of them meet no bank conflict.
+// Addresses walk down the rows: a table of them would cost registers that a kernel's loop has no room for.
+template <class Tile, int ROWS, int THREADS, class Element, class Visit>
+GPTKERN_DEVICE void for_chunks(Element* global, int row_stride, int thread, Visit visit) {
     constexpr int FULL = Tile::D / Tile::PANEL, REST = Tile::CHUNKS % Tile::PANEL_CHUNKS;
-    constexpr int CHUNKS = ROWS * Tile::PANEL_CHUNKS;
-    static_assert(THREADS % 8 == 0);
+    static_assert(THREADS % Tile::PANEL_CHUNKS == 0);
+    if constexpr (FULL > 0) {
+        constexpr int STEP = THREADS / Tile::PANEL_CHUNKS;
+        const int thread_row = thread / Tile::PANEL_CHUNKS, column = thread % Tile::PANEL_CHUNKS;
+        Element* from = global + int64_t(thread_row) * row_stride + column * Tile::CHUNK;
 #pragma unroll
-    for (int panel = 0; panel < FULL; ++panel)
+        for (int first = 0; first < ROWS; first += STEP, from += int64_t(STEP) * row_stride)
+            if (ROWS % STEP == 0 || first + thread_row < ROWS) {
+                // A step of whole eights leaves the swizzle as it is.
+                const int shared = STEP % 8 == 0 ? Tile::offset(thread_row, column) + first * Tile::PANEL
+                                                 : Tile::offset(first + thread_row, column);
 #pragma unroll
-        for (int first = 0; first < CHUNKS; first += THREADS) {
-            int index = first + thread;
-            if (CHUNKS % THREADS == 0 || index < CHUNKS)
-                visit(index / Tile::PANEL_CHUNKS, panel * Tile::PANEL_CHUNKS + index % Tile::PANEL_CHUNKS);
-        }
+                for (int panel = 0; panel < FULL; ++panel)
+                    visit(first + thread_row, panel * Tile::PANEL_CHUNKS + column, from + panel * Tile::PANEL,
+                          shared + panel * Tile::PANEL * Tile::ROWS);
+            }
+    }
     if constexpr (REST > 0) {
+        constexpr int STEP = THREADS / REST;
+        const int thread_row = thread / REST, column = FULL * Tile::PANEL_CHUNKS + thread % REST;
+        Element* from = global + int64_t(thread_row) * row_stride + column * Tile::CHUNK;
 #pragma unroll
-        for (int first = 0; first < ROWS * REST; first += THREADS) {
-            int index = first + thread;
-            if (ROWS * REST % THREADS == 0 || index < ROWS * REST)
-                visit(index / REST, FULL * Tile::PANEL_CHUNKS + index % REST);
-        }
+        for (int first = 0; first < ROWS; first += STEP, from += int64_t(STEP) * row_stride)
+            if (ROWS % STEP == 0 || first + thread_row < ROWS)
+                visit(first + thread_row, column, from,
+                      STEP % 8 == 0 ? Tile::offset(thread_row, column) + first * REST * Tile::CHUNK
+                                    : Tile::offset(first + thread_row, column));
     }
 }
 
@@ -86,15 +105,15 @@ GPTKERN_DEVICE void for_chunks(int thread, Visit visit) {
 // Starts the copy of a tile from global memory, by THREADS threads; `thread` counts them. Rows from `rows` on and columns
 // from `columns` on become zero, and nothing is read there (`rows` may be 0 or less). The caller commits and waits.
 //   global       (rows, columns)   the tile's first element, aligned to 16 bytes
-//   row_stride   in elements, a multiple of 8: one 32-bit product with a 64-bit result for each copy
+//   row_stride   in elements, a multiple of 8
 //   columns      a multiple of 8, at most D
 template <int THREADS, class T, int ROWS, int D>
 GPTKERN_DEVICE void load_tile(Tile<T, ROWS, D>& tile, const T* global, int row_stride, int rows, int columns,
                               int thread) {
-    detail::for_chunks<Tile<T, ROWS, D>, ROWS, THREADS>(thread, [&](int row, int chunk) {
-        bool inside = row < rows && chunk * tile.CHUNK < columns;
-        cp_async<16>(tile.chunk(row, chunk), global + int64_t(row) * row_stride + chunk * tile.CHUNK, inside);
-    });
+    detail::for_chunks<Tile<T, ROWS, D>, ROWS, THREADS>(
+        global, row_stride, thread, [&](int row, int chunk, const T* from, int to) {
+            cp_async<16>(tile.values + to, from, row < rows && chunk * tile.CHUNK < columns);
+        });
 }
 
 // Stores ROWS rows of a tile, from `first` on (a multiple of 8), to global memory, 16 bytes a thread: the reverse of
@@ -102,11 +121,13 @@ GPTKERN_DEVICE void load_tile(Tile<T, ROWS, D>& tile, const T* global, int row_s
 template <int ROWS, int THREADS, class T, int TILE_ROWS, int D>
 GPTKERN_DEVICE void store_tile(Tile<T, TILE_ROWS, D>& tile, int first, T* global, int row_stride, int rows,
                                int columns, int thread) {
-    detail::for_chunks<Tile<T, TILE_ROWS, D>, ROWS, THREADS>(thread, [&](int row, int chunk) {
-        auto values = load_shared(tile.chunk(first + row, chunk));
-        T* there = global + int64_t(row) * row_stride + chunk * tile.CHUNK;
-        if (row < rows && chunk * tile.CHUNK < columns) store_global(reinterpret_cast<decltype(values)*>(there), values);
-    });
+    using Chunk = Vector<T, Tile<T, TILE_ROWS, D>::CHUNK>;
+    detail::for_chunks<Tile<T, TILE_ROWS, D>, ROWS, THREADS>(
+        global, row_stride, thread, [&](int row, int chunk, T* to, int from) {
+            from += first * tile.panel_chunks(chunk) * tile.CHUNK;
+            Chunk values = load_shared(reinterpret_cast<const Chunk*>(tile.values + from));
+            if (row < rows && chunk * tile.CHUNK < columns) store_global(reinterpret_cast<Chunk*>(to), values);
+        });
 }
 
 // --- Operands of mma_m16n8k16 ---------------------------------------------------------------------------------------
@@ -115,25 +136,25 @@ GPTKERN_DEVICE void store_tile(Tile<T, TILE_ROWS, D>& tile, int first, T* global
 // A (16×16), A[m][k] = tile[row + m][column + k].
 template <class T, int ROWS, int D>
 GPTKERN_DEVICE void load_a(uint32_t (&a)[4], const Tile<T, ROWS, D>& tile, int row, int column) {
-    int lane = lane_of_thread();
-    ldmatrix_x4(a, tile.values + tile.offset(row, lane % 16, column / tile.CHUNK + lane / 16));
+    unsigned lane = unsigned(lane_of_thread());
+    ldmatrix_x4(a, tile.values + tile.offset(row, lane % 16, column / tile.CHUNK, lane / 16));
 }
 
 // A (16×16), A[m][k] = tile[row + k][column + m]: the transpose of what the tile holds.
 template <class T, int ROWS, int D>
 GPTKERN_DEVICE void load_a_transposed(uint32_t (&a)[4], const Tile<T, ROWS, D>& tile, int row, int column) {
-    int lane = lane_of_thread();
+    unsigned lane = unsigned(lane_of_thread());
     ldmatrix_x4_transposed(
-        a, tile.values + tile.offset(row, lane / 16 * 8 + lane % 8, column / tile.CHUNK + lane / 8 % 2));
+        a, tile.values + tile.offset(row, lane / 16 * 8 + lane % 8, column / tile.CHUNK, lane / 8 % 2));
 }
 
 // Two operands B (16×8) side by side, b[j]: B[k][n] = tile[row + 8 j + n][column + k]. The tile is (n, k), as K is in
 // Q Kᵀ.
 template <class T, int ROWS, int D>
 GPTKERN_DEVICE void load_b(uint32_t (&b)[2][2], const Tile<T, ROWS, D>& tile, int row, int column) {
-    int lane = lane_of_thread();
+    unsigned lane = unsigned(lane_of_thread());
     uint32_t r[4];
-    ldmatrix_x4(r, tile.values + tile.offset(row, lane / 16 * 8 + lane % 8, column / tile.CHUNK + lane / 8 % 2));
+    ldmatrix_x4(r, tile.values + tile.offset(row, lane / 16 * 8 + lane % 8, column / tile.CHUNK, lane / 8 % 2));
     b[0][0] = r[0], b[0][1] = r[1], b[1][0] = r[2], b[1][1] = r[3];
 }
 
@@ -141,9 +162,9 @@ GPTKERN_DEVICE void load_b(uint32_t (&b)[2][2], const Tile<T, ROWS, D>& tile, in
 // P V.
 template <class T, int ROWS, int D>
 GPTKERN_DEVICE void load_b_transposed(uint32_t (&b)[2][2], const Tile<T, ROWS, D>& tile, int row, int column) {
-    int lane = lane_of_thread();
+    unsigned lane = unsigned(lane_of_thread());
     uint32_t r[4];
-    ldmatrix_x4_transposed(r, tile.values + tile.offset(row, lane % 16, column / tile.CHUNK + lane / 16));
+    ldmatrix_x4_transposed(r, tile.values + tile.offset(row, lane % 16, column / tile.CHUNK, lane / 16));
     b[0][0] = r[0], b[0][1] = r[1], b[1][0] = r[2], b[1][1] = r[3];
 }
 
