@@ -34,7 +34,7 @@ def kernels(request):
 
 # --- mma --------------------------------------------------------------------------------------------------------------
 # PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type" and "... mma.m16n8k32": where lane `lane` holds
-# the element `i` of its fragment, counted in elements. Written as the ISA writes it, and not as csrc/device/ptx.cuh does.
+# element `i` of its fragment. Written as the ISA writes it, and not as csrc/device/ptx.cuh does.
 
 
 def a_place(lane, i, elements):

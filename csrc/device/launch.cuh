@@ -18,6 +18,21 @@ struct LaunchShape {
 
 namespace detail {
 
+// A kernel's name with its template arguments, "attention_kernel<float16, 64>": for reports alone.
+template <auto KERNEL>
+const char* kernel_name() {
+    static const std::string name = [](std::string function) {
+        // g++ says "… [with auto KERNEL = gptkern::attention_kernel<…>]", clang++ "… [KERNEL = &gptkern::…]".
+        const std::string before = "KERNEL = ", ours = "gptkern::";
+        size_t first = function.find(before) + before.size();
+        std::string found = function.substr(first, function.rfind(']') - first);
+        if (found[0] == '&') found.erase(0, 1);
+        for (size_t at; (at = found.find(ours)) != std::string::npos;) found.erase(at, ours.size());
+        return found;
+    }(__PRETTY_FUNCTION__);
+    return name.c_str();
+}
+
 inline std::string describe(const char* kernel, const LaunchShape& shape) {
     char text[256];
     std::snprintf(text, sizeof text, "%s, grid (%u, %u, %u), %u threads, %zu bytes of shared memory", kernel,
@@ -59,19 +74,19 @@ struct Launcher;
 
 template <class... Parameters, void (*KERNEL)(Parameters...)>
 struct Launcher<KERNEL> {
-    static void launch(const char* name, const LaunchShape& shape, void* stream, Parameters... arguments) {
+    static void launch(const LaunchShape& shape, void* stream, Parameters... arguments) {
         if (shape.grid_x == 0 || shape.grid_y == 0 || shape.grid_z == 0) return;
 #ifdef GPTKERN_EMULATED
         (void)stream;
         auto call = [&] { KERNEL(arguments...); };
-        emulator::launch(name, {shape.grid_x, shape.grid_y, shape.grid_z}, shape.threads, shape.shared_bytes,
-                         [](void* context) { (*static_cast<decltype(call)*>(context))(); }, &call);
+        emulator::launch(kernel_name<KERNEL>(), {shape.grid_x, shape.grid_y, shape.grid_z}, shape.threads,
+                         shape.shared_bytes, [](void* context) { (*static_cast<decltype(call)*>(context))(); }, &call);
 #else
-        allow_shared_memory<KERNEL>(name, shape);
+        allow_shared_memory<KERNEL>(kernel_name<KERNEL>(), shape);
         void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
         check(cudaLaunchKernel(reinterpret_cast<const void*>(KERNEL), dim3(shape.grid_x, shape.grid_y, shape.grid_z),
                                dim3(shape.threads), pointers, shape.shared_bytes, static_cast<cudaStream_t>(stream)),
-              "a launch", name, shape);
+              "a launch", kernel_name<KERNEL>(), shape);
 #endif
     }
 };
@@ -82,4 +97,4 @@ struct Launcher<KERNEL> {
 // GPTKERN_LAUNCH((kernel<T, 64>), shape, stream, arguments…): the arguments convert to the kernel's parameters.
 #define GPTKERN_PLAIN(...) __VA_ARGS__
 #define GPTKERN_LAUNCH(KERNEL, SHAPE, STREAM, ...) \
-    ::gptkern::detail::Launcher<GPTKERN_PLAIN KERNEL>::launch(#KERNEL, SHAPE, STREAM, __VA_ARGS__)
+    ::gptkern::detail::Launcher<GPTKERN_PLAIN KERNEL>::launch(SHAPE, STREAM, __VA_ARGS__)

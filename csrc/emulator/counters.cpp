@@ -92,10 +92,7 @@ std::map<std::string, KernelCounts> stop_counting() {
 }
 
 KernelCounts& counts_of(const char* kernel) {
-    std::string name = kernel;
-    // GPTKERN_LAUNCH takes the kernel in parentheses.
-    if (name.size() > 2 && name.front() == '(') name = name.substr(1, name.size() - 2);
-    return kernels[name];
+    return kernels[kernel];
 }
 
 void count_warp(KernelCounts& counts, std::vector<LogEntry>* logs) {

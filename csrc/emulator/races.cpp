@@ -129,9 +129,9 @@ void GlobalRaces::grow() {
 
 Conflict GlobalRaces::with(const Entry& entry, const Accessor& by, uint32_t block, uint16_t mask) const {
     const char* kind = entry.kind == ATOMIC ? "atomic" : "store";
-    if (entry.launch != launch_ || !(entry.mask & mask)) return {};
+    if (entry.launch != launch_ || !(entry.block_mask & mask)) return {};
     if (entry.block != block) return {kind, entry.thread, entry.block, entry.site};
-    if (entry.thread == by.thread || entry.moment.block != by.moment.block) return {};
+    if (!(entry.mask & mask) || entry.thread == by.thread || entry.moment.block != by.moment.block) return {};
     if (entry.thread / 32 == by.thread / 32 && !same(entry.moment, by.moment)) return {};
     return {kind, entry.thread, entry.block, entry.site};
 }
@@ -140,7 +140,7 @@ Conflict GlobalRaces::load(const Accessor& by, uint32_t block, uintptr_t address
     if (used_ == 0) return {};
     auto mask = uint16_t(((1u << bytes) - 1) << address % GRANULE);
     const Entry& entry = find(address / GRANULE);
-    if (read_only && entry.launch == launch_ && entry.mask & mask)
+    if (read_only && entry.launch == launch_ && entry.block_mask & mask)
         return {"store", entry.thread, entry.block, entry.site};
     return with(entry, by, block, mask);
 }
@@ -153,11 +153,12 @@ Conflict GlobalRaces::write(const Accessor& by, uint32_t block, uintptr_t addres
         ++used_;
     else if (!(kind == ATOMIC && entry.kind == ATOMIC))
         if (Conflict conflict = with(entry, by, block, mask)) return conflict;
-    // What the same thread wrote before stays known.
-    bool own = entry.launch == launch_ && entry.block == block && entry.thread == by.thread &&
-               same(entry.moment, by.moment) && entry.kind == kind;
-    entry = {address / GRANULE, launch_, block, by.moment, uint16_t(by.thread), uint16_t(mask | (own ? entry.mask : 0)),
-             kind, by.site};
+    bool same_block = entry.launch == launch_ && entry.block == block && entry.kind == kind;
+    bool same_thread = same_block && entry.thread == by.thread && same(entry.moment, by.moment);
+    auto block_mask = uint16_t(mask | (same_block ? entry.block_mask : 0));
+    auto own_mask = uint16_t(mask | (same_thread ? entry.mask : 0));
+    entry = {address / GRANULE, launch_,  block, block_mask, by.moment, uint16_t(by.thread),
+             own_mask,          kind,     by.site};
     return {};
 }
 

@@ -98,10 +98,11 @@ class GlobalRaces {
    private:
     static constexpr size_t GRANULE = 16;
 
-    // The last write to 16 bytes of memory.
+    // 16 bytes of memory: what the last block that wrote there has written of them, and its last thread.
     struct Entry {
         uintptr_t granule = 0;
         uint32_t launch = 0, block = 0;
+        uint16_t block_mask = 0;
         Moment moment;
         uint16_t thread = 0, mask = 0;
         Kind kind = STORE;
