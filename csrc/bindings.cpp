@@ -1,5 +1,6 @@
 // The Python module: gptkern._cuda, or gptkern._cuda_emulated where it is built for the emulator.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "launchers.h"
 
@@ -21,6 +22,8 @@
 PYBIND11_MODULE(GPTKERN_MODULE, module) {
     module.attr("architectures") = GPTKERN_ARCHITECTURES;
     module.attr("compiler") = GPTKERN_COMPILER;
+    module.def("softmax_forward", &gptkern::softmax_forward);
+    module.def("softmax_backward", &gptkern::softmax_backward);
 #ifdef GPTKERN_EMULATED
     gptkern::emulator::bind(module);
 #endif

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace gptkern {
 
@@ -19,5 +20,15 @@ template <class T>
 T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
+
+// Shapes and strides as PyTorch has them. mask: 0, or one that broadcasts to the shape, of the kind given: a Dtype, or
+// 3 for bool. y, dx: contiguous. Rows wider than one_pass_limit are walked twice: tests alone set it.
+void softmax_forward(Address x, int x_dtype, Address mask, int mask_kind, Address y, int y_dtype,
+                     const std::vector<int64_t>& shape, const std::vector<int64_t>& x_strides,
+                     const std::vector<int64_t>& mask_shape, const std::vector<int64_t>& mask_strides, int dim,
+                     double scale, bool is_causal, int64_t one_pass_limit, Address stream);
+void softmax_backward(Address dy, Address y, int y_dtype, Address dx, int dx_dtype, const std::vector<int64_t>& shape,
+                      const std::vector<int64_t>& dy_strides, int dim, double scale, bool is_causal,
+                      int64_t one_pass_limit, Address stream);
 
 }  // namespace gptkern
