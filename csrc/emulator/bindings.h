@@ -27,7 +27,8 @@ inline pybind11::dict to_dict(const KernelCounts& counts) {
             "loaded"_a = region.loaded, "stored"_a = region.stored, "loaded_sectors"_a = region.loaded_sectors,
             "stored_sectors"_a = region.stored_sectors);
     return pybind11::dict(
-        "launches"_a = counts.launches, "blocks"_a = counts.blocks, "barriers"_a = counts.barriers,
+        "launches"_a = counts.launches, "blocks"_a = counts.blocks, "threads"_a = counts.threads,
+        "shared_bytes"_a = counts.shared_bytes, "barriers"_a = counts.barriers,
         "shuffles"_a = counts.shuffles, "mma_16bit"_a = counts.mma_16bit, "mma_int8"_a = counts.mma_int8,
         "load"_a = to_dict(counts.load), "store"_a = to_dict(counts.store), "atomic"_a = to_dict(counts.atomic),
         "async"_a = to_dict(counts.async), "shared_load"_a = to_dict(counts.shared_load),

@@ -28,6 +28,7 @@ struct RegionCounts {
 
 struct KernelCounts {
     uint64_t launches = 0, blocks = 0;
+    uint64_t threads = 0, shared_bytes = 0;  // of a block: the most of all launches
     uint64_t barriers = 0, shuffles = 0;
     uint64_t mma_16bit = 0, mma_int8 = 0;  // instructions, m16n8k16 and m16n8k32
     GlobalCounts load, store, atomic, async;

@@ -424,7 +424,11 @@ void launch(const char* kernel, Index grid, unsigned block_threads, size_t bytes
     if (!in_order) ++the_seed;
     uint64_t seed_of_launch = in_order ? 0 : the_seed - 1;
     counts = counting ? &counts_of(kernel) : nullptr;
-    if (counts) ++counts->launches;
+    if (counts) {
+        ++counts->launches;
+        counts->threads = std::max<uint64_t>(counts->threads, block_threads);
+        counts->shared_bytes = std::max<uint64_t>(counts->shared_bytes, bytes);
+    }
 
     std::vector<uint64_t> order(size_t(grid.x) * grid.y * grid.z);
     std::iota(order.begin(), order.end(), uint64_t(0));

@@ -116,15 +116,15 @@ def build_units(name: str, units: Iterable[sources.Unit], *, quiet: bool) -> Pat
     common = hashlib.sha256(
         repr((command, _version(command), _FLAGS, extra, sys.version, pybind11.__version__)).encode()
     )
-    for header in sources.headers(csrc, emulated=True):
-        common.update(header.name.encode() + header.read_bytes())
 
     jobs = []
     for unit in units:
         optimise = "-O3" if unit.source.parent.name == "emulator" else "-O1"
         flags = [*_FLAGS, optimise, *extra, *include, *(f"-D{define}" for define in unit.defines)]
         digest = common.copy()
-        digest.update(repr((unit.defines, optimise)).encode() + unit.source.read_bytes())
+        digest.update(repr((unit.defines, optimise)).encode())
+        for path in sources.included(unit.source, csrc):
+            digest.update(path.name.encode() + path.read_bytes())
         target = folder / f"{unit.name}-{digest.hexdigest()[:16]}.o"
         jobs.append((target, [*command.split(), *flags, "-x", "c++", "-c", str(unit.source), "-o"]))
 

@@ -50,6 +50,21 @@ def host_units(csrc: Path, *, emulated: bool) -> Iterator[Unit]:
             yield Unit(f"emulator_{source.stem}", source, ())
 
 
+def included(source: Path, csrc: Path) -> list[Path]:
+    """The source and every file of the project that it includes, directly or not."""
+    found, open_ = {source.resolve()}, [source.resolve()]
+    while open_:
+        path = open_.pop()
+        for name in re.findall(r'^\s*#\s*include "([^"]+)"', path.read_text(encoding="utf-8"), re.MULTILINE):
+            for there in (path.parent / name, csrc / name):
+                if there.is_file():
+                    if there.resolve() not in found:
+                        found.add(there.resolve())
+                        open_.append(there.resolve())
+                    break
+    return sorted(found)
+
+
 def headers(csrc: Path, *, emulated: bool) -> list[Path]:
     """Every header: where one changes, all units are compiled again."""
     found = [*csrc.glob("*.h"), *(csrc / "device").glob("*.cuh")]
