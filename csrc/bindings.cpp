@@ -19,6 +19,13 @@
 #define GPTKERN_COMPILER "a host compiler"
 #endif
 
+#ifndef GPTKERN_EMULATED
+namespace gptkern {
+// What the module was compiled from, as gptkern.cuda_kernels.sources.digest says; defined by the build.
+extern const char SOURCES[];
+}  // namespace gptkern
+#endif
+
 PYBIND11_MODULE(GPTKERN_MODULE, module) {
     module.attr("architectures") = GPTKERN_ARCHITECTURES;
     module.attr("compiler") = GPTKERN_COMPILER;
@@ -26,5 +33,7 @@ PYBIND11_MODULE(GPTKERN_MODULE, module) {
     module.def("softmax_backward", &gptkern::softmax_backward);
 #ifdef GPTKERN_EMULATED
     gptkern::emulator::bind(module);
+#else
+    module.attr("sources") = pybind11::str(gptkern::SOURCES);
 #endif
 }

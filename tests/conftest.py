@@ -41,7 +41,7 @@ def _no_cuda() -> str | None:
         return common.unavailable(0)
     from gptkern.cuda_kernels import emulated
 
-    return None if emulated.compiler() else "there is no C++ compiler for the emulated CUDA kernels"
+    return emulated.missing()
 
 
 _NO_CUDA = _no_cuda()

@@ -7,12 +7,14 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
 from gptkern import cli, dispatch
 from gptkern.commands import info
+from gptkern.cuda_kernels import common, emulated
 
 
 @pytest.fixture(autouse=True)
@@ -65,10 +67,36 @@ def test_text_names_what_is_missing(capsys, monkeypatch):
     monkeypatch.setenv("GPTKERN_BACKEND", "torch")
     assert cli.main(["info"]) == 0
     output = capsys.readouterr().out
-    assert "CUDA C++: no CUDA kernels in this build." in output
+    assert "CUDA C++: " in output and "CUDA C++ on the CPU: " in output
     assert "not cuda: the input is on the CPU and GPTKERN_EMULATE_CUDA=1 is not set" in output
     assert "GPTKERN_BACKEND=torch" in output
     assert ("PyTorch sees no GPU." in output) == (not torch.cuda.is_available())
+
+
+def test_text_and_json_say_what_the_compiled_module_is(capsys, monkeypatch):
+    reason = "there are no CUDA kernels in this build: there is no nvcc"
+    monkeypatch.setattr(common, "not_built", lambda: reason)
+    assert _facts(capsys)["cuda_kernels"] == {"missing": reason}
+    assert cli.main(["info"]) == 0
+    assert f"CUDA C++: {reason}." in capsys.readouterr().out
+
+    module = types.SimpleNamespace(compiler="nvcc 13.0.88", architectures="80;90a", __file__="/a/_cuda.so")
+    monkeypatch.setattr(common, "not_built", lambda: None)
+    monkeypatch.setattr(common, "compiled", lambda: module)
+    assert _facts(capsys)["cuda_kernels"]["architectures"] == "80;90a"
+    assert cli.main(["info"]) == 0
+    assert "CUDA C++: built with nvcc 13.0.88 for 80;90a, /a/_cuda.so." in capsys.readouterr().out
+
+
+def test_it_says_why_the_emulator_cannot_be_built(capsys, monkeypatch):
+    monkeypatch.setattr(emulated, "compiler", lambda: None)
+    assert cli.main(["info"]) == 0
+    assert "CUDA C++ on the CPU: there is no C++ compiler: install g++ or clang++" in capsys.readouterr().out
+    monkeypatch.setattr(emulated, "compiler", lambda: "clang++")
+    monkeypatch.setattr(emulated, "missing", lambda: None)
+    assert _facts(capsys)["cuda_emulator"] == {"missing": None, "compiler": "clang++"}
+    assert cli.main(["info"]) == 0
+    assert "CUDA C++ on the CPU: can be built with clang++." in capsys.readouterr().out
 
 
 def test_works_without_triton_and_rich():

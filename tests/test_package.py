@@ -17,6 +17,7 @@ import pytest
 
 import gptkern
 from gptkern import autograd, functional, nn
+from gptkern.cuda_kernels import emulated
 from gptkern.version import __version__
 
 ROOT = Path(__file__).parents[1]
@@ -216,14 +217,19 @@ def built(tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("build")
     source = folder / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md"):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, source)
-    shutil.copytree(PACKAGE, source / "gptkern", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("gptkern", "csrc", "building"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    # What builds leave behind in a tree, and later ones must not take.
+    for name in ("gptkern/_cuda.cpython-39-x86_64-linux-gnu.so", "build/lib/gptkern/deleted.py"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text("left behind")
     # The build backend itself, as pip calls it: no build environment, so nothing is downloaded.
     run_python(
-        f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})\n"
-        f"build_meta.build_wheel({str(folder)!r})",
+        f"from building import backend; backend.build_sdist({str(folder)!r}); backend.build_wheel({str(folder)!r})",
         cwd=source,
+        env={**os.environ, "GPTKERN_CUDA": "0"},
     )
     (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
     return wheel, sdist
@@ -233,16 +239,22 @@ def test_wheel_and_sdist_hold_everything(built):
     wheel, sdist = built
     modules = {f"gptkern/{path.relative_to(PACKAGE).as_posix()}" for path in MODULES}
     modules |= {f"gptkern/tables/{path.name}" for path in PACKAGE.glob("tables/*.json")}
+    csrc = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert {"csrc/bindings.cpp", "csrc/emulator/runtime.cpp"} <= csrc
     with zipfile.ZipFile(wheel) as archive:
         in_wheel = set(archive.namelist())
         entry_points = archive.read(f"gptkern-{__version__}.dist-info/entry_points.txt").decode()
-    assert modules <= in_wheel
+    assert modules | {name.replace("csrc/", "gptkern/_csrc/", 1) for name in csrc} <= in_wheel
+    assert not [name for name in in_wheel if name.endswith((".so", "deleted.py"))]
     assert any(name.endswith("LICENSE") for name in in_wheel)
     assert not [name for name in in_wheel if not name.startswith(("gptkern/", f"gptkern-{__version__}.dist-info/"))]
     assert "gptkern = gptkern.cli:main" in entry_points
     with tarfile.open(sdist) as archive:
         in_sdist = {name.partition("/")[2] for name in archive.getnames()}
-    assert modules | {"LICENSE", "README.md", "pyproject.toml", "setup.py"} <= in_sdist
+    building = {path.relative_to(ROOT).as_posix() for path in (ROOT / "building").glob("*.py")}
+    files = {"LICENSE", "README.md", "pyproject.toml", "setup.py", "MANIFEST.in", "building/backend.py"}
+    assert modules | csrc | building | files <= in_sdist
+    assert not [name for name in in_sdist if name.endswith((".so", "not_built.txt"))]
 
 
 def test_one_version(built):
@@ -265,12 +277,33 @@ y = gptkern.functional.layer_norm(torch.randn(2, 8), (8,))
 assert y.shape == (2, 8)
 model = torch.nn.Sequential(torch.nn.LayerNorm(8))
 gptkern.swap(model)
-print(gptkern.__file__)
+from gptkern.cuda_kernels import common, sources
+assert common.not_built().endswith("it was built with GPTKERN_CUDA=0"), common.not_built()
+print(gptkern.__file__, sources.folder())
 """,
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(site)},
     )
-    assert Path(done.stdout.strip()).is_relative_to(site)
+    package, csrc = map(Path, done.stdout.split())
+    assert package.is_relative_to(site) and csrc == site / "gptkern" / "_csrc"
+
+
+@pytest.mark.skipif(emulated.missing() is not None, reason=f"no emulated CUDA kernels: {emulated.missing()}")
+def test_the_emulator_is_built_from_an_installed_package(built, tmp_path):
+    with zipfile.ZipFile(built[0]) as archive:
+        archive.extractall(tmp_path / "site")
+    # Objects are cached by what they are made of: what this clone has compiled is not compiled again.
+    done = run_python(
+        """
+from gptkern.cuda_kernels import emulated
+print(emulated.load().architectures, emulated.build(quiet=True), emulated.__file__)
+""",
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+    )
+    architectures, path, module = done.stdout.split()
+    assert architectures == "emulated" and Path(module).is_relative_to(tmp_path)
+    assert Path(path) == emulated.build(quiet=True), "the packed sources are not those of this clone"
 
 
 # --- The project's files ----------------------------------------------------------------------------------------------

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -55,13 +53,34 @@ def gathered() -> dict[str, Any]:
     return {
         "versions": _versions(torch),
         "environment": {name: os.environ.get(name) for name in VARIABLES},
-        "cuda_kernels": "in this build"
-        if importlib.util.find_spec("gptkern._cuda")
-        else "no CUDA kernels in this build",
+        "cuda_kernels": _cuda_kernels(),
+        "cuda_emulator": _cuda_emulator(),
         "forced_backend": os.environ.get("GPTKERN_BACKEND") or None,
         "operators": {operator: COVERAGE.get(operator, "") for operator in dispatch.OPERATORS},
         "devices": devices,
     }
+
+
+def _cuda_kernels() -> dict[str, str | None]:
+    """Of the compiled module: what it is, or why there is none; whether a GPU can run it is the GPU's matter."""
+    from gptkern.cuda_kernels import common
+
+    missing = common.not_built()
+    if missing is not None:
+        return {"missing": missing}
+    module = common.compiled()
+    return {
+        "missing": None,
+        "compiler": module.compiler,
+        "architectures": module.architectures,
+        "path": module.__file__,
+    }
+
+
+def _cuda_emulator() -> dict[str, str | None]:
+    from gptkern.cuda_kernels import emulated
+
+    return {"missing": emulated.missing(), "compiler": emulated.compiler()}
 
 
 def _versions(torch) -> dict[str, str | None]:
@@ -156,7 +175,11 @@ def _show(facts: dict[str, Any]) -> None:
             print(f"  tiles and preferred backends: {device['tables']}")
     if len(facts["devices"]) == 1:
         print("PyTorch sees no GPU.")
-    print(f"CUDA C++: {facts['cuda_kernels']}.")
+    built = facts["cuda_kernels"]
+    described = built["missing"] or f"built with {built['compiler']} for {built['architectures']}, {built['path']}"
+    print(f"CUDA C++: {described}.")
+    emulator = facts["cuda_emulator"]
+    print(f"CUDA C++ on the CPU: {emulator['missing'] or 'can be built with ' + emulator['compiler']}.")
     for name, value in facts["environment"].items():
         if value is not None:
             print(f"{name}={value}")

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import re
+from pathlib import Path
 from types import ModuleType
 
 import torch
+
+from gptkern.cuda_kernels import sources
 
 # csrc/launchers.h, enum Dtype.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -60,37 +64,72 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
-def unavailable(index: int | None) -> str | None:
-    """Why the compiled module cannot run on this GPU, or None."""
+def not_built() -> str | None:
+    """Why there is no compiled module that can be used in this process, whatever the GPU; or None.
+
+    The build leaves a note where it compiled nothing.
+    """
+    if importlib.util.find_spec("gptkern._cuda") is None:
+        note = Path(__file__).with_name("not_built.txt")
+        reason = f": {note.read_text(encoding='utf-8').strip()}" if note.is_file() else ""
+        return f"there are no CUDA kernels in this build{reason}"
     try:
         module = compiled()
     except ImportError as error:
-        if importlib.util.find_spec("gptkern._cuda") is None:
-            return "there are no CUDA kernels in this build"
         return f"the CUDA kernels cannot be loaded: {error}"
+    csrc = sources.folder()
+    # Launchers and kernels that differ in their arguments would read wrong memory.
+    if csrc is not None and module.sources != sources.digest(csrc):
+        return f"the CUDA kernels were not compiled from {csrc} as it is now: install gptkern again"
+    return None
+
+
+@functools.cache
+def unavailable(index: int | None) -> str | None:
+    """Why the compiled module cannot run on this GPU, or None."""
+    reason = not_built()
+    if reason is not None:
+        return reason
+    module = compiled()
+    built_with = tuple(map(int, re.search(r"(\d+)\.(\d+)", module.compiler).groups()))
+    driver = torch._C._cuda_getDriverVersion()
+    driver_has = driver // 1000, driver % 1000 // 10
+    # The CUDA runtime in the module runs on a driver of its own major version, whatever the minor one.
+    if driver_has[0] < built_with[0]:
+        return (
+            f"the CUDA kernels were built with CUDA {built_with[0]}.{built_with[1]} and this driver is for CUDA "
+            f"{driver_has[0]}.{driver_has[1]}: update the driver, or build with a CUDA {driver_has[0]} toolkit"
+        )
     major, minor = torch.cuda.get_device_capability(index)
-    if not covers(module.architectures, major * 10 + minor):
+    # PTX is compiled by the driver, which knows none newer than itself.
+    if not covers(module.architectures, major * 10 + minor, ptx=driver_has >= built_with):
         return (
             f"the CUDA kernels were built for {module.architectures} and this GPU has compute capability "
-            f"{major}.{minor}"
+            f"{major}.{minor}: install gptkern again on this machine, or with GPTKERN_CUDA_ARCHS={major}{minor}"
         )
     return None
 
 
-def covers(architectures: str, capability: int) -> bool:
+def covers(architectures: str, capability: int, *, ptx: bool = True) -> bool:
     """Whether code for the architectures ("80;90a;90+PTX") runs on a GPU of this compute capability (90, say).
 
-    Machine code runs on its own major version from its minor version on; with an "a", on that GPU alone; PTX, on
-    everything newer. (CUDA C++ Programming Guide, "Application Compatibility")
+    Machine code runs on its own major version from its minor version on ("f" as well); with an "a", on that GPU alone.
+    PTX runs on that and on everything newer; with an "a" or "f", where its machine code would.
+    (CUDA C++ Programming Guide, "Application Compatibility")
+
+    Args:
+        ptx: whether the driver can compile PTX as new as this.
     """
     for name in architectures.split(";"):
-        built = int(name.removesuffix("+PTX").rstrip("af"))
+        number = name.removesuffix("+PTX")
+        built = int(number.rstrip("af"))
+        if number.endswith("a"):
+            runs = capability == built
+        else:
+            runs = capability // 10 == built // 10 and capability >= built
         if name.endswith("+PTX"):
-            if capability >= built:
-                return True
-        elif name.endswith("a"):
-            if capability == built:
-                return True
-        elif capability // 10 == built // 10 and capability >= built:
+            # Machine code comes with it, unless another entry gives it: building/toolchain.py.
+            runs = ptx and (runs or (number == str(built) and capability >= built))
+        if runs:
             return True
     return False

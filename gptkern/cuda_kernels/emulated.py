@@ -5,6 +5,7 @@
     GPTKERN_SANITIZE=1              built with AddressSanitizer and UndefinedBehaviorSanitizer, whose libraries have
                                     to be loaded before Python: see `sanitizer_environment`
     CXX                             the compiler, for C++20 (default: g++, else clang++)
+    MAX_JOBS                        how many of them run at a time (default: one for each core)
 
 Objects are kept in gptkern's cache by a hash of what they are made of, so a change compiles what it touches.
 `python -m gptkern.cuda_kernels.emulated` builds and says where.
@@ -18,7 +19,6 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -49,9 +49,22 @@ def sanitized() -> bool:
 @functools.cache
 def compiler() -> str | None:
     """The host compiler, or None where there is none."""
-    for name in (os.environ.get("CXX"), "g++", "clang++"):
-        if name and shutil.which(name.split()[0]):
-            return name
+    command = sources.host_compiler()
+    return None if command is None else " ".join(command)
+
+
+def missing() -> str | None:
+    """Why the emulated module cannot be built here, or None."""
+    if sources.folder() is None:
+        return "the sources of the CUDA kernels (csrc) are not installed"
+    if compiler() is None:
+        return "there is no C++ compiler: install g++ or clang++, or set CXX"
+    if sources.pybind11_include() is None:
+        return "the emulated CUDA kernels need pybind11: pip install pybind11"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "Python's own headers are missing: install your system's python3-dev or python3-devel"
+    if user.folder() is None:
+        return "this system names no folder for caches: set GPTKERN_CACHE"
     return None
 
 
@@ -60,7 +73,7 @@ def load() -> ModuleType:
     """The emulated module, built now if it is not in the cache.
 
     Raises:
-        CompilerError: there is no compiler, no source or no pybind11, or the compiler failed.
+        CompilerError: something is missing (see `missing`), or the compiler failed.
     """
     return loaded(NAME, build(quiet=True))
 
@@ -97,25 +110,18 @@ def _csrc() -> Path:
 
 
 def build_units(name: str, units: Iterable[sources.Unit], *, quiet: bool) -> Path:
-    csrc = _csrc()
-    command = compiler()
-    if command is None:
-        raise CompilerError("there is no C++ compiler: install g++ or clang++, or set CXX")
-    try:
-        import pybind11
-    except ImportError as error:
-        raise CompilerError("the emulated CUDA kernels need pybind11: pip install pybind11") from error
-    base = user.folder()
-    if base is None:
-        raise CompilerError("this system names no folder for caches: set GPTKERN_CACHE")
-    folder = base / "emulated"
+    reason = missing()
+    if reason is not None:
+        raise CompilerError(reason)
+    csrc, command, pybind11 = sources.folder(), compiler(), Path(sources.pybind11_include())
+    folder = user.folder() / "emulated"
     folder.mkdir(parents=True, exist_ok=True)
 
     extra = SANITIZERS if sanitized() else ()
-    include = (f"-I{csrc}", f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}")
-    common = hashlib.sha256(
-        repr((command, _version(command), _FLAGS, extra, sys.version, pybind11.__version__)).encode()
-    )
+    include = (f"-I{csrc}", f"-isystem{pybind11}", f"-isystem{sysconfig.get_path('include')}")
+    common = hashlib.sha256(repr((command, _version(command), _FLAGS, extra, sys.version)).encode())
+    # It holds pybind11's version.
+    common.update((pybind11 / "pybind11" / "detail" / "common.h").read_bytes())
 
     jobs = []
     for unit in units:
@@ -128,11 +134,11 @@ def build_units(name: str, units: Iterable[sources.Unit], *, quiet: bool) -> Pat
         target = folder / f"{unit.name}-{digest.hexdigest()[:16]}.o"
         jobs.append((target, [*command.split(), *flags, "-x", "c++", "-c", str(unit.source), "-o"]))
 
-    missing = [job for job in jobs if not job[0].exists()]
-    if missing and not quiet:
-        print(f"gptkern: compiling {len(missing)} of {len(jobs)} parts of the emulated CUDA kernels", file=sys.stderr)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda job: _once(*job), missing))
+    new = [job for job in jobs if not job[0].exists()]
+    if new and not quiet:
+        print(f"gptkern: compiling {len(new)} of {len(jobs)} parts of the emulated CUDA kernels", file=sys.stderr)
+    with ThreadPoolExecutor(sources.jobs()) as pool:
+        list(pool.map(lambda job: _once(*job), new))
     names = " ".join(target.name for target, _ in jobs)
     module = (
         folder / f"{name}-{hashlib.sha256(names.encode()).hexdigest()[:16]}{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -205,4 +211,7 @@ def sanitizer_environment() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    print(build(quiet=False))
+    try:
+        print(build(quiet=False))
+    except CompilerError as error:
+        sys.exit(f"gptkern: {error}")

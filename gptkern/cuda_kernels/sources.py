@@ -1,11 +1,15 @@
-"""The translation units of csrc/: what nvcc, or the emulator's compiler, is to compile.
+"""The translation units of csrc/, and the compiler and headers that the host's part of them takes.
 
 Imported by the package's build too, where neither PyTorch nor gptkern can be: the standard library alone.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
+import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -65,9 +69,48 @@ def included(source: Path, csrc: Path) -> list[Path]:
     return sorted(found)
 
 
-def headers(csrc: Path, *, emulated: bool) -> list[Path]:
-    """Every header: where one changes, all units are compiled again."""
-    found = [*csrc.glob("*.h"), *(csrc / "device").glob("*.cuh")]
-    if emulated:
-        found += (csrc / "emulator").glob("*.h")
-    return sorted(found)
+def digest(csrc: Path) -> str:
+    """Of everything that the compiled module is made of. A module knows its own: one of other sources can be told."""
+    found = hashlib.sha256()
+    paths = {unit.source for unit in (*kernel_units(csrc), *host_units(csrc, emulated=False))}
+    for path in sorted({*paths, *csrc.glob("*.h"), *(csrc / "device").glob("*.cuh")}):
+        found.update(path.relative_to(csrc).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()[:16]
+
+
+def host_compiler() -> list[str] | None:
+    """The C++ compiler's command: CXX, else g++, else clang++; None where there is none."""
+    for command in (os.environ.get("CXX", ""), "g++", "clang++"):
+        words = command.split()
+        if words and shutil.which(words[0]):
+            return words
+    return None
+
+
+def jobs() -> int:
+    """How many compilers run at a time: MAX_JOBS, else one for each core that this process may use.
+
+    Raises:
+        ValueError: MAX_JOBS is no such number.
+    """
+    asked = os.environ.get("MAX_JOBS", "")
+    if not asked:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not asked.isdecimal() or int(asked) < 1:
+        raise ValueError(f"MAX_JOBS must be a number from 1 on, and is {asked!r}")
+    return int(asked)
+
+
+def pybind11_include() -> str | None:
+    """The folder of pybind11's headers: pybind11's own, else those that PyTorch's wheels carry; None without either."""
+    if importlib.util.find_spec("pybind11") is not None:
+        import pybind11
+
+        return pybind11.get_include()
+    # Found without importing it.
+    torch = importlib.util.find_spec("torch")
+    if torch is not None and torch.origin is not None:
+        include = Path(torch.origin).parent / "include"
+        if (include / "pybind11" / "pybind11.h").is_file():
+            return str(include)
+    return None
