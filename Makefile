@@ -4,26 +4,42 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test lint bench gpu figures clean
+# Where there is no GPU, the compiled CUDA kernels are of use to the tests alone, and two architectures are enough.
+GPU := $(wildcard /dev/nvidia[0-9]* /dev/dxg)
+ifeq ($(GPU),)
+test: export GPTKERN_CUDA_ARCHS ?= 80;90a
+endif
+
+.PHONY: demo test emulator lint bench gpu figures clean
 
 # Editable, so that a change to a kernel is what runs next.
-$(VENV)/installed: pyproject.toml setup.py constraints.txt
+$(VENV)/installed: pyproject.toml setup.py MANIFEST.in constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[test]'
+	GPTKERN_CUDA=0 $(BIN)/pip install --quiet -c constraints.txt -e '.[test]'
 	touch $@
 
-demo: $(VENV)/installed  ## the main job: train, swap, quantise, generate, report
+# The compiled CUDA kernels. Where there is nothing to compile them with, pip says so and goes on.
+$(VENV)/cuda: $(VENV)/installed $(wildcard building/*.py csrc/*.* csrc/device/*)
+	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/pip install --verbose --no-deps -e . >$(VENV)/cuda.log 2>&1 || (cat $(VENV)/cuda.log; exit 1)
+	@grep -h '^ *gptkern: ' $(VENV)/cuda.log
+	touch $@
+
+demo: $(VENV)/installed $(if $(GPU),$(VENV)/cuda)  ## the main job: train, swap, quantise, generate, report
 	$(BIN)/gptkern demo
 
-test: lint
+test: lint $(VENV)/cuda emulator
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests
+
+# Before the tests, whose workers would wait for one another.
+emulator: $(VENV)/installed
+	$(BIN)/python -m gptkern.cuda_kernels.emulated
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(VENV)/installed
+bench: $(VENV)/installed $(if $(GPU),$(VENV)/cuda)
 	$(BIN)/python -m pytest bench --benchmark-sort=name
 
 OUT ?= out/gpu
@@ -36,4 +52,4 @@ figures: $(VENV)/installed  ## the figures of README.md and docs/ from bench/res
 	$(BIN)/python bench/publish.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info out
+	rm -rf $(VENV) build dist *.egg-info out gptkern/_cuda.*.so gptkern/cuda_kernels/not_built.txt
