@@ -51,6 +51,8 @@ IMPORT_LIMIT = 0.3
 COMPILED_WIDTH, COMPILED_FOR = 1024, 90
 # Seconds that one process may take: torch.compile's first call starts a C++ compiler, a build may fetch its tools.
 PATIENCE = 300
+# The same for a build with CUDA kernels, on few cores.
+BUILD_PATIENCE = 900
 # Of the peer that is measured in every part where it has one.
 LIGER, LIGER_MODULE, LIGER_PACKAGE = "Liger-Kernel", "liger_kernel", "liger-kernel"
 
@@ -254,7 +256,9 @@ def peers_numbers(program: str, count: int) -> dict[str, Any]:
         return skipped(f"failed: {str(error).splitlines()[-1]}")
 
 
-def _run(command: list[str], **options) -> subprocess.CompletedProcess:
+def _run(
+    command: list[str], patience: float | None = None, variables: dict[str, str] | None = None, **options
+) -> subprocess.CompletedProcess:
     with tempfile.TemporaryDirectory() as caches:
         # Kernels are compiled, not interpreted, and nothing is found that another process compiled.
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -262,10 +266,12 @@ def _run(command: list[str], **options) -> subprocess.CompletedProcess:
         # The same gptkern as here, wherever that was found.
         paths = [str(Path(gptkern.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(paths)
+        environment |= variables or {}
+        patience = PATIENCE if patience is None else patience
         try:
-            done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE, **options)
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=patience, **options)
         except subprocess.TimeoutExpired as error:
-            raise CostError(f"{_shown(command)}\ndid not end within {PATIENCE} s") from error
+            raise CostError(f"{_shown(command)}\ndid not end within {patience:g} s") from error
     if done.returncode != 0:
         raise CostError(f"{_shown(command)}\nended with {done.returncode}:\n{done.stdout}{done.stderr}".rstrip())
     return done
@@ -426,7 +432,10 @@ class Build:
     """Builds `count` times, when the first of its two records is asked for."""
 
     def __init__(self, count: int):
-        self.count = count
+        # Without a GPU the CUDA kernels would be compiled for every GPU that there is, and be of no use here. With one,
+        # they take minutes.
+        self.kernels = torch.cuda.is_available()
+        self.count = 1 if self.kernels else count
 
     @functools.cached_property
     def samples(self) -> list[tuple[float, int]] | str:
@@ -436,7 +445,7 @@ class Build:
             return "the source tree is not here: gptkern is installed from a wheel"
         if not installed("pip"):
             return "pip is not installed"
-        return [_built(tree) for _ in range(self.count)]
+        return [_built(tree, self.kernels) for _ in range(self.count)]
 
     def _numbers(self, place: int) -> dict[str, Any]:
         if isinstance(self.samples, str):
@@ -445,22 +454,31 @@ class Build:
 
     def time(self) -> dict[str, Any]:
         no_build = skipped("only its wheel is downloaded, which somebody else built")
-        return record("build", "pip wheel --no-deps . in the source tree", self._numbers(0), {LIGER: no_build})
+        what = f"pip wheel --no-deps . in the source tree, {self._with()}"
+        return record("build", what, self._numbers(0), {LIGER: no_build})
+
+    def _with(self) -> str:
+        return "with the CUDA kernels, for this GPU" if self.kernels else "without the CUDA kernels"
 
     def size(self) -> dict[str, Any]:
         peer, bytes_ = _ligers_size()
-        return record("wheel", "the size of the wheel, as pip downloads it", self._numbers(1), {peer: bytes_}, unit="B")
+        what = f"the size of the wheel, as pip downloads it, {self._with()}"
+        return record("wheel", what, self._numbers(1), {peer: bytes_}, unit="B")
 
 
-def _built(tree: Path) -> tuple[float, int]:
-    """(seconds, bytes of the wheel) of one build, of a copy: a build writes into the tree that it builds."""
+def _built(tree: Path, kernels: bool) -> tuple[float, int]:
+    """(seconds, bytes of the wheel) of one build, of a copy: a build writes into the tree that it builds.
+
+    Args:
+        kernels: whether the CUDA kernels are built; where they cannot be, the build fails and says so.
+    """
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "source")
         unwanted = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "out", "*.egg-info", "*.so", "results")
         shutil.copytree(tree, source, ignore=unwanted)
         command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-cache-dir", "--wheel-dir", folder, "."]
         start = time.perf_counter()
-        _run(command, cwd=source)
+        _run(command, BUILD_PATIENCE, {"GPTKERN_CUDA": "1" if kernels else "0"}, cwd=source)
         seconds = time.perf_counter() - start
         (wheel,) = Path(folder).glob("*.whl")
         return seconds, wheel.stat().st_size
