@@ -31,6 +31,10 @@ PYBIND11_MODULE(GPTKERN_MODULE, module) {
     module.attr("compiler") = GPTKERN_COMPILER;
     module.def("softmax_forward", &gptkern::softmax_forward);
     module.def("softmax_backward", &gptkern::softmax_backward);
+    module.def("quantize_int8_rows", &gptkern::quantize_int8_rows);
+    module.def("quantize_int8_columns", &gptkern::quantize_int8_columns);
+    module.def("int8_linear_forward", &gptkern::int8_linear_forward);
+    module.def("int8_linear_backward", &gptkern::int8_linear_backward);
 #ifdef GPTKERN_EMULATED
     gptkern::emulator::bind(module);
 #else

@@ -30,5 +30,28 @@ void softmax_forward(Address x, int x_dtype, Address mask, int mask_kind, Addres
 void softmax_backward(Address dy, Address y, int y_dtype, Address dx, int dx_dtype, const std::vector<int64_t>& shape,
                       const std::vector<int64_t>& dy_strides, int dim, double scale, bool is_causal,
                       int64_t one_pass_limit, Address stream);
+// --- quantize_int8: q (rows, width) int8 and one float32 scale a row ---------------------------------------------------
+
+void quantize_int8_rows(Address x, Address q, Address scale, int64_t rows, int64_t width, int64_t x_row_stride,
+                        int64_t x_element_stride, int64_t q_pitch, int dtype, Address stream);
+// Along the middle dimension of (outer, width, inner).
+void quantize_int8_columns(Address x, Address q, Address scale, int64_t outer, int64_t width, int64_t inner,
+                           int64_t outer_stride, int64_t width_stride, int64_t inner_stride, int dtype, Address stream);
+
+// --- int8_linear: x (M, K), weight (N, K) int8, y (M, N) ---------------------------------------------------------------
+// w8a8: q (M, K rounded up to 16) int8 and input_scale (M,) are written on the way; w8a16: both are 0.
+
+void int8_linear_forward(Address x, Address weight, Address weight_scale, Address bias, Address q, Address input_scale,
+                         Address y, int64_t M, int64_t N, int64_t K, int64_t x_stride_m, int64_t x_stride_k,
+                         int64_t weight_stride_n, int64_t weight_stride_k, int64_t scale_stride, int64_t bias_stride,
+                         int dtype, int bias_dtype, int activation, int multiprocessors, Address stream);
+// z (M, N) float32, where there is an activation; largest () float32 and scaled (M, N), where there is dinput; partial
+// (tiles of 64 rows, N) float32, where there is dbias.
+void int8_linear_backward(Address dy, Address x, Address weight, Address weight_scale, Address bias, Address q,
+                          Address input_scale, Address z, Address largest, Address scaled, Address partial,
+                          Address dinput, Address dbias, int64_t M, int64_t N, int64_t K, int64_t dy_stride_m,
+                          int64_t dy_stride_n, int64_t x_stride_m, int64_t x_stride_k, int64_t weight_stride_n,
+                          int64_t weight_stride_k, int64_t scale_stride, int64_t bias_stride, int dy_dtype,
+                          int x_dtype, int bias_dtype, int activation, int multiprocessors, Address stream);
 
 }  // namespace gptkern

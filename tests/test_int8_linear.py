@@ -189,7 +189,10 @@ def test_many_small_tiles(kernel_backend, device, monkeypatch, dtype, mode):
 )
 def test_any_shape(backend, device, shape, dtype, mode, activation, with_bias):
     input, weight, weight_scale, bias = tensors_of(*shape, dtype, device)
-    judge(input, weight, weight_scale, bias if with_bias else None, mode=mode, activation=activation)
+    # A bias' gradient is a column's sum of terms of about 1, each rounded. The yardstick of a single column may be
+    # right by chance.
+    floor = shape[0] * 2.0**-24
+    judge(input, weight, weight_scale, bias if with_bias else None, mode=mode, activation=activation, floor=floor)
 
 
 # --- Integers, bit for bit ------------------------------------------------------------------------------------------
@@ -428,7 +431,7 @@ def test_rows_of_zeros(backend, device, mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_autocast_as_linear(backend, device, dtype, mode):
-    if backend == "triton" and dtype == torch.float64:
+    if backend != "torch" and dtype == torch.float64:
         pytest.skip("there are no float64 kernels, and autocast leaves float64 alone")
     input, weight, weight_scale, bias = tensors_of(18, 31, 7, dtype, device)
     bias = bias.bfloat16().to(dtype).requires_grad_()
