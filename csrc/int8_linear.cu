@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(WARPS_M* WARPS_N* WARP)
         }
         cp_async_commit();
     };
-#pragma unroll
+#pragma unroll 1
     for (int step = 0; step < STAGES - 1; ++step) fill(step);
 
     // total[m][n] += q[m][k] * weight[n][k]

@@ -61,7 +61,7 @@ struct WeightStream {
     GPTKERN_DEVICE WeightStream(FewRowsLayout<TILES>& shared, const Operand<int8_t>& weight, int first_n, int N, int K)
         : shared(shared), weight(weight), first_n(first_n), N(N), K(K) {
         steps = max(ceil_div(ceil_div(K, K_BLOCK) - warp_of_thread(), FEW_WARPS), 0);
-#pragma unroll
+#pragma unroll 1
         for (int step = 0; step < STAGES - 1; ++step) fill(step);
     }
 
@@ -74,12 +74,18 @@ struct WeightStream {
     GPTKERN_DEVICE void fill(int step) {
         if (step < steps) {
             int k = k_of(step), stage = step % STAGES;
-#pragma unroll
-            for (int slot = 0; slot < SLOTS; ++slot) {
+            auto copy = [&](int slot, Copy how) {
                 int n = first_n + slot * 8 + lane_of_thread() / 4;
                 copy_chunk(shared.queue[stage * SLOTS + slot][threadIdx.x].chunk,
                            weight.data + n * weight.row_stride + k * weight.element_stride, n < N ? K - k : 0,
-                           weight.element_stride, weight.copy);
+                           weight.element_stride, how);
+            };
+            if (weight.copy == BY_CHUNK) {
+#pragma unroll
+                for (int slot = 0; slot < SLOTS; ++slot) copy(slot, BY_CHUNK);
+            } else {
+#pragma unroll 1
+                for (int slot = 0; slot < SLOTS; ++slot) copy(slot, weight.copy);
             }
         }
         cp_async_commit();
@@ -162,13 +168,14 @@ __global__ void __launch_bounds__(FEW_THREADS, 2)
         load_few(next[0], x, g, k, M, K);
         if (two) load_few(next[1], x, MMA_N + g, k, M, K);
     };
-    load_x(0);
+    // x is loaded a step ahead; step -1 does nothing else.
 #pragma unroll 1
-    for (int step = 0; step < stream.steps; ++step) {
+    for (int step = -1; step < stream.steps; ++step) {
         uint32_t now[2][8];
 #pragma unroll
         for (int i = 0; i < 16; ++i) now[i / 8][i % 8] = next[i / 8][i % 8];
         load_x(step + 1);
+        if (step < 0) continue;
         stream.advance_to(step);
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) {
@@ -315,7 +322,7 @@ __global__ void __launch_bounds__(TILE_THREADS)
         }
         cp_async_commit();
     };
-#pragma unroll
+#pragma unroll 1
     for (int step = 0; step < STAGES - 1; ++step) fill(step);
 
     // total[m][n] += x[m][k] * weight[n][k]
@@ -466,7 +473,7 @@ __global__ void __launch_bounds__(TILE_THREADS)
         if (first_k + F32_K < K) load(first_k + F32_K);
         // Sums of 16 terms, then sums of sums: the error of one long sum would be several times as large.
         float part[F32_ROWS][F32_COLUMNS] = {};
-#pragma unroll
+#pragma unroll 4
         for (int k = 0; k < F32_K; ++k) {
             auto w = load_shared(reinterpret_cast<const Vector<float, 4>*>(&operands.weight[k][column]));
 #pragma unroll

@@ -126,13 +126,14 @@ inline constexpr float TWO_SQRT_2_PI = 1.5957691216057308f, CUBIC = 0.044715f;
 // Beyond it float32's sigmoid(2u) is 0 or 1, and z^3 on the way to infinity.
 inline constexpr float SATURATED = 20.0f;
 
-GPTKERN_DEVICE float sigmoid_2u(float z) { return 1.0f / (1.0f + expf(-(z + z * z * z * CUBIC) * TWO_SQRT_2_PI)); }
+// exp(-2u): sigmoid(2u) = 1 / (1 + e)
+GPTKERN_DEVICE float exp_minus_2u(float z) { return expf(-(z + z * z * z * CUBIC) * TWO_SQRT_2_PI); }
 
 GPTKERN_DEVICE float activated(float z, int activation) {
     // y = z * Phi(z)
     if (activation == GELU) return z * 0.5f * (1.0f + erff(z * SQRT_HALF));
     // y = z * sigmoid(2u)
-    if (activation == GELU_TANH) return z * sigmoid_2u(z);
+    if (activation == GELU_TANH) return z * reciprocal_approx(1.0f + exp_minus_2u(z));
     return z;
 }
 
@@ -141,8 +142,7 @@ GPTKERN_DEVICE float activation_slope(float z, int activation) {
     if (activation == GELU) return 0.5f * (1.0f + erff(z * SQRT_HALF)) + z * INV_SQRT_2PI * expf(-0.5f * z * z);
     if (activation == GELU_TANH) {
         // act'(z) = s + z * s * (1 - s) * 2u'(z), s = sigmoid(2u) = 1 / (1 + e)
-        float e = expf(-(z + z * z * z * CUBIC) * TWO_SQRT_2_PI);
-        float s = 1.0f / (1.0f + e);
+        float e = exp_minus_2u(z), s = reciprocal_approx(1.0f + e);
         // 1 - s = e * s, which has all its digits where s is near 1; where e is large it might be infinity times 0.
         float rest = e < 1.0f ? e * s : 1.0f - s;
         float inner = (1.0f + z * z * 3.0f * CUBIC) * TWO_SQRT_2_PI;

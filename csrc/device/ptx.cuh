@@ -160,6 +160,18 @@ GPTKERN_DEVICE float exp2_approx(float x) {
 #endif
 }
 
+// 1 / x to 1 unit in the last place, for x of at least 2^-126; 0 beyond 2^126. A division without a slow path to call.
+GPTKERN_DEVICE float reciprocal_approx(float x) {
+#ifdef GPTKERN_EMULATED
+    float y = 1.0f / x;
+    return y < 0x1p-126f ? 0.0f : y;
+#else
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+
 // a / b rounded correctly, where the compiler's default may be replaced by a faster one.
 GPTKERN_DEVICE float divide_rn(float a, float b) {
 #ifdef GPTKERN_EMULATED

@@ -29,19 +29,26 @@ def unsupported(input, weight, weight_scale, bias, activation, mode):
 def forward(input, weight, weight_scale, bias, activation, mode):
     """(…, in_features) -> (…, out_features) in the input's dtype."""
     N, K = weight.shape
-    x = input if input.dim() == 2 else rows_of(input)
-    M = x.shape[0]
-    device = x.device
-    y = torch.empty((*input.shape[:-1], N), dtype=x.dtype, device=device)
+    if input.dim() == 2:
+        x, M = input, input.shape[0]
+        y = input.new_empty((M, N))
+    else:
+        x = rows_of(input)
+        M = x.shape[0]
+        y = input.new_empty((*input.shape[:-1], N))
     if M == 0 or N == 0:
         return y
-    q, input_scale = _quantised(x, M, K, device) if mode == "w8a8" else (None, None)
-    bias, bias_stride, bias_dtype = _bias(bias)
     address = common.address
+    q = input_scale = 0
+    if mode == "w8a8":
+        # Held until the call has started the kernels.
+        buffers = _quantised(x, M, K)
+        q, input_scale = map(address, buffers)
+    bias, bias_stride, bias_dtype = _bias(bias)
     common.call(
-        "int8_linear_forward", x, address(x), address(weight), address(weight_scale), address(bias), address(q),
-        address(input_scale), address(y), M, N, K, *x.stride(), *weight.stride(), *weight_scale.stride(), bias_stride,
-        DTYPES[x.dtype], bias_dtype, ACTIVATIONS[activation], multiprocessors(device),
+        "int8_linear_forward", x, address(x), address(weight), address(weight_scale), address(bias), q, input_scale,
+        address(y), M, N, K, *x.stride(), *weight.stride(), weight_scale.stride(0), bias_stride,
+        DTYPES[x.dtype], bias_dtype, ACTIVATIONS[activation], multiprocessors(x.device),
     )  # fmt: skip
     return y
 
@@ -51,23 +58,23 @@ def backward(grad_output, input, weight, weight_scale, bias, activation, mode, n
     N, K = weight.shape
     dy = grad_output if grad_output.dim() == 2 else rows_of(grad_output)
     M = dy.shape[0]
-    device, dtype = dy.device, dy.dtype
+    dtype = dy.dtype
 
-    def empty(shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device=device)
+    def empty(shape):
+        return dy.new_empty(shape, dtype=torch.float32)
 
-    dinput = empty((*grad_output.shape[:-1], K) if need_input else 0, dtype)
+    dinput = dy.new_empty((*grad_output.shape[:-1], K) if need_input else 0)
     dbias = empty(N if need_bias else 0)
     x = q = input_scale = z = largest = scaled = partial = None
     if activation is not None:
         x = input if input.dim() == 2 else rows_of(input)
         z = empty((M, N))
         if mode == "w8a8":
-            q, input_scale = _quantised(x, M, K, device)
+            q, input_scale = _quantised(x, M, K)
     if need_input:
         # One more element: the address of no elements would be that of no tensor.
-        scaled = empty(M * N + 1, dtype)
-        largest = empty(1) if N else torch.zeros(1, device=device)
+        scaled = dy.new_empty(M * N + 1)
+        largest = empty(1) if N else dy.new_zeros(1, dtype=torch.float32)
     if need_bias:
         partial = empty(-(-M // GRADIENT_ROWS) * N)
     bias, bias_stride, bias_dtype = _bias(bias)
@@ -76,16 +83,16 @@ def backward(grad_output, input, weight, weight_scale, bias, activation, mode, n
         "int8_linear_backward", dy, address(dy), address(x), address(weight), address(weight_scale), address(bias),
         address(q), address(input_scale), address(z), address(largest), address(scaled), address(partial),
         address(dinput), address(dbias), M, N, K, *dy.stride(), *((0, 0) if x is None else x.stride()),
-        *weight.stride(), *weight_scale.stride(), bias_stride, DTYPES[dtype],
-        0 if x is None else DTYPES[x.dtype], bias_dtype, ACTIVATIONS[activation], multiprocessors(device),
+        *weight.stride(), weight_scale.stride(0), bias_stride, DTYPES[dtype],
+        0 if x is None else DTYPES[x.dtype], bias_dtype, ACTIVATIONS[activation], multiprocessors(dy.device),
     )  # fmt: skip
     return dinput, dbias
 
 
-def _quantised(x, M, K, device):
+def _quantised(x, M, K):
     """(q, input_scale), to be written."""
-    q = torch.empty((M, -(-K // Q_ALIGNMENT) * Q_ALIGNMENT), dtype=torch.int8, device=device)
-    return q, torch.empty(M, dtype=torch.float32, device=device)
+    q = x.new_empty((M, -(-K // Q_ALIGNMENT) * Q_ALIGNMENT), dtype=torch.int8)
+    return q, x.new_empty(M, dtype=torch.float32)
 
 
 def _bias(bias):

@@ -17,22 +17,21 @@ def unsupported(input, dim):
 def forward(input, dim):
     """-> q, int8 in the input's shape; scale, float32 in the input's shape without dim."""
     shape = input.shape
-    width, scale_shape = shape[dim], (*shape[:dim], *shape[dim + 1 :])
-    q = torch.empty(shape, dtype=torch.int8, device=input.device)
+    last = dim == len(shape) - 1
+    scale_shape = shape[:-1] if last else (*shape[:dim], *shape[dim + 1 :])
+    q = input.new_empty(shape, dtype=torch.int8)
     if input.numel() == 0:
-        return q, torch.ones(scale_shape, dtype=torch.float32, device=input.device)
-    scale = torch.empty(scale_shape, dtype=torch.float32, device=input.device)
-    addresses = common.address(q), common.address(scale)
-    if dim == len(shape) - 1:
+        return q, input.new_ones(scale_shape, dtype=torch.float32)
+    scale = input.new_empty(scale_shape, dtype=torch.float32)
+    address, width, dtype = common.address, shape[dim], DTYPES[input.dtype]
+    if last:
         x = input if dim == 1 else input.reshape(-1, width)
         common.call(
-            "quantize_int8_rows", x, common.address(x), *addresses, x.shape[0], width, *x.stride(), width,
-            DTYPES[x.dtype],
+            "quantize_int8_rows", x, address(x), address(q), address(scale), x.shape[0], width, *x.stride(), width,
+            dtype,
         )  # fmt: skip
     else:
         # (outer, width, inner)
         x = input.reshape(math.prod(shape[:dim]), width, -1)
-        common.call(
-            "quantize_int8_columns", x, common.address(x), *addresses, *x.shape, *x.stride(), DTYPES[x.dtype]
-        )  # fmt: skip
+        common.call("quantize_int8_columns", x, address(x), address(q), address(scale), *x.shape, *x.stride(), dtype)
     return q, scale
