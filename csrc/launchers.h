@@ -30,6 +30,7 @@ void softmax_forward(Address x, int x_dtype, Address mask, int mask_kind, Addres
 void softmax_backward(Address dy, Address y, int y_dtype, Address dx, int dx_dtype, const std::vector<int64_t>& shape,
                       const std::vector<int64_t>& dy_strides, int dim, double scale, bool is_causal,
                       int64_t one_pass_limit, Address stream);
+
 // --- quantize_int8: q (rows, width) int8 and one float32 scale a row ---------------------------------------------------
 
 void quantize_int8_rows(Address x, Address q, Address scale, int64_t rows, int64_t width, int64_t x_row_stride,
