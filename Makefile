@@ -10,7 +10,7 @@ ifeq ($(GPU),)
 test: export GPTKERN_CUDA_ARCHS ?= 80;90a
 endif
 
-.PHONY: demo test emulator lint bench gpu figures clean
+.PHONY: demo test emulator lint bench gpu figures tables clean
 
 # Editable, so that a change to a kernel is what runs next.
 $(VENV)/installed: pyproject.toml setup.py MANIFEST.in constraints.txt
@@ -50,6 +50,9 @@ gpu:  ## on a machine with a GPU: check, test, sanitize and measure, in nine min
 
 figures: $(VENV)/installed  ## the figures of README.md and docs/ from bench/results/
 	$(BIN)/python bench/publish.py
+
+tables: $(VENV)/cuda  ## docs/cuda_resources.md and docs/cuda_counters.md, from the CUDA kernels
+	$(BIN)/python bench/cuda_tables.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info out gptkern/_cuda.*.so gptkern/cuda_kernels/not_built.txt
