@@ -492,7 +492,8 @@ int one() { kernel<<<1, 32>>>(nullptr); return cudaGetLastError() == cudaSuccess
 int two() { return 2; }
 int part() { return 7; }
 """)
-    build(CUDA_HOME=REAL_CUDA_HOME, GPTKERN_CUDA_ARCHS="80")
+    # Debug information for which somebody may have a reason is no part of the module.
+    build(CUDA_HOME=REAL_CUDA_HOME, GPTKERN_CUDA_ARCHS="80", NVCC_APPEND_FLAGS="-Xcompiler -g")
     module = module_of(tree)
     assert module["architectures"] == "80" and module["compiler"].startswith("nvcc ") and module["total"] == 127
     (report,) = (tree / "build" / "cuda").glob("*/one.ptxas.txt")
@@ -503,6 +504,19 @@ int part() { return 7; }
     exported = subprocess.run(["nm", "-D", "--defined-only", path], capture_output=True, text=True, check=True).stdout
     assert "PyInit__cuda" in exported and "cudaGetLastError" not in exported and "_Z3onev" not in exported
     assert ".debug_info" not in subprocess.run(["readelf", "-S", path], capture_output=True, text=True).stdout
+
+
+def test_the_digest_is_of_all_that_the_module_is_made_of(tree):
+    csrc = tree / "csrc"
+    (csrc / "emulator").mkdir()
+    seen = [sources.digest(csrc)]
+    for name in ("one.cu", "bindings.cpp", "launchers.h", "device/shared.cuh", "device/new.cuh"):
+        with open(csrc / name, "a") as file:
+            file.write("// more")
+        seen.append(sources.digest(csrc))
+    assert len(set(seen)) == len(seen)
+    (csrc / "emulator" / "runtime.cpp").write_text("no part of it")
+    assert sources.digest(csrc) == seen[-1]
 
 
 BACKEND = "from building import backend; print('asked for', backend.get_requires_for_build_wheel())"
