@@ -112,7 +112,8 @@ def test_causal_rows_in_chunks(narrow_chunks, device, poisoned_memory, rows, col
 
 def test_a_row_in_chunks_whose_maximum_grows(narrow_chunks, device):
     # Every chunk has a larger maximum than those before it: what was summed has to be rescaled each time.
-    row = torch.linspace(-10, 10, 100, device=device)
+    # 600 elements are several chunks for each thread of a CUDA block; every chunk of Triton's has each thread.
+    row = torch.linspace(-10, 10, 600 if narrow_chunks == "cuda" else 100, device=device)
     check_softmax(torch.stack([row, row.flip(0)]))
     check_softmax(torch.stack([row, row.flip(0)], 1), 0)
 
@@ -132,6 +133,51 @@ def test_special_values_in_chunks(narrow_chunks, device, value):
     input = random(4, 50, device=device)
     input[1, 20], input[2] = value, -math.inf
     torch.testing.assert_close(G.softmax(input, -1), F.softmax(input, -1), equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "from_dtype, to_dtype",
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float16), (torch.float16, torch.bfloat16)],
+    ids=str,
+)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_rows_in_chunks_converted(narrow_chunks, device, poisoned_memory, from_dtype, to_dtype, dim):
+    width = 600 if narrow_chunks == "cuda" else 40
+    input = random(*((width, 3) if dim == 0 else (3, width)), device=device, dtype=from_dtype)
+    check_softmax_of(input, input.to(to_dtype), dim, to_dtype)
+
+
+def check_softmax_of(input, converted, dim, dtype):
+    """softmax(input, dtype=dtype) is that of the converted input, and its gradient that of another rounding."""
+    input, converted = input.detach().requires_grad_(), converted.detach().requires_grad_()
+    output = G.softmax(input, dim, dtype=dtype)
+    same_bits("forward", output, check_softmax(converted, dim))
+    grad_output = torch.randn(output.shape, device=output.device).to(dtype)
+    output.backward(grad_output)
+    converted.grad = None
+    G.softmax(converted, dim).backward(grad_output)
+    tolerance = 4 * max(torch.finfo(dtype).eps, torch.finfo(input.dtype).eps)
+    torch.testing.assert_close(input.grad.float(), converted.grad.float(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape, dim", [((2, 200, 16), 1), ((1, 40, 200), 1), ((300, 8), 0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_columns_in_chunks_of_whole_vectors(narrow_chunks, device, poisoned_memory, dtype, shape, dim):
+    check_softmax(random(*shape, device=device, dtype=dtype), dim)
+    check_softmax(random(*shape, device=device, dtype=dtype), dim, mask=torch.rand(shape[-1], device=device) > 0.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("width", [2500, 20_001])
+def test_long_rows_that_begin_anywhere(kernel_backend, device, poisoned_memory, dtype, width):
+    # An odd width: every row begins at another place in a vector.
+    mask = torch.randn(3, width, device=device)
+    check_softmax(random(3, width, device=device, dtype=dtype), mask=mask > -1)
+    check_softmax(random(3, width, device=device, dtype=dtype), mask=mask, scale=0.5)
+
+
+def test_a_row_that_shared_memory_holds_a_part_of(kernel_backend, device, poisoned_memory):
+    check_softmax(random(1, 60_001, device=device, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (0, 5), (5, 0), (2, 0, 3)], ids=str)
@@ -356,6 +402,38 @@ def test_strided_inputs(backend, device, dtype):
             except AssertionError as error:
                 raise AssertionError(f"{name}, dim {dim}: {error}") from error
         check_softmax(view, -1, is_causal=True, mask=torch.rand(view.shape, device=device) > 0.2)
+
+
+@dtypes
+@pytest.mark.parametrize("offset", [1, 2, 4])
+def test_tensors_that_begin_anywhere(backend, device, dtype, offset):
+    def shifted(*shape):
+        return random(math.prod(shape) + offset, device=device, dtype=dtype)[offset:].view(shape)
+
+    for dim in (0, 1, 2):
+        check_softmax(shifted(3, 6, 16), dim)
+        check_softmax(shifted(3, 6, 16).clone(), dim, grad_output=shifted(3, 6, 16))
+        check_softmax(random(3, 6, 16, device=device, dtype=dtype), dim, mask=shifted(6, 16), scale=0.5)
+        check_softmax(random(3, 6, 16, device=device, dtype=dtype), dim, mask=shifted(6, 16) > 0)
+
+
+def test_many_dimensions(backend, device):
+    input = random(2, 3, 2, 3, 2, 3, device=device)
+    for order in ((5, 4, 3, 2, 1, 0), (0, 2, 4, 1, 3, 5)):
+        view = input.permute(order)
+        mask = torch.rand(view.shape[-1], device=device) > 0.2
+        for dim in (0, 2, 5):
+            check_softmax(view, dim)
+            check_softmax(view, dim, mask=mask if dim == 5 else None)
+
+
+def test_more_dimensions_than_the_cuda_kernels_walk(kernel_backend, device):
+    input = random(*[2] * 10, device=device)
+    if kernel_backend == "cuda":
+        with pytest.raises(gptkern.BackendError, match="dimensions"):
+            G.softmax(input, 3)
+    else:
+        check_softmax(input, 3)
 
 
 @dtypes
