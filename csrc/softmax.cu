@@ -11,9 +11,10 @@
 // Memory is the limit. A row is read once and written once, and nothing moves fewer bytes:
 //     forward     width * (bytes of x + bytes of y)        bf16: 4 B an element
 //     backward    width * (2 * bytes of y + bytes of dx)   bf16: 6 B an element
-// Under a causal limit only what lies left of it is read; zeros are written right of it. With about ten instructions
-// and one exponential (two where a row is walked twice) an element, an H100 or H200 (4 * 32 lanes and 16 exponentials
-// a clock and multiprocessor, for 15 to 20 bytes) waits for memory: the floor is bytes / bandwidth.
+// Under a causal limit only what lies left of it is read (and the rest of the vector that it cuts), and zeros are
+// written right of it. With about ten instructions and one exponential (two where a row is walked twice) an element,
+// an H100 or H200 (4 * 32 lanes and 16 exponentials a clock and multiprocessor, for 15 to 20 bytes) waits for memory:
+// the floor is bytes / bandwidth.
 //
 // Three kernels each for forward and backward:
 //     rows     the row lies along memory and is held in registers: 1 to 32 lanes, or several warps, a row
@@ -29,8 +30,8 @@
 //
 // float16 and bfloat16 are one kernel's instance, told apart at run time: what differs is the conversion.
 #include <algorithm>
+#include <limits>
 #include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "device/launch.cuh"
@@ -49,10 +50,10 @@ constexpr float HIDDEN = -std::numeric_limits<float>::infinity();
 // holds two rows.
 constexpr int FORWARD_VALUES = 32, BACKWARD_VALUES = 16;
 constexpr int MOST_THREADS = 1024;
-constexpr int ROWS_THREADS = 256;     // of a block whose rows need no more
-constexpr int LONG_THREADS = 512;     // two blocks, each with a full stash, fill a multiprocessor of sm_80 and sm_90
+constexpr int ROWS_THREADS = 256;  // of a block whose rows need no more
+constexpr int LONG_THREADS = 512;  // two blocks with a full stash each fit a multiprocessor of sm_90, one fits sm_80
 constexpr int COLUMNS_THREADS = 256;
-constexpr int BATCH = 2;              // vectors that a walk has under way at a time
+constexpr int BATCH = 2;  // vectors that a walk has under way at a time
 // Threads side by side in the columns kernel: 8 * 16 bytes are a cache line, the others of the block share the walk.
 constexpr int MOST_ACROSS = 8;
 constexpr int MOST_DIMENSIONS = 8;
@@ -282,7 +283,7 @@ __global__ void __launch_bounds__(MOST_THREADS) softmax_forward_rows_kernel(
     }
 }
 
-// A running maximum and the sum of exp(z - maximum).
+// A running maximum and the sum of exp(z - maximum), of what a thread has walked over.
 struct Running {
     float m = HIDDEN, total = 0.0f;
 
@@ -322,6 +323,7 @@ __global__ void __launch_bounds__(LONG_THREADS) softmax_forward_long_kernel(
     MaskLine mask_line{mask, offsets.mask, walk.mask_stride_n, options.mask_kind};
     auto column = [&](int i) { return (i * threads + int(threadIdx.x)) * V - shift; };
 
+    // One body for both walks: half the code, for the compiler and for the instruction cache.
     Running running;
     float m = 0.0f, reciprocal = 0.0f;
 #pragma unroll 1
