@@ -99,6 +99,14 @@ def test_forward_and_gradients(backend, device, shape, dtype, mode):
     judge(*tensors_of(*shape, dtype, device), mode=mode)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("shape", [(5, 1104, 40), (16, 592, 144), (40, 400, 72), (150, 336, 144)], ids=str)
+def test_rows_of_whole_chunks(kernel_backend, device, shape, dtype, mode):
+    # Rows of a multiple of 16 bytes, which kernels copy 16 bytes at a time, and more steps than a pipeline has stages.
+    judge(*tensors_of(*shape, dtype, device), mode=mode)
+
+
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
@@ -205,7 +213,9 @@ def integers_of(rows, in_features, device):
     return q, guarded(q.float())
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 31, 7), (17, 129, 65), (2, 1100, 33), (130, 65, 129)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (3, 31, 7), (17, 129, 65), (2, 1100, 33), (130, 65, 129), (150, 336, 144)], ids=str
+)
 def test_w8a8_product_is_exact(backend, device, shape):
     rows, in_features, out_features = shape
     q, input = integers_of(rows, in_features, device)
@@ -614,7 +624,9 @@ def judge_quantized(input, dim=-1):
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
-@pytest.mark.parametrize("shape", [(1,), (5,), (1, 1), (3, 129), (65, 16), (2, 1100), (2, 3, 65), (2, 20_000)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1,), (5,), (1, 1), (3, 129), (65, 16), (2, 1100), (2, 3, 65), (2, 20_000), (1, 60_000)], ids=str
+)
 def test_quantize(backend, device, shape, dtype):
     judge_quantized(guarded(torch.randn(shape, device=device).to(dtype)))
 
