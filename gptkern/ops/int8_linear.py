@@ -70,8 +70,8 @@ def int8_linear(
             point; tensors are on several devices.
         ValueError: unknown activation or mode.
 
-    Backends: torch (float64 included); triton for float16, bfloat16 and float32, forward and backward (w8a8: for up
-    to 132,104 in_features, whose sums int32 holds).
+    Backends: torch (float64 included); triton and cuda for float16, bfloat16 and float32, forward and backward
+    (w8a8: for up to 132,104 in_features, whose sums int32 holds).
 
     Source: Dettmers et al., "LLM.int8()", 2022 (arXiv:2208.07339), section 2.1, vector-wise quantisation.
     """

@@ -37,7 +37,7 @@ def quantize_int8(input: torch.Tensor, dim: int = -1) -> tuple[torch.Tensor, tor
         IndexError: dim is out of range. RuntimeError: the input is not floating point.
         TypeError: the input is no tensor.
 
-    No gradient flows through it. Backends: torch (float64 included); triton for float16, bfloat16 and float32.
+    No gradient flows through it. Backends: torch (float64 included); triton and cuda for float16, bfloat16 and float32.
     """
     choice = dispatch.settled(input)
     if not isinstance(input, torch.Tensor):
