@@ -35,6 +35,8 @@ PYBIND11_MODULE(GPTKERN_MODULE, module) {
     module.def("quantize_int8_columns", &gptkern::quantize_int8_columns);
     module.def("int8_linear_forward", &gptkern::int8_linear_forward);
     module.def("int8_linear_backward", &gptkern::int8_linear_backward);
+    module.def("layer_norm_forward", &gptkern::layer_norm_forward);
+    module.def("layer_norm_backward", &gptkern::layer_norm_backward);
 #ifdef GPTKERN_EMULATED
     gptkern::emulator::bind(module);
 #else

@@ -30,6 +30,16 @@ void softmax_forward(Address x, int x_dtype, Address mask, int mask_kind, Addres
 void softmax_backward(Address dy, Address y, int y_dtype, Address dx, int dx_dtype, const std::vector<int64_t>& shape,
                       const std::vector<int64_t>& dy_strides, int dim, double scale, bool is_causal,
                       int64_t one_pass_limit, Address stream);
+// layer_norm.cu. `dtype` is that of y, s and their gradients; parameters are of it or float32.
+void layer_norm_forward(Address x, Address residual, Address weight, Address bias, Address y, Address summed,
+                        Address mean, Address rstd, int64_t x_stride, int64_t residual_stride, int64_t rows, int width,
+                        int x_dtype, int residual_dtype, int parameter_dtype, int dtype, double eps, Address stream);
+// partial: float32 (how many of dweight and dbias are there, partials, width). partials: at least 1; where the width is
+// no multiple of 8, at least min(rows, 8).
+void layer_norm_backward(Address dy, Address incoming, Address s, Address weight, Address mean, Address rstd,
+                         Address ds, Address dweight, Address dbias, Address partial, int64_t dy_stride,
+                         int64_t incoming_stride, int64_t s_stride, int64_t rows, int width, int weight_dtype,
+                         int dtype, int partials, Address stream);
 
 // --- quantize_int8: q (rows, width) int8 and one float32 scale a row ---------------------------------------------------
 

@@ -181,6 +181,15 @@ GPTKERN_DEVICE float divide_rn(float a, float b) {
 #endif
 }
 
+// The same value, of which the compiler does not know where it comes from: what depends on it is computed here and now,
+// not kept in registers from before, or from before a loop.
+GPTKERN_DEVICE uint32_t opaque(uint32_t value) {
+#ifndef GPTKERN_EMULATED
+    asm volatile("" : "+r"(value));
+#endif
+    return value;
+}
+
 // Rounds to the nearest integer, ties to even.
 GPTKERN_DEVICE int round_to_int(float x) {
 #ifdef GPTKERN_EMULATED
