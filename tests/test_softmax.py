@@ -230,10 +230,11 @@ def test_what_is_right_of_the_causal_limit_is_not_read(kernel_backend, device, p
     clean = random(2, 9, 12, device=device)
     hidden = ~torch.ones(9, 12, dtype=torch.bool, device=device).tril()
     results = []
-    for input in (clean, clean.masked_fill(hidden, poison)):
+    grad_output = torch.linspace(-1, 1, clean.numel(), device=device).view(clean.shape)
+    for input, gradient in ((clean, grad_output), tuple(t.masked_fill(hidden, poison) for t in (clean, grad_output))):
         input.requires_grad_()
         output = G.softmax(input, -1, is_causal=True)
-        output.backward(torch.linspace(-1, 1, output.numel(), device=device).view(output.shape))
+        output.backward(gradient)
         results.append((output.detach(), input.grad))
     same_bits("forward", results[1][0], results[0][0])
     same_bits("gradient", results[1][1], results[0][1])
