@@ -31,7 +31,8 @@ _PYTHON = sysconfig.get_config_var("SOABI")
 # No fast math: divisions and square roots are IEEE's, as the tolerances ask. -v: ptxas reports resources.
 _NVCC_FLAGS = ("-std=c++20", "-O3", "-Xptxas", "-v")
 _HOST_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden")
-# The static CUDA runtime's symbols stay inside: PyTorch's process has a runtime of its own. -s: no debug information.
+# The static CUDA runtime's symbols stay inside, as PyTorch's process has a runtime of its own; that of CUDA 13.0 hides
+# them itself. -s: no debug information.
 _LINK_FLAGS = ("-shared", "-s", "-Wl,--exclude-libs,ALL", "-Wl,--gc-sections")
 _LINK_LIBRARIES = ("-ldl", "-lrt", "-lpthread")
 # From here on nvcc has --compress-mode.
