@@ -414,6 +414,8 @@ def test_tensors_that_begin_anywhere(backend, device, dtype, offset):
     for dim in (0, 1, 2):
         check_softmax(shifted(3, 6, 16), dim)
         check_softmax(shifted(3, 6, 16).clone(), dim, grad_output=shifted(3, 6, 16))
+        # Vectors fit the input and not the output.
+        check_softmax(random(3, 6, 24, device=device, dtype=dtype)[..., : 16 + offset], dim)
         check_softmax(random(3, 6, 16, device=device, dtype=dtype), dim, mask=shifted(6, 16), scale=0.5)
         check_softmax(random(3, 6, 16, device=device, dtype=dtype), dim, mask=shifted(6, 16) > 0)
 
