@@ -6,14 +6,15 @@
 // Backward, with dz = dy * act'(z):
 //     dx = (dz * weight_scale) @ weight,  dbias = sum over rows of dz
 //
-// w8a8 multiplies int8 by int8 into int32, exactly. Tiles of q and the weight come through four stages of shared memory,
-// by asynchronous copies and ldmatrix, whose 8×8 matrices of 16 bits are 8 rows of 16 int8. The int32 sums never reach
-// memory.
+// w8a8 multiplies int8 by int8 into int32, exactly. Tiles of q and the weight come through four stages of shared
+// memory, by asynchronous copies and ldmatrix, whose 8×8 matrices of 16 bits are 8 rows of 16 int8. The int32 sums
+// never reach memory.
 //
-//     operations  2 M N K: the int8 matrix unit is the floor of many rows (1,979 dense TOPS by the H200's datasheet; what
-//                 mma.sync, the instruction of every part since sm_80, reaches of them on Hopper is not measured yet)
-//     shared      a k of 32 of a warp's 64×64 tile is 4 + 4 ldmatrix of 512 bytes and 32 mma: 32 cycles of shared memory
-//                 at 128 bytes each, for 64 of the matrix unit at 2048 multiply-adds
+//     operations  2 M N K: the int8 matrix unit is the floor of many rows (1,979 dense TOPS by the H200's datasheet;
+//                 what mma.sync, the instruction of every part since sm_80, reaches of them on Hopper is not measured
+//                 yet)
+//     shared      a k of 32 of a warp's 64×64 tile is 4 + 4 ldmatrix of 512 bytes and 32 mma: 32 cycles of shared
+//                 memory at 128 bytes each, for 64 of the matrix unit at 2048 multiply-adds
 //     bytes       N K of weight + b M (K + N) of x and y, b bytes each, + 2 M K for q: the floor of few rows
 //
 // The backward recomputes z in float32. A pass over dy forms dz * weight_scale and sums dbias (per tile of rows, then
@@ -201,7 +202,8 @@ __global__ void __launch_bounds__(GRADIENT_WARPS* WARP)
     if (divisor == 0.0f) divisor = 1.0f;
 #pragma unroll
     for (int i = 0; i < ELEMENTS; ++i) {
-        relative[i] = scaled && i < count ? divide_rn(load_global(weight_scale + (n + i) * scale_stride), divisor) : 0.0f;
+        relative[i] = 0.0f;
+        if (scaled && i < count) relative[i] = divide_rn(load_global(weight_scale + (n + i) * scale_stride), divisor);
         sums[i] = 0.0f;
     }
     int rows = count > 0 ? min(GRADIENT_ROWS, M - first_m) : 0;

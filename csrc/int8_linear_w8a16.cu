@@ -1,14 +1,16 @@
 // int8_linear, w8a16: y (M, N) = act((x @ weight^T) * weight_scale + bias), x (M, K) in float16, bfloat16 or float32,
 // weight (N, K) in int8, which those dtypes hold exactly.
 //
-// Few rows (M <= 16) read the weight at the speed of memory:
-//     bytes         N K of weight, once; b M K of x for each block of 16, 32 or 64 outputs, from the L2 cache; b M N of y
-//     operations    per byte of weight: 16-bit: 2 to 3 instructions of a thread (16 bytes: a copy, a load from shared
-//                   memory, 20 to 32 to widen, 2 to 4 mma, a share of x); float32: about 2 + 1.3 M
+// Few rows (M <= 16) are there to read the weight at the speed of memory (reasoned, not measured yet):
+//     bytes         N K of weight, once; b M N of y; b M K of x for each block of 16, 32 or 64 outputs, from the L2
+//                   cache
+//     operations    instructions of a thread for each byte of weight: 16-bit: 2 to 4, counted in sm_90a code (for 16
+//                   bytes a copy, a load from shared memory, 20 of float16 or 32 of bfloat16 to widen, 4 or 8 mma for
+//                   two of them, and what a step costs, shared by all of its bytes); float32: about 2 + 1.3 M
 //     floor         N K / 4.8 TB/s on an H200. At 1.755 GHz its 132 multiprocessors have 6 instructions of a thread for
-//                   each byte: 16-bit inputs of up to 16 rows and float32 ones of up to 3 are bound by memory.
-// The weight is the left operand of mma, 16 outputs a tile, and x the right one: 8 rows a tile. Both come in the order of
-// k that memory has: a thread's 16 bytes are four steps of mma, whose sum does not know the order of its terms. Each
+//                   each byte: 16-bit inputs of up to 16 rows and float32 ones of up to 3 are then bound by memory.
+// The weight is the left operand of mma, 16 outputs a tile, and x the right one: 8 rows a tile. Both come in the order
+// of k that memory has: a thread's 16 bytes are four steps of mma, whose sum does not know the order of its terms. Each
 // thread reads what it has copied itself, so that nothing waits for a barrier: up to 16 copies of 16 bytes a thread are
 // under way. The warps of a block share K between them, and their sums are added in a fixed order.
 //
@@ -291,7 +293,7 @@ GPTKERN_DEVICE int weight_swizzle(int row, int chunk) {
 constexpr int WEIGHT_CHUNKS = TILE_K / CHUNK_BYTES;
 static_assert(TILE_K == TILE_N, "a row of the weight's tile has as many bytes either way");
 
-// The order of k in a step of mma is that of 4 int8 side by side: thread t's slots 2t, 2t+1, 2t+8, 2t+9 are k = 4t … 4t+3.
+// The order of k in a step of mma is that of 4 int8 side by side: slots 2t, 2t+1, 2t+8, 2t+9 are k = 4t … 4t+3.
 template <class T, bool TRANSPOSED>
 __global__ void __launch_bounds__(TILE_THREADS)
     w8a16_kernel(Operand<T> x,            // (M, K)
@@ -313,8 +315,9 @@ __global__ void __launch_bounds__(TILE_THREADS)
             copy_rows<TILE_M, X_CHUNKS, TILE_THREADS>(stage.x, x, x_rows + k * x.element_stride, M - first_m, K - k,
                                                       x_swizzle);
             if constexpr (TRANSPOSED)
-                copy_rows<TILE_K, WEIGHT_CHUNKS, TILE_THREADS>(stage.weight, weight, weight_tile + k * weight.row_stride,
-                                                               K - k, N - first_n, weight_swizzle<true>);
+                copy_rows<TILE_K, WEIGHT_CHUNKS, TILE_THREADS>(stage.weight, weight,
+                                                               weight_tile + k * weight.row_stride, K - k,
+                                                               N - first_n, weight_swizzle<true>);
             else
                 copy_rows<TILE_N, WEIGHT_CHUNKS, TILE_THREADS>(stage.weight, weight,
                                                                weight_tile + k * weight.element_stride, N - first_n,
@@ -440,17 +443,19 @@ __global__ void __launch_bounds__(TILE_THREADS)
             int index = i * TILE_THREADS + thread, m = index / 4, k = first_k + index % 4 * 4;
             int count = m < M - first_m ? K - k : 0;
             const float* source = x_rows + m * x.row_stride + k * x.element_stride;
+            next_x[i] = {};
             if (x.copy != BY_CHUNK)
                 next_x[i] = gather_chunk(source, count, x.element_stride);
-            else
-                next_x[i] = count > 0 ? load_global(reinterpret_cast<const Vector<float, 4>*>(source)) : Vector<float, 4>{};
+            else if (count > 0)
+                next_x[i] = load_global(reinterpret_cast<const Vector<float, 4>*>(source));
         }
 #pragma unroll
         for (int i = 0; i < BYTES_A_THREAD; ++i) {
             int n, k;
             place_of_byte(i, n, k);
             k += first_k;
-            next_weight[i] = n < N - first_n && k < K ? load_global(weight_rows + n * stride_n + k * stride_k) : int8_t(0);
+            next_weight[i] = 0;
+            if (n < N - first_n && k < K) next_weight[i] = load_global(weight_rows + n * stride_n + k * stride_k);
         }
     };
     if (K > 0) load(0);
@@ -532,7 +537,8 @@ void product(Address x_address, int64_t x_stride_m, int64_t x_stride_k, const We
                       .shared_bytes = sizeof(TileLayout)};
     if constexpr (std::is_same_v<T, float>) {
         shape.shared_bytes = sizeof(Float32Layout);
-        GPTKERN_LAUNCH((w8a32_kernel), shape, stream, x, rows.data, weight.stride_n, weight.stride_k, epilogue, M, N, K);
+        GPTKERN_LAUNCH((w8a32_kernel), shape, stream, x, rows.data, weight.stride_n, weight.stride_k, epilogue, M, N,
+                       K);
     } else if (transposed) {
         auto columns = operand<int8_t>(weight.address, N, weight.stride_k, weight.stride_n);
         GPTKERN_LAUNCH((w8a16_kernel<T, true>), shape, stream, x, columns, epilogue, M, N, K);

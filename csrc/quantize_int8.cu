@@ -2,16 +2,17 @@
 //
 //     scale = max|x| / 127        q = clamp(round(x / scale), -127, 127), halves to even
 //
-// Along the last dimension a row goes to shared memory by asynchronous copies, each chunk of 16 bytes read by the thread
-// that has copied it: shared memory as registers that a row of any width may index. Memory is read once, up to
+// Along the last dimension a row goes to shared memory by asynchronous copies, each chunk of 16 bytes read by the
+// thread that has copied it: shared memory as registers that a row of any width may index. Memory is read once, up to
 // ROW_BYTES_HELD bytes a row; what is beyond is read again.
 //
 // Along another dimension neighbouring lanes take neighbouring columns, and read them twice, the second time from the
 // caches while a block's columns fit there.
 //
-// For n elements of b bytes in r rows: (b + 1) n + 4 r bytes moved, the least possible; at 4.8 TB/s, 132 multiprocessors
-// and 1.755 GHz a multiprocessor has 18 instructions of a thread for each element of 2 bytes (H200, datasheet). An IEEE
-// division would take most of them: x is multiplied by 1 / scale, and divided only near halves, where that could differ.
+// For n elements of b bytes in r rows: (b + 1) n + 4 r bytes moved, the least possible; at 4.8 TB/s, 132
+// multiprocessors and 1.755 GHz a multiprocessor has 18 instructions of a thread for each element of 2 bytes (H200,
+// datasheet). An IEEE division would take most of them: x is multiplied by 1 / scale, and divided only near halves,
+// where that could differ.
 #include <algorithm>
 
 #include "device/launch.cuh"
@@ -170,7 +171,8 @@ void quantize_rows(Address x, Address q, Address scale, int64_t rows, int64_t wi
     int64_t held = chunks * CHUNK_BYTES * rows_a_block <= ROW_BYTES_HELD ? chunks : ROW_BYTES_HELD / CHUNK_BYTES;
     LaunchShape shape{.grid_x = unsigned(ceil_div<int64_t>(rows, rows_a_block)),
                       .threads = ROW_THREADS,
-                      .shared_bytes = offsetof(RowLayout, chunks) + size_t(std::max<int64_t>(held * rows_a_block, 1) * CHUNK_BYTES)};
+                      .shared_bytes = offsetof(RowLayout, chunks) +
+                                      size_t(std::max<int64_t>(held * rows_a_block, 1) * CHUNK_BYTES)};
     GPTKERN_LAUNCH((quantize_rows_kernel<T>), shape, stream,
                    operand<T>(x, width, x_row_stride, x_element_stride), at<int8_t>(q), at<float>(scale), int(rows),
                    int(width), int(q_pitch), warps_a_row, int(held));
@@ -205,7 +207,8 @@ __global__ void __launch_bounds__(COLUMN_WARPS* WARP)
         largest = max(largest, magnitude_bits(to_float(load_global(x_column + i * width_stride))));
     store_shared(&shared.largest[warp][lane], largest);
     __syncthreads();
-    for (int other = 0; other < COLUMN_WARPS; ++other) largest = max(largest, load_shared(&shared.largest[other][lane]));
+    for (int other = 0; other < COLUMN_WARPS; ++other)
+        largest = max(largest, load_shared(&shared.largest[other][lane]));
 
     float scale = scale_of(largest), inverse = inverse_of(scale);
     if (inside && warp == 0) store_global(scales + outer * inner + column, scale);

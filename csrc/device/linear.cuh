@@ -43,7 +43,8 @@ template <class T>
 GPTKERN_DEVICE Vector<T, CHUNK_BYTES / sizeof(T)> gather_chunk(const T* source, int count, int64_t stride) {
     Vector<T, CHUNK_BYTES / sizeof(T)> chunk;
 #pragma unroll
-    for (int i = 0; i < CHUNK_BYTES / int(sizeof(T)); ++i) chunk[i] = i < count ? load_global(source + i * stride) : T{};
+    for (int i = 0; i < CHUNK_BYTES / int(sizeof(T)); ++i)
+        chunk[i] = i < count ? load_global(source + i * stride) : T{};
     return chunk;
 }
 
@@ -57,7 +58,8 @@ GPTKERN_DEVICE void copy_chunk(void* shared, const T* source, int count, int64_t
         constexpr int WORD = BY_4_BYTES / sizeof(T);
 #pragma unroll
         for (int i = 0; i < CHUNK_BYTES / BY_4_BYTES; ++i)
-            cp_async<BY_4_BYTES>(static_cast<unsigned char*>(shared) + i * BY_4_BYTES, source + i * WORD, i * WORD < count);
+            cp_async<BY_4_BYTES>(static_cast<unsigned char*>(shared) + i * BY_4_BYTES, source + i * WORD,
+                                 i * WORD < count);
     } else {
         store_shared(static_cast<Vector<T, CHUNK_BYTES / sizeof(T)>*>(shared), gather_chunk(source, count, stride));
     }
@@ -107,7 +109,8 @@ GPTKERN_DEVICE void store_from_float(void* values, int64_t index, float value, i
 // Four neighbours; the address is aligned to them.
 GPTKERN_DEVICE void store_from_floats(void* values, int64_t index, const float (&v)[4], int type) {
     if (type == TYPE_FLOAT32)
-        store_global(reinterpret_cast<Vector<float, 4>*>(static_cast<float*>(values) + index), {v[0], v[1], v[2], v[3]});
+        store_global(reinterpret_cast<Vector<float, 4>*>(static_cast<float*>(values) + index),
+                     {v[0], v[1], v[2], v[3]});
     else if (type == TYPE_FLOAT16)
         store_global(reinterpret_cast<Vector<uint32_t, 2>*>(static_cast<float16*>(values) + index),
                      {pack<float16>(v[0], v[1]), pack<float16>(v[2], v[3])});
