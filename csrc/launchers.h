@@ -65,4 +65,14 @@ void int8_linear_backward(Address dy, Address x, Address weight, Address weight_
                           int64_t weight_stride_k, int64_t scale_stride, int64_t bias_stride, int dy_dtype,
                           int x_dtype, int bias_dtype, int activation, int multiprocessors, Address stream);
 
+// --- attention, float16 or bfloat16: strides of tensors, heads and rows; kv_heads divides heads; no size is 0 ----------
+
+void attention_forward(Address query, Address key, Address value, Address output, Address lse,
+                       int64_t query_batch_stride, int64_t query_head_stride, int query_row_stride,
+                       int64_t key_batch_stride, int64_t key_head_stride, int key_row_stride,
+                       int64_t value_batch_stride, int64_t value_head_stride, int value_row_stride,
+                       int64_t output_batch_stride, int64_t output_head_stride, int output_row_stride, int batch,
+                       int heads, int kv_heads, int length_q, int length_k, int head_dim, double scale_log2e,
+                       bool is_causal, int dtype, Address stream);
+
 }  // namespace gptkern

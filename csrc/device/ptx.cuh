@@ -146,6 +146,18 @@ GPTKERN_DEVICE void cp_async_wait() {
 #endif
 }
 
+// --- Registers ------------------------------------------------------------------------------------------------------
+
+// The value itself, in the pass >= 0 of a loop, as one that changes from pass to pass as far as the compiler can tell: what
+// is computed from it is computed in each pass, and holds no registers across the loop.
+GPTKERN_DEVICE int not_hoisted(int value, [[maybe_unused]] int pass) {
+#ifndef GPTKERN_EMULATED
+    // value + (pass < 0 ? -1 : 0). ptxas sees through an asm without instructions.
+    asm volatile("{ .reg .s32 sign; shr.s32 sign, %1, 31; add.s32 %0, %0, sign; }" : "+r"(value) : "r"(pass));
+#endif
+    return value;
+}
+
 // --- Arithmetic -----------------------------------------------------------------------------------------------------
 
 // 2^x to 2 units in the last place of float32; 2^-inf = 0, and results below 2^-126 are 0.

@@ -66,7 +66,7 @@ namespace detail {
 
 // visit(row, chunk, where it lies in global memory, and in the tile) for the chunks of rows [0, ROWS) that fall to `thread`
 // of THREADS: neighbouring threads take neighbouring chunks of one panel, so that eight of them meet no bank conflict.
-// Addresses walk down the rows: a table of them would cost registers that a kernel's loop has no room for.
+// A thread's offset in the tile has 32 bits, so that few registers hold it.
 template <class Tile, int ROWS, int THREADS, class Element, class Visit>
 GPTKERN_DEVICE void for_chunks(Element* global, int row_stride, int thread, Visit visit) {
     constexpr int FULL = Tile::D / Tile::PANEL, REST = Tile::CHUNKS % Tile::PANEL_CHUNKS;
@@ -74,27 +74,28 @@ GPTKERN_DEVICE void for_chunks(Element* global, int row_stride, int thread, Visi
     if constexpr (FULL > 0) {
         constexpr int STEP = THREADS / Tile::PANEL_CHUNKS;
         const int thread_row = thread / Tile::PANEL_CHUNKS, column = thread % Tile::PANEL_CHUNKS;
-        Element* from = global + int64_t(thread_row) * row_stride + column * Tile::CHUNK;
+        const int offset = thread_row * row_stride + column * Tile::CHUNK;
 #pragma unroll
-        for (int first = 0; first < ROWS; first += STEP, from += int64_t(STEP) * row_stride)
+        for (int first = 0; first < ROWS; first += STEP)
             if (ROWS % STEP == 0 || first + thread_row < ROWS) {
                 // A step of whole eights leaves the swizzle as it is.
                 const int shared = STEP % 8 == 0 ? Tile::offset(thread_row, column) + first * Tile::PANEL
                                                  : Tile::offset(first + thread_row, column);
 #pragma unroll
                 for (int panel = 0; panel < FULL; ++panel)
-                    visit(first + thread_row, panel * Tile::PANEL_CHUNKS + column, from + panel * Tile::PANEL,
+                    visit(first + thread_row, panel * Tile::PANEL_CHUNKS + column,
+                          global + (offset + first * row_stride) + panel * Tile::PANEL,
                           shared + panel * Tile::PANEL * Tile::ROWS);
             }
     }
     if constexpr (REST > 0) {
         constexpr int STEP = THREADS / REST;
         const int thread_row = thread / REST, column = FULL * Tile::PANEL_CHUNKS + thread % REST;
-        Element* from = global + int64_t(thread_row) * row_stride + column * Tile::CHUNK;
+        const int offset = thread_row * row_stride + column * Tile::CHUNK;
 #pragma unroll
-        for (int first = 0; first < ROWS; first += STEP, from += int64_t(STEP) * row_stride)
+        for (int first = 0; first < ROWS; first += STEP)
             if (ROWS % STEP == 0 || first + thread_row < ROWS)
-                visit(first + thread_row, column, from,
+                visit(first + thread_row, column, global + (offset + first * row_stride),
                       STEP % 8 == 0 ? Tile::offset(thread_row, column) + first * REST * Tile::CHUNK
                                     : Tile::offset(first + thread_row, column));
     }
@@ -105,7 +106,7 @@ GPTKERN_DEVICE void for_chunks(Element* global, int row_stride, int thread, Visi
 // Starts the copy of a tile from global memory, by THREADS threads; `thread` counts them. Rows from `rows` on and columns
 // from `columns` on become zero, and nothing is read there (`rows` may be 0 or less). The caller commits and waits.
 //   global       (rows, columns)   the tile's first element, aligned to 16 bytes
-//   row_stride   in elements, a multiple of 8
+//   row_stride   in elements, a multiple of 8; a tile's offsets have to lie below 2^31
 //   columns      a multiple of 8, at most D
 template <int THREADS, class T, int ROWS, int D>
 GPTKERN_DEVICE void load_tile(Tile<T, ROWS, D>& tile, const T* global, int row_stride, int rows, int columns,
@@ -131,19 +132,20 @@ GPTKERN_DEVICE void store_tile(Tile<T, TILE_ROWS, D>& tile, int first, T* global
 }
 
 // --- Operands of mma_m16n8k16 ---------------------------------------------------------------------------------------
-// Called by all lanes of a warp; rows are multiples of 8 and columns of 16. One ldmatrix each.
+// Called by all lanes of a warp; rows are multiples of 8 and columns of 16. One ldmatrix each. A loop short of
+// registers passes not_hoisted(lane_of_thread(), pass).
 
 // A (16×16), A[m][k] = tile[row + m][column + k].
 template <class T, int ROWS, int D>
-GPTKERN_DEVICE void load_a(uint32_t (&a)[4], const Tile<T, ROWS, D>& tile, int row, int column) {
-    unsigned lane = unsigned(lane_of_thread());
+GPTKERN_DEVICE void load_a(uint32_t (&a)[4], const Tile<T, ROWS, D>& tile, int row, int column,
+                           unsigned lane = unsigned(lane_of_thread())) {
     ldmatrix_x4(a, tile.values + tile.offset(row, lane % 16, column / tile.CHUNK, lane / 16));
 }
 
 // A (16×16), A[m][k] = tile[row + k][column + m]: the transpose of what the tile holds.
 template <class T, int ROWS, int D>
-GPTKERN_DEVICE void load_a_transposed(uint32_t (&a)[4], const Tile<T, ROWS, D>& tile, int row, int column) {
-    unsigned lane = unsigned(lane_of_thread());
+GPTKERN_DEVICE void load_a_transposed(uint32_t (&a)[4], const Tile<T, ROWS, D>& tile, int row, int column,
+                                      unsigned lane = unsigned(lane_of_thread())) {
     ldmatrix_x4_transposed(
         a, tile.values + tile.offset(row, lane / 16 * 8 + lane % 8, column / tile.CHUNK, lane / 8 % 2));
 }
@@ -151,8 +153,8 @@ GPTKERN_DEVICE void load_a_transposed(uint32_t (&a)[4], const Tile<T, ROWS, D>& 
 // Two operands B (16×8) side by side, b[j]: B[k][n] = tile[row + 8 j + n][column + k]. The tile is (n, k), as K is in
 // Q Kᵀ.
 template <class T, int ROWS, int D>
-GPTKERN_DEVICE void load_b(uint32_t (&b)[2][2], const Tile<T, ROWS, D>& tile, int row, int column) {
-    unsigned lane = unsigned(lane_of_thread());
+GPTKERN_DEVICE void load_b(uint32_t (&b)[2][2], const Tile<T, ROWS, D>& tile, int row, int column,
+                           unsigned lane = unsigned(lane_of_thread())) {
     uint32_t r[4];
     ldmatrix_x4(r, tile.values + tile.offset(row, lane / 16 * 8 + lane % 8, column / tile.CHUNK, lane / 8 % 2));
     b[0][0] = r[0], b[0][1] = r[1], b[1][0] = r[2], b[1][1] = r[3];
@@ -161,8 +163,8 @@ GPTKERN_DEVICE void load_b(uint32_t (&b)[2][2], const Tile<T, ROWS, D>& tile, in
 // Two operands B (16×8) side by side, b[j]: B[k][n] = tile[row + k][column + 8 j + n]. The tile is (k, n), as V is in
 // P V.
 template <class T, int ROWS, int D>
-GPTKERN_DEVICE void load_b_transposed(uint32_t (&b)[2][2], const Tile<T, ROWS, D>& tile, int row, int column) {
-    unsigned lane = unsigned(lane_of_thread());
+GPTKERN_DEVICE void load_b_transposed(uint32_t (&b)[2][2], const Tile<T, ROWS, D>& tile, int row, int column,
+                                      unsigned lane = unsigned(lane_of_thread())) {
     uint32_t r[4];
     ldmatrix_x4_transposed(r, tile.values + tile.offset(row, lane % 16, column / tile.CHUNK, lane / 16));
     b[0][0] = r[0], b[0][1] = r[1], b[1][0] = r[2], b[1][1] = r[3];
