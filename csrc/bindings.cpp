@@ -29,6 +29,7 @@ extern const char SOURCES[];
 PYBIND11_MODULE(GPTKERN_MODULE, module) {
     module.attr("architectures") = GPTKERN_ARCHITECTURES;
     module.attr("compiler") = GPTKERN_COMPILER;
+    module.def("attention_backward", &gptkern::attention_backward);
     module.def("softmax_forward", &gptkern::softmax_forward);
     module.def("softmax_backward", &gptkern::softmax_backward);
     module.def("quantize_int8_rows", &gptkern::quantize_int8_rows);

@@ -75,4 +75,16 @@ void attention_forward(Address query, Address key, Address value, Address output
                        int heads, int kv_heads, int length_q, int length_k, int head_dim, double scale_log2e,
                        bool is_causal, int dtype, Address stream);
 
+// --- attention, backward: query (batch, heads, length_q, head_dim), key (batch, kv_heads, length_k, head_dim) -----------
+// Strides as PyTorch has them. A gradient whose address is 0 is not computed, and its strides are not read. lse: in base
+// 2, as the forward left it. delta: memory for (batch, heads, length_q) float32, where dquery or dkey is computed.
+void attention_backward(Address grad_output, Address query, Address key, Address value, Address output, Address lse,
+                        Address delta, Address grad_query, Address grad_key, Address grad_value,
+                        const std::vector<int64_t>& grad_output_strides, const std::vector<int64_t>& query_strides,
+                        const std::vector<int64_t>& key_strides, const std::vector<int64_t>& value_strides,
+                        const std::vector<int64_t>& output_strides, const std::vector<int64_t>& grad_query_strides,
+                        const std::vector<int64_t>& grad_key_strides, const std::vector<int64_t>& grad_value_strides,
+                        int batch, int heads, int kv_heads, int length_q, int length_k, int head_dim, double scale,
+                        bool is_causal, int dtype, Address stream);
+
 }  // namespace gptkern
