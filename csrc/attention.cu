@@ -28,16 +28,16 @@
 // so a warp of 16 queries would read shared memory all the time that its products take, and one of 32 half of it: 32,
 // wherever the registers hold it.
 //
-//   D                  64    80    96    128   256
-//   warps x queries    4x32  4x32  4x32  4x32  8x16
-//   registers: A       64    80    96    128   128
-//              S       64    64    64    64    32
-//              Q       32    40    48    -     64      what stays for addresses and operands on the way: about 30
-//   stages             2     2     2     1     1       of a tile of keys and one of values
-//   shared memory, KB  32    40    48    64    64      two blocks a multiprocessor of sm_80 up to 128, one at 256
-// Q passes through the last stage on its way to registers; at D = 128 it stays in shared memory. With two stages a tile is
-// copied while the one before is computed, one barrier a tile; with one stage K is copied during softmax and P V, V during
-// Q Kᵀ.
+//   D                        64    80    96    128   256
+//   warps x queries          4x32  4x32  4x32  4x32  8x16
+//   keys of a tile           64    64    64    64    32
+//   registers: A             64    80    96    128   128    of 255, with 16 for m, l and the maxima; the rest is for
+//              S             64    64    64    64    16     addresses and operands on their way
+//              Q             32    40    -     -     64     else in shared memory, and 8 at a time
+//   stages                   2     2     2     1     2      of a tile of keys and one of values
+//   shared memory, KB        32    40    72    64    64     two blocks a multiprocessor of sm_80 up to 128, one at 256
+// Q passes through the stages on its way to registers. With two stages a tile is copied while the one before is computed,
+// one barrier a tile; with one stage K is copied during softmax and P V, V during Q Kᵀ.
 //
 // parts: GPTKERN_HEAD_DIM = 64, 80, 96, 128, 256
 #include <algorithm>
@@ -296,13 +296,15 @@ __global__ void __launch_bounds__(Tiles<T, D>::THREADS, Tiles<T, D>::BLOCKS_OF_A
     };
     const T* key = first_of(call.key, call.key_strides, head / call.group, 0);
     const T* value = first_of(call.value, call.value_strides, head / call.group, 0);
+    // At D = 256 even the thread's number is one register more than there are.
+    auto this_thread = [&](int pass) { return D == 256 ? thread_index_anew() : not_hoisted(thread, pass); };
     auto copy_key = [&](auto& tile, int start) {
         load_tile<THREADS>(tile, key + int64_t(start) * call.key_strides.row, call.key_strides.row,
-                           call.length_k - start, call.head_dim, not_hoisted(thread, start));
+                           call.length_k - start, call.head_dim, this_thread(start));
     };
     auto copy_value = [&](auto& tile, int start) {
         load_tile<THREADS>(tile, value + int64_t(start) * call.value_strides.row, call.value_strides.row,
-                           call.length_k - start, call.head_dim, not_hoisted(thread, start));
+                           call.length_k - start, call.head_dim, this_thread(start));
     };
 
     // The keys that somebody sees: of the block, and of this warp. A warp past the last query sees none.

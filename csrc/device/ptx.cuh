@@ -158,6 +158,17 @@ GPTKERN_DEVICE int not_hoisted(int value, [[maybe_unused]] int pass) {
     return value;
 }
 
+// threadIdx.x, read anew where it stands: no register keeps it.
+GPTKERN_DEVICE int thread_index_anew() {
+#ifdef GPTKERN_EMULATED
+    return int(threadIdx.x);
+#else
+    int index;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    return index;
+#endif
+}
+
 // --- Arithmetic -----------------------------------------------------------------------------------------------------
 
 // 2^x to 2 units in the last place of float32; 2^-inf = 0, and results below 2^-126 are 0.
