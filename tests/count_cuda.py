@@ -209,7 +209,8 @@ def attention(batch, heads, length, head_dim, *, key_heads=None, key_length=None
 
 def int8_linear(rows, inputs, outputs, mode, dtype=BF16, activation=None) -> Case:
     def call():
-        weight, scale = G.quantize_int8(tensor(outputs, inputs, dtype=F32, gradient=False))
+        weight = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
+        scale = torch.rand(outputs) + 0.01
         bias = tensor(outputs, dtype=F32, gradient=False)
         x = tensor(rows, inputs, dtype=dtype, gradient=False)
         return G.int8_linear(x, weight, scale, bias, activation=activation, mode=mode)

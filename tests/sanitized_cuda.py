@@ -1,5 +1,6 @@
-"""Runs emulated CUDA kernels that are built with AddressSanitizer and UndefinedBehaviorSanitizer; test_cuda_sanitized.py
-starts it in a process of its own, with the sanitizers loaded before Python.
+"""Runs emulated CUDA kernels that are built with AddressSanitizer and UndefinedBehaviorSanitizer.
+
+test_cuda_sanitized.py starts it in a process of its own, with the sanitizers' libraries loaded before Python.
 
     python tests/sanitized_cuda.py operators        a few small calls of every operator, forward and backward
     python tests/sanitized_cuda.py faults           each fault of tests/cuda/sanitized.cu, in a process of its own

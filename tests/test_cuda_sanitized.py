@@ -52,7 +52,7 @@ FAULTS = [
     ("an integer overflows", r"runtime error: signed integer overflow: .*cannot be represented"),
     ("an address is not aligned", r"runtime error: load of misaligned address \w+ for type 'const float'"),
     ("a copy starts past the input", r"AddressSanitizer: heap-buffer-overflow[\s\S]*READ of size"),
-    ("a shift is too long", r"runtime error: shift exponent 40 is too large"),
+    ("a shift is too long", r"runtime error: shift exponent \d+ is too large"),
     ("an index is beyond its array", r"runtime error: index [4-7] out of bounds for type 'float \[4\]'"),
 ]
 

@@ -1,0 +1,176 @@
+"""What surrounds a CUDA kernel: launch errors, and sizes past 2^31 elements, which nobody has to allocate.
+
+Address space is reserved without memory behind it (MAP_NORESERVE): only the pages that a kernel touches become real.
+A kernel whose index arithmetic is too narrow reaches other addresses, which the emulator refuses.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+import sys
+
+import pytest
+import torch
+from conftest import DEVICE, _forced
+
+import gptkern
+import gptkern.functional as G
+from gptkern.cuda_kernels import common, emulated
+
+if DEVICE != "cpu":
+    pytest.skip("there is a GPU: the CUDA backend's tests run on it, not on the emulator", allow_module_level=True)
+if emulated.compiler() is None:
+    pytest.skip("there is no C++ compiler for the emulated CUDA kernels", allow_module_level=True)
+if sys.platform != "linux":
+    pytest.skip("memory that is reserved and not there needs Linux's MAP_NORESERVE", allow_module_level=True)
+
+LARGE = 2**31 + 4096
+MAP_NORESERVE = 0x4000
+
+
+@pytest.fixture
+def cuda(request):
+    """The cuda backend, inside of its tensors' bounds; the test's name ends with its operator's."""
+    operator = re.search(r"layer_norm|softmax|attention|int8_linear", request.node.name)[0]
+    with _forced("cuda", f"test_{operator}.py::{request.node.name}"):
+        yield
+
+
+def sparse(elements: int, dtype: torch.dtype) -> torch.Tensor:
+    """So many elements of address space, zeros; a page takes memory once it is written."""
+    try:
+        memory = mmap.mmap(-1, elements * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    except (OSError, ValueError) as error:
+        pytest.skip(f"no {elements * dtype.itemsize} bytes of address space can be reserved: {error}")
+    # Without huge pages a touched row costs its own pages and no more.
+    madvise_off = getattr(mmap, "MADV_NOHUGEPAGE", None)
+    if madvise_off is not None:
+        memory.madvise(madvise_off)
+    return torch.frombuffer(memory, dtype=dtype)
+
+
+def spread(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Random values at these strides."""
+    span = sum((size - 1) * stride for size, stride in zip(shape, strides)) + 1
+    values = sparse(span, dtype).as_strided(shape, strides)
+    values.copy_(torch.randn(shape).to(dtype))
+    return values
+
+
+def resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * mmap.PAGESIZE
+
+
+def gradients(result, *inputs):
+    torch.manual_seed(1)
+    return torch.autograd.grad(result, inputs, torch.randn(result.shape).to(result.dtype))
+
+
+def test_the_memory_is_not_there():
+    before = resident()
+    values = spread((3, 8), (LARGE, 1), torch.bfloat16)
+    assert values.data_ptr() + 2 * LARGE * 2 == values[2].data_ptr()
+    assert resident() - before < 2**24
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("stride", [LARGE, 2**32 + 24])
+def test_rows_far_apart_layer_norm(cuda, dtype, stride):
+    x = spread((3, 264), (stride, 1), dtype)
+    near = x.contiguous()
+    weight, bias = torch.randn(2, 264).to(dtype).unbind()
+    results = [(G.layer_norm(leaf, (264,), weight, bias), leaf) for leaf in (x.requires_grad_(), near.requires_grad_())]
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(*(gradients(result, leaf)[0] for result, leaf in results))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("stride", [LARGE, 2**32 + 24])
+def test_rows_far_apart_softmax(cuda, dtype, stride):
+    x = spread((3, 264), (stride, 1), dtype)
+    near = x.contiguous()
+    results = [(G.softmax(leaf, -1), leaf) for leaf in (x.requires_grad_(), near.requires_grad_())]
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(*(gradients(result, leaf)[0] for result, leaf in results))
+
+
+def test_columns_far_apart_softmax(cuda):
+    x = spread((2, 5, 16), (2**32, LARGE // 4 * 4, 1), torch.float32)
+    assert torch.equal(G.softmax(x, 1), G.softmax(x.contiguous(), 1))
+
+
+def test_masks_far_apart_softmax(cuda):
+    mask = spread((3, 64), (LARGE, 1), torch.float32)
+    x = torch.randn(3, 64)
+    assert torch.equal(G.softmax(x, -1, mask=mask), G.softmax(x, -1, mask=mask.contiguous()))
+
+
+@pytest.mark.parametrize("strides", [(2**32, LARGE // 8 * 8, 64, 1), (LARGE // 8 * 8, 2**32 + 8, 64, 1)])
+def test_heads_far_apart_attention(cuda, strides):
+    query, key, value = (spread((2, 2, 40, 64), strides, torch.bfloat16).requires_grad_() for _ in range(3))
+    near = [tensor.detach().contiguous().requires_grad_() for tensor in (query, key, value)]
+    results = [(G.scaled_dot_product_attention(*call, is_causal=True), call) for call in ((query, key, value), near)]
+    assert torch.equal(results[0][0], results[1][0])
+    torch.use_deterministic_algorithms(True)
+    try:
+        for far, close in zip(gradients(results[0][0], *results[0][1]), gradients(results[1][0], *results[1][1])):
+            assert torch.equal(far, close)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_rows_far_apart_attention(cuda):
+    """40 rows of a head, 2^26 elements apart: the last begins past 2^31."""
+    call = [spread((1, 1, 40, 64), (1, 1, 2**26, 1), torch.float16) for _ in range(3)]
+    result = G.scaled_dot_product_attention(*call, is_causal=True)
+    assert torch.equal(result, G.scaled_dot_product_attention(*(t.contiguous() for t in call), is_causal=True))
+
+
+@pytest.mark.parametrize("mode", ["w8a8", "w8a16"])
+def test_rows_far_apart_int8_linear(cuda, mode):
+    x = spread((3, 64), (LARGE // 8 * 8, 1), torch.bfloat16)
+    weight, scale = torch.randint(-127, 128, (40, 64), dtype=torch.int8), torch.rand(40) + 0.01
+    far, near = (G.int8_linear(tensor, weight, scale, mode=mode) for tensor in (x, x.contiguous()))
+    assert torch.equal(far, near)
+
+
+@pytest.mark.parametrize("mode", ["w8a8", "w8a16"])
+def test_weight_rows_far_apart_int8_linear(cuda, mode):
+    weight = sparse(2 * 2**32, torch.int8).as_strided((3, 64), (LARGE // 16 * 16, 1))
+    weight.copy_(torch.randint(-127, 128, (3, 64), dtype=torch.int8))
+    x, scale = torch.randn(5, 64).bfloat16(), torch.rand(3) + 0.01
+    far, near = (G.int8_linear(x, tensor, scale, mode=mode) for tensor in (weight, weight.contiguous()))
+    assert torch.equal(far, near)
+
+
+# --- Errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_launch_names_the_kernel_and_its_configuration_softmax(cuda, monkeypatch):
+    """An address that belongs to nobody, as a GPU would refuse it too."""
+    call = common.call
+
+    def shifted(name, tensor, first, *arguments):
+        return call(name, tensor, first + 2**20 * 16, *arguments)
+
+    monkeypatch.setattr(common, "call", shifted)
+    with pytest.raises(RuntimeError) as raised:
+        G.softmax(torch.randn(4, 64), -1)
+    assert re.search(
+        r"gptkern: the emulated kernel failed: load of \d+ bytes at \w+\.\w+:\d+: the address is outside .*"
+        r"\(softmax_\w+<.*>, grid \(\d+, \d+, \d+\), \d+ threads, \d+ bytes of shared memory\)",
+        str(raised.value).replace("{anonymous}::", "").replace("(anonymous namespace)::", ""),
+    )
+
+
+def test_a_launcher_that_is_not_there_is_an_error():
+    with pytest.raises(AttributeError, match="no_such_launcher"):
+        common.call("no_such_launcher", torch.empty(1))
+
+
+def test_unable_says_why_attention(cuda):
+    query = torch.randn(1, 1, 8, 64)
+    with pytest.raises(gptkern.dispatch.BackendError, match=r"attention: .*float32"):
+        G.scaled_dot_product_attention(query, query, query)
