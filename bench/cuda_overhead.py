@@ -1,0 +1,145 @@
+"""Host time of the CUDA launchers: what Python of ours adds to the bound function and to the allocations.
+
+    python bench/cuda_overhead.py           a table in microseconds; needs a C++ compiler and no GPU
+
+For each launcher of gptkern/cuda_kernels, on a small call:
+    whole           the launcher, as the registered op calls it
+    bound           the compiled module's functions with the same arguments; the emulator starts no kernel
+    allocations     torch.empty of the same sizes
+    ours            whole - bound - allocations
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+os.environ["GPTKERN_EMULATE_CUDA"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gptkern
+import gptkern.functional as G
+from gptkern import dispatch
+from gptkern.cuda_kernels import common, emulated
+from gptkern.measuring import timing
+
+# Microseconds of ours that a launch may cost.
+LIMIT = 4.0
+
+
+def tensor(*shape: int) -> torch.Tensor:
+    return torch.randn(shape).bfloat16().requires_grad_()
+
+
+def layer_norm():
+    return G.layer_norm(tensor(4, 64), (64,), tensor(64), tensor(64))
+
+
+def softmax():
+    return G.softmax(tensor(4, 64), -1)
+
+
+def attention():
+    return G.scaled_dot_product_attention(*(tensor(1, 2, 64, 64) for _ in range(3)), is_causal=True)
+
+
+def int8_linear(rows: int):
+    weight, scale = torch.randint(-127, 128, (64, 64), dtype=torch.int8), torch.rand(64)
+    return G.int8_linear(tensor(rows, 64), weight, scale, torch.randn(64, requires_grad=True))
+
+
+CALLS: dict[str, tuple[str, Callable[[], torch.Tensor]]] = {
+    "layer_norm": ("layer_norm", layer_norm),
+    "softmax": ("softmax", softmax),
+    "attention": ("attention", attention),
+    "int8_linear, w8a8": ("int8_linear", lambda: int8_linear(128)),
+    "int8_linear, w8a16": ("int8_linear", lambda: int8_linear(1)),
+}
+
+
+class Allocations(TorchDispatchMode):
+    """Notes what is allocated inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.made: list[tuple[torch.Size, torch.dtype]] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        result = function(*arguments, **(named or {}))
+        if "empty" in function.name():
+            self.made.append((result.shape, result.dtype))
+        return result
+
+
+def launched(operator: str, call: Callable[[], torch.Tensor]) -> dict[str, tuple]:
+    """Direction -> the arguments that the operator's launcher got."""
+    module, found = dispatch.load("cuda", operator), {}
+
+    def noting(direction, launcher):
+        def note(*arguments):
+            found[direction] = arguments
+            return launcher(*arguments)
+
+        return mock.patch.object(module, direction, note)
+
+    with noting("forward", module.forward), noting("backward", module.backward), gptkern.backend("cuda"):
+        result = call()
+        result.backward(torch.ones_like(result))
+    return found
+
+
+def costs(launcher: Callable, arguments: tuple, rounds: int) -> tuple[float, float, float]:
+    """(whole, bound, allocations) in microseconds."""
+    calls = []
+    noted = mock.patch.object(common, "call", lambda name, tensor, *given: calls.append((name, given)))
+    with noted, Allocations() as allocations:
+        launcher(*arguments)
+    module = emulated.load()
+    functions = [(getattr(module, name), (*given, 0)) for name, given in calls]
+    # The tensors whose addresses were recorded are gone, and nothing is launched.
+    options = [(tuple(shape), dtype) for shape, dtype in allocations.made]
+    empty = torch.empty
+
+    def bound():
+        for function, given in functions:
+            function(*given)
+
+    def allocate():
+        for shape, dtype in options:
+            empty(shape, dtype=dtype)
+
+    samples = timing.host_durations([lambda: launcher(*arguments), bound, allocate], rounds)
+    return tuple(1e6 * statistics.median(sample) for sample in samples)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=200)
+    rounds = parser.parse_args().rounds
+    torch.set_num_threads(1)
+    print(f"{'launcher':32} {'whole':>7} {'bound':>7} {'alloc':>7} {'ours':>7}   µs; the limit of ours is {LIMIT}")
+    emulated.load().skip_launches(True)
+    for name, (operator, call) in CALLS.items():
+        try:
+            found = launched(operator, call)
+        except (ImportError, gptkern.dispatch.BackendError) as error:
+            print(f"{name:32} not measured: {error}")
+            continue
+        for direction, arguments in found.items():
+            launcher = getattr(dispatch.load("cuda", operator), direction)
+            with torch.no_grad():
+                whole, bound, allocations = costs(launcher, arguments, rounds)
+            ours = whole - bound - allocations
+            print(f"{f'{name} {direction}':32} {whole:7.2f} {bound:7.2f} {allocations:7.2f} {ours:7.2f}")
+
+
+if __name__ == "__main__":
+    main()
