@@ -325,8 +325,14 @@ def train(model, steps, learning_rate=1e-2):
     return torch.tensor(losses)
 
 
+def needs_float32_attention(backend):
+    if backend == "cuda":
+        pytest.skip("the model's attention is in float32, which the CUDA kernels leave to Triton")
+
+
 def test_a_swapped_model_agrees(backend, device):
     """Logits, loss and every parameter's gradient, within float32's rounding through two layers."""
+    needs_float32_attention(backend)
     stock, swapped = gpt().to(device), gpt().to(device)
     gptkern.swap(swapped)
     ids, targets = (part.to(device) for part in batch())
@@ -347,6 +353,7 @@ def test_a_swapped_model_agrees(backend, device):
 
 def test_a_training_curve_agrees(backend, device):
     """50 AdamW steps: the curves lie on top of each other, and fall."""
+    needs_float32_attention(backend)
     tiny = dict(context=12, layers=1, heads=1)
     stock = train(gpt(**tiny).to(device), 50)
     model = gpt(**tiny).to(device)
@@ -357,6 +364,7 @@ def test_a_training_curve_agrees(backend, device):
 
 
 def test_frozen_parameters_get_no_gradient(backend, device):
+    needs_float32_attention(backend)
     model = gpt().to(device)
     model.blocks[0].attention_norm.weight.requires_grad_(False)
     gptkern.swap(model)
@@ -367,6 +375,7 @@ def test_frozen_parameters_get_no_gradient(backend, device):
 
 
 def test_compiles_without_a_graph_break(backend, device):
+    needs_float32_attention(backend)
     model = gpt(layers=1).to(device)
     gptkern.swap(model)
     ids, targets = (part.to(device) for part in batch(rows=1, length=8))
