@@ -51,7 +51,8 @@ def test_every_source_has_kernels_for_both_architectures(found):
     assert names["sm_80"] == names["sm_90a"]
     # Each source's own kernels, as they are written there.
     for unit in sources.kernel_units(sources.folder()):
-        for name in re.findall(r"__global__ void (?:__launch_bounds__\([^;{]*?\) )?(\w+)\(", unit.source.read_text()):
+        bounds = r"__launch_bounds__\((?:[^()]|\([^()]*\))*\)"
+        for name in re.findall(rf"__global__ void\s+(?:{bounds}\s+)?(\w+)\(", unit.source.read_text()):
             assert any(kernel.startswith(name) for kernel in names["sm_80"]), f"{unit.source.name}: {name}"
 
 
