@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -563,12 +564,25 @@ def module(monkeypatch):
     for function in (common.not_built, common.unavailable):
         function.cache_clear()
     yield found
-    for function in (common.not_built, common.unavailable):
+    for function in (common.not_built, common.unavailable, common.driver_cuda):
         function.cache_clear()
 
 
 def set_machine(monkeypatch, driver: int, capability: tuple[int, int]) -> None:
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    """A driver as it answers cuDriverGetVersion: 13000 is CUDA 13.0; 0: there is none."""
+
+    def get_version(version):
+        version._obj.value = driver
+        return 0
+
+    def load(name):
+        assert name == "libcuda.so.1"
+        if not driver:
+            raise OSError(name)
+        return types.SimpleNamespace(cuDriverGetVersion=get_version)
+
+    monkeypatch.setattr(common.ctypes, "CDLL", load)
+    common.driver_cuda.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
 
 
@@ -583,6 +597,7 @@ def test_a_module_that_fits_is_used(module):
         (13000, (7, 5), "built for 80;90a;90+PTX and this GPU has compute capability 7.5"),
         (13000, (8, 9), None),
         (13020, (12, 0), None),
+        (0, (9, 0), "the CUDA driver (libcuda.so.1) cannot be loaded"),
     ],
 )
 def test_a_gpu_or_driver_that_the_module_is_not_for_is_named(module, driver, capability, words, monkeypatch):
@@ -596,6 +611,16 @@ def test_a_driver_older_than_nvcc_compiles_none_of_its_ptx(module, monkeypatch):
     set_machine(monkeypatch, 13000, (12, 0))
     common.unavailable.cache_clear()
     assert "compute capability 12.0" in common.unavailable(0)
+
+
+def test_what_is_taken_from_pytorchs_private_names_is_used_by_pytorch_itself():
+    # A build of PyTorch for the CPU has none of them, and no test without a GPU would miss one that is gone.
+    names = set(re.findall(r"torch\._C\.(_cuda_\w+)", Path(common.__file__).read_text(encoding="utf-8")))
+    assert names == {"_cuda_getCurrentRawStream", "_cuda_getDevice"}
+    folder = Path(torch.__file__).parent
+    users = [folder / "cuda" / "__init__.py", *(folder / "_inductor" / "codegen").glob("*.py")]
+    used = "\n".join(path.read_text(encoding="utf-8") for path in users)
+    assert not [name for name in names if not re.search(rf"torch\._C\.{name}\b", used)]
 
 
 def test_a_module_of_other_sources_is_not_used(module):

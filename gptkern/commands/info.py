@@ -106,11 +106,11 @@ def _installed(package: str) -> str | None:
 
 
 def _driver(torch) -> str | None:
-    """The newest CUDA that the driver supports, as PyTorch sees it."""
-    if torch.version.cuda is None or not hasattr(torch._C, "_cuda_getDriverVersion"):
-        return None
-    number = torch._C._cuda_getDriverVersion()
-    return f"{number // 1000}.{number % 1000 // 10}" if number else None
+    """The newest CUDA that the driver supports."""
+    from gptkern.cuda_kernels import common
+
+    version = None if torch.version.cuda is None else common.driver_cuda()
+    return None if version is None else f"{version[0]}.{version[1]}"
 
 
 def _device(device) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.util
 import re
@@ -85,6 +86,22 @@ def not_built() -> str | None:
 
 
 @functools.cache
+def driver_cuda() -> tuple[int, int] | None:
+    """The newest CUDA that the driver knows, (13, 0); None where there is no driver.
+
+    Asked of the driver itself: PyTorch has no function for it.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int(0)
+    if driver.cuDriverGetVersion(ctypes.byref(version)) or version.value == 0:
+        return None
+    return version.value // 1000, version.value % 1000 // 10
+
+
+@functools.cache
 def unavailable(index: int | None) -> str | None:
     """Why the compiled module cannot run on this GPU, or None."""
     reason = not_built()
@@ -92,8 +109,9 @@ def unavailable(index: int | None) -> str | None:
         return reason
     module = compiled()
     built_with = tuple(map(int, re.search(r"(\d+)\.(\d+)", module.compiler).groups()))
-    driver = torch._C._cuda_getDriverVersion()
-    driver_has = driver // 1000, driver % 1000 // 10
+    driver_has = driver_cuda()
+    if driver_has is None:
+        return "the CUDA driver (libcuda.so.1) cannot be loaded, or does not say its version"
     # The CUDA runtime in the module runs on a driver of its own major version, whatever the minor one.
     if driver_has[0] < built_with[0]:
         return (
