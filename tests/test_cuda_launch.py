@@ -16,7 +16,7 @@ from conftest import DEVICE, _forced
 
 import gptkern
 import gptkern.functional as G
-from gptkern.cuda_kernels import common, emulated
+from gptkern.cuda_kernels import attention, common, emulated, int8_linear, quantize_int8
 
 if DEVICE != "cpu":
     pytest.skip("there is a GPU: the CUDA backend's tests run on it, not on the emulator", allow_module_level=True)
@@ -174,3 +174,30 @@ def test_unable_says_why_attention(cuda):
     query = torch.randn(1, 1, 8, 64)
     with pytest.raises(gptkern.dispatch.BackendError, match=r"attention: .*float32"):
         G.scaled_dot_product_attention(query, query, query)
+
+
+def shape_only(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@pytest.mark.parametrize("M, N, K", [(2**31, 8, 8), (8, 2**31, 8), (8, 8, 2**31)])
+def test_sizes_that_32_bits_do_not_count_are_refused_int8_linear(M, N, K):
+    weight, scale = shape_only(N, K, dtype=torch.int8), shape_only(N, dtype=torch.float32)
+    reason = int8_linear.unsupported(shape_only(M, K), weight, scale, None, None, "w8a16")
+    assert "32 bits" in reason
+    smaller = [size // 2 if size == 2**31 else size for size in (M, N, K)]
+    M, N, K = smaller
+    assert int8_linear.unsupported(shape_only(M, K), shape_only(N, K), scale, None, None, "w8a16") is None
+
+
+@pytest.mark.parametrize("shape, dim", [((2**31,), 0), ((2**31, 8), 1), ((2**31, 8), 0), ((8, 2**31, 2), 2)])
+def test_sizes_that_32_bits_do_not_count_are_refused_quantize_int8(shape, dim):
+    assert "32 bits" in quantize_int8.unsupported(shape_only(*shape), dim)
+    assert quantize_int8.unsupported(shape_only(*(min(size, 2**20) for size in shape)), dim) is None
+
+
+def test_more_heads_than_a_grid_are_refused_attention():
+    query = shape_only(1, 65536, 8, 64)
+    assert "65536 heads" in attention.unsupported(query, query, query, False, 1.0)
+    query = query[:, 1:]
+    assert attention.unsupported(query, query, query, False, 1.0) is None

@@ -15,6 +15,8 @@ _VECTOR = 8
 _VECTOR_BYTES = 16
 # Offsets within a tile of at most 128 rows are 32-bit.
 _LARGEST_ROW_STRIDE = 2**31 // 128
+# csrc/attention.cu: heads are the second number of a grid.
+_MOST_HEADS = 65535
 _LOG2E = math.log2(math.e)
 
 
@@ -37,6 +39,8 @@ def unsupported(query, key, value, is_causal, scale, attn_mask=None, dropout_p=0
         return f"head_dim is {head_dim}; kernels need a multiple of {_VECTOR} up to {_LARGEST_HEAD_DIM}"
     if key.shape[0] != batch or value.shape[0] != batch:
         return f"batch sizes are {batch}, {key.shape[0]} and {value.shape[0]}; kernels need them equal"
+    if heads > _MOST_HEADS:
+        return f"query has {heads} heads; the CUDA kernels take {_MOST_HEADS}"
     kv_heads = key.shape[1]
     if value.shape[1] != kv_heads or (heads % kv_heads if kv_heads else heads):
         return (

@@ -5,6 +5,8 @@ One call of the compiled module starts all kernels of a forward, or of a backwar
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from gptkern.cuda_kernels import common
@@ -16,6 +18,8 @@ ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2}
 # csrc/int8_linear.cu: rows that a block of the gradient sums; and what q's rows are padded to, in bytes.
 GRADIENT_ROWS = 64
 Q_ALIGNMENT = 16
+# Rows and columns are 32-bit integers in the kernels, which run over them by less than a block's tile.
+_MAX_COUNT = 2**31 - 2**20
 
 
 def unsupported(input, weight, weight_scale, bias, activation, mode):
@@ -23,6 +27,11 @@ def unsupported(input, weight, weight_scale, bias, activation, mode):
         return f"input is {input.dtype}"
     if mode == "w8a8" and weight.shape[1] > INT32_TERMS:
         return f"w8a8 with in_features {weight.shape[1]}: sums of more than {INT32_TERMS} products can pass int32"
+    if math.prod(input.shape[:-1]) > _MAX_COUNT or weight.shape[0] > _MAX_COUNT or weight.shape[1] > _MAX_COUNT:
+        return (
+            f"the input has shape {tuple(input.shape)} and the weight {tuple(weight.shape)}; the kernels count rows "
+            "and columns in 32 bits"
+        )
     return None
 
 

@@ -9,9 +9,17 @@ import torch
 from gptkern.cuda_kernels import common
 from gptkern.cuda_kernels.common import DTYPES
 
+# Rows and widths are counted in 32 bits and run over by less than a block's tile.
+_MAX_COUNT = 2**31 - 2**20
+
 
 def unsupported(input, dim):
-    return None if input.dtype in DTYPES else f"input is {input.dtype}"
+    if input.dtype not in DTYPES:
+        return f"input is {input.dtype}"
+    width = input.shape[dim]
+    if width > _MAX_COUNT or input.numel() > max(width, 1) * _MAX_COUNT:
+        return f"the input has shape {tuple(input.shape)}; the kernels count its width and its rows in 32 bits"
+    return None
 
 
 def forward(input, dim):
