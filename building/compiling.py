@@ -35,8 +35,9 @@ _HOST_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden")
 # them itself. -s: no debug information.
 _LINK_FLAGS = ("-shared", "-s", "-Wl,--exclude-libs,ALL", "-Wl,--gc-sections")
 _LINK_LIBRARIES = ("-ldl", "-lrt", "-lpthread")
-# From here on nvcc has --compress-mode.
-_COMPRESSES = (12, 8)
+# nvcc has --compress-mode from 12.8 on. What it makes needs a driver for CUDA 12.4, and a module has to run on every
+# driver of its own major version: those for CUDA 13 all read it.
+_COMPRESSES = (13, 0)
 
 
 def compile_into(plan: Plan, package: Path) -> Path:
