@@ -90,13 +90,16 @@ def backward(
     query, *query_strides = _readable(query)
     key, *key_strides = _readable(key)
     value, *value_strides = _readable(value)
+    # What was saved comes back through hooks, which may have copied it.
+    output, *output_strides = _readable(output)
+    lse = lse.contiguous()
     delta = torch.empty_like(lse) if need_query or need_key else None
     address = common.address
     common.call(
         "attention_backward", query,
         address(grad_output), address(query), address(key), address(value), address(output), address(lse),
         address(delta), address(grad_query), address(grad_key), address(grad_value),
-        grad_output_strides, query_strides, key_strides, value_strides, output.stride(),
+        grad_output_strides, query_strides, key_strides, value_strides, output_strides,
         grad_query.stride(), grad_key.stride(), grad_value.stride(),
         batch, heads, kv_heads, length_q, length_k, head_dim,
         scale, is_causal, common.DTYPES[query.dtype],
