@@ -50,7 +50,7 @@ def scaled_dot_product_attention(
     Args:
         query: (…, heads, length_q, head_dim). key, value: (…, kv_heads, length_k, head_dim); any lengths, 0 and
             length_q != length_k included. Kernels need four dimensions (other ranks run on PyTorch), take any
-            strides whose last one is 1, and do not copy such a view.
+            strides whose last one is 1, and do not copy such a view (cuda: one whose rows are aligned to 16 bytes).
         attn_mask: bool (True takes part) or additive, broadcastable to (…, heads, length_q, length_k).
             Runs on PyTorch for now; `gptkern.explain` says so.
         dropout_p: probability of dropping an attention weight. Above 0 it runs on PyTorch for now.
@@ -69,8 +69,8 @@ def scaled_dot_product_attention(
             (PyTorch's own kernel for the CPU takes both); fewer than two dimensions.
         TypeError: an argument that must be a tensor is none.
 
-    Backends: torch; triton for float16, bfloat16 and float32, head_dim a multiple of 8 up to 256 and equal for
-    query and value, forward and backward (no second derivative).
+    Backends: torch; triton for float16, bfloat16 and float32, cuda for float16 and bfloat16: head_dim a multiple of 8
+    up to 256 and equal for query and value, forward and backward (no second derivative).
 
     Source: Dao, "FlashAttention-2", 2023 (arXiv:2307.08691).
     """

@@ -61,8 +61,9 @@ def layer_norm(
         ValueError: the residual's shape differs from the input's, or it is not floating point.
         TypeError: an argument that must be a tensor is none; normalized_shape holds no integers; eps is no number.
 
-    Backends: torch; triton for float16, bfloat16, float32 and float64, forward and backward (no second
-    derivative). The weight's and the bias's gradients are summed in a fixed order: the same on every run.
+    Backends: torch; triton for float16, bfloat16, float32 and float64, cuda for the same but float64, forward and
+    backward (no second derivative). The weight's and the bias's gradients are summed in a fixed order: the same on
+    every run.
 
     Source: Ba, Kiros, Hinton, "Layer Normalization", 2016 (arXiv:1607.06450).
     """

@@ -58,8 +58,8 @@ def softmax(
         TypeError: an argument that must be a tensor is none (PyTorch: AttributeError for the input); dim is no int;
             dtype is no dtype; a mask that is neither bool nor floating point.
 
-    Backends: torch; triton for float16, bfloat16, float32 and float64, any dim, any width, forward and backward
-    (no second derivative; a mask that requires grad runs on PyTorch).
+    Backends: torch; triton for float16, bfloat16, float32 and float64, cuda for the same but float64, any dim, any
+    width, forward and backward (no second derivative; a mask that requires grad runs on PyTorch).
 
     Source: Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018 (arXiv:1805.02867).
     """
