@@ -115,6 +115,8 @@ def run_process(command: list[str], environment: dict[str, str], seconds: float,
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         start_new_session=True,
+        # In the background of a script Ctrl-C is ignored, and children inherit that: a step could not be asked to stop.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     reader = threading.Thread(target=_copy, args=(process.stdout, output), daemon=True)
     reader.start()

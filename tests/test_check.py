@@ -122,8 +122,9 @@ def test_the_callers_settings_do_not_count_and_stay(case):
 
 @pytest.fixture
 def without_kernels(monkeypatch):
-    """As on a machine with no GPU where nothing is interpreted."""
+    """As on a machine with no GPU where nothing is interpreted or emulated."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("GPTKERN_EMULATE_CUDA", raising=False)
     monkeypatch.setattr(checking, "default_device", lambda: "cpu")
 
 
@@ -176,7 +177,8 @@ def test_command_prints_plain_text_without_rich(without_kernels, capsys, monkeyp
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_command_interprets_in_a_process_of_its_own(tmp_path):
     report = tmp_path / "report.json"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    switches = ("TRITON_INTERPRET", "GPTKERN_EMULATE_CUDA")
+    environment = {name: value for name, value in os.environ.items() if name not in switches}
     done = subprocess.run(
         [sys.executable, "-m", "gptkern", "check", "--interpret", "--op", "quantize_int8", "--json", str(report)],
         capture_output=True, text=True, env=environment,

@@ -353,7 +353,11 @@ planted = [step("first", ""), step("second", "import os, time; print('pid', os.g
 machine = steps.Machine("2.13.0", "NVIDIA H200", "90", 139, 16)
 sys.exit(steps.run(planted + [step("third", "")], Path({str(out)!r}), machine, 300.0, "abc", []))
 """
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    # Ctrl-C is taken even where these tests run in the background of a script.
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     line = next(line for line in process.stdout if line.startswith("pid "))
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)

@@ -31,6 +31,8 @@ KEY = ("forward", 16)
 @pytest.fixture(autouse=True)
 def the_users_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("GPTKERN_CACHE", str(tmp_path / "cache"))
+    # The candidates here are Triton's and PyTorch's.
+    monkeypatch.delenv("GPTKERN_EMULATE_CUDA", raising=False)
     dispatch.forget()
     with gptkern.backend(None):
         yield
