@@ -103,7 +103,7 @@ def plan(*, fetching: bool) -> Plan:
     """
     asked = os.environ.get("GPTKERN_CUDA", "")
     if asked not in ("", "0", "1"):
-        raise BuildError(f"GPTKERN_CUDA must be 0 or 1, and is {asked!r}")
+        raise BuildError(f"GPTKERN_CUDA must be 0, 1 or unset, and is {asked!r}")
     forced = asked == "1"
     if asked == "0":
         return Plan(False, "it was built with GPTKERN_CUDA=0", None, (), ())
@@ -134,7 +134,7 @@ def _missing_always(present: Gpus, forced: bool) -> str | None:
         best = max(present.capabilities)
         return f"the GPU has compute capability {best // 10}.{best % 10}, and the kernels need 8.0"
     if sources().host_compiler() is None:
-        return "there is no C++ compiler: install g++, or set CXX"
+        return sources().no_host_compiler()
     header = Path(sysconfig.get_path("include"), "Python.h")
     if not header.is_file():
         return f"Python's own headers are missing ({header}): install your system's python3-dev or python3-devel"
@@ -312,7 +312,7 @@ def parse_architectures(text: str, nvcc: Nvcc | None = None) -> tuple[str, ...]:
         )
 
     found = {}
-    for word in re.split(r"[;,\s]+", text.strip()):
+    for word in re.split(r"[;,\s]+", text.strip("; ,\t")):
         match = re.fullmatch(r"(\d+)\.?(\d)([af]?)(\+PTX)?", word)
         if match is None:
             raise wrong(f"{word!r} is no architecture")

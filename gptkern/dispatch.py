@@ -331,6 +331,13 @@ def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
+@functools.cache
+def _emulator_missing() -> str | None:
+    from gptkern.cuda_kernels import emulated
+
+    return emulated.missing()
+
+
 def unavailable(name: str, device: torch.device) -> str | None:
     """Why a backend has no kernels for a device in this process, or None where it has."""
     if name == "torch":
@@ -341,7 +348,7 @@ def unavailable(name: str, device: torch.device) -> str | None:
         switch = "TRITON_INTERPRET" if name == "triton" else "GPTKERN_EMULATE_CUDA"
         if os.environ.get(switch) != "1":
             return f"the input is on the CPU and {switch}=1 is not set"
-        return None
+        return _emulator_missing() if name == "cuda" else None
     if device.type != "cuda" or torch.version.hip is not None:
         return f"kernels are for NVIDIA GPUs and the input is on {device.type}"
     major, minor = torch.cuda.get_device_capability(device)

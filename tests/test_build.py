@@ -236,6 +236,17 @@ int nvmlDeviceGetCudaComputeCapability(void* device, int* major, int* minor) {
     assert toolchain.gpus() == NO_GPU
 
 
+def test_a_compiler_that_was_named_is_taken_or_missed(monkeypatch):
+    monkeypatch.setenv("CXX", "/nonexistent -m64")
+    assert sources.host_compiler() is None
+    assert sources.no_host_compiler().startswith("CXX is '/nonexistent -m64', which is not found")
+    monkeypatch.setenv("CXX", f"{sys.executable} -x")
+    assert sources.host_compiler() == [sys.executable, "-x"]
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert sources.host_compiler() is None and "install g++" in sources.no_host_compiler()
+
+
 # --- What is decided --------------------------------------------------------------------------------------------------
 
 
@@ -253,6 +264,7 @@ def machine(tmp_path, monkeypatch):
         folder=lambda: tmp_path,
         kernel_units=lambda csrc: found.kernels,
         host_compiler=lambda: found.compiler,
+        no_host_compiler=sources.no_host_compiler,
         pybind11_include=lambda: found.pybind11,
     )
     monkeypatch.setattr(toolchain, "sources", lambda: files)
@@ -340,7 +352,7 @@ def test_what_is_missing_is_named_and_fetches_nothing(machine, what, value, word
 
 def test_wrong_variables_are_named(machine, monkeypatch):
     monkeypatch.setenv("GPTKERN_CUDA", "yes")
-    with pytest.raises(BuildError, match="GPTKERN_CUDA must be 0 or 1, and is 'yes'"):
+    with pytest.raises(BuildError, match="GPTKERN_CUDA must be 0, 1 or unset, and is 'yes'"):
         toolchain.plan(fetching=True)
     monkeypatch.setenv("MAX_JOBS", "many")
     with pytest.raises(ValueError, match="MAX_JOBS must be a number from 1 on, and is 'many'"):

@@ -153,6 +153,20 @@ def test_forced_and_not_built_says_so(monkeypatch):
         G.softmax(*a_call("softmax"))
 
 
+def test_forced_and_emulated_without_a_compiler_says_so(monkeypatch):
+    from gptkern.cuda_kernels import emulated
+
+    monkeypatch.setenv("GPTKERN_EMULATE_CUDA", "1")
+    monkeypatch.setattr(dispatch, "_emulator_missing", lambda: emulated.missing())
+    monkeypatch.setattr(emulated, "compiler", lambda: None)
+    monkeypatch.setenv("CXX", "/nonexistent")
+    with (
+        gptkern.backend("cuda"),
+        pytest.raises(gptkern.BackendError, match="CXX is '/nonexistent', which is not found"),
+    ):
+        G.softmax(*a_call("softmax", "cpu"))
+
+
 def test_forced_and_a_module_that_does_not_import_says_what_failed(monkeypatch):
     def load(name, operator):
         raise ImportError("libsomething.so: cannot open")

@@ -81,10 +81,12 @@ def _introduction(device, backends, checking) -> str:
     if device.type == "cuda":
         return f"Checking {', '.join(backends)} on {torch.cuda.get_device_name(device)}."
     if checking.LAUNCHERS not in backends:
-        return f"Checking {', '.join(backends)} on the CPU, interpreted or emulated, at small shapes."
+        how = {"triton": "triton (interpreted)", "cuda": "cuda (emulated)"}
+        return f"Checking {', '.join(how.get(name, name) for name in backends)} on the CPU, at small shapes."
     return (
         "There is no GPU here, so no kernel can run: checking what stands in for the kernels, the launchers in plain "
-        "PyTorch.\n`gptkern check --interpret` runs the Triton kernels on the CPU."
+        "PyTorch.\n`gptkern check --interpret` runs the Triton kernels on the CPU, and with GPTKERN_EMULATE_CUDA=1 set "
+        "`gptkern check` runs the CUDA kernels there."
     )
 
 

@@ -58,7 +58,7 @@ def missing() -> str | None:
     if sources.folder() is None:
         return "the sources of the CUDA kernels (csrc) are not installed"
     if compiler() is None:
-        return "there is no C++ compiler: install g++ or clang++, or set CXX"
+        return sources.no_host_compiler()
     if sources.pybind11_include() is None:
         return "the emulated CUDA kernels need pybind11: pip install pybind11"
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
@@ -75,7 +75,7 @@ def load() -> ModuleType:
     Raises:
         CompilerError: something is missing (see `missing`), or the compiler failed.
     """
-    return loaded(NAME, build(quiet=True))
+    return loaded(NAME, build(quiet=False))
 
 
 def loaded(name: str, path: Path) -> ModuleType:
@@ -138,7 +138,10 @@ def build_units(name: str, units: Iterable[sources.Unit], *, quiet: bool) -> Pat
 
     new = [job for job in jobs if not job[0].exists()]
     if new and not quiet:
-        print(f"gptkern: compiling {len(new)} of {len(jobs)} parts of the emulated CUDA kernels", file=sys.stderr)
+        print(
+            f"gptkern: compiling {len(new)} of {len(jobs)} parts of the emulated CUDA kernels: minutes, once",
+            file=sys.stderr,
+        )
     with ThreadPoolExecutor(sources.jobs()) as pool:
         list(pool.map(lambda job: _once(*job), new))
     names = " ".join(target.name for target, _ in jobs)
@@ -196,7 +199,7 @@ def sanitizer_environment() -> dict[str, str]:
     """What a Python process needs in its environment to load a module built with the sanitizers."""
     command = compiler()
     if command is None:
-        raise CompilerError("there is no C++ compiler: install g++ or clang++, or set CXX")
+        raise CompilerError(sources.no_host_compiler())
     libraries = []
     for name in ("libasan.so", "libubsan.so", "libstdc++.so"):
         found = subprocess.run([*command.split(), f"-print-file-name={name}"], capture_output=True, text=True)

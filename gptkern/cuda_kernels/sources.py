@@ -79,12 +79,24 @@ def digest(csrc: Path) -> str:
 
 
 def host_compiler() -> list[str] | None:
-    """The C++ compiler's command: CXX, else g++, else clang++; None where there is none."""
-    for command in (os.environ.get("CXX", ""), "g++", "clang++"):
+    """The C++ compiler's command: CXX, else g++, else clang++; None where there is none.
+
+    Where CXX is set nothing else is taken: a misspelt one would build with another compiler, and say nothing.
+    """
+    asked = os.environ.get("CXX", "").strip()
+    for command in (asked,) if asked else ("g++", "clang++"):
         words = command.split()
-        if words and shutil.which(words[0]):
+        if shutil.which(words[0]):
             return words
     return None
+
+
+def no_host_compiler() -> str:
+    """What to say where `host_compiler` finds none."""
+    asked = os.environ.get("CXX", "").strip()
+    if asked:
+        return f"CXX is {asked!r}, which is not found: set it to a C++ compiler, or unset it"
+    return "there is no C++ compiler: install g++ or clang++, or set CXX"
 
 
 def jobs() -> int:
