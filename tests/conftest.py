@@ -16,7 +16,6 @@ if DEVICE == "cpu":
 
 import contextlib
 import importlib.util
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -60,17 +59,6 @@ def device() -> str:
     return DEVICE
 
 
-def _skip_unwritten(test):
-    """Operators get their CUDA kernels one after another; tests of several operators wait for the last."""
-    written = {path.stem for path in (Path(gptkern.__file__).parent / "cuda_kernels").glob("*.py")}
-    operator = Path(test.partition("::")[0]).stem.removeprefix("test_")
-    needed = (
-        {operator} if operator in (*gptkern.dispatch.OPERATORS, "quantize_int8") else set(gptkern.dispatch.OPERATORS)
-    )
-    if needed - written:
-        pytest.skip(f"no CUDA kernels of {', '.join(sorted(needed - written))} are written yet")
-
-
 @contextlib.contextmanager
 def _forced(name, test):
     """The backend is forced; kernels that touch memory outside of their tensors raise."""
@@ -79,8 +67,6 @@ def _forced(name, test):
             from bounds import inside_bounds
 
             stack.enter_context(inside_bounds())
-        if name == "cuda":
-            _skip_unwritten(test)
         if name == "cuda" and DEVICE == "cpu":
             import emulation
 
