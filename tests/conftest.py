@@ -90,6 +90,20 @@ def kernel_backend(request):
         yield request.param
 
 
+@pytest.fixture(params=KERNEL_BACKENDS[:1])
+def triton_backend(request):
+    """For what Triton's kernels alone have: tiles and limits that a test can set."""
+    with _forced(request.param, request.node.nodeid):
+        yield request.param
+
+
+@pytest.fixture(params=KERNEL_BACKENDS[1:])
+def cuda_backend(request):
+    """For shapes that are sharp for the CUDA kernels' fixed tiles alone."""
+    with _forced(request.param, request.node.nodeid):
+        yield request.param
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -127,27 +127,21 @@ CUDA_TILES += [Shape(1, 4, 2, 97, 161, head_dim) for head_dim in (96, 128, 256)]
 @pytest.mark.parametrize(
     "shape", [Shape(1, 1, 1, 48, 48, 16), Shape(1, 1, 1, 17, 50, 16), Shape(1, 2, 1, 50, 33, 8)], ids=str
 )
-def test_many_tiles(kernel_backend, device, poisoned_memory, tiles, is_causal, shape):
-    if kernel_backend == "cuda":
-        pytest.skip("the tiles of the CUDA kernels are fixed: test_many_tiles_on_cuda")
-    with gptkern.dispatch.load(kernel_backend, "attention").forced_tiles(*tiles):
+def test_many_tiles(triton_backend, device, poisoned_memory, tiles, is_causal, shape):
+    with gptkern.dispatch.load(triton_backend, "attention").forced_tiles(*tiles):
         check_attention(*random_call(shape, device), is_causal=is_causal)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("shape", CUDA_TILES, ids=str)
-def test_many_tiles_on_cuda(kernel_backend, device, poisoned_memory, dtype, is_causal, shape):
-    if kernel_backend != "cuda":
-        pytest.skip("other backends have test_many_tiles")
+def test_many_tiles_on_cuda(cuda_backend, device, poisoned_memory, dtype, is_causal, shape):
     check_attention(*random_call(shape, device, dtype), is_causal=is_causal, scale=0.3)
 
 
 @dtypes
-def test_many_tiles_of_every_dtype(kernel_backend, device, poisoned_memory, dtype):
-    if kernel_backend == "cuda":
-        pytest.skip("the tiles of the CUDA kernels are fixed: test_many_tiles_on_cuda")
-    with gptkern.dispatch.load(kernel_backend, "attention").forced_tiles(16, 16):
+def test_many_tiles_of_every_dtype(triton_backend, device, poisoned_memory, dtype):
+    with gptkern.dispatch.load(triton_backend, "attention").forced_tiles(16, 16):
         check_attention(*random_call(Shape(2, 2, 1, 33, 50, 16), device, dtype), is_causal=True, scale=0.3)
 
 

@@ -205,9 +205,7 @@ def test_eps(backend, device, eps):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("rows", "width"), [(5, 17), (2, 64), (3, 65), (19, 33)])
-def test_wide_row_variant_at_small_widths(kernel_backend, device, monkeypatch, dtype, rows, width):
-    if kernel_backend != "triton":
-        pytest.skip("the switches that lower the limit of the wide variant are Triton's")
+def test_wide_row_variant_at_small_widths(triton_backend, device, monkeypatch, dtype, rows, width):
     from gptkern.triton_kernels import layer_norm as kernels
 
     monkeypatch.setattr(kernels, "REGISTER_WIDTH", {"forward": 16, "backward": 16})
@@ -228,19 +226,16 @@ CUDA_VECTORS = [1, 2, 5, 31, 32, 33, 65, 97, 129, 385, 513, 769, 1025, 1537, 204
 @pytest.mark.parametrize("odd", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("vectors", CUDA_VECTORS)
-def test_cuda_variants(kernel_backend, device, dtype, vectors, odd):
-    if kernel_backend != "cuda":
-        pytest.skip("these are the widths at which the CUDA kernels change")
+def test_cuda_variants(cuda_backend, device, dtype, vectors, odd):
     width = vectors * 16 // dtype.itemsize - odd
     rows = max(2, min(19, 2000 // vectors))
     check(tensors_of(rows, width, dtype, device, residual=vectors % 2 == 1))
 
 
+# As many rows as blocks of the CUDA kernels need to have several each.
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("rows", "width"), [(700, 8), (700, 9), (150, 264), (150, 261), (60, 776), (60, 1031)])
-def test_cuda_groups_walk_rows(kernel_backend, device, dtype, rows, width):
-    if kernel_backend != "cuda":
-        pytest.skip("the rows are as many as blocks of the CUDA kernels need to have several each")
+def test_cuda_groups_walk_rows(cuda_backend, device, dtype, rows, width):
     check(tensors_of(rows, width, dtype, device, residual=True))
     # no tensor is aligned as the other one
     tensors = tensors_of(rows, width, dtype, device)
