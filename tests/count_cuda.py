@@ -21,7 +21,6 @@ import functools
 import os
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -242,11 +241,6 @@ CASES = [
 ]  # fmt: skip
 
 
-def written(operator: str) -> bool:
-    """Whether the operator has CUDA kernels."""
-    return (Path(common.__file__).parent / f"{operator}.py").is_file()
-
-
 # --- The table --------------------------------------------------------------------------------------------------------
 
 
@@ -304,8 +298,6 @@ def table() -> str:
         "What is over the least is that of all kernels of a launcher together, and stands in the line of the first.",
     ]
     for operator in dispatch.OPERATORS:
-        if not written(operator):
-            continue
         lines += ["", f"## {operator}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         for index, case in enumerate(CASES):
             if case.operator == operator:

@@ -245,12 +245,11 @@ def launches() -> dict[str, tuple[int, int]]:
     import count_cuda
 
     found: dict[str, tuple[int, int]] = {}
-    for index, case in enumerate(count_cuda.CASES):
-        if count_cuda.written(case.operator):
-            for record in count_cuda.counted(index):
-                for name, counts in record.kernels.items():
-                    threads, shared = found.get(plain(name), (0, 0))
-                    found[plain(name)] = max(threads, counts["threads"]), max(shared, counts["shared_bytes"])
+    for index in range(len(count_cuda.CASES)):
+        for record in count_cuda.counted(index):
+            for name, counts in record.kernels.items():
+                threads, shared = found.get(plain(name), (0, 0))
+                found[plain(name)] = max(threads, counts["threads"]), max(shared, counts["shared_bytes"])
     return found
 
 

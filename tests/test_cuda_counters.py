@@ -15,7 +15,7 @@ if emulated.compiler() is None:
     pytest.skip("there is no C++ compiler for the emulated CUDA kernels", allow_module_level=True)
 
 import count_cuda
-from count_cuda import CASES, PRODUCTS, counted, rows_of, written
+from count_cuda import CASES, PRODUCTS, counted, rows_of
 
 TABLE = Path(__file__).parents[1] / "docs" / "cuda_counters.md"
 
@@ -28,19 +28,13 @@ def cases(*operators: str):
     ]
 
 
-def records(index: int):
-    if not written(CASES[index].operator):
-        pytest.skip(f"no CUDA kernels of {CASES[index].operator} are written yet")
-    return counted(index)
-
-
 def find(operator: str, shape: str) -> int:
     return next(i for i, case in enumerate(CASES) if case.operator == operator and case.shape == shape)
 
 
 @pytest.mark.parametrize("index", cases("layer_norm", "softmax", "int8_linear"))
 def test_no_more_bytes_than_needed(index):
-    for record in records(index):
+    for record in counted(index):
         if record.large_least:
             # Less than the least would mean that the count, or the case, is wrong.
             assert 0.999 <= record.bytes_ratio <= CASES[index].limit, record.launcher
@@ -49,7 +43,7 @@ def test_no_more_bytes_than_needed(index):
 @pytest.mark.parametrize("index", cases("layer_norm", "softmax"))
 def test_full_requests(index):
     """Sixteen bytes a lane, side by side: where rows are long enough, a request moves 16 sectors of 32 bytes."""
-    for record in records(index):
+    for record in counted(index):
         sectors, size = (sum(record.total(kind, what) for kind in count_cuda.ACCESSES) for what in ("sectors", "bytes"))
         # Rows that begin in the middle of a sector fetch little that they do not use.
         assert sectors * 32 <= 1.2 * size, record.launcher
@@ -57,7 +51,7 @@ def test_full_requests(index):
 
 @pytest.mark.parametrize("index", cases())
 def test_no_bank_conflicts(index):
-    for record in records(index):
+    for record in counted(index):
         # What a main loop does: copies into shared memory, and operands from it.
         assert record.conflicts("ldmatrix", "async_store") == 0, record.launcher
         if CASES[index].operator in ("layer_norm", "softmax"):
@@ -69,14 +63,17 @@ def test_no_bank_conflicts(index):
 
 @pytest.mark.parametrize("index", cases("attention", "int8_linear"))
 def test_matrix_instructions(index):
-    """No fewer than the operator's products take, or somebody else computes them."""
+    """No fewer than the operator's products take, or somebody else computes them; and nothing is computed twice over.
+
+    Between the two: tiles that are not full, and two more of the backward's five products, for dQ by itself.
+    """
     executed: dict[str, int] = {}
-    for record in records(index):
+    for record in counted(index):
         done = sum(record.total(kind) * each for kind, each in PRODUCTS.items())
         executed[record.direction] = executed.get(record.direction, 0) + done
     for direction, products in (CASES[index].products or {}).items():
         if "w8a16" not in CASES[index].shape:
-            assert executed[direction] >= products
+            assert products <= executed[direction] < 2 * products
 
 
 @pytest.mark.parametrize(
@@ -89,7 +86,7 @@ def test_matrix_instructions(index):
 def test_causal_attention_computes_the_triangle(causal, square, most):
     """Half of the square's instructions, and half a tile of 128 more along the diagonal."""
     triangle, whole = (
-        {record.launcher: record.total("mma_16bit") for record in records(find("attention", shape))}
+        {record.launcher: record.total("mma_16bit") for record in counted(find("attention", shape))}
         for shape in (causal, square)
     )
     assert triangle.keys() == whole.keys()
@@ -100,7 +97,6 @@ def test_causal_attention_computes_the_triangle(causal, square, most):
 
 @pytest.mark.parametrize("index", cases())
 def test_the_table_is_up_to_date(index):
-    records(index)
     text = TABLE.read_text(encoding="utf-8")
     for line in rows_of(index):
         assert line in text, "docs/cuda_counters.md is stale: run `make tables`"

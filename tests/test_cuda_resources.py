@@ -67,11 +67,7 @@ def test_nothing_spills(found, architecture):
 @pytest.mark.parametrize(("pattern", "groups"), EXPECTED, ids=[pattern for pattern, _ in EXPECTED])
 def test_expected_instructions(found, architecture, pattern, groups):
     matching = [k for k in found if k.architecture == architecture and re.match(pattern, k.name)]
-    if not matching:
-        operator = "int8_linear" if pattern.startswith("w8") else re.match(r"layer_norm|softmax|attention", pattern)[0]
-        written = any(path.stem.startswith(operator) for path in sources.folder().glob("*.cu"))
-        assert not written, f"no kernel is called {pattern}"
-        pytest.skip(f"no CUDA kernels of {operator} are written yet")
+    assert matching, f"no kernel is called {pattern}"
     for kernel in matching:
         for group in groups:
             assert kernel.count(*group), f"{kernel.name} has none of {group}"
