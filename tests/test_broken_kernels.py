@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+import types
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ import torch
 
 from gptkern import checking, dispatch
 from gptkern.checking_cases import cases_of
+from gptkern.tables import configurations
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -106,6 +108,8 @@ def test_the_check_sees_a_broken_kernel(mutation, monkeypatch, tmp_path, device)
 
     sound = results()
     assert all(result.ok for result in sound.values()), sound
+    # The copy registers a table of its own.
+    monkeypatch.setattr(configurations, "TABLES", dict(configurations.TABLES))
     monkeypatch.setitem(dispatch._modules, ("triton", mutation.operator), broken_module(mutation, tmp_path))
     broken = results()
     # A kernel that does not run at all would prove nothing about the comparison.
@@ -116,12 +120,22 @@ def test_the_check_sees_a_broken_kernel(mutation, monkeypatch, tmp_path, device)
 
 def broken_module(mutation: Mutation, folder: Path):
     """The operator's Triton module, imported from a changed copy; the one in the package stays as it is."""
-    path = folder / f"broken_{mutation.operator}.py"
-    path.write_text(mutated((KERNELS / f"{mutation.operator}.py").read_text(), mutation))
+    source = source_of(mutation)
+    path = folder / f"broken_{source.name}"
+    path.write_text(mutated(source.read_text(), mutation))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if source.stem == f"{mutation.operator}_backward":
+        sound = vars(dispatch.load("triton", mutation.operator))
+        return types.SimpleNamespace(**(sound | {"backward": module.backward}))
     return module
+
+
+def source_of(mutation: Mutation) -> Path:
+    """The file of the operator's kernels that has the function: the forward may stand apart from the backward."""
+    paths = [KERNELS / f"{mutation.operator}{part}.py" for part in ("", "_backward")]
+    return next(path for path in paths if path.exists() and f"def {mutation.function}(" in path.read_text())
 
 
 def mutated(source: str, mutation: Mutation) -> str:

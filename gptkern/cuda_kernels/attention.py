@@ -7,9 +7,9 @@ import math
 import torch
 
 from gptkern.cuda_kernels import common
-from gptkern.ops.attention import empty_in_layout_of
+from gptkern.ops.attention import empty_in_layout_of, outside_of_kernels
 
-_LARGEST_HEAD_DIM = 256
+_DTYPES = (torch.float16, torch.bfloat16)
 # Rows are copied by 16 bytes: 8 values.
 _VECTOR = 8
 _VECTOR_BYTES = 16
@@ -25,29 +25,9 @@ def unsupported(query, key, value, is_causal, scale, attn_mask=None, dropout_p=0
         return "attn_mask is given, and these kernels have the causal mask alone"
     if dropout_p != 0.0:
         return f"dropout_p is {dropout_p}, and these kernels have no dropout"
-    if not query.dim() == key.dim() == value.dim() == 4:
-        return (
-            f"query, key and value have {query.dim()}, {key.dim()} and {value.dim()} dimensions; kernels need "
-            "(batch, heads, length, head_dim)"
-        )
-    if query.dtype not in (torch.float16, torch.bfloat16):
-        return f"the dtype is {query.dtype}; the CUDA kernels need float16 or bfloat16"
-    batch, heads, _, head_dim = query.shape
-    if value.shape[3] != head_dim:
-        return f"value has head_dim {value.shape[3]} and query {head_dim}; kernels need them equal"
-    if head_dim % _VECTOR != 0 or not 0 < head_dim <= _LARGEST_HEAD_DIM:
-        return f"head_dim is {head_dim}; kernels need a multiple of {_VECTOR} up to {_LARGEST_HEAD_DIM}"
-    if key.shape[0] != batch or value.shape[0] != batch:
-        return f"batch sizes are {batch}, {key.shape[0]} and {value.shape[0]}; kernels need them equal"
-    if heads > _MOST_HEADS:
-        return f"query has {heads} heads; the CUDA kernels take {_MOST_HEADS}"
-    kv_heads = key.shape[1]
-    if value.shape[1] != kv_heads or (heads % kv_heads if kv_heads else heads):
-        return (
-            f"query, key and value have {heads}, {kv_heads} and {value.shape[1]} heads; kernels need as many in "
-            "value as in key, and that they divide the query's"
-        )
-    return None
+    if query.dim() == 4 and query.shape[1] > _MOST_HEADS:
+        return f"query has {query.shape[1]} heads; the CUDA kernels take {_MOST_HEADS}"
+    return outside_of_kernels(query, key, value, _DTYPES)
 
 
 def forward(query, key, value, is_causal, scale):

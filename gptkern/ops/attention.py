@@ -173,6 +173,39 @@ def _check_sizes(what, query, key, value):
         raise RuntimeError(f"attention: query, key and value differ in {what}: {query}, {key} and {value}")
 
 
+# --- What kernels take ---------------------------------------------------------------------------------------------
+
+LARGEST_HEAD_DIM = 256
+# Rows are read by 16 bytes: 8 values of 16 bits.
+HEAD_DIM_STEP = 8
+
+
+def outside_of_kernels(query, key, value, dtypes) -> str | None:
+    """Why no kernel takes a call of these shapes and dtypes, or None: what the backends' `unsupported` share."""
+    if not query.dim() == key.dim() == value.dim() == 4:
+        return (
+            f"query, key and value have {query.dim()}, {key.dim()} and {value.dim()} dimensions; kernels need 4, "
+            "(batch, heads, length, head_dim)"
+        )
+    if query.dtype not in dtypes:
+        *others, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+        return f"the dtype is {query.dtype}; kernels need {', '.join(others)} or {last}"
+    batch, heads, _, head_dim = query.shape
+    if value.shape[3] != head_dim:
+        return f"value has head_dim {value.shape[3]} and query {head_dim}; kernels need them equal"
+    if head_dim % HEAD_DIM_STEP != 0 or not 0 < head_dim <= LARGEST_HEAD_DIM:
+        return f"head_dim is {head_dim}; kernels need a multiple of {HEAD_DIM_STEP} up to {LARGEST_HEAD_DIM}"
+    if key.shape[0] != batch or value.shape[0] != batch:
+        return f"batch sizes are {batch}, {key.shape[0]} and {value.shape[0]}; kernels need them equal"
+    kv_heads = key.shape[1]
+    if value.shape[1] != kv_heads or (heads % kv_heads if kv_heads else heads):
+        return (
+            f"query, key and value have {heads}, {kv_heads} and {value.shape[1]} heads; kernels need as many in "
+            "value as in key, and that they divide the query's"
+        )
+    return None
+
+
 # --- The torch backend: bare launchers in plain PyTorch -------------------------------------------------------------
 
 
