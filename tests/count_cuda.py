@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -244,10 +243,6 @@ CASES = [
 # --- The table --------------------------------------------------------------------------------------------------------
 
 
-def short(kernel: str) -> str:
-    return re.sub(r"\{anonymous\}::|\(anonymous namespace\)::", "", kernel)
-
-
 def ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
@@ -267,7 +262,7 @@ def rows_of(index: int) -> Iterator[str]:
             matrix = sum(counts[kind] for kind in PRODUCTS)
             cells = [
                 case.shape if place == 0 else "",
-                f"`{short(kernel)}`",
+                f"`{kernel}`",
                 f"{size:,}",
                 ratio(record.bytes_ratio) if place == 0 else "",
                 f"{sectors / requests:.1f}" if requests else "",

@@ -23,11 +23,14 @@ template <auto KERNEL>
 const char* kernel_name() {
     static const std::string name = [](std::string function) {
         // g++ says "… [with auto KERNEL = gptkern::attention_kernel<…>]", clang++ "… [KERNEL = &gptkern::…]".
-        const std::string before = "KERNEL = ", ours = "gptkern::";
+        const std::string before = "KERNEL = ";
         size_t first = function.find(before) + before.size();
         std::string found = function.substr(first, function.rfind(']') - first);
         if (found[0] == '&') found.erase(0, 1);
-        for (size_t at; (at = found.find(ours)) != std::string::npos;) found.erase(at, ours.size());
+        // What g++, clang++ and nvcc say of where it stands; nvcc's "_GLOBAL__N__" goes on with a hash and the file.
+        for (const std::string scope : {"gptkern::", "{anonymous}::", "(anonymous namespace)::", "_GLOBAL__N__"})
+            for (size_t at; (at = found.find(scope)) != std::string::npos;)
+                found.erase(at, scope.back() == ':' ? scope.size() : found.find("::", at) + 2 - at);
         return found;
     }(__PRETTY_FUNCTION__);
     return name.c_str();

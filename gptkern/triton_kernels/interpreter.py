@@ -16,6 +16,7 @@ from triton.runtime import interpreter
 def mend() -> None:
     """Applies every mend once."""
     _convert_bfloat16_as_gpus_do()
+    _count_to_tensors()
     _patch_the_language_once()
 
 
@@ -39,6 +40,22 @@ def _convert_bfloat16_as_gpus_do() -> None:
         return cast(self, source, dst_type)
 
     builder.cast_impl = mended_cast
+
+
+def _count_to_tensors() -> None:
+    """Lets `range` take a tensor as its bound, which Triton 3.6 does not under NumPy 2.4 and newer.
+
+    There NumPy no longer converts an array of one element to an integer unless it has no dimension.
+    """
+    patch = getattr(interpreter, "_patch_lang_tensor", None)
+    if patch is None:
+        return
+
+    def mended_patch(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = mended_patch
 
 
 def _patch_the_language_once() -> None:
