@@ -8,7 +8,7 @@ from types import ModuleType
 
 import numpy as np
 
-from gptkern.cuda_kernels import emulated
+from gptkern.cuda_kernels import emulated, sources
 
 FOLDER = Path(__file__).parent / "cuda"
 
@@ -18,6 +18,21 @@ def module(name: str) -> ModuleType:
     """tests/cuda/<name>.cu, which defines the module test_<name>."""
     own = f"test_{name}"
     return emulated.loaded(own, emulated.build_with(own, [FOLDER / f"{name}.cu"], quiet=True))
+
+
+@functools.cache
+def module_by_swapcontext(name: str) -> ModuleType:
+    """The same on an emulator that switches between threads as it does on processors other than x86-64."""
+    own = f"test_{name}"
+    units = [
+        sources.Unit(f"{unit.name}_swapcontext", unit.source, ("GPTKERN_SWAPCONTEXT",))
+        for unit in sources.host_units(sources.folder(), emulated=True)
+        if unit.name != "bindings"
+    ]
+    units.append(sources.Unit(name, FOLDER / f"{name}.cu", ()))
+    path = emulated.build_units(f"{own}_swapcontext", units, quiet=True)
+    # Not of the other's name: pybind11 would give that one again.
+    return emulated.loaded(f"swapcontext.{own}", path)
 
 
 def address(array: np.ndarray | None) -> int:

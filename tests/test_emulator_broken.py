@@ -5,14 +5,17 @@ Beside each stands its sound twin, which runs under many schedules and gives bit
 
 from __future__ import annotations
 
+import platform
 import re
 import threading
+from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 from conftest import DEVICE
-from cuda_modules import FOLDER, address, aligned, aligned_copy, module
+from cuda_modules import FOLDER, address, aligned, aligned_copy, module, module_by_swapcontext
 
 from gptkern.cuda_kernels import emulated
 
@@ -50,8 +53,8 @@ KERNELS = {
 class Run:
     """One launch: bounds are the arrays that it is given, and beyond each lies memory that nobody may touch."""
 
-    def __init__(self, name: str, broken: int, seed: int):
-        kernels, (outputs, takes_input, arguments) = module("broken"), KERNELS[name]
+    def __init__(self, name: str, broken: int, seed: int, kernels: ModuleType | None = None):
+        kernels, (outputs, takes_input, arguments) = kernels or module("broken"), KERNELS[name]
         source = aligned_copy(VALUES[: 300 if name == "tail" else len(VALUES)])
         self.out = aligned(outputs, beyond=64)
         arrays = [source, self.out] if takes_input else [self.out]
@@ -245,6 +248,27 @@ def test_a_seed_repeats_its_schedule():
         kernels.check_races(True)
     assert results[0] == results[1]
     assert len(set(results[0])) > 1  # another seed, another schedule
+
+
+# --- Other processors -------------------------------------------------------------------------------------------------
+
+
+def test_the_switch_of_other_processors():
+    """swapcontext, built here whatever the processor: the same schedules, results and reports."""
+    kernels = module_by_swapcontext("broken")
+    assert b"swapcontext" in Path(kernels.__file__).read_bytes()
+    if platform.machine() == "x86_64":
+        assert b"swapcontext" not in Path(module("broken").__file__).read_bytes()
+    for seed in range(4):
+        for name in KERNELS:
+            assert Run(name, 0, seed, kernels).out.tobytes() == Run(name, 0, seed).out.tobytes(), name
+        for name, broken, message in CAUGHT:
+            # The fibers of a launch that fails are left where they stand.
+            with pytest.raises(RuntimeError, match=message) as here:
+                Run(name, broken, seed, kernels)
+            with pytest.raises(RuntimeError) as there:
+                Run(name, broken, seed)
+            assert str(here.value) == str(there.value)
 
 
 # --- Launching --------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@
 #include "fiber.h"
 #include "races.h"
 
-#if defined(__x86_64__)
+#ifdef GPTKERN_OWN_SWITCH
 // Saves the registers that a call must preserve on the stack it leaves, and takes them from the one it enters.
 asm(R"(
 .text

@@ -7,7 +7,8 @@
     CXX                             the compiler, for C++20 (default: g++, else clang++)
     MAX_JOBS                        how many of them run at a time (default: one for each core)
 
-Objects are kept in gptkern's cache by a hash of what they are made of, so a change compiles what it touches.
+Objects are kept in gptkern's cache by a hash of what they are made of, so a change compiles what it touches. What
+nobody has used for UNUSED_DAYS is removed when something new is built.
 `python -m gptkern.cuda_kernels.emulated` builds and says where.
 """
 
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,6 +38,8 @@ SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined",
 # -O1: kernels are compiled four times as fast as with -O2 and a test calls each of them but a few times. The emulator's
 # own files are few and run all the time.
 _FLAGS = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-DGPTKERN_EMULATED", "-Wno-unknown-pragmas", "-g1")
+
+UNUSED_DAYS = 30
 
 
 class CompilerError(ImportError):
@@ -136,7 +140,7 @@ def build_units(name: str, units: Iterable[sources.Unit], *, quiet: bool) -> Pat
         target = folder / f"{unit.name}-{digest.hexdigest()[:16]}.o"
         jobs.append((target, [*command.split(), *flags, "-x", "c++", "-c", str(unit.source), "-o"]))
 
-    new = [job for job in jobs if not job[0].exists()]
+    new = [job for job in jobs if not _used(job[0])]
     if new and not quiet:
         print(
             f"gptkern: compiling {len(new)} of {len(jobs)} parts of the emulated CUDA kernels: minutes, once",
@@ -149,9 +153,31 @@ def build_units(name: str, units: Iterable[sources.Unit], *, quiet: bool) -> Pat
         folder / f"{name}-{hashlib.sha256(names.encode()).hexdigest()[:16]}{sysconfig.get_config_var('EXT_SUFFIX')}"
     )
     link = [*command.split(), "-shared", *extra, *(str(target) for target, _ in jobs), "-o"]
-    if not module.exists():
+    if not _used(module):
         _once(module, link)
+        _prune(folder)
     return module
+
+
+def _used(path: Path) -> bool:
+    """Whether the file is there; if so it counts as used today, which is what `_prune` goes by."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    except OSError:  # somebody else's cache, which may be used all the same
+        pass
+    return True
+
+
+def _prune(folder: Path) -> None:
+    """Removes what nobody has used for UNUSED_DAYS, and what a build that was killed has left so long ago."""
+    oldest = time.time() - UNUSED_DAYS * 24 * 60 * 60
+    for path in folder.iterdir():
+        # Another process may prune too.
+        with contextlib.suppress(OSError):
+            if path.is_file() and path.stat().st_mtime < oldest:
+                path.unlink()
 
 
 @functools.cache

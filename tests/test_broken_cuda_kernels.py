@@ -1,0 +1,245 @@
+"""CUDA kernels that are broken on purpose, on the emulator: a check that cannot fail is worth nothing.
+
+Each mutation changes one expression in a copy of csrc/. The same call has to pass the check that is meant for such a
+fault with the kernel as it is, and to fail it with the broken one: the comparison with plain mathematics, a report of
+the emulator, or a limit of its counters. What the emulator reports is tested by kernels of its own in
+test_emulator_broken.py.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import DEVICE
+
+from gptkern import checking
+from gptkern.checking_cases import cases_of
+from gptkern.cuda_kernels import emulated, sources
+
+if DEVICE != "cpu":
+    pytest.skip("there is a GPU: the CUDA backend's tests run on it, not on the emulator", allow_module_level=True)
+if emulated.compiler() is None:
+    pytest.skip("there is no C++ compiler for the emulated CUDA kernels", allow_module_level=True)
+
+import count_cuda
+import emulation
+import test_attention
+import test_cuda_counters
+
+# Attention's kernels are compiled for tiles of this width alone: the calls below need no other.
+HEAD_DIM = "64"
+
+
+class Case(NamedTuple):
+    """A case of gptkern.checking: one of its numbers is wrong or, where a message is given, a launch is refused."""
+
+    operator: str
+    shape_class: str  # of gptkern.checking_cases
+    direction: str = "forward"  # the result that has to fail
+    dtype: torch.dtype = torch.float16
+    refused: str = ""  # what the emulator says, a regular expression
+
+    def results(self) -> dict[str, checking.Result]:
+        (case,) = (
+            case
+            for case in cases_of(self.operator, ("small",))
+            if case.shape_class == self.shape_class and case.dtype == self.dtype
+        )
+        return {result.direction: result for result in checking.check(case, "cuda", torch.device("cpu"))}
+
+    def passes(self) -> None:
+        results = self.results()
+        assert all(result.ok for result in results.values()), results
+
+    def fails(self) -> None:
+        results = self.results()
+        if self.refused:
+            assert [bool(re.search(self.refused, result.note)) for result in results.values()] == [True], results
+            return
+        # A kernel that does not run at all would prove nothing about the comparison.
+        assert not any(result.note for result in results.values()), results
+        result = results[self.direction]
+        assert result.ok is False and not math.isnan(result.error) and result.error > result.bound
+
+
+class Limit(NamedTuple):
+    """A test of the project: its assertion fails, though the numbers of `sound` stay right."""
+
+    function: Callable
+    arguments: tuple = ()
+    sound: Case | None = None
+
+    def passes(self) -> None:
+        count_cuda.counted.cache_clear()
+        self.function(*self.arguments)
+
+    def fails(self) -> None:
+        if self.sound:
+            self.sound.passes()
+        try:
+            with pytest.raises(AssertionError):
+                self.passes()
+        finally:
+            count_cuda.counted.cache_clear()
+
+
+class Mutation(NamedTuple):
+    name: str
+    operator: str
+    function: str  # how the definition begins that is changed: it stands once in csrc/, in whichever file
+    old: str  # stands once from there to the next line that begins with a brace; a space is any white space
+    new: str
+    check: Case | Limit
+
+
+COVERED = "is writing: no cp_async_wait has covered it"
+OUTSIDE = "the address is outside of the launcher's tensors"
+
+MUTATIONS = [
+    Mutation(
+        "the causal mask is shifted by one", "attention", "void mask(",
+        "> diagonal)", "> diagonal + 1)",
+        Case("attention", "causal"),
+    ),
+    Mutation(
+        "the accumulator is not rescaled", "attention", "void rescale(float scale_log2e)",
+        "accumulator[f][j][2 * h + i] *= correction;", "{}",
+        Limit(test_attention.test_scores_that_grow_along_the_row, ("cuda", "cpu")),
+    ),
+    Mutation(
+        "keys are read before they have come", "attention", "attention_forward_kernel(const AttentionForward",
+        "cp_async_wait<0>(); __syncthreads(); if constexpr (TWO_STAGES)", "__syncthreads(); if constexpr (TWO_STAGES)",
+        Case("attention", "causal", refused=COVERED),
+    ),
+    Mutation(
+        "keys overwrite queries without a barrier", "attention", "attention_forward_kernel(const AttentionForward",
+        "warp.load_query(shared.rows, first_row); __syncthreads();", "warp.load_query(shared.rows, first_row);",
+        Case("attention", "causal", refused="a race in shared memory: nothing orders the"),
+    ),
+    Mutation(
+        "rows beyond the last query are written", "attention", "void finish(Tile<",
+        "t == 0 && row < rows", "t == 0",
+        Case("attention", "more queries than keys", refused=f"store of 4 bytes .*{OUTSIDE}"),
+    ),
+    Mutation(
+        "rows beyond the last are copied", "attention", "void load_tile(Tile<",
+        "row < rows && chunk", "chunk",
+        Case("attention", "more queries than keys", refused=f"cp_async .*{OUTSIDE}"),
+    ),
+    Mutation(
+        "operands are read from other places than they were copied to", "attention", "int offset(int base,",
+        "(odd ^ row % 8 /", "(odd ^ row % 4 /",
+        Case("attention", "causal"),
+    ),
+    Mutation(
+        "dS lacks delta", "attention", "attention_backward_key_value(",
+        "p[i] * (z[m][n][i] - delta[i % 2])", "p[i] * z[m][n][i]",
+        Case("attention", "causal", "grad key"),
+    ),
+    Mutation(
+        "the wait leaves one copy too many under way", "int8_linear", "w8a8_kernel(Operand<int8_t> q",
+        "cp_async_wait<STAGES - 2>();", "cp_async_wait<STAGES - 1>();",
+        Case("int8_linear", "w8a8", refused=COVERED),
+    ),
+    Mutation(
+        "tiles are not swizzled", "int8_linear", "int swizzled(",
+        "return chunk ^ (row >> 1 & 3);", "return chunk;",
+        Limit(
+            test_cuda_counters.test_no_bank_conflicts,
+            (test_cuda_counters.find("int8_linear", "100×256→200 w8a8 float32"),),
+            Case("int8_linear", "w8a8"),
+        ),
+    ),
+    Mutation(
+        "columns are scaled by their neighbour's scale", "int8_linear", "void write_tile(",
+        "of_column(epilogue, column + i)", "of_column(epilogue, column)",
+        Case("int8_linear", "w8a8"),
+    ),
+    Mutation(
+        "the variance is divided by width - 1", "layer_norm", "layer_norm_forward_kernel(Forward",
+        "m2 / float(width)", "m2 / float(width - 1)",
+        Case("layer_norm", "tail", dtype=torch.float32),
+    ),
+    Mutation(
+        "the running sum is not rescaled", "softmax", "void rescale(float larger)",
+        "total *= exp_of(m - finite(larger));", "",
+        Case("softmax", "wide first dimension", dtype=torch.float32),
+    ),
+    Mutation(
+        "what the causal limit hides is read all the same", "softmax", "softmax_forward_rows_kernel(",
+        "load<V>(x_line, n, visible, width)", "load<V>(x_line, n, width, width)",
+        Limit(
+            test_cuda_counters.test_no_more_bytes_than_needed,
+            (test_cuda_counters.find("softmax", "2×256×256 bfloat16, causal"),),
+            Case("softmax", "causal"),
+        ),
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: f"{mutation.operator}: {mutation.name}")
+def test_the_check_sees_a_broken_kernel(mutation, cuda_backend, monkeypatch, tmp_path, request):
+    mutation.check.passes()
+    broken = broken_module(mutation, tmp_path / "csrc")
+    monkeypatch.setattr(emulated, "load", lambda: broken)
+    emulation.schedule_of(request.node.nodeid)
+    mutation.check.fails()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"function": "void no_such_function("}, r"'void no_such_function\(' stands in 0 places of csrc; it needs 1"),
+        ({"function": "namespace gptkern"}, r"'namespace gptkern' stands in \d+ places of csrc; it needs 1"),
+        ({"old": "no such expression"}, r"attention.cu, .*: 0 places like 'no such expression'; it needs 1"),
+        ({"old": "lane % 4"}, r"attention.cu, .*: \d+ places like 'lane % 4'; it needs 1"),
+    ],
+)
+def test_a_mutation_that_does_not_fit_the_source_is_an_error(change, message, tmp_path):
+    shutil.copytree(sources.folder(), tmp_path / "csrc")
+    with pytest.raises(AssertionError, match=message):
+        mutate(tmp_path / "csrc", MUTATIONS[0]._replace(**change))
+
+
+def broken_module(mutation: Mutation, copy: Path) -> ModuleType:
+    """The emulated module with the operator's kernels from a changed copy of csrc/."""
+    csrc = sources.folder()
+    shutil.copytree(csrc, copy)
+    changed = mutate(copy, mutation)
+    broken = {
+        unit.name: unit
+        for unit in sources.kernel_units(copy)
+        if (unit.source.resolve() == changed or unit.source.stem == mutation.operator)
+        and changed in sources.included(unit.source, copy)
+        and all(define.endswith(f"={HEAD_DIM}") for define in unit.defines)
+    }
+    sound = [*sources.kernel_units(csrc), *sources.host_units(csrc, emulated=True)]
+    # First: of functions that are not inlined the linker takes the first it sees.
+    units = [*broken.values(), *(unit for unit in sound if unit.name not in broken)]
+    path = emulated.build_units(emulated.NAME, units, quiet=True)
+    # pybind11 knows modules by their names: of two of one name it gives the first again.
+    return emulated.loaded(f"{path.name.partition('.')[0]}.{emulated.NAME}", path)
+
+
+def mutate(csrc: Path, mutation: Mutation) -> Path:
+    """Changes the one place, and returns its file."""
+    found = []
+    for path in (path for path in sorted(csrc.rglob("*")) if path.suffix in (".cu", ".cuh", ".h")):
+        found += [(path, match) for match in re.finditer(re.escape(mutation.function), path.read_text("utf-8"))]
+    assert len(found) == 1, f"{mutation.function!r} stands in {len(found)} places of csrc; it needs 1"
+    ((path, start),) = found
+    source = path.read_text("utf-8")
+    stop = source.index("\n}", start.end())
+    pattern = r"\s+".join(map(re.escape, mutation.old.split()))
+    body, count = re.subn(pattern, lambda _: mutation.new, source[start.end() : stop])
+    assert count == 1, f"{path.name}, {mutation.function!r}: {count} places like {mutation.old!r}; it needs 1"
+    path.write_text(source[: start.end()] + body + source[stop:], "utf-8")
+    return path.resolve()
