@@ -2,11 +2,13 @@
 
 from gptkern import autograd, functional, nn
 from gptkern.dispatch import BackendError, backend, explain
+from gptkern.quantizing import QuantizeReport, load_quantized, quantize
 from gptkern.swapping import SwapReport, kernels, swap, unswap
 from gptkern.version import __version__
 
 __all__ = [
     "BackendError",
+    "QuantizeReport",
     "SwapReport",
     "__version__",
     "autograd",
@@ -14,7 +16,9 @@ __all__ = [
     "explain",
     "functional",
     "kernels",
+    "load_quantized",
     "nn",
+    "quantize",
     "swap",
     "unswap",
 ]

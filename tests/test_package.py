@@ -105,7 +105,7 @@ for index, (was, is_now) in enumerate(zip(before, state())):
 LAYERS = (
     {"cli", "commands", "measuring", "__main__"},
     {"checking", "checking_cases"},
-    {"swapping"},
+    {"swapping", "quantizing"},
     {"nn"},
     {"functional", "autograd"},
     {"ops"},

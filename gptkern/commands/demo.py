@@ -288,17 +288,14 @@ class Demo:
         return self.recipe.tokens_per_step / statistics.median(trainer.speeds[1:])
 
     def _quantise(self) -> None:
-        from gptkern.commands.quantisation import quantised, size_in_bytes
-
         self._begin("int8")
-        self.int8, names = quantised(self.swapped)
+        self.int8 = copy.deepcopy(self.swapped).eval()
+        report = gptkern.quantize(self.int8)
         loss = training.validation_loss(self.int8, self.trainer.held_out, self.recipe)
-        before, after = (
-            sum(size_in_bytes(model.get_submodule(name)) for name in names) for model in (self.swapped, self.int8)
-        )
+        before, after = report.bytes_before, report.bytes_after
         int8 = self.findings.int8 = Int8(
-            len(names), loss, self.findings.swapped.final, before, after,
-            size_in_bytes(self.swapped), size_in_bytes(self.int8),
+            len(report.quantized), loss, self.findings.swapped.final, before, after,
+            report.model_bytes_before, report.model_bytes_after,
         )  # fmt: skip
         self._say(
             f"{int8.layers} linear layers: {before:,} -> {after:,} bytes ({before / after:.2f} x smaller); "

@@ -35,9 +35,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.stock:
         gptkern.swap(model)
     if args.int8:
-        from gptkern.commands.quantisation import quantised
-
-        model, _ = quantised(model)
+        gptkern.quantize(model)
     recipe = training.Recipe(
         steps=0, batch=1, length=1, lr=0.0, device=str(device), dtype=resolved_dtype(args.dtype, device)
     )

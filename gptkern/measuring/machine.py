@@ -20,12 +20,12 @@ import torch
 import gptkern
 
 PACKAGE = Path(gptkern.__file__).parent
-# What is drawn and printed changes no measurement. Of the commands, the model's cells run two.
+# What is drawn and printed changes no measurement. Of the commands, the model's cells run one.
 _NOT_MEASURED = (
     "commands/",
     *(f"measuring/{name}.py" for name in ("rates", "wording", "provenance", "report", "plots")),
 )
-_MEASURED = ("commands/training.py", "commands/quantisation.py")
+_MEASURED = ("commands/training.py",)
 # Seconds that nvidia-smi and git may take.
 _PATIENCE = 20
 # Seconds of work before the clocks are read: an idle GPU's clocks take some milliseconds to rise.

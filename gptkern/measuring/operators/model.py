@@ -18,7 +18,6 @@ import torch
 
 import gptkern
 from gptkern.commands import training
-from gptkern.commands.quantisation import quantised
 from gptkern.measuring import conventions, peers
 from gptkern.measuring.cells import Cell, Implementation, Missing
 from gptkern.models.gpt import BYTES, GPT, PRESETS, GPTConfig
@@ -172,7 +171,9 @@ def implementations(cell: Cell, kind: str) -> dict[str, Implementation | Missing
 
     def swapped(model):
         gptkern.swap(model)
-        return quantised(model)[0] if int8 else model
+        if int8:
+            gptkern.quantize(model)
+        return model
 
     found: dict[str, Implementation | Missing] = {
         "gptkern": run(cell, swapped).implementation(),
