@@ -43,6 +43,10 @@ def layer_norm():
     return G.layer_norm(tensor(4, 64), (64,), tensor(64), tensor(64))
 
 
+def rms_norm():
+    return G.rms_norm(tensor(4, 64), (64,), tensor(64))
+
+
 def softmax():
     return G.softmax(tensor(4, 64), -1)
 
@@ -58,6 +62,7 @@ def int8_linear(rows: int):
 
 CALLS: dict[str, tuple[str, Callable[[], torch.Tensor]]] = {
     "layer_norm": ("layer_norm", layer_norm),
+    "rms_norm": ("rms_norm", rms_norm),
     "softmax": ("softmax", softmax),
     "attention": ("attention", attention),
     "int8_linear, w8a8": ("int8_linear", lambda: int8_linear(128)),

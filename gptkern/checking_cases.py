@@ -173,6 +173,55 @@ def _layer_norm_cases(size: str) -> Iterator[Case]:
             yield Case("layer_norm", shape_class, f"{rows}x{width}", dtype, build)
 
 
+# --- rms_norm ---------------------------------------------------------------------------------------------------------
+
+
+def _rms_norm(rows, width, has_weight, dtype, generator) -> Problem:
+    tensors = {"input": _normal(generator, rows, width, dtype=dtype) + 1}
+    if has_weight:
+        tensors["weight"] = _normal(generator, width, dtype=dtype) + 1
+    eps = 1e-6
+
+    def twin(input, weight=None):
+        return functional.rms_norm(input, (width,), weight, eps)
+
+    def launch(input, weight=None):
+        return autograd.RMSNormFunction.apply(input, weight, eps, "torch")
+
+    def reference(input, weight=None):
+        # y = x / sqrt(avg(x²) + eps) * weight
+        y = input / torch.sqrt(input.square().mean(1, keepdim=True) + eps)
+        return y if weight is None else y * weight
+
+    return Problem(tensors, twin, reference, launch)
+
+
+def _rms_norm_cases(size: str) -> Iterator[Case]:
+    shapes = {
+        # (rows, width, weight, dtypes)
+        "small": {
+            "tail": (7, 33, True, THREE),
+            "Llama": (9, 1024, True, THREE),
+            "wide": (2, 33001, True, (FLOAT32, BFLOAT16)),
+            "no weight": (6, 65, False, THREE),
+            "narrow": (40, 3, True, THREE),
+        },
+        "realistic": {
+            "Llama 8B": (8192, 4096, True, THREE),
+            "heads of 128": (65536, 128, True, THREE),
+            "tail": (3001, 1023, True, THREE),
+            "Llama 405B": (1024, 16384, True, THREE),
+            "wide": (256, 50257, True, THREE),
+            "widest": (64, 262144, True, THREE),
+            "narrow": (100_003, 8, True, THREE),
+        },
+    }[size]
+    for shape_class, (rows, width, has_weight, dtypes) in shapes.items():
+        for dtype in dtypes:
+            build = _bound(_rms_norm, rows, width, has_weight)
+            yield Case("rms_norm", shape_class, f"{rows}x{width}", dtype, build)
+
+
 # --- softmax ----------------------------------------------------------------------------------------------------------
 
 
@@ -341,6 +390,7 @@ def _bound(builder: Callable, *arguments) -> Callable[[torch.dtype, torch.Genera
 _BY_OPERATOR = {
     "attention": _attention_cases,
     "layer_norm": _layer_norm_cases,
+    "rms_norm": _rms_norm_cases,
     "softmax": _softmax_cases,
     "int8_linear": _int8_linear_cases,
     "quantize_int8": _quantize_int8_cases,
@@ -350,6 +400,7 @@ OPERATORS = tuple(_BY_OPERATOR)
 BUILDERS: dict[str, Callable[..., Problem]] = {
     "attention": _attention,
     "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
     "softmax": _softmax,
     "int8_linear": _int8_linear,
     "quantize_int8": _quantize_int8,

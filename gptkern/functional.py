@@ -6,6 +6,7 @@ A twin takes every argument that PyTorch's takes, with the same meaning; its ext
 from gptkern.ops.attention import scaled_dot_product_attention
 from gptkern.ops.int8_linear import int8_linear, quantize_int8
 from gptkern.ops.layer_norm import layer_norm
+from gptkern.ops.rms_norm import rms_norm
 from gptkern.ops.softmax import softmax
 
-__all__ = ["int8_linear", "layer_norm", "quantize_int8", "scaled_dot_product_attention", "softmax"]
+__all__ = ["int8_linear", "layer_norm", "quantize_int8", "rms_norm", "scaled_dot_product_attention", "softmax"]

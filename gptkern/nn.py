@@ -19,6 +19,13 @@ class LayerNorm(torch.nn.LayerNorm):
         return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
+class RMSNorm(torch.nn.RMSNorm):
+    """`torch.nn.RMSNorm` on gptkern.functional.rms_norm."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+
 class Softmax(torch.nn.Softmax):
     """`torch.nn.Softmax` on gptkern.functional.softmax."""
 

@@ -39,6 +39,7 @@ SWAPPABLE = tuple(sorted({_operator_of(function) for function in TWINS}))
 # Exact type -> (its twin, the operator that the twin runs on).
 _MODULE_TWINS: dict[type, tuple[type, str]] = {
     torch.nn.LayerNorm: (nn.LayerNorm, "layer_norm"),
+    torch.nn.RMSNorm: (nn.RMSNorm, "rms_norm"),
     torch.nn.Softmax: (nn.Softmax, "softmax"),
 }
 # Where a swapped module's `__dict__` keeps its original class.

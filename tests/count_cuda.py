@@ -168,6 +168,13 @@ def layer_norm(rows: int, width: int, dtype=BF16, residual: bool = False, limit=
     return Case("layer_norm", shape, call, large=rows * width, limit=limit)
 
 
+def rms_norm(rows: int, width: int, dtype=BF16, limit=1.05) -> Case:
+    def call():
+        return G.rms_norm(tensor(rows, width, dtype=dtype), (width,), tensor(width, dtype=dtype))
+
+    return Case("rms_norm", f"{rows}×{width} {name_of(dtype)}", call, large=rows * width, limit=limit)
+
+
 def softmax(*shape: int, dtype=BF16, dim: int = -1, causal: bool = False, mask: bool = False, limit=1.05) -> Case:
     def call():
         more = {"mask": torch.rand(shape[-2:]) < 0.9} if mask else {}

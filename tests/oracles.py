@@ -132,6 +132,24 @@ def layer_norm(
     return y, s
 
 
+# --- rms_norm -------------------------------------------------------------------------------------------------------
+
+
+def rms_norm(
+    input: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None = None,
+    eps: float = 0.0,
+    *,
+    precision: torch.dtype = ORACLE,
+) -> torch.Tensor:
+    """x / √(E[x²] + eps) * weight."""
+    x = input.to(precision)
+    dims = tuple(range(x.ndim - len(normalized_shape), x.ndim))
+    y = x / torch.sqrt((x * x).mean(dims, keepdim=True) + eps)
+    return y if weight is None else y * weight.to(precision)
+
+
 # --- int8_linear ----------------------------------------------------------------------------------------------------
 
 

@@ -32,6 +32,11 @@ def layer_norm():
     yield output + summed
 
 
+def rms_norm():
+    for rows, width, dtype in [(5, 40, torch.float32), (3, 1001, torch.bfloat16), (2, 20000, torch.float16)]:
+        yield G.rms_norm(tensor(rows, width, dtype=dtype), (width,), tensor(width, dtype=dtype))
+
+
 def softmax():
     for rows, width, dtype in [(5, 41, torch.float32), (3, 1001, torch.bfloat16), (2, 9000, torch.float16)]:
         yield G.softmax(tensor(rows, width, dtype=dtype), -1)
@@ -58,7 +63,7 @@ def int8_linear():
         )
 
 
-OPERATORS = {function.__name__: function for function in (layer_norm, softmax, attention, int8_linear)}
+OPERATORS = {function.__name__: function for function in (layer_norm, rms_norm, softmax, attention, int8_linear)}
 
 
 def run_operators(names: list[str]) -> None:

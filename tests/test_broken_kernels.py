@@ -63,6 +63,21 @@ MUTATIONS = [
         "tail", "grad input",
     ),
     Mutation(
+        "the mean square is divided by width - 1", "rms_norm", "_forward_kernel",
+        r"axis=1\) / width", "axis=1) / (width - 1)",
+        "tail", "forward",
+    ),
+    Mutation(
+        "the backward forgets avg(g * x_hat)", "rms_norm", "_backward_kernel",
+        r"- x_hat \* average", "",
+        "tail", "grad input",
+    ),
+    Mutation(
+        "programs sum each other's rows into the weight's gradient", "rms_norm", "_backward_kernel",
+        r"tl\.num_programs\(0\)\.to\(tl\.int64\) \* BLOCK_ROWS", "BLOCK_ROWS",
+        "Llama", "grad weight",
+    ),
+    Mutation(
         "the running sum is not rescaled", "softmax", "_forward_chunked_kernel",
         r"total = total \* tl\.exp2\([^\n]*", "total = total",
         "wide first dimension", "forward",

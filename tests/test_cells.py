@@ -104,7 +104,7 @@ def test_panels_run_over_one_size(kind):
 
 @kinds
 def test_limits_of_float32_on_a_cpu(kind):
-    for operator in ("attention", "layer_norm", "softmax"):
+    for operator in ("attention", "layer_norm", "rms_norm", "softmax"):
         for cell in cells(operator, kind, "quick"):
             assert dict(cell.limits) == ({"eager": 1.05} if kind == "cpu" else {}), cell.key
             if kind == "cpu":
@@ -117,6 +117,7 @@ def test_the_shapes_that_the_tables_promise():
     by_operator = {name: [cell for cell in full if cell.operator == name] for name in runner.OPERATORS}
     widths = {768, 1024, 1280, 1600, 2048, 4096, 5120, 12288}
     assert {cell.size("width") for cell in by_operator["layer_norm"]} == widths
+    assert {cell.size("width") for cell in by_operator["rms_norm"]} == {128, 2048, 3072, 4096, 8192, 16384}
     softmax = [dict(cell.sizes) for cell in by_operator["softmax"]]
     assert {sizes["width"] for sizes in softmax if "width" in sizes} == widths | {50257}
     assert any(sizes.get("causal") for sizes in softmax)
@@ -176,6 +177,7 @@ def test_full_cells_have_the_peers(operator):
     expected = {
         "attention": ("compile", *peers.SDPA.values(), peers.FLEX, *peers.FLASH_ATTN.values()),
         "layer_norm": ("compile", "compile max-autotune", "Liger-Kernel", "quack"),
+        "rms_norm": ("compile", "compile max-autotune", "Liger-Kernel", "quack"),
         "softmax": ("compile", "compile max-autotune", "Liger-Kernel", "quack"),
         "int8_linear": ("compile", "int_mm + dequantise", "torchao int8", "bitsandbytes int8"),
         "model": ("compile",),
@@ -278,6 +280,14 @@ def test_reference_of_layer_norm(residual):
     x, weight, bias, *added = module.inputs(cell, "cpu")
     expected, _ = oracles.layer_norm(x, (24,), weight, bias, residual=added[0] if residual else None)
     torch.testing.assert_close(module.reference(cell, (x, weight, bias, *added), torch.float64), expected)
+
+
+def test_reference_of_rms_norm():
+    module = runner.module("rms_norm")
+    cell = module._cell("float64", "forward", 8, 24)
+    x, weight = module.inputs(cell, "cpu")
+    expected = oracles.rms_norm(x, (24,), weight, module.EPS)
+    torch.testing.assert_close(module.reference(cell, (x, weight), torch.float64), expected)
 
 
 def test_reference_of_softmax():

@@ -105,6 +105,26 @@ def test_layer_norm_flops():
     assert of.layer_norm_flops(10, 8, "forward", weight=False, bias=False, residual=True) == 6 * 80
 
 
+# --- rms_norm -------------------------------------------------------------------------------------------------------
+
+
+def test_rms_norm_bytes():
+    # 10 rows of 8, bfloat16: x is 160 bytes, the weight 16, rstd 40.
+    assert of.rms_norm_bytes(10, 8, 2, "forward") == 2 * 160 + 16
+    assert of.rms_norm_bytes(10, 8, 2, "backward") == 3 * 160 + 40 + 2 * 16
+    assert of.rms_norm_bytes(10, 8, 2, "both") == 336 + 40 + 552
+    assert of.rms_norm_bytes(10, 8, 2, "forward", weight=False) == 320
+    # 16384 x 4096 bfloat16 is 128 MiB.
+    assert of.rms_norm_bytes(16384, 4096, 2, "forward") == 2 * 128 * 2**20 + 8192
+
+
+def test_rms_norm_flops():
+    assert of.rms_norm_flops(10, 8, "forward") == 4 * 80
+    assert of.rms_norm_flops(10, 8, "backward") == 9 * 80
+    assert of.rms_norm_flops(10, 8, "both") == 13 * 80
+    assert of.rms_norm_flops(10, 8, "forward", weight=False) == 3 * 80
+
+
 # --- softmax --------------------------------------------------------------------------------------------------------
 
 

@@ -112,7 +112,7 @@ def test_the_smoke_extent_is_whole():
         assert_whole(record)
     assert [record["key"] for record in records] == [key for key, _ in costs.listed("smoke")]
     limited = {record["key"]: record["limit"] for record in records if record["limit"]}
-    assert limited == {f"host time, {name}": 3.0 for name in ("layer_norm", "softmax", "attention")}
+    assert limited == {f"host time, {name}": 3.0 for name in ("layer_norm", "rms_norm", "softmax", "attention")}
 
 
 # --- Host time --------------------------------------------------------------------------------------------------------

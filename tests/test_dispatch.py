@@ -33,7 +33,7 @@ def a_call(operator: str, device: str = "cpu", backend: str | None = None) -> tu
         dtype = torch.float16 if backend == "cuda" else torch.float32
         return tuple(torch.randn(1, 2, 5, 16, device=device, dtype=dtype) for _ in range(3))
     x = torch.randn(3, 8, device=device)
-    return (x, (8,)) if operator == "layer_norm" else (x, -1)
+    return (x, (8,)) if operator in ("layer_norm", "rms_norm") else (x, -1)
 
 
 operators = pytest.mark.parametrize("operator", list(PAIRS))

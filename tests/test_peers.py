@@ -61,12 +61,16 @@ def sdpa(backend="flash", kind="cuda", dtype=BF16, head_dim=64, causal=True, gro
 ADAPTERS = {
     "liger_kernel.transformers.functional": (
         lambda: peers.liger_layer_norm("cuda", 1e-5),
+        lambda: peers.liger_rms_norm("cuda", 1e-6),
         lambda: peers.liger_softmax("cuda", False),
     ),
     "flash_attn": (lambda: attention(2),),
     "flash_attn_interface": (lambda: attention(3),),
     "flash_attn.cute": (lambda: attention(4),),
-    "quack.rmsnorm": (lambda: peers.quack_layer_norm("cuda", 1e-5, "forward"),),
+    "quack.rmsnorm": (
+        lambda: peers.quack_layer_norm("cuda", 1e-5, "forward"),
+        lambda: peers.quack_rms_norm("cuda", 1e-6),
+    ),
     "quack.softmax": (lambda: peers.quack_softmax("cuda", False),),
     "torchao.quantization": (
         lambda: peers.torchao("cuda", "w8a8"),
@@ -117,6 +121,8 @@ def test_a_library_that_cannot_be_imported(monkeypatch, module, error):
         (lambda: peers.flex_attention("cuda", 8, 8, 8, True, False), "at least 16, not 8"),
         (lambda: peers.liger_layer_norm("cuda", 1e-5, residual=True), "no layer_norm with a residual"),
         (lambda: peers.liger_layer_norm("cpu", 1e-5), "needs a GPU"),
+        (lambda: peers.liger_rms_norm("cpu", 1e-6), "needs a GPU"),
+        (lambda: peers.quack_rms_norm("cpu", 1e-6), "needs a GPU"),
         (lambda: peers.liger_softmax("cuda", True), "no causal softmax"),
         (lambda: peers.quack_layer_norm("cuda", 1e-5, "backward"), "autograd"),
         (lambda: peers.quack_layer_norm("cuda", 1e-5, "forward", residual=True), "residual"),
@@ -239,11 +245,14 @@ def test_liger(monkeypatch):
         monkeypatch,
         "liger_kernel.transformers.functional",
         liger_layer_norm=lambda x, weight, bias, eps: F.layer_norm(x, weight.shape, weight, bias, eps),
+        liger_rms_norm=lambda x, weight, eps, casting_mode, in_place: F.rms_norm(x, weight.shape, weight, eps),
         liger_softmax=lambda x: F.softmax(x, -1),
     )
     x, weight, bias = torch.randn(4, 8), torch.randn(8), torch.randn(8)
     output = peers.liger_layer_norm("cuda", 0.5).call(x, weight, bias)
     torch.testing.assert_close(output, F.layer_norm(x, (8,), weight, bias, 0.5))
+    output = peers.liger_rms_norm("cuda", 0.5).call(x, weight)
+    torch.testing.assert_close(output, F.rms_norm(x, (8,), weight, 0.5))
     assert peers.liger_softmax("cuda", False).call is module.liger_softmax
 
 
@@ -252,13 +261,18 @@ def test_quack(monkeypatch):
         assert x.dtype == BF16 and weight.dtype == bias.dtype == torch.float32
         return F.layer_norm(x.float(), weight.shape, weight, bias, eps).to(x.dtype)
 
-    library(monkeypatch, "quack.rmsnorm", layernorm_fwd=layernorm_fwd)
+    def rmsnorm(x, weight, eps):
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    library(monkeypatch, "quack.rmsnorm", layernorm_fwd=layernorm_fwd, rmsnorm=rmsnorm)
     library(monkeypatch, "quack.softmax", softmax=torch.neg)
     x, weight, bias = torch.randn(4, 8).to(BF16), torch.randn(8).to(BF16), torch.randn(8).to(BF16)
     peer = peers.quack_layer_norm("cuda", 0.5, "forward")
     prepared = peer.prepare(x, weight, bias)
     assert prepared[0] is x
     torch.testing.assert_close(peer.call(*prepared), F.layer_norm(x, (8,), weight, bias, 0.5))
+    output = peers.quack_rms_norm("cuda", 0.5).call(x, weight)
+    torch.testing.assert_close(output, F.rms_norm(x, (8,), weight, 0.5))
     assert peers.quack_softmax("cuda", False).call is torch.neg
 
 

@@ -269,6 +269,7 @@ def test_kernels_routes_inline_calls_only_inside(monkeypatch):
     calls = [
         lambda: F.scaled_dot_product_attention(x, x, x),
         lambda: F.layer_norm(x, (8,)),
+        lambda: F.rms_norm(x, (8,)),
         lambda: F.softmax(x, dim=-1),
         lambda: torch.softmax(x, -1),
         lambda: x.softmax(-1),
@@ -302,7 +303,7 @@ def test_kernels_ends_with_an_exception_and_stays_in_its_thread(monkeypatch):
 
 
 def test_what_can_be_swapped():
-    assert SWAPPABLE == ("attention", "layer_norm", "softmax")
+    assert SWAPPABLE == ("attention", "layer_norm", "rms_norm", "softmax")
 
 
 def train(model, steps, learning_rate=1e-2):

@@ -493,6 +493,7 @@ def tensor(*shape, dtype=torch.bfloat16):
         ("attention", (tensor(1, 2, 17, 257, dtype=torch.float32), None, None, False, 1.0), (32, None, 512, False)),
         ("layer_norm", (tensor(3, 1024), None, None, None, 1e-5), (16, 1024, False)),
         ("layer_norm", (tensor(3, 1025), tensor(3, 1025), None, None, 1e-5), (16, 4096, True)),
+        ("rms_norm", (tensor(3, 1025), None, 1e-5), (16, 4096)),
         ("softmax", (tensor(4, 20000), -1, None, 1.0, None, False), (16, None, True, False)),
         ("softmax", (tensor(4, 20000), 0, None, 1.0, None, False), (16, 1024, False, False)),
         ("softmax", (tensor(4, 5), 1, None, 0.5, None, False), (16, 1024, True, True)),

@@ -224,6 +224,7 @@ def test_what_a_user_measured_is_in_force_on_that_device(task, table, where, mon
 TINY = {
     "attention": (1, 2, 1, 5, 5, 16, True),
     "layer_norm": (3, 9, True, True),
+    "rms_norm": (3, 9, True),
     "softmax": ((3, 9), -1, 0.5, None, False),
     "int8_linear": (3, 20, 16, "gelu", "w8a8"),
     "quantize_int8": (3, 9, -1),
@@ -318,7 +319,7 @@ def test_dispatch_follows_what_was_measured(class_task, where, monkeypatch):
 
 # --- What is planned --------------------------------------------------------------------------------------------------
 
-SIZE = {"attention": 5, "layer_norm": 1, "int8_linear": 0, "quantize_int8": 1}
+SIZE = {"attention": 5, "layer_norm": 1, "rms_norm": 1, "int8_linear": 0, "quantize_int8": 1}
 
 
 @pytest.mark.parametrize("architecture", [80, 86, 90, 100, 120])

@@ -20,6 +20,7 @@ VARIABLES = ("GPTKERN_BACKEND", "GPTKERN_CACHE", "TRITON_INTERPRET", "GPTKERN_EM
 COVERAGE = {
     "attention": "float16, bfloat16, float32 (triton alone); head_dim a multiple of 8 to 256; no attn_mask or dropout",
     "layer_norm": "float16, bfloat16, float32, float64 (triton alone); any width",
+    "rms_norm": "float16, bfloat16, float32; any width",
     "softmax": "float16, bfloat16, float32, float64 (triton alone); any dim, any width; a mask without gradient",
     "int8_linear": "float16, bfloat16, float32 activations; int8 weight",
 }

@@ -115,6 +115,38 @@ def layer_norm_bytes(
     return {"forward": forward, "backward": backward, "both": forward + statistics + backward}[direction]
 
 
+# --- rms_norm -------------------------------------------------------------------------------------------------------
+
+# Operations an element, counted from the formulas in gptkern.ops.rms_norm. Forward: the square and its sum, rstd; then
+# the weight. Backward: x_hat (1), avg(g * x_hat) (2), and dx = rstd * (g - x_hat * avg(g * x_hat)) (3); weight:
+# g = dy * weight (1) and its gradient (2).
+_RMS_FORWARD, _RMS_FORWARD_WEIGHT = 3, 1
+_RMS_BACKWARD, _RMS_BACKWARD_WEIGHT = 6, 3
+
+
+def rms_norm_flops(rows: int, width: int, direction: str, weight: bool = True) -> float:
+    """A count of additions and multiplications, all alike; divisions and roots a row are left out.
+
+    The operator is bound by bytes: this number says only that. Source: our own count, from the formulas.
+    """
+    elements = float(rows * width)
+    forward = elements * (_RMS_FORWARD + _RMS_FORWARD_WEIGHT * weight)
+    backward = elements * (_RMS_BACKWARD + _RMS_BACKWARD_WEIGHT * weight)
+    return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+
+
+def rms_norm_bytes(rows: int, width: int, itemsize: int, direction: str, weight: bool = True) -> int:
+    """Forward: reads input and weight, writes the output. Backward: reads input, dy, weight and each row's rstd;
+    writes dx and dweight. Both: the forward writes rstd too.
+
+    Source: the compulsory traffic, as at the top.
+    """
+    x, parameter, statistics = rows * width * itemsize, width * itemsize * weight, rows * FLOAT32_BYTES
+    forward = 2 * x + parameter
+    backward = 3 * x + statistics + 2 * parameter
+    return {"forward": forward, "backward": backward, "both": forward + statistics + backward}[direction]
+
+
 # --- softmax --------------------------------------------------------------------------------------------------------
 
 # Operations an element: the maximum, the subtraction, the exponential, the sum, the division; and backward

@@ -145,6 +145,11 @@ def _layer_norm() -> tuple[Callable, Callable]:
     return tuple(functools.partial(f, x, (WIDTH,), weight, bias) for f in (G.layer_norm, F.layer_norm))
 
 
+def _rms_norm() -> tuple[Callable, Callable]:
+    x, weight = _tensor(ROWS, WIDTH), _tensor(WIDTH)
+    return tuple(functools.partial(f, x, (WIDTH,), weight) for f in (G.rms_norm, F.rms_norm))
+
+
 def _softmax() -> tuple[Callable, Callable]:
     x = _tensor(ROWS, WIDTH)
     return tuple(functools.partial(f, x, -1) for f in (G.softmax, F.softmax))
@@ -172,6 +177,7 @@ class Call(NamedTuple):
 
 CALLS = {
     "layer_norm": Call(_layer_norm, "F.layer_norm", HOST_LIMIT),
+    "rms_norm": Call(_rms_norm, "F.rms_norm", HOST_LIMIT),
     "softmax": Call(_softmax, "F.softmax", HOST_LIMIT),
     "attention": Call(_attention, "F.scaled_dot_product_attention", HOST_LIMIT),
     # F.linear is another function: its weight is not int8. What nobody promised has no limit.

@@ -5,6 +5,7 @@ operator's own arguments, or Missing with the reason:
 
     attention      (query, key, value), each (batch, heads, length, head_dim)
     layer_norm     (x, weight, bias), x (rows, width)
+    rms_norm       (x, weight), x (rows, width)
     softmax        (x,), the last dimension
     int8_linear    (input, weight, bias), weight (out_features, in_features) in the input's dtype, before quantisation
 
@@ -270,7 +271,7 @@ def flash_attn(
     return Implementation(call)
 
 
-# --- layer_norm, softmax --------------------------------------------------------------------------------------------
+# --- layer_norm, rms_norm, softmax ----------------------------------------------------------------------------------
 
 
 @_adapter
@@ -280,6 +281,14 @@ def liger_layer_norm(kind: str, eps: float, residual: bool = False) -> Implement
     _need(not residual, "has no layer_norm with a residual")
     function = _imported("liger_kernel.transformers.functional").liger_layer_norm
     return Implementation(lambda x, weight, bias: function(x, weight, bias, eps))
+
+
+@_adapter
+def liger_rms_norm(kind: str, eps: float) -> Implementation:
+    """Liger-Kernel's rms_norm, on Triton: in float32 inside ("gemma"), and into new memory, as the others."""
+    _need_gpu(kind)
+    function = _imported("liger_kernel.transformers.functional").liger_rms_norm
+    return Implementation(lambda x, weight: function(x, weight, eps, casting_mode="gemma", in_place=False))
 
 
 @_adapter
@@ -301,6 +310,14 @@ def quack_layer_norm(kind: str, eps: float, direction: str, residual: bool = Fal
         lambda x, weight, bias: function(x, weight, bias, eps),
         prepare=lambda x, weight, bias: (x, weight.float(), bias.float()),
     )
+
+
+@_adapter
+def quack_rms_norm(kind: str, eps: float) -> Implementation:
+    """quack's rms_norm, on the CuTe DSL."""
+    _need_gpu(kind)
+    function = _imported("quack.rmsnorm").rmsnorm
+    return Implementation(lambda x, weight: function(x, weight, eps=eps))
 
 
 @_adapter

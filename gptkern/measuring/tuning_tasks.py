@@ -145,7 +145,21 @@ def _layer_norm_row(rows, kernel, width):
 
 
 def _held(kernel: str) -> str:
-    return "backward" if kernel == "parameters" else kernel
+    return "backward" if kernel in ("parameters", "weight") else kernel
+
+
+def _rms_norm_row(rows, kernel, width):
+    widest = max(bound for direction, bound in rows if bound is not None and direction == _held(kernel))
+    timed = 2 * widest if width is None else width
+    checked = timed + 3 if width is None else max(1, width - 1)
+    wrt = {"forward": (), "weight": ("weight",)}.get(kernel, ("input",) if width is None else None)
+    return dict(
+        direction=FORWARD if kernel == "forward" else BACKWARD,
+        wrt=wrt,
+        checked=Shape("rms_norm", (37 if width else 5, checked, True), BFLOAT16),
+        timed=Shape("rms_norm", (max(1, ELEMENTS // timed), timed, True), BFLOAT16),
+        on=f"{max(1, ELEMENTS // timed)}x{timed} bfloat16",
+    )
 
 
 def _softmax_row(rows, direction, axis, width):
@@ -193,6 +207,7 @@ def _quantize_int8_row(rows, width):
 _ROWS: dict[str, Callable[..., dict[str, Any]]] = {
     "attention": _attention_row,
     "layer_norm": _layer_norm_row,
+    "rms_norm": _rms_norm_row,
     "softmax": _softmax_row,
     "int8_linear": _int8_linear_row,
     "quantize_int8": _quantize_int8_row,
@@ -244,12 +259,12 @@ def _moves(operator: str, key: tuple, present: Any) -> Iterator[dict[str, bool]]
 
 def _free(operator: str, key: tuple, name: str) -> bool:
     """Whether a part of this row's configuration may change: a whole row's tile is as wide as the row."""
-    if operator == "layer_norm":
+    if operator in ("layer_norm", "rms_norm"):
         *_, width = key
         if name == "block_width":
             return width is None
         if name == "block_rows":
-            return width is not None or key[0] == "parameters"
+            return width is not None or key[0] in ("parameters", "weight")
     return True
 
 
@@ -329,6 +344,16 @@ def _layer_norm_classes() -> Iterator[ClassTask]:
             )  # fmt: skip
 
 
+def _rms_norm_classes() -> Iterator[ClassTask]:
+    for width, timed in ((1024, 1024), (4096, 4096), (16384, 8192), (None, 32768)):
+        rows = ELEMENTS // timed
+        yield ClassTask(
+            "rms_norm", (16, width), BOTH,
+            Shape("rms_norm", (9, timed, True), BFLOAT16), Shape("rms_norm", (rows, timed, True), BFLOAT16),
+            f"{rows}x{timed} bfloat16",
+        )  # fmt: skip
+
+
 def _softmax_classes() -> Iterator[ClassTask]:
     for width, timed in ((1024, 1024), (4096, 4096), (16384, 16384), (None, 50257)):
         for fused in (False, True):
@@ -367,6 +392,7 @@ def _quantize_int8_classes() -> Iterator[ClassTask]:
 _CLASSES: dict[str, Callable[[], Iterator[ClassTask]]] = {
     "attention": _attention_classes,
     "layer_norm": _layer_norm_classes,
+    "rms_norm": _rms_norm_classes,
     "softmax": _softmax_classes,
     "int8_linear": _int8_linear_classes,
     "quantize_int8": _quantize_int8_classes,

@@ -52,6 +52,10 @@ def _layer_norm(input, residual, weight, bias, eps):
     return _bits(input), _least(WIDTHS, input.shape[-1]), residual is not None
 
 
+def _rms_norm(input, weight, eps):
+    return _bits(input), _least(WIDTHS, input.shape[-1])
+
+
 def _softmax(input, dim, dtype, scale, mask, is_causal):
     dimensions = input.dim()
     width = input.shape[dim] if dimensions else 1
@@ -72,6 +76,7 @@ def _quantize_int8(input, dim):
 CLASSES = {
     "attention": Classes(dict(bits=BITS, head_dim=HEAD_DIMS, length=LENGTHS, causal=TRUTH), _attention),
     "layer_norm": Classes(dict(bits=BITS, width=WIDTHS, residual=TRUTH), _layer_norm),
+    "rms_norm": Classes(dict(bits=BITS, width=WIDTHS), _rms_norm),
     "softmax": Classes(dict(bits=BITS, width=WIDTHS, last=TRUTH, fused=TRUTH), _softmax),
     "int8_linear": Classes(dict(bits=BITS, mode=("w8a8", "w8a16"), rows=ROWS), _int8_linear),
     "quantize_int8": Classes(dict(bits=BITS, width=WIDTHS), _quantize_int8),
