@@ -3,28 +3,29 @@
     torch.nn.LayerNorm, torch.nn.Softmax    change their class to the twin in gptkern.nn
     a module whose forward calls F.scaled_dot_product_attention, F.layer_norm or F.softmax inline
                                             changes its class to a subclass of its own, whose forward is the
-                                            original one with those calls routed to gptkern.functional
+                                            original one with those calls rerouted (gptkern.rerouting)
+    a module of transformers that takes its attention from AttentionInterface
+                                            gets it by the name "gptkern" (gptkern.integrations.transformers)
 
 A swapped module is the same object with the same parameters, buffers, hooks and state_dict keys; its original class
-is noted in its `__dict__`, from where `unswap` takes it back. No global is touched.
+and config are noted in its `__dict__`, from where `unswap` takes them back. No global is touched.
 """
 
 from __future__ import annotations
 
 import copyreg
-import dis
 import functools
-import inspect
 import logging
-import types
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+import sys
+from collections.abc import Callable, Iterable
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from gptkern import nn
 from gptkern.dispatch import TWINS
+from gptkern.rerouting import FAST_PATHS, Calls, CannotReroute, Replacement, Rerouted, calls
+from gptkern.swap_report import Replaced, Skipped, SwapReport
 
 _logger = logging.getLogger("gptkern")
 
@@ -42,70 +43,35 @@ _MODULE_TWINS: dict[type, tuple[type, str]] = {
     torch.nn.RMSNorm: (nn.RMSNorm, "rms_norm"),
     torch.nn.Softmax: (nn.Softmax, "softmax"),
 }
-# Where a swapped module's `__dict__` keeps its original class.
+# PyTorch's own modules whose forward is rerouted as that of a model's is, and what they run on. In eval mode the two
+# encoders bypass their submodules, LayerNorms included.
+_REROUTED_TORCH_MODULES: dict[type, tuple[str, ...]] = {
+    torch.nn.MultiheadAttention: ("attention", "softmax"),
+    torch.nn.TransformerEncoderLayer: ("attention", "layer_norm"),
+    torch.nn.TransformerEncoder: ("attention", "layer_norm"),
+}
+# Where a swapped module's `__dict__` keeps its original class, and the configs that stood under its attributes.
 _ORIGINAL = "_gptkern_original"
+_CONFIGS = "_gptkern_configs"
 # Where a routed class keeps the operators that it routes.
 _ROUTED = "_gptkern_routed"
-
-
-class Replaced(NamedTuple):
-    """A module that runs on gptkern's operators."""
-
-    name: str  # its path in the model
-    original: str  # its class before
-    replacement: str  # and now
-    operator: str  # what it runs on, comma-separated
-
-
-class Skipped(NamedTuple):
-    """A module that an operator might have served and that was left alone."""
-
-    name: str
-    original: str
-    reason: str
-
-
-class SwapReport:
-    """What `swap` did; `print(report)` shows it as a table.
-
-    Attributes:
-        replaced: the modules that were replaced, by this call or an earlier one.
-        skipped: the modules that were left alone although one of the operators asked for computes what they do.
-    """
-
-    def __init__(self, replaced: list[Replaced], skipped: list[Skipped]):
-        self.replaced = replaced
-        self.skipped = skipped
-
-    def __repr__(self) -> str:
-        return f"SwapReport({len(self.replaced)} replaced, {len(self.skipped)} skipped)"
-
-    def __str__(self) -> str:
-        rows = [(r.name, r.original, f"-> {r.replacement}", r.operator) for r in self.replaced]
-        rows += [(s.name, s.original, "left alone", s.reason) for s in self.skipped]
-        title = f"{len(self.replaced)} modules replaced, {len(self.skipped)} skipped"
-        if not rows:
-            return title
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-        return "\n".join([title, *lines])
 
 
 def swap(model: torch.nn.Module, ops: Iterable[str] | None = None, strict: bool = False) -> SwapReport:
     """Put gptkern's operators into a model, in place.
 
-    Replaced are modules of exactly the type `torch.nn.LayerNorm` or `torch.nn.Softmax`, and modules whose forward
-    calls `F.scaled_dot_product_attention`, `F.layer_norm` or `F.softmax`: itself, in a method of its own, or in a
-    function of its own package. All such calls made while that forward runs are routed, its submodules' too. A call
-    that cannot be read off the code (a function looked up in a table, a tensor's method) is not found:
-    `gptkern.kernels()` reaches it.
+    Replaced are modules of exactly the type `torch.nn.LayerNorm` or `torch.nn.Softmax`; modules whose forward calls
+    `F.scaled_dot_product_attention`, `F.layer_norm` or `F.softmax`, itself, in a method of its own, or in a function
+    of its own package; `torch.nn.MultiheadAttention` and `torch.nn.TransformerEncoder`, which then keep to Python in
+    eval mode; and the attention of transformers' models. A call that cannot be read off the code (a function looked up
+    in a table, a tensor's method) is not found: `gptkern.kernels()` reaches it.
 
     Parameters stay the same objects, state_dict keys stay the same; dropout, eps, hooks, requires_grad and the
     training flag are not looked at. A second call changes nothing. `gptkern.unswap` takes it back.
 
     Args:
         model: any module; shared submodules are swapped once.
-        ops: the operators to put in, of "attention", "layer_norm" and "softmax"; all by default.
+        ops: the operators to put in, of `gptkern.swapping.SWAPPABLE`; all by default.
         strict: raise where anything asked for has to be skipped.
 
     Returns:
@@ -119,16 +85,14 @@ def swap(model: torch.nn.Module, ops: Iterable[str] | None = None, strict: bool 
     operators = _checked_operators(ops)
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"swap: model is a {type(model).__name__}; it needs a torch.nn.Module")
-    report = SwapReport([], [])
-    changes: list[tuple[torch.nn.Module, type]] = []
+    plan = _Plan(model, operators)
     for name, module in model.named_modules():
-        _plan(name or "(model)", module, operators, report, changes)
+        plan.decide(name or "(model)", module)
+    report = plan.report
     if strict and report.skipped:
         left_alone = SwapReport([], report.skipped)
         raise RuntimeError(f"swap: strict, and modules had to be skipped; the model is unchanged\n{left_alone}")
-    for module, replacement in changes:
-        module.__dict__.setdefault(_ORIGINAL, type(module))
-        module.__class__ = replacement
+    plan.carry_out()
     _logger.info("swap: %s", report)
     return report
 
@@ -153,6 +117,11 @@ def unswap(model: torch.nn.Module) -> torch.nn.Module:
             )
     for _, module in swapped:
         module.__class__ = module.__dict__.pop(_ORIGINAL)
+    for module in model.modules():
+        for attribute, config in module.__dict__.pop(_CONFIGS, {}).items():
+            # Another config that was put there since stays.
+            if module.__dict__.get(attribute) is config.current:
+                module.__dict__[attribute] = config.restore()
     return model
 
 
@@ -164,7 +133,7 @@ def kernels(ops: Iterable[str] | None = None) -> TorchFunctionMode:
     seen). It holds in the thread that enters it, and nests.
 
     Args:
-        ops: the operators to route, of "attention", "layer_norm" and "softmax"; all by default.
+        ops: the operators to route, of `gptkern.swapping.SWAPPABLE`; all by default.
 
     Raises:
         TypeError: ops is a string. ValueError: ops names an unknown operator.
@@ -195,31 +164,82 @@ def _checked_operators(ops: Iterable[str] | None) -> tuple[str, ...]:
     return tuple(operator for operator in SWAPPABLE if operator in ops)
 
 
-def _plan(name: str, module: torch.nn.Module, operators: tuple[str, ...], report: SwapReport, changes: list) -> None:
-    """Decide on one module: adds to the report, and to `changes` where its class is to change."""
-    original = module.__dict__.get(_ORIGINAL, type(module))
-    if original is not type(module) and not _is_replacement(type(module), original):
-        report.skipped.append(Skipped(name, type(module).__name__, "its class was changed after it was swapped"))
-        return
-    replacement, operator = _MODULE_TWINS.get(original, (None, ""))
-    if replacement is None:
-        inline = _inline_operators(original)
-        # What an earlier call routed stays routed.
-        before = type(module).__dict__.get(_ROUTED, ())
-        wanted = tuple(o for o in SWAPPABLE if o in inline and (o in operators or o in before))
-        if wanted:
-            replacement, operator = _routed(original, wanted), ", ".join(wanted)
-    if replacement is None or not set(operator.split(", ")) & set(operators):
-        reason = _reason_to_skip(original, operators)
+# --- The plan ---------------------------------------------------------------------------------------------------------
+
+
+class _Plan:
+    """What to do with each module of a model; nothing is changed before `carry_out`."""
+
+    def __init__(self, model: torch.nn.Module, operators: tuple[str, ...]):
+        self.operators = operators
+        self.report = SwapReport([], [])
+        self.classes: list[tuple[torch.nn.Module, type]] = []
+        transformers = _transformers()
+        self.attention = transformers.Attention(model, _original_class) if transformers else None
+
+    def decide(self, name: str, module: torch.nn.Module) -> None:
+        """Adds the module to the report, and its class and config to what is to change."""
+        original = _original_class(module)
+        if original is not type(module) and not _is_replacement(type(module), original):
+            self.skip(name, type(module), "its class was changed after it was swapped")
+            return
+        by_name, refused = self.decide_attention(name, module, original)
+        twin, operator = _MODULE_TWINS.get(original, (None, ""))
+        if twin is not None:
+            replacement, wanted = twin, (operator,) if operator in self.operators else ()
+            shown = f"gptkern.nn.{twin.__name__}"
+        else:
+            # What an earlier call routed stays routed.
+            before = type(module).__dict__.get(_ROUTED, ())
+            asked_for = tuple(o for o in SWAPPABLE if o in self.operators or o in before)
+            wanted = tuple(o for o in asked_for if o in _calls(original).operators and o not in refused)
+            replacement = _routed(original, wanted) if wanted else None
+            wanted = wanted if set(wanted) & set(self.operators) else ()
+            shown = f"{original.__name__}, routed"
+            if _calls(original).explicit_attention and "attention" in self.operators:
+                self.skip(name, original, "its attention is written out as matrix products around a softmax")
+        if wanted and "forward" in module.__dict__:
+            self.skip(name, original, "a forward was set on the instance itself")
+        elif wanted:
+            if type(module) is not replacement:
+                self.classes.append((module, replacement))
+            wanted = tuple(o for o in SWAPPABLE if o in wanted or o in by_name)
+            shown = f'{shown}, attn_implementation="gptkern"' if by_name else shown
+            self.report.replaced.append(Replaced(name, original.__name__, shown, ", ".join(wanted)))
+        elif by_name:
+            shown = 'attn_implementation="gptkern"'
+            self.report.replaced.append(Replaced(name, original.__name__, shown, ", ".join(by_name)))
+        else:
+            reason = _reason_to_skip(original, self.operators)
+            if reason is not None:
+                self.skip(name, original, reason)
+
+    def decide_attention(self, name: str, module: torch.nn.Module, original: type) -> tuple[tuple, tuple]:
+        """-> ("attention",), () where the module's attention comes by a name in its config; (), ("attention",) where it
+        would and cannot."""
+        if self.attention is None or "attention" not in self.operators or not _takes_attention_by_name(original):
+            return (), ()
+        reason = self.attention.reason_against(module)
         if reason is not None:
-            report.skipped.append(Skipped(name, original.__name__, reason))
-    elif "forward" in module.__dict__:
-        report.skipped.append(Skipped(name, original.__name__, "a forward was set on the instance itself"))
-    else:
-        if type(module) is not replacement:
-            changes.append((module, replacement))
-        shown = f"gptkern.nn.{replacement.__name__}" if original in _MODULE_TWINS else f"{original.__name__}, routed"
-        report.replaced.append(Replaced(name, original.__name__, shown, operator))
+            self.skip(name, original, reason)
+            return (), ("attention",)
+        self.attention.want(module)
+        return ("attention",), ()
+
+    def skip(self, name: str, cls: type, reason: str) -> None:
+        self.report.skipped.append(Skipped(name, cls.__name__, reason))
+
+    def carry_out(self) -> None:
+        for module, replacement in self.classes:
+            module.__dict__.setdefault(_ORIGINAL, type(module))
+            module.__class__ = replacement
+        for module, attribute, config in self.attention.changes() if self.attention else ():
+            module.__dict__.setdefault(_CONFIGS, {})[attribute] = config
+            module.__dict__[attribute] = config.current
+
+
+def _original_class(module: torch.nn.Module) -> type:
+    return module.__dict__.get(_ORIGINAL, type(module))
 
 
 def _reason_to_skip(cls: type, operators: tuple[str, ...]) -> str | None:
@@ -227,8 +247,9 @@ def _reason_to_skip(cls: type, operators: tuple[str, ...]) -> str | None:
     for base, (twin, operator) in _MODULE_TWINS.items():
         if operator in operators and issubclass(cls, base) and cls not in (base, twin):
             return f"a subclass of torch.nn.{base.__name__} with a forward of its own, in which no call was found"
-    if "attention" in operators and issubclass(cls, torch.nn.MultiheadAttention):
-        return "torch.nn.MultiheadAttention calls its attention inside PyTorch, where it cannot be routed"
+    for base, of in _REROUTED_TORCH_MODULES.items():
+        if set(of) & set(operators) and issubclass(cls, base) and cls is not base:
+            return f"a subclass of torch.nn.{base.__name__} with a forward of its own, in which no call was found"
     if issubclass(cls, torch.jit.ScriptModule):
         return "a TorchScript module has no Python forward"
     return None
@@ -239,81 +260,98 @@ def _is_replacement(cls: type, original: type) -> bool:
     return cls is _MODULE_TWINS.get(original, (None,))[0] or (_ROUTED in cls.__dict__ and cls.__base__ is original)
 
 
+# --- transformers, where it is in use ---------------------------------------------------------------------------------
+
+
+def _transformers():
+    """The integration, where the process has loaded what a model of transformers is made of; None otherwise."""
+    if "transformers.modeling_utils" not in sys.modules:
+        return None
+    from gptkern.integrations import transformers
+
+    return transformers
+
+
+def _is_from_transformers(cls: type) -> bool:
+    # A model's code need not be in the package: it may come with a checkpoint.
+    return _transformers() is not None and not cls.__module__.startswith("torch.")
+
+
+def _takes_attention_by_name(cls: type) -> bool:
+    return _is_from_transformers(cls) and (
+        _transformers().calls_interface(cls) or "attention" in _overridden_operators(cls)
+    )
+
+
+def _overrides(cls: type) -> dict[str, Replacement]:
+    return _transformers().overrides(cls) if _is_from_transformers(cls) else {}
+
+
+def _overridden_operators(cls: type) -> set[str]:
+    return {replacement.operator for replacement in _overrides(cls).values()}
+
+
 # --- Modules that call an operator inline -----------------------------------------------------------------------------
 
 
-def _inline_operators(cls: type) -> set[str]:
-    """The operators whose PyTorch functions the class's forward calls.
+def _find(operators: tuple[str, ...], function: Callable) -> Replacement | None:
+    """What takes the place of a function that a forward calls."""
+    try:
+        if function in FAST_PATHS:
+            return FAST_PATHS[function]
+        twin = TWINS.get(function)
+    except TypeError:  # not hashable
+        return None
+    if twin is None or _operator_of(function) not in operators:
+        return None
+    return Replacement(_operator_of(function), twin)
 
-    Itself, through methods of `self`, or through functions of the package that the class comes from.
-    """
-    if cls.__module__.startswith("torch.nn.") or issubclass(cls, torch.jit.ScriptModule):
-        return set()
-    return _inline_operators_of(cls)
+
+def _find_for(cls: type, operators: tuple[str, ...]) -> Callable[[Callable], Replacement | None]:
+    if _takes_attention_by_name(cls):
+        # The softmax that its code names is that of another implementation than the one chosen.
+        operators = ()
+    return functools.partial(_find, operators)
 
 
 @functools.cache
-def _inline_operators_of(cls: type) -> frozenset[str]:
-    package = cls.__module__.partition(".")[0]
-    found: set[str] = set()
-    seen: set[Callable] = set()
-    waiting: list = [cls.forward]
-    while waiting:
-        function = inspect.unwrap(waiting.pop())
-        if not isinstance(function, types.FunctionType) or function in seen:
-            continue
-        seen.add(function)
-        for chain in _attribute_chains(function.__code__):
-            called = getattr(cls, chain[1], None) if chain[0] == "self" and len(chain) == 2 else None
-            called = called or _resolved(chain, function.__globals__)
-            if not isinstance(called, Callable) or isinstance(called, type):
-                continue
-            if called in TWINS:
-                found.add(_operator_of(called))
-            elif (getattr(called, "__module__", None) or "").partition(".")[0] == package:
-                waiting.append(called)
-    return frozenset(found)
-
-
-def _attribute_chains(code: types.CodeType) -> Iterator[tuple[str, ...]]:
-    """Every name that the code loads, with the attributes taken from it: ("F", "softmax"), ("self", "attend")."""
-    chain: list[str] = []
-    for instruction in dis.get_instructions(code):
-        if instruction.opname.startswith(("LOAD_ATTR", "LOAD_METHOD")) and chain:
-            chain.append(str(instruction.argval))
-            continue
-        if chain:
-            yield tuple(chain)
-        chain = []
-        if instruction.opname.startswith(("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FAST", "LOAD_DEREF")):
-            names = instruction.argval
-            # Python 3.13 loads two locals in one instruction; attributes are taken from the second.
-            chain = [str(names[-1] if isinstance(names, tuple) else names)]
-        elif isinstance(instruction.argval, types.CodeType):
-            yield from _attribute_chains(instruction.argval)
-    if chain:
-        yield tuple(chain)
-
-
-def _resolved(chain: tuple[str, ...], names: dict) -> object:
-    """What a chain of names, a global and attributes of modules, stands for, or None."""
-    value = names.get(chain[0])
-    for attribute in chain[1:]:
-        if not isinstance(value, types.ModuleType):
-            return None
-        value = getattr(value, attribute, None)
-    return value
+def _calls(cls: type) -> Calls:
+    """The operators that the class's forward runs on, as far as it can be rerouted."""
+    if cls.__module__.startswith("torch.nn.") and cls not in _REROUTED_TORCH_MODULES:
+        return Calls(frozenset(), False)
+    if issubclass(cls, torch.jit.ScriptModule):
+        return Calls(frozenset(), False)
+    if cls in _REROUTED_TORCH_MODULES:
+        return Calls(frozenset(_REROUTED_TORCH_MODULES[cls]), False)
+    found = calls(cls, _find_for(cls, SWAPPABLE))
+    return found._replace(operators=found.operators | _overridden_operators(cls))
 
 
 @functools.cache
 def _routed(cls: type, operators: tuple[str, ...]) -> type:
     """A subclass of `cls` whose forward is the same with the operators' calls routed to gptkern."""
-    routing = _Routing(operators)
+    methods = {name: r.function for name, r in _overrides(cls).items() if r.operator in operators}
+    try:
+        rerouted = Rerouted(cls, _find_for(cls, operators))
+        methods = {**rerouted.methods, **methods}
+        inner = methods.get("forward", cls.forward)
 
-    @functools.wraps(cls.forward)
-    def forward(self, *args, **kwargs):
-        with routing:
-            return cls.forward(self, *args, **kwargs)
+        @functools.wraps(cls.forward)
+        def forward(self, *args, **kwargs):
+            # torch.compile keeps what it has traced; in eager mode the forward's globals may have changed.
+            if not torch.compiler.is_compiling():
+                rerouted.refresh()
+            return methods_forward(self, *args, **kwargs)
+
+        methods_forward = inner
+    except CannotReroute as reason:
+        _logger.debug("swap: %s: a TorchFunctionMode routes its calls", reason)
+        routing = _Routing(operators)
+
+        @functools.wraps(cls.forward)
+        def forward(self, *args, **kwargs):
+            with routing:
+                return cls.forward(self, *args, **kwargs)
 
     def __reduce_ex__(self, protocol):
         # The class is made here and not found by its name: pickle and deepcopy make it again.
@@ -326,6 +364,7 @@ def _routed(cls: type, operators: tuple[str, ...]) -> type:
         cls.__name__,
         (cls,),
         {
+            **methods,
             "__module__": cls.__module__,
             "__qualname__": cls.__qualname__,
             "__doc__": cls.__doc__,

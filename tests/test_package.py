@@ -106,6 +106,8 @@ LAYERS = (
     {"cli", "commands", "measuring", "__main__"},
     {"checking", "checking_cases"},
     {"swapping", "quantizing"},
+    {"integrations"},
+    {"rerouting", "swap_report"},
     {"nn"},
     {"functional", "autograd"},
     {"ops"},

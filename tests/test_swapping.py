@@ -13,7 +13,8 @@ import torch.nn.functional as F
 import gptkern
 from gptkern import dispatch
 from gptkern.models import GPT, GPTConfig
-from gptkern.swapping import SWAPPABLE, _inline_operators
+from gptkern.swap_report import where
+from gptkern.swapping import SWAPPABLE, _calls
 
 SMALL = dict(vocab_size=61, context=24, layers=2, width=32, heads=2)
 
@@ -93,7 +94,7 @@ def test_swap_reports_each_module():
     assert {entry.operator for entry in report.replaced} == {"attention", "layer_norm"}
     assert report.skipped == []
     assert "7 modules replaced, 0 skipped" in str(report)
-    assert "blocks.1.attention " in str(report)
+    assert "blocks.{0-1}.attention" in str(report)
 
 
 def test_swap_keeps_parameters_keys_and_flags():
@@ -152,10 +153,10 @@ def test_only_the_operators_asked_for(ops):
 
 
 def test_inline_calls_are_found_by_what_they_resolve_to():
-    assert _inline_operators(CausalAttention) == {"attention"}
-    assert _inline_operators(BiaslessNorm) == {"layer_norm"}
-    assert _inline_operators(ExplicitAttention) == {"softmax"}
-    assert _inline_operators(CallsNothing) == set()
+    assert _calls(CausalAttention).operators == {"attention"}
+    assert _calls(BiaslessNorm).operators == {"layer_norm"}
+    assert _calls(ExplicitAttention).operators == {"softmax"}
+    assert _calls(CallsNothing).operators == set()
 
 
 def test_styles_of_models():
@@ -178,13 +179,86 @@ def test_subclasses_are_left_alone_with_the_reason():
     report = gptkern.swap(model)
     assert type(model[0]) is NormWithForward
     assert [(entry.name, entry.original) for entry in report.skipped] == [("0", "NormWithForward")]
-    assert "subclass" in report.skipped[0].reason and "left alone" in str(report)
+    assert "subclass" in report.skipped[0].reason and "1 skipped" in str(report)
 
 
-def test_multihead_attention_is_named_as_skipped():
-    report = gptkern.swap(torch.nn.MultiheadAttention(8, 2))
-    assert [entry.original for entry in report.skipped] == ["MultiheadAttention"]
-    assert gptkern.swap(torch.nn.MultiheadAttention(8, 2), ops=["layer_norm"]).skipped == []
+class OwnMultiheadAttention(torch.nn.MultiheadAttention):
+    pass
+
+
+def test_a_subclass_of_multihead_attention_is_named_as_skipped():
+    report = gptkern.swap(OwnMultiheadAttention(8, 2))
+    assert [entry.original for entry in report.skipped] == ["OwnMultiheadAttention"]
+    assert gptkern.swap(OwnMultiheadAttention(8, 2), ops=["layer_norm"]).skipped == []
+
+
+def test_explicit_attention_is_named_beside_its_softmax():
+    report = gptkern.swap(ExplicitAttention())
+    assert [entry.operator for entry in report.replaced] == ["softmax"]
+    assert "matrix products around a softmax" in report.skipped[0].reason
+    assert gptkern.swap(ExplicitAttention(), ops=["softmax"]).skipped == []
+
+
+@pytest.mark.parametrize("ops", [["layer_norm"], ["attention"]])
+def test_the_encoder_stays_in_python_in_eval_mode(monkeypatch, ops):
+    """PyTorch's fused encoder would bypass whatever is swapped inside it."""
+    model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    x, padding = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.no_grad():
+        expected = model(x, src_key_padding_mask=padding)
+        gptkern.swap(model, ops=ops)
+        calls = {"layer_norm": 4, "attention": 2}[ops[0]]
+        assert calls_of_twins(monkeypatch, lambda: model(x, src_key_padding_mask=padding)) == calls
+        actual = model(x, src_key_padding_mask=padding)
+        gptkern.unswap(model)
+        assert torch.equal(model(x, src_key_padding_mask=padding), expected)
+    torch.testing.assert_close(actual[~padding], expected[~padding])
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_attention_weights_of_multihead_attention_are_still_given():
+    model = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+    x = torch.randn(2, 5, 8)
+    expected = model(x, x, x)
+    gptkern.swap(model)
+    for actual, wanted in zip(model(x, x, x), expected):
+        assert torch.equal(actual, wanted)
+
+
+def test_the_report_is_a_table_of_kinds():
+    model = torch.nn.Sequential(*(torch.nn.LayerNorm(4) for _ in range(3)), NormWithForward(4), torch.nn.LayerNorm(4))
+    assert str(gptkern.swap(model)).splitlines() == [
+        "4 modules replaced, 1 skipped",
+        "",
+        "replaced  module     operator    runs on               where",
+        "4         LayerNorm  layer_norm  gptkern.nn.LayerNorm  {0-2,4}",
+        "",
+        f"skipped  module           {'reason':86}  where",
+        "1        NormWithForward  a subclass of torch.nn.LayerNorm with a forward of its own, in which no call was "
+        "found  3",
+    ]
+    assert str(gptkern.swap(torch.nn.Linear(2, 2))) == "0 modules replaced, 0 skipped"
+    assert str(gptkern.swap(torch.nn.LayerNorm(4))).startswith("1 module replaced, 0 skipped\n")
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["h.0.ln_1", "h.1.ln_1", "h.2.ln_1", "h.0.ln_2", "ln_f"], "h.{0-2}.ln_1, h.0.ln_2, ln_f"),
+        (["0", "2", "3"], "{0,2-3}"),
+        (["h.10.a.0.b", "h.10.a.1.b"], "h.{10}.a.0.b, h.{10}.a.1.b"),
+        (["layer1.x", "layer2.x"], "layer1.x, layer2.x"),
+        (["(model)"], "(model)"),
+    ],
+)
+def test_paths_in_short(names, short):
+    assert where(names) == short.replace("{10}", "10")
+
+
+def test_swap_is_logged(caplog):
+    with caplog.at_level("INFO", logger="gptkern"):
+        gptkern.swap(torch.nn.LayerNorm(4))
+    assert caplog.records[-1].name == "gptkern" and "gptkern.nn.LayerNorm" in caplog.text
 
 
 def test_a_forward_on_the_instance_is_left_alone():
@@ -414,7 +488,7 @@ class CallsTwo(torch.nn.Module):
 
 
 def test_calls_in_functions_of_the_same_package_are_found():
-    assert _inline_operators(CallsAFunction) == {"attention"}
+    assert _calls(CallsAFunction).operators == {"attention"}
 
 
 def test_a_second_swap_adds_to_the_first(monkeypatch):

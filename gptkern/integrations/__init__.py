@@ -1,0 +1,1 @@
+"""gptkern inside other libraries, in their own words. Nothing here is imported by `import gptkern`."""

@@ -1,0 +1,214 @@
+"""Hugging Face transformers: attention by the name "gptkern".
+
+    import gptkern.integrations.transformers
+    model = AutoModelForCausalLM.from_pretrained(…, attn_implementation="gptkern")
+
+Importing this module adds the name to transformers' AttentionInterface and AttentionMaskInterface, as its documentation
+tells to, and changes nothing else. `gptkern.swap(model)` gives a model that was built without it the same name:
+
+- The name stands in a model's config, which its submodules share, and so may other models that were built from the
+  same config object. So each config of the model is replaced by a copy of its own that differs in this one field.
+  `unswap` puts the config back that was there; what was set on the copy in between is set on it too.
+- The copy has the config's type, so that all that transformers does with a config goes on working. `model.config is
+  config` is False while a model is swapped.
+
+Masks arrive as for "sdpa", because the mask function is the same: None for plain causal attention, bool
+(batch, 1, length_q, length_k) where there is padding, a sliding window, or a cache that makes the keys longer than the
+queries: its last rows then say lower-right causal. A model that was built with "eager" gets such masks, too.
+
+GPT-J computes its attention itself, in its method `_attn`: it is replaced.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
+
+from gptkern import functional as F
+from gptkern.rerouting import Replacement, names_in
+
+# Without the word "flash", by which transformers tells kernels that build their masks themselves.
+NAME = "gptkern"
+
+# The implementations whose place gptkern takes: the others were asked for by name.
+_REPLACED = (None, "sdpa", "eager")
+# The name under which the modules that call AttentionInterface know it.
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+
+_logger = logging.get_logger(__name__)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """What AttentionInterface calls: attention on gptkern.functional.scaled_dot_product_attention.
+
+    Args:
+        module: the attention module; its `is_causal` counts where the argument is None, True without either.
+        query: (batch, heads, length_q, head_dim). key, value: (batch, kv_heads, length_k, head_dim); each is read by
+            heads // kv_heads query heads, and not copied for it.
+        attention_mask: None, bool or additive, (batch, 1 or heads, length_q, length_k). None is plain causal for a
+            causal module with more than one query, and no mask for a single query.
+        dropout: probability of dropping an attention weight. scaling: 1/sqrt(head_dim) where it is None.
+
+    Returns:
+        (batch, length_q, heads, head_dim), contiguous; and None, as the attention weights are never written down.
+
+    Raises:
+        ValueError: the model needs scores capped (softcap) or attention sinks (s_aux), which these kernels have not.
+    """
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f'attn_implementation="{NAME}" has no {name}; use attn_implementation="eager"')
+    if kwargs.get("position_bias") is not None or kwargs.get("cache") is not None:
+        # A bias that the model makes per layer, and a paged cache, are transformers' own affair.
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        )
+    if kwargs.get("output_attentions"):
+        _logger.warning_once(
+            f'attn_implementation="{NAME}" never writes the attention weights down: output_attentions=True gets None. '
+            'Use attn_implementation="eager" for them.'
+        )
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    length_q, length_k = query.shape[2], key.shape[2]
+    is_causal = length_q > 1 and attention_mask is None and is_causal
+    if is_causal and length_k > length_q:
+        # Without a mask this is the first call on a cache of fixed size: the keys behind the queries are not filled.
+        key, value = key[:, :, :length_q], value[:, :, :length_q]
+    output = F.scaled_dot_product_attention(
+        query, key, value, attention_mask, dropout, is_causal, scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    # (batch, heads, length_q, head_dim) -> (batch, length_q, heads, head_dim): the kernels write it in this order.
+    return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+# --- What swap asks ---------------------------------------------------------------------------------------------------
+
+
+def calls_interface(cls: type) -> bool:
+    """Whether a module's class takes its attention from AttentionInterface."""
+    return _INTERFACE in names_in(cls)
+
+
+def overrides(cls: type) -> dict[str, Replacement]:
+    """The methods of a class that compute an operator in Python, and what takes their place."""
+    gptj = sys.modules.get("transformers.models.gptj.modeling_gptj")
+    if gptj is not None and cls is gptj.GPTJAttention:
+        return {"_attn": Replacement("attention", _gptj_attention)}
+    return {}
+
+
+def _gptj_attention(self, query, key, value, attention_mask=None):
+    """GPTJAttention._attn: key (batch, heads, length_k, head_dim) and the rest as above; -> output, None."""
+    output, _ = attention_forward(
+        self, query, key, value, attention_mask, self.attn_dropout.p if self.training else 0.0, 1 / self.scale_attn
+    )
+    return output.transpose(1, 2), None
+
+
+class SwappedConfig:
+    """A config in whose place a copy stands, and how the copy was then.
+
+    Attributes:
+        original: the config that was there. current: the copy.
+        seen: the copy's fields when it was made.
+    """
+
+    def __init__(self, original: PreTrainedConfig):
+        self.original = original
+        self.current = copy.copy(original)
+        self.current.__dict__["_attn_implementation_internal"] = NAME
+        self.seen: dict[str, object] = {}
+
+    def restore(self) -> PreTrainedConfig:
+        """The original, with what was set on the copy since."""
+        fields, now = self.original.__dict__, self.current.__dict__
+        for name in now.keys() | self.seen.keys():
+            if name not in now:
+                fields.pop(name, None)
+            elif name not in self.seen or now[name] is not self.seen[name]:
+                fields[name] = now[name]
+        # A module that is restored later finds nothing new.
+        self.seen = dict(now)
+        return self.original
+
+
+class Attention:
+    """Which of a model's modules can take their attention by the name "gptkern".
+
+    Args:
+        model: any module.
+        original_class: the class that a module had before it was swapped.
+    """
+
+    def __init__(self, model: torch.nn.Module, original_class: Callable[[torch.nn.Module], type]):
+        self._holders = [
+            (module, name, value)
+            for module in model.modules()
+            for name, value in vars(module).items()
+            if isinstance(value, PreTrainedConfig)
+        ]
+        self._original_class = original_class
+        self._wanted: dict[int, PreTrainedConfig] = {}
+
+    def reason_against(self, module: torch.nn.Module) -> str | None:
+        """Why a module that calls the interface cannot be swapped; None where it can."""
+        config = vars(module).get("config")
+        if not isinstance(config, PreTrainedConfig):
+            return "it has no config of transformers, in which its attention could be chosen"
+        implementation = config._attn_implementation
+        if implementation == NAME:
+            return None
+        if implementation not in _REPLACED:
+            return f'attn_implementation="{implementation}" was asked for by name'
+        if config.output_attentions:
+            return "its config asks for the attention weights, which are never written down"
+        if getattr(config, "attn_logit_softcapping", None) is not None:
+            return "its scores are capped, which the kernels cannot"
+        if not overrides(self._original_class(module)):
+            for holder, _, held in self._holders:
+                if held is config and isinstance(holder, PreTrainedModel) and not holder._supports_sdpa:
+                    return f"{type(holder).__name__} cannot run on scaled_dot_product_attention"
+        return None
+
+    def want(self, module: torch.nn.Module) -> None:
+        """The module's config is to name gptkern."""
+        config = vars(module)["config"]
+        if config._attn_implementation != NAME:
+            self._wanted[id(config)] = config
+
+    def changes(self) -> Iterator[tuple[torch.nn.Module, str, SwappedConfig]]:
+        """(a module, the name of its attribute, what takes the place of the config there)."""
+        made = {key: SwappedConfig(config) for key, config in self._wanted.items()}
+        for swapped in made.values():
+            # A config that holds another one as a part holds its copy.
+            for name, part in swapped.current.__dict__.items():
+                if id(part) in made:
+                    swapped.current.__dict__[name] = made[id(part)].current
+            swapped.seen = dict(swapped.current.__dict__)
+        for module, name, config in self._holders:
+            if id(config) in made:
+                yield module, name, made[id(config)]

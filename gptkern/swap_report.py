@@ -1,0 +1,100 @@
+"""SwapReport: what `gptkern.swap` replaced and what it left alone, as data and as a table."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class Replaced(NamedTuple):
+    """A module that runs on gptkern's operators."""
+
+    name: str  # its path in the model
+    original: str  # its class before
+    replacement: str  # what it runs on now
+    operator: str  # the operators, comma-separated
+
+
+class Skipped(NamedTuple):
+    """A module that an operator might have served and that was left alone."""
+
+    name: str
+    original: str
+    reason: str
+
+
+class SwapReport:
+    """What `swap` did; `print(report)` shows it as a table, modules of one kind in one row.
+
+    Attributes:
+        replaced: the modules that were replaced, by this call or an earlier one.
+        skipped: the modules that were left alone although one of the operators asked for computes what they do.
+    """
+
+    def __init__(self, replaced: list[Replaced], skipped: list[Skipped]):
+        self.replaced = replaced
+        self.skipped = skipped
+
+    def __repr__(self) -> str:
+        return f"SwapReport({len(self.replaced)} replaced, {len(self.skipped)} skipped)"
+
+    def __str__(self) -> str:
+        lines = [f"{_count(len(self.replaced), 'module')} replaced, {len(self.skipped)} skipped"]
+        if self.replaced:
+            rows = [
+                (str(len(names)), original, operator, replacement, where(names))
+                for (original, operator, replacement), names in _grouped(
+                    (r.name, (r.original, r.operator, r.replacement)) for r in self.replaced
+                ).items()
+            ]
+            lines += _table(("replaced", "module", "operator", "runs on", "where"), rows)
+        if self.skipped:
+            rows = [
+                (str(len(names)), original, reason, where(names))
+                for (original, reason), names in _grouped(
+                    (s.name, (s.original, s.reason)) for s in self.skipped
+                ).items()
+            ]
+            lines += _table(("skipped", "module", "reason", "where"), rows)
+        return "\n".join(lines)
+
+
+def where(names: Iterable[str]) -> str:
+    """The modules' paths in short: h.0.ln_1, h.1.ln_1 and h.2.ln_1 are "h.{0-2}.ln_1"."""
+    numbers: dict[str, list[int]] = {}
+    for name in names:
+        found = re.search(r"(?<![^.])\d+(?![^.])", name)
+        shape = name if found is None else f"{name[: found.start()]}{{}}{name[found.end() :]}"
+        numbers.setdefault(shape, []).extend([] if found is None else [int(found.group())])
+    return ", ".join(shape.replace("{}", _ranges(known), 1) if known else shape for shape, known in numbers.items())
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "{0-2,5}"; a single number as it is."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    if len(numbers) == 1:
+        return str(numbers[0])
+    return "{" + ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs) + "}"
+
+
+def _grouped(entries: Iterable[tuple[str, tuple]]) -> dict[tuple, list[str]]:
+    groups: dict[tuple, list[str]] = {}
+    for name, key in entries:
+        groups.setdefault(key, []).append(name)
+    return groups
+
+
+def _table(heading: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    rows = [heading, *rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["", *("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

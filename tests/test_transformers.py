@@ -1,0 +1,292 @@
+"""transformers: attention by the name "gptkern", and what swap does to configs."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+import transformers
+from model_zoo import CASES
+from test_models import batch, built, calls_in
+from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, StaticCache
+
+import gptkern
+import gptkern.integrations.transformers as integration
+
+
+def case(name):
+    return next(case for case in CASES if case.name == name)
+
+
+def gpt2(**fields):
+    config = transformers.GPT2Config(
+        n_layer=1, n_embd=32, n_head=4, n_positions=32, vocab_size=61, bos_token_id=1, eos_token_id=2, **fields
+    )
+    torch.manual_seed(1)
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def in_a_new_process(code):
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_importing_gptkern_does_not_import_transformers():
+    in_a_new_process("import sys, gptkern; assert 'transformers' not in sys.modules")
+
+
+def test_swapping_a_model_of_something_else_does_not_import_transformers():
+    in_a_new_process("import sys, torch, gptkern; gptkern.swap(torch.nn.LayerNorm(4)); "
+                     "assert 'transformers' not in sys.modules")  # fmt: skip
+
+
+def test_the_import_adds_one_name_and_changes_nothing_else():
+    in_a_new_process(
+        "from transformers import AttentionInterface as A, AttentionMaskInterface as M\n"
+        "before = dict(A._global_mapping), dict(M._global_mapping)\n"
+        "import gptkern.integrations.transformers\n"
+        "for was, now in zip(before, (A._global_mapping, M._global_mapping)):\n"
+        "    assert now.keys() - was.keys() == {'gptkern'}\n"
+        "    assert all(now[name] is was[name] for name in was)\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox", "gpt_bigcode", "llama", "qwen2"])
+def test_by_name_without_a_swap(name, monkeypatch, tmp_path):
+    stock = built(case(name)).eval()
+    stock.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="gptkern").eval()
+    assert model.config._attn_implementation == "gptkern"
+    ids, _, padding = batch(side="left")
+    with torch.no_grad():
+        assert calls_in(monkeypatch, lambda: model(ids)) == 2
+        for mask in (None, padding.long()):
+            visible = slice(None) if mask is None else padding
+            actual, expected = (m(ids, attention_mask=mask).logits[visible] for m in (model, stock))
+            assert torch.equal(actual, expected)
+    config = copy.deepcopy(stock.config)
+    assert (
+        AutoModelForCausalLM.from_config(config, attn_implementation="gptkern").config._attn_implementation == "gptkern"
+    )
+    model.set_attn_implementation("sdpa")
+    assert calls_in(monkeypatch, lambda: model(ids)) == 0
+
+
+def test_a_model_that_was_built_by_name_keeps_it():
+    model = transformers.GPT2LMHeadModel(gpt2(attn_implementation="gptkern").config)
+    config = model.config
+    report = gptkern.swap(model)
+    assert "attention" in {entry.operator for entry in report.replaced}
+    gptkern.unswap(model)
+    assert model.config is config and config._attn_implementation == "gptkern"
+
+
+# --- Configs ----------------------------------------------------------------------------------------------------------
+
+
+def test_another_model_of_the_same_config_is_not_swapped(monkeypatch):
+    first = gpt2()
+    config = first.config
+    second = transformers.GPT2LMHeadModel(config).eval()
+    assert second.config is config
+    ids, _, _ = batch()
+    gptkern.swap(first)
+    assert config._attn_implementation == "sdpa"
+    assert calls_in(monkeypatch, lambda: second(ids)) == 0
+    assert calls_in(monkeypatch, lambda: first(ids)) == 4
+    # One copy in place of one config, in all its places.
+    assert first.config is first.transformer.config is first.transformer.h[0].attn.config is not config
+    assert type(first.config) is type(config)
+    gptkern.swap(second)
+    gptkern.unswap(first)
+    assert calls_in(monkeypatch, lambda: first(ids)) == 0
+    assert calls_in(monkeypatch, lambda: second(ids)) == 4
+    gptkern.unswap(second)
+    assert first.config is second.config is second.transformer.h[0].attn.config is config
+
+
+def test_what_is_set_on_a_swapped_model_s_config_outlives_the_swap():
+    model = gpt2()
+    config = model.config
+    before = dict(vars(config))
+    gptkern.swap(model)
+    model.config.use_cache = False
+    model.config.note = "new"
+    del model.config.summary_type
+    gptkern.unswap(model)
+    assert model.config is config
+    assert vars(config) == {
+        **{k: v for k, v in before.items() if k != "summary_type"},
+        "use_cache": False,
+        "note": "new",
+    }
+
+
+def test_an_implementation_chosen_after_the_swap_stays(monkeypatch):
+    model = gpt2()
+    gptkern.swap(model)
+    model.set_attn_implementation("eager")
+    ids, _, _ = batch()
+    assert calls_in(monkeypatch, lambda: model(ids)) == 3
+    gptkern.unswap(model)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_a_config_put_there_after_the_swap_stays():
+    model = gpt2()
+    gptkern.swap(model)
+    other = model.config = copy.deepcopy(model.config)
+    gptkern.unswap(model)
+    assert model.config is other
+
+
+def test_a_saved_config_says_nothing_of_the_swap(tmp_path):
+    model = gpt2()
+    model.save_pretrained(tmp_path / "stock")
+    gptkern.swap(model)
+    model.save_pretrained(tmp_path / "swapped")
+    stock, swapped = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("stock", "swapped"))
+    assert stock == swapped
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("name", ["gpt2", "gptj", "llama"])
+def test_copies_stay_swapped_and_find_their_way_back(name, copied, monkeypatch):
+    model = built(case(name)).eval()
+    config = model.config
+    ids, _, _ = batch()
+    gptkern.swap(model)
+    twin = copied(model)
+    assert twin.config is twin.base_model.config is not model.config
+    calls = sum(case(name).calls.values())
+    assert calls_in(monkeypatch, lambda: twin(ids)) == calls
+    assert torch.equal(twin(ids).logits, model(ids).logits)
+    gptkern.unswap(twin)
+    assert calls_in(monkeypatch, lambda: twin(ids)) == 0
+    assert vars(twin.config) == vars(config) and twin.config is twin.base_model.config
+    assert calls_in(monkeypatch, lambda: model(ids)) == calls
+
+
+def test_only_a_part_of_a_model(monkeypatch):
+    model = built(case("gpt2")).eval()
+    config, ids = model.config, batch()[0]
+    expected = model(ids).logits
+    gptkern.swap(model.transformer.h[1])
+    assert calls_in(monkeypatch, lambda: model(ids)) == 3
+    assert torch.equal(model(ids).logits, expected)
+    gptkern.swap(model)
+    assert calls_in(monkeypatch, lambda: model(ids)) == 7
+    gptkern.unswap(model.transformer.h[1])
+    assert model.transformer.h[1].attn.config is config
+    assert calls_in(monkeypatch, lambda: model(ids)) == 4
+    gptkern.unswap(model)
+    assert model.config is config
+
+
+def test_without_attention_the_config_stays():
+    model = gpt2()
+    config = model.config
+    report = gptkern.swap(model, ops=["layer_norm", "softmax"])
+    assert model.config is config
+    assert {entry.operator for entry in report.replaced} == {"layer_norm"}
+
+
+# --- What is left alone -----------------------------------------------------------------------------------------------
+
+
+def reasons(model):
+    return {entry.reason for entry in gptkern.swap(model).skipped}
+
+
+def test_an_implementation_asked_for_by_name_is_left_alone():
+    model = built(case("llama"))
+    model.set_attn_implementation("flex_attention")
+    assert 'attn_implementation="flex_attention" was asked for by name' in reasons(model)
+    assert model.config._attn_implementation == "flex_attention"
+
+
+def test_attention_weights_in_the_config_are_left_alone():
+    model = gpt2(attn_implementation="eager")
+    model.config.output_attentions = True
+    assert "weights" in reasons(model).pop()
+    assert model(batch()[0]).attentions[0] is not None
+
+
+def test_attention_weights_in_a_call_are_none_and_said(monkeypatch):
+    said = []
+    monkeypatch.setattr(integration._logger, "warning_once", said.append)
+    query = torch.randn(1, 2, 3, 8)
+    _, weights = integration.attention_forward(torch.nn.Module(), query, query, query, None, output_attentions=True)
+    assert weights is None and "output_attentions" in said[0]
+
+
+def test_capped_scores_are_left_alone():
+    config = transformers.Gemma2Config(
+        vocab_size=61, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, bos_token_id=1, eos_token_id=2, attn_implementation="eager",
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    assert "its scores are capped, which the kernels cannot" in reasons(model)
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("name", ["softcap", "s_aux"])
+def test_what_the_kernels_cannot_raises(name):
+    query = torch.randn(1, 2, 3, 8)
+    with pytest.raises(ValueError, match=name):
+        integration.attention_forward(torch.nn.Module(), query, query, query, None, **{name: 1.0})
+
+
+def test_a_bias_of_the_model_s_own_is_left_to_transformers():
+    query, bias = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 3)
+    arguments = torch.nn.Module(), query, query, query, None
+    expected = AttentionInterface._global_mapping["sdpa"](*arguments, position_bias=bias)[0]
+    assert torch.equal(integration.attention_forward(*arguments, position_bias=bias)[0], expected)
+
+
+# --- Caches -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gptj", "llama"])
+@pytest.mark.parametrize("side", [None, "left"], ids=["whole", "padded"])
+def test_a_query_shorter_than_its_keys_sees_the_past(name, side):
+    """The prompt in chunks of several tokens: the last query sees every key, the first one all but the last."""
+    model = built(case(name)).eval()
+    ids, _, padding = batch(side=side)
+    mask = torch.ones_like(ids) if padding is None else padding.long()
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, use_cache=False).logits
+        gptkern.swap(model)
+        cache = DynamicCache()
+        pieces, seen = [], 0
+        for length in (5, 4, 1, 2):
+            piece = ids[:, seen : seen + length]
+            seen += length
+            # As generate does: the mask is that of all tokens so far.
+            whole = None if side is None else mask[:, :seen]
+            pieces.append(model(piece, attention_mask=whole, past_key_values=cache, use_cache=True).logits)
+    visible = mask.bool()
+    torch.testing.assert_close(torch.cat(pieces, 1)[visible], expected[visible], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gptj", "llama"])
+def test_a_cache_of_fixed_size(name):
+    """Its keys are longer than the queries from the first call on, and not yet filled."""
+    model = built(case(name)).eval()
+    ids = batch()[0]
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        gptkern.swap(model)
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        pieces = [
+            model(ids[:, first:last], past_key_values=cache, use_cache=True).logits
+            for first, last in ((0, 7), (7, 8), (8, 12))
+        ]
+    torch.testing.assert_close(torch.cat(pieces, 1), expected, rtol=1e-4, atol=1e-5)
