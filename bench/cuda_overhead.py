@@ -5,15 +5,18 @@
 For each launcher of gptkern/cuda_kernels, on a small call:
     whole           the launcher, as the registered op calls it
     bound           the compiled module's functions with the same arguments; the emulator starts no kernel
-    allocations     torch.empty of the same sizes
+    allocations     torch.empty of the same sizes, given one by one, which is the fastest way to call it
     ours            whole - bound - allocations
+
+Each number is the least of many short samples, in which the three are measured in turn: other work on the machine makes
+samples longer and none shorter, so the least is what the functions take. Where work never pauses for the milliseconds
+that a round takes, what is printed is too much.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -103,13 +106,16 @@ def launched(operator: str, call: Callable[[], torch.Tensor]) -> dict[str, tuple
 
 def costs(launcher: Callable, arguments: tuple, rounds: int) -> tuple[float, float, float]:
     """(whole, bound, allocations) in microseconds."""
-    calls = []
-    noted = mock.patch.object(common, "call", lambda name, tensor, *given: calls.append((name, given)))
-    with noted, Allocations() as allocations:
+    calls, call = [], common.call
+
+    def noting(name, tensor, *given):
+        calls.append((name, given))
+        return call(name, tensor, *given)
+
+    with mock.patch.object(common, "call", noting), Allocations() as allocations:
         launcher(*arguments)
     module = emulated.load()
     functions = [(getattr(module, name), (*given, 0)) for name, given in calls]
-    # The tensors whose addresses were recorded are gone, and nothing is launched.
     options = [(tuple(shape), dtype) for shape, dtype in allocations.made]
     empty = torch.empty
 
@@ -119,10 +125,10 @@ def costs(launcher: Callable, arguments: tuple, rounds: int) -> tuple[float, flo
 
     def allocate():
         for shape, dtype in options:
-            empty(shape, dtype=dtype)
+            empty(*shape, dtype=dtype)
 
     samples = timing.host_durations([lambda: launcher(*arguments), bound, allocate], rounds)
-    return tuple(1e6 * statistics.median(sample) for sample in samples)
+    return tuple(1e6 * min(sample) for sample in samples)
 
 
 def main() -> None:

@@ -44,9 +44,9 @@
 #include <stdexcept>
 #include <type_traits>
 
+#include "attention.h"
 #include "device/launch.cuh"
 #include "device/tile.cuh"
-#include "launchers.h"
 
 namespace gptkern {
 
@@ -402,50 +402,53 @@ void attention_forward_of_width<GPTKERN_HEAD_DIM>(const AttentionForward& call, 
 // The second and third number of a grid end there. (CUDA C++ Programming Guide, "Technical Specifications")
 constexpr int LARGEST_GRID = 65535;
 
-// Who computes a call: the narrowest tile that holds head_dim.
-void attention_forward(Address query, Address key, Address value, Address output, Address lse,
-                       int64_t query_batch_stride, int64_t query_head_stride, int query_row_stride,
-                       int64_t key_batch_stride, int64_t key_head_stride, int key_row_stride,
-                       int64_t value_batch_stride, int64_t value_head_stride, int value_row_stride,
-                       int64_t output_batch_stride, int64_t output_head_stride, int output_row_stride, int batch,
-                       int heads, int kv_heads, int length_q, int length_k, int head_dim, double scale_log2e,
-                       bool is_causal, int dtype, Address stream) {
+Unreadable attention_forward(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output,
+                             const Tensor& lse, bool is_causal, double scale, Address stream) {
+    if (output.elements() == 0 || key.elements() == 0) return nullptr;
+    for (const Tensor* tensor : {&query, &key, &value})
+        if (!is_readable(*tensor)) return tensor;
+    const int batch = int(query.shape[0]), heads = int(query.shape[1]), head_dim = int(query.shape[3]);
     if (heads > LARGEST_GRID) throw std::runtime_error("gptkern: attention_forward: more than 65,535 heads");
+    auto strides = [](const Tensor& tensor) {
+        return AttentionForward::Strides{step_of(tensor, 0), step_of(tensor, 1), int(step_of(tensor, 2))};
+    };
     AttentionForward call{
-        .query = at<const void>(query),
-        .key = at<const void>(key),
-        .value = at<const void>(value),
-        .output = at<void>(output),
-        .lse = at<float>(lse),
-        .query_strides = {query_batch_stride, query_head_stride, query_row_stride},
-        .key_strides = {key_batch_stride, key_head_stride, key_row_stride},
-        .value_strides = {value_batch_stride, value_head_stride, value_row_stride},
-        .output_strides = {output_batch_stride, output_head_stride, output_row_stride},
+        .query = at<const void>(query.address),
+        .key = at<const void>(key.address),
+        .value = at<const void>(value.address),
+        .output = at<void>(output.address),
+        .lse = at<float>(lse.address),
+        .query_strides = strides(query),
+        .key_strides = strides(key),
+        .value_strides = strides(value),
+        .output_strides = strides(output),
         .heads = heads,
-        .group = heads / kv_heads,
-        .length_q = length_q,
-        .length_k = length_k,
+        .group = heads / int(key.shape[1]),
+        .length_q = int(query.shape[2]),
+        .length_k = int(key.shape[2]),
         .head_dim = head_dim,
-        .scale_log2e = float(scale_log2e),
+        .scale_log2e = float(scale * LOG2E),
         .is_causal = is_causal,
     };
+    // The narrowest tile that holds head_dim.
     auto launch = head_dim <= 64    ? attention_forward_of_width<64>
                   : head_dim <= 80  ? attention_forward_of_width<80>
                   : head_dim <= 96  ? attention_forward_of_width<96>
                   : head_dim <= 128 ? attention_forward_of_width<128>
                                     : attention_forward_of_width<256>;
     for (int first = 0; first < batch; first += LARGEST_GRID) {
-        launch(call, std::min(batch - first, LARGEST_GRID), Dtype(dtype), at<void>(stream));
+        launch(call, std::min(batch - first, LARGEST_GRID), query.dtype, at<void>(stream));
         constexpr int BYTES = 2;  // of an element
         auto skip = [](auto* tensor, int64_t bytes) {
             return at<std::remove_pointer_t<decltype(tensor)>>(reinterpret_cast<Address>(tensor) + bytes);
         };
-        call.query = skip(call.query, LARGEST_GRID * query_batch_stride * BYTES);
-        call.key = skip(call.key, LARGEST_GRID * key_batch_stride * BYTES);
-        call.value = skip(call.value, LARGEST_GRID * value_batch_stride * BYTES);
-        call.output = skip(call.output, LARGEST_GRID * output_batch_stride * BYTES);
-        call.lse = skip(call.lse, LARGEST_GRID * int64_t(heads) * length_q * int64_t(sizeof(float)));
+        call.query = skip(call.query, LARGEST_GRID * call.query_strides.batch * BYTES);
+        call.key = skip(call.key, LARGEST_GRID * call.key_strides.batch * BYTES);
+        call.value = skip(call.value, LARGEST_GRID * call.value_strides.batch * BYTES);
+        call.output = skip(call.output, LARGEST_GRID * call.output_strides.batch * BYTES);
+        call.lse = skip(call.lse, LARGEST_GRID * int64_t(heads) * call.length_q * int64_t(sizeof(float)));
     }
+    return nullptr;
 }
 
 #endif

@@ -46,11 +46,10 @@
 //
 // parts: GPTKERN_HEAD_DIM = 64, 80, 96, 128, 256
 #include <stdexcept>
-#include <vector>
 
+#include "attention.h"
 #include "device/launch.cuh"
 #include "device/tile.cuh"
-#include "launchers.h"
 
 namespace gptkern {
 
@@ -233,8 +232,9 @@ GPTKERN_DEVICE void round_to_tile(Tile<T, Sizes<D>::X_ROWS, D>& tile, int row, i
         for (int n = 0; n < N_TILES; ++n)
 #pragma unroll
             for (int half = 0; half < 2; ++half)
-                if (column + 8 * n < D) store_shared(tile.pair(row + 16 * m + 8 * half + g, column + 8 * n + 2 * t),
-                             pack<T>(factor * sum[m][n][2 * half], factor * sum[m][n][2 * half + 1]));
+                if (column + 8 * n < D)
+                    store_shared(tile.pair(row + 16 * m + 8 * half + g, column + 8 * n + 2 * t),
+                                 pack<T>(factor * sum[m][n][2 * half], factor * sum[m][n][2 * half + 1]));
 }
 
 // --- delta -----------------------------------------------------------------------------------------------------------
@@ -574,51 +574,48 @@ void attention_backward_of_width<GPTKERN_HEAD_DIM>(const AttentionBackward& call
 
 #else
 
-namespace {
-
-constexpr double LOG2E = 1.4426950408889634;
-
-}  // namespace
-
-// Who computes a call: the narrowest tile that holds head_dim.
-void attention_backward(Address grad_output, Address query, Address key, Address value, Address output, Address lse,
-                        Address delta, Address grad_query, Address grad_key, Address grad_value,
-                        const std::vector<int64_t>& grad_output_strides, const std::vector<int64_t>& query_strides,
-                        const std::vector<int64_t>& key_strides, const std::vector<int64_t>& value_strides,
-                        const std::vector<int64_t>& output_strides, const std::vector<int64_t>& grad_query_strides,
-                        const std::vector<int64_t>& grad_key_strides, const std::vector<int64_t>& grad_value_strides,
-                        int batch, int heads, int kv_heads, int length_q, int length_k, int head_dim, double scale,
-                        bool is_causal, int dtype, Address stream) {
-    auto rows = [](Address address, const std::vector<int64_t>& strides) {
-        return address ? Rows{address, strides[0], strides[1], int(strides[2])} : Rows{};
+Unreadable attention_backward(const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value,
+                              const Tensor& output, const Tensor& lse, const Tensor& delta, const Tensor& grad_query,
+                              const Tensor& grad_key, const Tensor& grad_value, bool is_causal, double scale,
+                              Address stream) {
+    if (query.elements() == 0 || key.elements() == 0) return nullptr;
+    for (const Tensor* tensor : {&grad_output, &query, &key, &value, &output})
+        if (!is_readable(*tensor)) return tensor;
+    if (!is_contiguous(lse)) return &lse;
+    auto rows = [](const Tensor& tensor) {
+        if (!tensor.address) return Rows{};
+        return Rows{tensor.address, step_of(tensor, 0), step_of(tensor, 1), int(step_of(tensor, 2))};
     };
+    const int head_dim = int(query.shape[3]);
     const AttentionBackward call{
-        .grad_output = rows(grad_output, grad_output_strides),
-        .query = rows(query, query_strides),
-        .key = rows(key, key_strides),
-        .value = rows(value, value_strides),
-        .output = rows(output, output_strides),
-        .grad_query = rows(grad_query, grad_query_strides),
-        .grad_key = rows(grad_key, grad_key_strides),
-        .grad_value = rows(grad_value, grad_value_strides),
-        .lse = at<const float>(lse),
-        .delta = at<float>(delta),
-        .batch = batch,
-        .heads = heads,
-        .kv_heads = kv_heads,
-        .length_q = length_q,
-        .length_k = length_k,
+        .grad_output = rows(grad_output),
+        .query = rows(query),
+        .key = rows(key),
+        .value = rows(value),
+        .output = rows(output),
+        .grad_query = rows(grad_query),
+        .grad_key = rows(grad_key),
+        .grad_value = rows(grad_value),
+        .lse = at<const float>(lse.address),
+        .delta = at<float>(delta.address),
+        .batch = int(query.shape[0]),
+        .heads = int(query.shape[1]),
+        .kv_heads = int(key.shape[1]),
+        .length_q = int(query.shape[2]),
+        .length_k = int(key.shape[2]),
         .head_dim = head_dim,
         .scale = float(scale),
         .scale_log2e = float(scale * LOG2E),
         .is_causal = is_causal,
     };
+    // The narrowest tile that holds head_dim.
     auto launch = head_dim <= 64    ? attention_backward_of_width<64>
                   : head_dim <= 80  ? attention_backward_of_width<80>
                   : head_dim <= 96  ? attention_backward_of_width<96>
                   : head_dim <= 128 ? attention_backward_of_width<128>
                                     : attention_backward_of_width<256>;
-    launch(call, Dtype(dtype), at<void>(stream));
+    launch(call, query.dtype, at<void>(stream));
+    return nullptr;
 }
 
 #endif

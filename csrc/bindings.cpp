@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "launchers.h"
+#include "tensor_caster.h"
 
 #ifdef GPTKERN_EMULATED
 #include "emulator/bindings.h"
@@ -32,8 +33,7 @@ PYBIND11_MODULE(GPTKERN_MODULE, module) {
     module.def("attention_backward", &gptkern::attention_backward);
     module.def("softmax_forward", &gptkern::softmax_forward);
     module.def("softmax_backward", &gptkern::softmax_backward);
-    module.def("quantize_int8_rows", &gptkern::quantize_int8_rows);
-    module.def("quantize_int8_columns", &gptkern::quantize_int8_columns);
+    module.def("quantize_int8", &gptkern::quantize_int8);
     module.def("int8_linear_forward", &gptkern::int8_linear_forward);
     module.def("int8_linear_backward", &gptkern::int8_linear_backward);
     module.def("layer_norm_forward", &gptkern::layer_norm_forward);

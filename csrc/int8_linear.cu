@@ -193,7 +193,9 @@ __global__ void __launch_bounds__(GRADIENT_WARPS* WARP)
     constexpr int ELEMENTS = VECTOR<T>;
     auto& shared = shared_memory<GradientLayout<T>>();
     int lane = lane_of_thread(), warp = warp_of_thread();
-    int first_m = int(blockIdx.x) * GRADIENT_ROWS, n = (int(blockIdx.y) * WARP + lane) * ELEMENTS, count = N - n;
+    // One number for both: the second of a grid ends at 65,535.
+    int tiles_m = ceil_div(M, GRADIENT_ROWS), tile_m = int(blockIdx.x) % tiles_m, tile_n = int(blockIdx.x) / tiles_m;
+    int first_m = tile_m * GRADIENT_ROWS, n = (tile_n * WARP + lane) * ELEMENTS, count = N - n;
     bool whole = N % ELEMENTS == 0;
 
     float relative[ELEMENTS], sums[ELEMENTS];
@@ -252,7 +254,7 @@ __global__ void __launch_bounds__(GRADIENT_WARPS* WARP)
     if (warp >= ELEMENTS || warp >= count) return;
     float sum = 0.0f;
     for (int other = 0; other < GRADIENT_WARPS; ++other) sum += load_shared(&shared.sums[other][warp][lane]);
-    store_global(partial + int64_t(blockIdx.x) * N + n + warp, sum);
+    store_global(partial + int64_t(tile_m) * N + n + warp, sum);
 }
 
 constexpr int REDUCTION_THREADS = 128;
@@ -272,14 +274,15 @@ __global__ void __launch_bounds__(REDUCTION_THREADS)
 template <class T>
 void gradient(Address dy, Address z, Address weight_scale, Address largest, Address scaled, Address partial, int M,
               int N, int64_t dy_stride_m, int64_t dy_stride_n, int64_t scale_stride, int activation, void* stream) {
-    LaunchShape shape{.grid_x = unsigned(ceil_div(M, GRADIENT_ROWS)),
-                      .grid_y = unsigned(ceil_div(N, WARP * VECTOR<T>)),
+    LaunchShape shape{.grid_x = unsigned(ceil_div(M, GRADIENT_ROWS)) * unsigned(ceil_div(N, WARP * VECTOR<T>)),
                       .threads = GRADIENT_WARPS * WARP,
                       .shared_bytes = sizeof(GradientLayout<T>)};
     GPTKERN_LAUNCH((gradient_kernel<T>), shape, stream, operand<T>(dy, N, dy_stride_m, dy_stride_n), at<float>(z),
                    at<float>(weight_scale), at<float>(largest), at<T>(scaled), at<float>(partial), M, N, scale_stride,
                    activation);
 }
+
+Weight weight_of(const Tensor& weight) { return {weight.address, weight.strides[0], weight.strides[1]}; }
 
 // act(x @ weight^T …) as the mode has it: q is 0 for w8a16.
 void product(Address x, int dtype, int64_t x_stride_m, int64_t x_stride_k, const Weight& weight, Address q,
@@ -297,50 +300,76 @@ void product(Address x, int dtype, int64_t x_stride_m, int64_t x_stride_k, const
 
 // --- Launchers ------------------------------------------------------------------------------------------------------
 
-void int8_linear_forward(Address x, Address weight, Address weight_scale, Address bias, Address q, Address input_scale,
-                         Address y, int64_t M, int64_t N, int64_t K, int64_t x_stride_m, int64_t x_stride_k,
-                         int64_t weight_stride_n, int64_t weight_stride_k, int64_t scale_stride, int64_t bias_stride,
-                         int dtype, int bias_dtype, int activation, int multiprocessors, Address stream) {
-    Epilogue epilogue{nullptr,      at<float>(weight_scale), at<void>(bias), at<void>(y), scale_stride,
-                      bias_stride,  bias_dtype,              dtype,          activation};
-    product(x, dtype, x_stride_m, x_stride_k, {weight, weight_stride_n, weight_stride_k}, q, input_scale, M, N, K,
-            epilogue, multiprocessors, stream);
+Unreadable int8_linear_forward(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const Tensor& bias,
+                               const Tensor& q, const Tensor& input_scale, const Tensor& y, int activation,
+                               int multiprocessors, Address stream) {
+    if (y.elements() == 0) return nullptr;
+    auto x_stride_m = merged_stride(x, 0, x.rank - 1);
+    if (!x_stride_m) return &x;
+    const int64_t N = weight.shape[0], K = weight.shape[1], M = y.elements() / N;
+    Epilogue epilogue{nullptr,
+                      at<float>(weight_scale.address),
+                      at<void>(bias.address),
+                      at<void>(y.address),
+                      weight_scale.strides[0],
+                      bias.object ? bias.strides[0] : 0,
+                      bias.dtype,
+                      x.dtype,
+                      activation};
+    product(x.address, x.dtype, *x_stride_m, x.strides[x.rank - 1], weight_of(weight), q.address, input_scale.address, M,
+            N, K, epilogue, multiprocessors, stream);
+    return nullptr;
 }
 
-void int8_linear_backward(Address dy, Address x, Address weight, Address weight_scale, Address bias, Address q,
-                          Address input_scale, Address z, Address largest, Address scaled, Address partial,
-                          Address dinput, Address dbias, int64_t M, int64_t N, int64_t K, int64_t dy_stride_m,
-                          int64_t dy_stride_n, int64_t x_stride_m, int64_t x_stride_k, int64_t weight_stride_n,
-                          int64_t weight_stride_k, int64_t scale_stride, int64_t bias_stride, int dy_dtype,
-                          int x_dtype, int bias_dtype, int activation, int multiprocessors, Address stream) {
+Unreadable int8_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                                const Tensor& bias, const Tensor& q, const Tensor& input_scale, const Tensor& z,
+                                const Tensor& largest, const Tensor& scaled, const Tensor& partial,
+                                const Tensor& dinput, const Tensor& dbias, int activation, int multiprocessors,
+                                Address stream) {
+    const int64_t N = weight.shape[0], K = weight.shape[1];
+    int64_t M = 1;
+    for (int d = 0; d < dy.rank - 1; ++d) M *= dy.shape[d];
+    auto dy_stride_m = merged_stride(dy, 0, dy.rank - 1), x_stride_m = merged_stride(x, 0, x.rank - 1);
+    if (!dy_stride_m) return &dy;
+    if (!x_stride_m) return &x;
     if (M > 0 && N > 0) {
         if (activation != IDENTITY) {
-            Epilogue epilogue{nullptr,     at<float>(weight_scale), at<void>(bias), at<void>(z), scale_stride,
-                              bias_stride, bias_dtype,              FLOAT32,        IDENTITY};
-            product(x, x_dtype, x_stride_m, x_stride_k, {weight, weight_stride_n, weight_stride_k}, q, input_scale, M,
-                    N, K, epilogue, multiprocessors, stream);
+            Epilogue epilogue{nullptr,
+                              at<float>(weight_scale.address),
+                              at<void>(bias.address),
+                              at<void>(z.address),
+                              weight_scale.strides[0],
+                              bias.object ? bias.strides[0] : 0,
+                              bias.dtype,
+                              FLOAT32,
+                              IDENTITY};
+            product(x.address, x.dtype, *x_stride_m, x.strides[x.rank - 1], weight_of(weight), q.address,
+                    input_scale.address, M, N, K, epilogue, multiprocessors, stream);
         }
-        if (scaled)
+        if (scaled.address)
             GPTKERN_LAUNCH((largest_kernel),
                            (LaunchShape{.threads = LARGEST_THREADS, .shared_bytes = sizeof(LargestLayout)}),
-                           at<void>(stream), at<float>(weight_scale), at<float>(largest), int(N), scale_stride);
-        auto* launch = dy_dtype == FLOAT32   ? &gradient<float>
-                       : dy_dtype == FLOAT16 ? &gradient<float16>
+                           at<void>(stream), at<float>(weight_scale.address), at<float>(largest.address), int(N),
+                           weight_scale.strides[0]);
+        auto* launch = dy.dtype == FLOAT32   ? &gradient<float>
+                       : dy.dtype == FLOAT16 ? &gradient<float16>
                                              : &gradient<bfloat16>;
-        launch(dy, z, weight_scale, largest, scaled, partial, int(M), int(N), dy_stride_m, dy_stride_n, scale_stride,
-               activation, at<void>(stream));
+        launch(dy.address, z.address, weight_scale.address, largest.address, scaled.address, partial.address, int(M),
+               int(N), *dy_stride_m, dy.strides[dy.rank - 1], weight_scale.strides[0], activation, at<void>(stream));
     }
-    if (dbias) {
+    if (dbias.address) {
         LaunchShape shape{.grid_x = unsigned(ceil_div<int64_t>(N, REDUCTION_THREADS)), .threads = REDUCTION_THREADS};
-        GPTKERN_LAUNCH((sum_of_tiles_kernel), shape, at<void>(stream), at<float>(partial), at<float>(dbias),
-                       int(ceil_div<int64_t>(M, GRADIENT_ROWS)), int(N));
+        GPTKERN_LAUNCH((sum_of_tiles_kernel), shape, at<void>(stream), at<float>(partial.address),
+                       at<float>(dbias.address), int(ceil_div<int64_t>(M, GRADIENT_ROWS)), int(N));
     }
-    if (dinput && M > 0 && K > 0) {
+    if (dinput.address && M > 0 && K > 0) {
         // dx = (dz * weight_scale) @ weight, one scale for all of it left
-        Epilogue epilogue{nullptr, at<float>(largest), nullptr, at<void>(dinput), 0, 0, FLOAT32, dy_dtype, IDENTITY};
-        w8a16_product(scaled, dy_dtype, N, 1, {weight, weight_stride_k, weight_stride_n}, M, K, N, epilogue,
-                      multiprocessors, at<void>(stream));
+        Epilogue epilogue{nullptr, at<float>(largest.address), nullptr, at<void>(dinput.address), 0, 0, FLOAT32, dy.dtype,
+                          IDENTITY};
+        w8a16_product(scaled.address, dy.dtype, N, 1, {weight.address, weight.strides[1], weight.strides[0]}, M, K, N,
+                      epilogue, multiprocessors, at<void>(stream));
     }
+    return nullptr;
 }
 
 }  // namespace gptkern

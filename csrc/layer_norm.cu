@@ -763,11 +763,11 @@ __global__ void __launch_bounds__(REDUCE_WARPS* WARP) layer_norm_reduce_kernel(
 
 size_t bytes_of(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
-// Whether rows of `width` at this address, `stride` elements apart, are made of whole vectors that are aligned to their
-// bytes: 16, or 8 where 16-bit elements are widened. No tensor has no vectors.
-bool is_whole(Address address, int64_t stride, int dtype, int vector) {
-    size_t bytes = std::min(bytes_of(dtype) * size_t(vector), size_t(16));
-    return address == 0 || (address % bytes == 0 && stride % vector == 0);
+// Whether a tensor's rows, `stride` elements apart, are made of whole vectors that are aligned to their bytes: 16, or 8
+// where 16-bit elements are widened. No tensor has no vectors.
+bool is_whole(const Tensor& tensor, int64_t stride, int vector) {
+    size_t bytes = std::min(bytes_of(tensor.dtype) * size_t(vector), size_t(16));
+    return tensor.address % bytes == 0 && stride % vector == 0;
 }
 
 int round_up(int n, int multiple) { return ceil_div(n, multiple) * multiple; }
@@ -895,73 +895,93 @@ int backward_of(Backward& call, bool whole, int most_blocks, void* stream) {
 
 }  // namespace
 
-void layer_norm_forward(Address x, Address residual, Address weight, Address bias, Address y, Address summed,
-                        Address mean, Address rstd, int64_t x_stride, int64_t residual_stride, int64_t rows, int width,
-                        int x_dtype, int residual_dtype, int parameter_dtype, int dtype, double eps, Address stream) {
+Unreadable layer_norm_forward(const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& bias,
+                              const Tensor& y, const Tensor& summed, const Tensor& mean, const Tensor& rstd, double eps,
+                              Address stream) {
+    if (y.elements() == 0) return nullptr;
+    auto x_stride = row_stride(x), residual_stride = row_stride(residual);
+    if (!x_stride) return &x;
+    if (!residual_stride) return &residual;
+    if (!is_contiguous(weight)) return &weight;
+    if (!is_contiguous(bias)) return &bias;
+    const Dtype dtype = y.dtype, parameter_dtype = weight.address ? weight.dtype : bias.dtype;
     const int vector = 16 / int(bytes_of(dtype));
     Forward call{};
-    call.x = at<const void>(x);
-    call.residual = at<const void>(residual);
-    call.weight = at<const void>(weight);
-    call.bias = at<const void>(bias);
-    call.y = at<void>(y);
-    call.summed = at<void>(summed);
-    call.mean = at<float>(mean);
-    call.rstd = at<float>(rstd);
-    call.x_stride = x_stride;
-    call.residual_stride = residual_stride;
-    call.rows = rows;
-    call.width = width;
-    call.x_dtype = x_dtype;
-    call.residual_dtype = residual_dtype;
+    call.x = at<const void>(x.address);
+    call.residual = at<const void>(residual.address);
+    call.weight = at<const void>(weight.address);
+    call.bias = at<const void>(bias.address);
+    call.y = at<void>(y.address);
+    call.summed = at<void>(summed.address);
+    call.mean = at<float>(mean.address);
+    call.rstd = at<float>(rstd.address);
+    call.x_stride = *x_stride;
+    call.residual_stride = *residual_stride;
+    call.width = int(y.shape[y.rank - 1]);
+    call.rows = y.elements() / call.width;
+    call.x_dtype = x.dtype;
+    call.residual_dtype = residual.dtype;
     call.parameter_dtype = parameter_dtype;
     call.eps = float(eps);
-    const bool whole = is_whole(x, x_stride, x_dtype, vector) && is_whole(y, width, dtype, vector) &&
-                       is_whole(residual, residual_stride, residual_dtype, vector) &&
-                       is_whole(summed, width, dtype, vector) && is_whole(weight, width, parameter_dtype, vector) &&
-                       is_whole(bias, width, parameter_dtype, vector);
+    const bool whole = is_whole(x, *x_stride, vector) && is_whole(residual, *residual_stride, vector) &&
+                       is_whole(y, call.width, vector) && is_whole(summed, call.width, vector) &&
+                       is_whole(weight, call.width, vector) && is_whole(bias, call.width, vector);
     void* on = at<void>(stream);
-    if (dtype == FLOAT32) return forward_of<float>(call, whole, on);
-    if (dtype == FLOAT16) return forward_of<float16>(call, whole, on);
-    forward_of<bfloat16>(call, whole, on);
+    if (dtype == FLOAT32)
+        forward_of<float>(call, whole, on);
+    else if (dtype == FLOAT16)
+        forward_of<float16>(call, whole, on);
+    else
+        forward_of<bfloat16>(call, whole, on);
+    return nullptr;
 }
 
-void layer_norm_backward(Address dy, Address incoming, Address s, Address weight, Address mean, Address rstd,
-                         Address ds, Address dweight, Address dbias, Address partial, int64_t dy_stride,
-                         int64_t incoming_stride, int64_t s_stride, int64_t rows, int width, int weight_dtype,
-                         int dtype, int partials, Address stream) {
+Unreadable layer_norm_backward(const Tensor& dy, const Tensor& incoming, const Tensor& s, const Tensor& weight,
+                               const Tensor& mean, const Tensor& rstd, const Tensor& ds, const Tensor& dweight,
+                               const Tensor& dbias, const Tensor& partial, int partials, Address stream) {
+    if (s.elements() == 0) return nullptr;
+    auto dy_stride = row_stride(dy), incoming_stride = row_stride(incoming), s_stride = row_stride(s);
+    if (!dy_stride) return &dy;
+    if (!incoming_stride) return &incoming;
+    if (!s_stride) return &s;
+    for (const Tensor* vector : {&weight, &mean, &rstd})
+        if (!is_contiguous(*vector)) return vector;
+    const Dtype dtype = s.dtype;
+    const int width = int(s.shape[s.rank - 1]);
     const int vector = 16 / int(bytes_of(dtype));
     Backward call{};
-    call.dy = at<const void>(dy);
-    call.incoming = at<const void>(incoming);
-    call.s = at<const void>(s);
-    call.weight = at<const void>(weight);
-    call.mean = at<const float>(mean);
-    call.rstd = at<const float>(rstd);
-    call.ds = at<void>(ds);
-    call.dweight = dweight ? at<float>(partial) : nullptr;
-    call.dbias = dbias ? at<float>(partial) + (dweight ? int64_t(partials) * width : 0) : nullptr;
-    call.dy_stride = dy_stride;
-    call.incoming_stride = incoming_stride;
-    call.s_stride = s_stride;
-    call.rows = rows;
+    call.dy = at<const void>(dy.address);
+    call.incoming = at<const void>(incoming.address);
+    call.s = at<const void>(s.address);
+    call.weight = at<const void>(weight.address);
+    call.mean = at<const float>(mean.address);
+    call.rstd = at<const float>(rstd.address);
+    call.ds = at<void>(ds.address);
+    call.dweight = dweight.address ? at<float>(partial.address) : nullptr;
+    call.dbias =
+        dbias.address ? at<float>(partial.address) + (dweight.address ? int64_t(partials) * width : 0) : nullptr;
+    call.dy_stride = *dy_stride;
+    call.incoming_stride = *incoming_stride;
+    call.s_stride = *s_stride;
     call.width = width;
-    call.weight_dtype = weight_dtype;
-    const bool whole = width % vector == 0 && is_whole(dy, dy_stride, dtype, vector) &&
-                       is_whole(incoming, incoming_stride, dtype, vector) && is_whole(s, s_stride, dtype, vector) &&
-                       is_whole(weight, width, weight_dtype, vector) && is_whole(ds, width, dtype, vector);
+    call.rows = s.elements() / width;
+    call.weight_dtype = weight.dtype;
+    const bool whole = width % vector == 0 && is_whole(dy, *dy_stride, vector) && is_whole(s, *s_stride, vector) &&
+                       is_whole(incoming, *incoming_stride, vector) && is_whole(weight, width, vector) &&
+                       is_whole(ds, width, vector);
     void* on = at<void>(stream);
     int blocks = dtype == FLOAT32   ? backward_of<float>(call, whole, partials, on)
                  : dtype == FLOAT16 ? backward_of<float16>(call, whole, partials, on)
                                     : backward_of<bfloat16>(call, whole, partials, on);
-    if (!call.dweight && !call.dbias) return;
+    if (!call.dweight && !call.dbias) return nullptr;
     LaunchShape shape;
     shape.grid_x = unsigned(ceil_div(width, WARP));
     shape.grid_y = 2;
     shape.threads = REDUCE_WARPS * WARP;
     shape.shared_bytes = sizeof(ReduceShared);
-    GPTKERN_LAUNCH((layer_norm_reduce_kernel), shape, on, call.dweight, call.dbias, at<float>(dweight),
-                   at<float>(dbias), blocks, width);
+    GPTKERN_LAUNCH((layer_norm_reduce_kernel), shape, on, call.dweight, call.dbias,
+                   at<float>(dweight.address), at<float>(dbias.address), blocks, width);
+    return nullptr;
 }
 
 }  // namespace gptkern

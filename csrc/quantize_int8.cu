@@ -17,7 +17,7 @@
 
 #include "device/launch.cuh"
 #include "device/linear.cuh"
-#include "launchers.h"
+#include "int8_linear.h"
 
 namespace gptkern {
 namespace {
@@ -242,13 +242,24 @@ void quantize_int8_rows(Address x, Address q, Address scale, int64_t rows, int64
     launch(x, q, scale, rows, width, x_row_stride, x_element_stride, q_pitch, at<void>(stream));
 }
 
-void quantize_int8_columns(Address x, Address q, Address scale, int64_t outer, int64_t width, int64_t inner,
-                           int64_t outer_stride, int64_t width_stride, int64_t inner_stride, int dtype,
-                           Address stream) {
-    auto* launch = dtype == FLOAT32   ? &quantize_columns<float>
-                   : dtype == FLOAT16 ? &quantize_columns<float16>
-                                      : &quantize_columns<bfloat16>;
-    launch(x, q, scale, outer, width, inner, outer_stride, width_stride, inner_stride, at<void>(stream));
+Unreadable quantize_int8(const Tensor& x, const Tensor& q, const Tensor& scale, int dim, Address stream) {
+    if (q.elements() == 0) return nullptr;
+    auto outer_stride = merged_stride(x, 0, dim), inner_stride = merged_stride(x, dim + 1, x.rank);
+    if (!outer_stride || !inner_stride) return &x;
+    int64_t outer = 1, inner = 1, width = x.shape[dim];
+    for (int d = 0; d < dim; ++d) outer *= x.shape[d];
+    for (int d = dim + 1; d < x.rank; ++d) inner *= x.shape[d];
+    if (dim == x.rank - 1) {
+        quantize_int8_rows(x.address, q.address, scale.address, outer, width, *outer_stride, x.strides[dim], width,
+                           x.dtype, stream);
+        return nullptr;
+    }
+    auto* launch = x.dtype == FLOAT32   ? &quantize_columns<float>
+                   : x.dtype == FLOAT16 ? &quantize_columns<float16>
+                                        : &quantize_columns<bfloat16>;
+    launch(x.address, q.address, scale.address, outer, width, inner, *outer_stride, x.strides[dim], *inner_stride,
+           at<void>(stream));
+    return nullptr;
 }
 
 }  // namespace gptkern

@@ -32,7 +32,6 @@
 #include <algorithm>
 #include <limits>
 #include <stdexcept>
-#include <vector>
 
 #include "device/launch.cuh"
 #include "device/lines.cuh"
@@ -58,8 +57,8 @@ constexpr int BATCH = 2;  // vectors that a walk has under way at a time
 constexpr int MOST_ACROSS = 8;
 constexpr int MOST_DIMENSIONS = 8;
 
-// A Dtype, or one of these.
-enum MaskKind : int { NO_MASK = -1, MASK_BOOL = 3 };
+// A Dtype, or this.
+constexpr int NO_MASK = -1;
 
 // Where rows lie. Index r of a row counts through `dimensions`, the last one fastest. Strides are in elements.
 struct Walk {
@@ -145,7 +144,7 @@ struct MaskLine {
     template <int V>
     GPTKERN_DEVICE void apply(float (&z)[V], int n, int end, int width, int shift, int step = 1) const {
         if (n >= end) return;
-        if (kind == MASK_BOOL) {
+        if (kind == BOOL) {
             Raw<1, V> raw = load_as<1, V>(n, end, width, shift, step);
 #pragma unroll
             for (int e = 0; e < V; ++e)
@@ -709,8 +708,6 @@ __global__ void __launch_bounds__(COLUMNS_THREADS) softmax_backward_columns_kern
 
 // --- Launchers ------------------------------------------------------------------------------------------------------
 
-using Sizes = std::vector<int64_t>;
-
 int bytes_of(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
 unsigned next_power_of_2(unsigned x) {
@@ -721,30 +718,33 @@ unsigned next_power_of_2(unsigned x) {
 
 // How the kernels walk tensors of one shape: every dimension but `dim` counts rows, neighbours merged where all strides
 // allow. Where something lies inside of `dim`, the innermost of it is `lanes`.
-Walk walk_of(const Sizes& shape, int dim, const Sizes& in_strides, const Sizes& mask_shape, const Sizes& mask_strides) {
+Walk walk_of(const Tensor& in, int dim, const Tensor& mask) {
     Walk walk{};
-    int rank = int(shape.size()), missing = rank - int(mask_shape.size());
+    // Of a tensor without dimensions.
+    walk.width = 1;
+    walk.out_stride_n = 1;
+    int missing = in.rank - mask.rank;
     int64_t out_stride = 1;
     Walk::Dimension merged[MOST_DIMENSIONS];  // innermost first
     int count = 0;
     bool has_lanes = false;
-    for (int d = rank - 1; d >= 0; --d) {
-        bool broadcast = d < missing || mask_shape[d - missing] == 1;
-        int64_t size = shape[d], mask_stride = broadcast ? 0 : mask_strides[d - missing];
+    for (int d = in.rank - 1; d >= 0; --d) {
+        bool broadcast = d < missing || mask.shape[d - missing] == 1;
+        int64_t size = in.shape[d], mask_stride = broadcast ? 0 : mask.strides[d - missing];
         if (d == dim) {
             walk.width = int(size);
-            walk.in_stride_n = in_strides[d];
+            walk.in_stride_n = in.strides[d];
             walk.mask_stride_n = mask_stride;
             walk.out_stride_n = out_stride;
             has_lanes = count > 0;
         } else if (size != 1) {
             Walk::Dimension* inner = count ? &merged[count - 1] : nullptr;
-            if (inner && in_strides[d] == inner->in_stride * inner->size &&
+            if (inner && in.strides[d] == inner->in_stride * inner->size &&
                 mask_stride == inner->mask_stride * inner->size && out_stride == inner->out_stride * inner->size) {
                 inner->size *= unsigned(size);
             } else {
                 if (count == MOST_DIMENSIONS) throw std::runtime_error("gptkern: softmax: too many dimensions");
-                merged[count++] = {in_strides[d], mask_stride, out_stride, unsigned(size)};
+                merged[count++] = {in.strides[d], mask_stride, out_stride, unsigned(size)};
             }
         }
         out_stride *= size;
@@ -766,10 +766,16 @@ Walk walk_of(const Sizes& shape, int dim, const Sizes& in_strides, const Sizes& 
     return walk;
 }
 
+// Whether the softmax is along the last dimension and its elements lie apart: every one of them would cost a sector of
+// memory, twice.
+bool is_spread_row(const Tensor& in, int dim) {
+    return dim >= 0 && dim == in.rank - 1 && in.shape[dim] > 1 && in.strides[dim] > 1;
+}
+
 // Whether a tensor's vectors of V elements along the lanes are whole and aligned everywhere.
-bool lanes_take_vectors(const Walk& walk, Address in, int in_bytes, int V) {
-    int piece = std::min(16, V * in_bytes) / in_bytes;
-    bool whole = walk.lanes % V == 0 && walk.in_stride_lane == 1 && in % (piece * in_bytes) == 0 &&
+bool lanes_take_vectors(const Walk& walk, const Tensor& in, int V) {
+    int in_bytes = bytes_of(in.dtype), piece = std::min(16, V * in_bytes) / in_bytes;
+    bool whole = walk.lanes % V == 0 && walk.in_stride_lane == 1 && in.address % (piece * in_bytes) == 0 &&
                  walk.in_stride_n % piece == 0;
     for (int i = 0; i < walk.count; ++i) whole = whole && walk.dimensions[i].in_stride % piece == 0;
     return whole;
@@ -843,39 +849,47 @@ Plan plan_of(const Walk& walk, Options& options, int V, int values, int held, in
 
 }  // namespace
 
-void softmax_forward(Address x, int x_dtype, Address mask, int mask_kind, Address y, int y_dtype, const Sizes& shape,
-                     const Sizes& x_strides, const Sizes& mask_shape, const Sizes& mask_strides, int dim, double scale,
-                     bool is_causal, int64_t one_pass_limit, Address stream_address) {
-    int x_bytes = bytes_of(x_dtype), y_bytes = bytes_of(y_dtype), V = 16 / y_bytes;
-    Walk walk = walk_of(shape, dim, x_strides, mask_shape, mask_strides);
-    Options options{.scale = float(scale), .in_is_half = x_dtype == FLOAT16, .out_is_half = y_dtype == FLOAT16,
-                    .mask_kind = mask_kind, .causal_rows = is_causal ? unsigned(shape[shape.size() - 2]) : 0};
-    walk.vectors = lanes_take_vectors(walk, x, x_bytes, V);
+Unreadable softmax_forward(const Tensor& x, const Tensor& mask, const Tensor& y, int dim, double scale, bool is_causal,
+                           int64_t one_pass_limit, Address stream_address) {
+    if (y.elements() == 0) return nullptr;
+    if (dim < 0) dim += x.rank;
+    if (is_spread_row(x, dim)) return &x;
+    int x_bytes = bytes_of(x.dtype), y_bytes = bytes_of(y.dtype), V = 16 / y_bytes;
+    Walk walk = walk_of(x, dim, mask);
+    Options options{.scale = float(scale), .in_is_half = x.dtype == FLOAT16, .out_is_half = y.dtype == FLOAT16,
+                    .mask_kind = mask.object ? int(mask.dtype) : NO_MASK,
+                    .causal_rows = is_causal ? unsigned(x.shape[x.rank - 2]) : 0};
+    walk.vectors = lanes_take_vectors(walk, x, V);
     Plan plan = plan_of(walk, options, V, FORWARD_VALUES, V * x_bytes, one_pass_limit);
-    auto *first = at<const void>(x), *second = at<const void>(mask);
-    auto *third = at<void>(y), *stream = at<void>(stream_address);
+    auto *first = at<const void>(x.address), *second = at<const void>(mask.address);
+    auto *third = at<void>(y.address), *stream = at<void>(stream_address);
     if (x_bytes == 2 && y_bytes == 2) GPTKERN_SOFTMAX(forward, 2, 2);
     else if (x_bytes == 4 && y_bytes == 4) GPTKERN_SOFTMAX(forward, 4, 4);
     else if (x_bytes == 2) GPTKERN_SOFTMAX(forward, 2, 4);
     else GPTKERN_SOFTMAX(forward, 4, 2);
+    return nullptr;
 }
 
-void softmax_backward(Address dy, Address y, int y_dtype, Address dx, int dx_dtype, const Sizes& shape,
-                      const Sizes& dy_strides, int dim, double scale, bool is_causal, int64_t one_pass_limit,
-                      Address stream_address) {
-    int y_bytes = bytes_of(y_dtype), dx_bytes = bytes_of(dx_dtype), V = 16 / y_bytes;
-    Walk walk = walk_of(shape, dim, dy_strides, {}, {});
-    Options options{.scale = float(scale), .in_is_half = dx_dtype == FLOAT16, .out_is_half = y_dtype == FLOAT16,
-                    .mask_kind = NO_MASK, .causal_rows = is_causal ? unsigned(shape[shape.size() - 2]) : 0};
+Unreadable softmax_backward(const Tensor& dy, const Tensor& y, const Tensor& dx, int dim, double scale, bool is_causal,
+                            int64_t one_pass_limit, Address stream_address) {
+    if (dx.elements() == 0) return nullptr;
+    if (dim < 0) dim += dy.rank;
+    if (is_spread_row(dy, dim)) return &dy;
+    if (!is_contiguous(y)) return &y;
+    int y_bytes = bytes_of(y.dtype), dx_bytes = bytes_of(dx.dtype), V = 16 / y_bytes;
+    Walk walk = walk_of(dy, dim, {});
+    Options options{.scale = float(scale), .in_is_half = dx.dtype == FLOAT16, .out_is_half = y.dtype == FLOAT16,
+                    .mask_kind = NO_MASK, .causal_rows = is_causal ? unsigned(dy.shape[dy.rank - 2]) : 0};
     // y and dx are contiguous, and the lanes a multiple of V: only where they begin may spoil their vectors.
-    walk.vectors = lanes_take_vectors(walk, dy, y_bytes, V) && y % 16 == 0 && dx % 16 == 0;
+    walk.vectors = lanes_take_vectors(walk, dy, V) && y.address % 16 == 0 && dx.address % 16 == 0;
     Plan plan = plan_of(walk, options, V, BACKWARD_VALUES, 2 * V * y_bytes, one_pass_limit);
-    auto *first = at<const void>(dy), *second = at<const void>(y);
-    auto *third = at<void>(dx), *stream = at<void>(stream_address);
+    auto *first = at<const void>(dy.address), *second = at<const void>(y.address);
+    auto *third = at<void>(dx.address), *stream = at<void>(stream_address);
     if (dx_bytes == 2 && y_bytes == 2) GPTKERN_SOFTMAX(backward, 2, 2);
     else if (dx_bytes == 4 && y_bytes == 4) GPTKERN_SOFTMAX(backward, 4, 4);
     else if (dx_bytes == 2) GPTKERN_SOFTMAX(backward, 2, 4);
     else GPTKERN_SOFTMAX(backward, 4, 2);
+    return nullptr;
 }
 
 }  // namespace gptkern

@@ -86,15 +86,21 @@ def _counting(large: int, calls: list) -> Iterator[None]:
     address, call = common.address, common.call
     tensors: dict[int, torch.Tensor] = {}
 
-    def noted_address(tensor):
+    def note(tensor):
         if tensor is not None and tensor.numel():
             known = tensors.get(tensor.data_ptr())
             if known is None or known.numel() < tensor.numel():
                 tensors[tensor.data_ptr()] = tensor
+
+    def noted_address(tensor):
+        note(tensor)
         return address(tensor)
 
     def counted_call(name, tensor, *arguments):
         module = common.library(tensor)
+        for argument in arguments:
+            if isinstance(argument, torch.Tensor):
+                note(argument)
         named = {f"{i}": tensor for i, tensor in enumerate(tensors.values())}
         tensors.clear()
         module.start_counting({name: _extent(tensor) for name, tensor in named.items()})

@@ -1,4 +1,4 @@
-"""The emulated CUDA kernels may touch no memory but that of the tensors whose addresses their launcher passed."""
+"""The emulated CUDA kernels may touch no memory but that of the tensors that their launcher was given."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def inside_bounds():
 
     def bounded_call(name, tensor, *arguments):
         module = common.library(tensor)
+        extents.extend(extent(argument) for argument in arguments if isinstance(argument, torch.Tensor))
         # [0, 0) holds nothing: a launcher without tensors may touch nothing.
         module.set_bounds([*extents, (0, 0)])
         extents.clear()

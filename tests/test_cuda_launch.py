@@ -10,6 +10,7 @@ import mmap
 import re
 import sys
 
+import emulation
 import pytest
 import torch
 from conftest import DEVICE, _forced
@@ -145,17 +146,62 @@ def test_weight_rows_far_apart_int8_linear(cuda, mode):
     assert torch.equal(far, near)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_out_features_past_the_second_number_of_a_grid_int8_linear(cuda, dtype):
+    """Launched, and not run: 65,535 tiles of columns would take minutes."""
+    out_features = 65536 * (256 if dtype == torch.bfloat16 else 128)
+    weight, scale = sparse(out_features, torch.int8)[:, None], sparse(out_features, torch.float32)
+    input = torch.ones(1, 1, dtype=dtype, requires_grad=True)
+    bias = sparse(out_features, torch.float32).requires_grad_()
+    emulated.load().skip_launches(True)
+    try:
+        result = G.int8_linear(input, weight, scale, bias, mode="w8a16")
+        result.backward(sparse(out_features, dtype)[None])
+    finally:
+        emulated.load().skip_launches(False)
+    assert bias.grad.shape == (out_features,)
+
+
+# --- What C++ cannot read -----------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_read_in_place_is_copied_once(monkeypatch):
+    """One tensor may be several arguments; the others go on as they are."""
+    seen = []
+
+    def call(name, tensor, *arguments):
+        seen.append(arguments)
+        return next((each for each in arguments if isinstance(each, torch.Tensor) and not each.is_contiguous()), None)
+
+    monkeypatch.setattr(common, "call", call)
+    apart, dense = torch.arange(12.0).view(3, 4).t(), torch.zeros(2)
+    common.start("launcher", apart, dense, None, apart, 3)
+    (first, *untouched), second = seen[0], seen[1]
+    assert first is apart and untouched[2] is apart
+    assert second[0] is second[3] and second[0].is_contiguous() and torch.equal(second[0], apart)
+    assert second[1] is dense and second[2] is None and second[4] == 3
+
+
+def test_what_a_copy_does_not_help_is_an_error(monkeypatch):
+    monkeypatch.setattr(common, "call", lambda name, tensor, *arguments: arguments[0])
+    with pytest.raises(RuntimeError, match=r"launcher cannot read a contiguous copy: of shape \(2,\)"):
+        common.start("launcher", torch.zeros(2), 1.0)
+
+
+def test_what_is_no_tensor_is_an_error():
+    module = emulated.load()
+    with pytest.raises((TypeError, AttributeError, RuntimeError)):
+        module.quantize_int8(3, torch.empty(2), None, 0, 0)
+    with pytest.raises(Exception):
+        module.quantize_int8(torch.empty(2), 3, None, 0, 0)
+
+
 # --- Errors -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_failed_launch_names_the_kernel_and_its_configuration_softmax(cuda, monkeypatch):
-    """An address that belongs to nobody, as a GPU would refuse it too."""
-    call = common.call
-
-    def shifted(name, tensor, first, *arguments):
-        return call(name, tensor, first + 2**20 * 16, *arguments)
-
-    monkeypatch.setattr(common, "call", shifted)
+    """Memory that belongs to nobody, as a GPU would refuse it too."""
+    monkeypatch.setattr(emulation, "extent", lambda tensor: (0, 0))
     with pytest.raises(RuntimeError) as raised:
         G.softmax(torch.randn(4, 64), -1)
     assert re.search(

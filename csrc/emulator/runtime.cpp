@@ -380,15 +380,17 @@ void check_races(bool check) { checking_races = check; }
 void set_bounds(std::vector<std::pair<uintptr_t, uintptr_t>> extents) { bounds = std::move(extents); }
 
 void launch(const char* kernel, Index grid, unsigned block_threads, size_t bytes, void (*body)(void*), void* context) {
-    if (skipping) return;
-    std::lock_guard lock(launching);
-    auto shape = std::string(kernel) + ", grid " + text(grid) + ", " + std::to_string(block_threads) + " threads, " +
-                 std::to_string(bytes) + " bytes of shared memory";
+    auto shape = [&] {
+        return std::string(kernel) + ", grid " + text(grid) + ", " + std::to_string(block_threads) + " threads, " +
+               std::to_string(bytes) + " bytes of shared memory";
+    };
     constexpr size_t MOST_SHARED = 227 * 1024;
     if (block_threads == 0 || block_threads > MOST_THREADS || block_threads % WARP || bytes > MOST_SHARED ||
         grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffffu)
-        throw std::runtime_error("gptkern: a launch failed: invalid configuration (" + shape +
+        throw std::runtime_error("gptkern: a launch failed: invalid configuration (" + shape() +
                                  "); the emulator takes up to 1024 threads in whole warps");
+    if (skipping) return;
+    std::lock_guard lock(launching);
     while (threads.size() < block_threads) threads.emplace_back();
 #ifdef GPTKERN_ADDRESS_SANITIZER
     pthread_attr_t attributes;
@@ -446,7 +448,7 @@ void launch(const char* kernel, Index grid, unsigned block_threads, size_t bytes
     if (!failure.empty()) {
         for (auto& log : logs) log.clear();
         throw std::runtime_error("gptkern: the emulated kernel failed: " + failure + " in block " + text(the_block) +
-                                 ", seed " + std::to_string(seed_of_launch) + " (" + shape + ")");
+                                 ", seed " + std::to_string(seed_of_launch) + " (" + shape() + ")");
     }
 }
 

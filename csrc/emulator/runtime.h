@@ -72,7 +72,7 @@ void set_seed(uint64_t seed);
 uint64_t seed();
 // Global memory that the launches that follow may touch, as [first, one after the last) bytes; empty: any.
 void set_bounds(std::vector<std::pair<uintptr_t, uintptr_t>> extents);
-// Launches that follow do nothing: what is left is the host's own time.
+// Launches that follow check their configuration and do nothing more: what is left is the host's own time.
 void skip_launches(bool skip);
 // Whether accesses that nothing orders fail a launch (they do at first), and are not left to the schedule to show.
 void check_races(bool check);

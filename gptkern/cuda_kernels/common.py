@@ -27,17 +27,47 @@ def compiled() -> ModuleType:
     return importlib.import_module("gptkern._cuda")
 
 
-def library(tensor: torch.Tensor) -> ModuleType:
-    """The compiled module that runs a tensor: the emulated one for the CPU."""
-    if tensor.is_cuda:
-        return compiled()
+@functools.cache
+def emulating() -> ModuleType:
+    """gptkern._cuda_emulated, built now if it is not in the cache."""
     from gptkern.cuda_kernels import emulated
 
     return emulated.load()
 
 
-def call(name: str, tensor: torch.Tensor, *arguments) -> None:
+def library(tensor: torch.Tensor) -> ModuleType:
+    """The compiled module that runs a tensor: the emulated one for the CPU."""
+    return compiled() if tensor.is_cuda else emulating()
+
+
+def start(name: str, *arguments) -> None:
+    """Starts the kernels of the launcher `name` of csrc/launchers.h. The first argument is a tensor on its device.
+
+    Tensors go to it as they are, or None, and one that its kernels cannot read in place is copied: shapes, strides and
+    alignments are looked at in C++ alone, where that costs a tenth of what it does here.
+    """
+    unreadable = call(name, arguments[0], *arguments)
+    if unreadable is not None:
+        _start_with_copies(name, list(arguments), unreadable)
+
+
+def _start_with_copies(name: str, arguments: list, unreadable: torch.Tensor) -> None:
+    # A copy can be read, so it takes at most one for each argument.
+    for _ in range(len(arguments)):
+        # Not contiguous(): a contiguous view may begin anywhere. One tensor may be several arguments.
+        copy = unreadable.clone(memory_format=torch.contiguous_format)
+        arguments = [copy if argument is unreadable else argument for argument in arguments]
+        unreadable = call(name, arguments[0], *arguments)
+        if unreadable is None:
+            return
+    raise RuntimeError(f"{name} cannot read a contiguous copy: of shape {tuple(unreadable.shape)}")
+
+
+def call(name: str, tensor: torch.Tensor, *arguments) -> torch.Tensor | None:
     """Calls the launcher `name` of csrc/ with the arguments and a stream: PyTorch's current one on the tensor's device.
+
+    Returns:
+        None, or which of the arguments the kernels cannot read in place: nothing has been started then.
 
     Raises:
         RuntimeError: the launch failed; the message has the kernel's name and its configuration.

@@ -11,7 +11,7 @@ import torch
 
 from gptkern.cuda_kernels import common
 from gptkern.cuda_kernels.common import DTYPES, multiprocessors
-from gptkern.ops.int8_linear import INT32_TERMS, rows_of
+from gptkern.ops.int8_linear import INT32_TERMS
 
 # csrc/device/linear.cuh, enum Activation.
 ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2}
@@ -37,27 +37,15 @@ def unsupported(input, weight, weight_scale, bias, activation, mode):
 
 def forward(input, weight, weight_scale, bias, activation, mode):
     """(…, in_features) -> (…, out_features) in the input's dtype."""
-    N, K = weight.shape
-    if input.dim() == 2:
-        x, M = input, input.shape[0]
-        y = input.new_empty((M, N))
-    else:
-        x = rows_of(input)
-        M = x.shape[0]
-        y = input.new_empty((*input.shape[:-1], N))
-    if M == 0 or N == 0:
-        return y
-    address = common.address
-    q = input_scale = 0
+    *rows, K = input.shape
+    device = input.device
+    y = torch.empty(*rows, weight.shape[0], dtype=input.dtype, device=device)
+    q = input_scale = None
     if mode == "w8a8":
-        # Held until the call has started the kernels.
-        buffers = _quantised(x, M, K)
-        q, input_scale = map(address, buffers)
-    bias, bias_stride, bias_dtype = _bias(bias)
-    common.call(
-        "int8_linear_forward", x, address(x), address(weight), address(weight_scale), address(bias), q, input_scale,
-        address(y), M, N, K, *x.stride(), *weight.stride(), weight_scale.stride(0), bias_stride,
-        DTYPES[x.dtype], bias_dtype, ACTIVATIONS[activation], multiprocessors(x.device),
+        q, input_scale = _quantised(math.prod(rows), K, device)
+    common.start(
+        "int8_linear_forward", input, weight, weight_scale, _as_read(bias), q, input_scale, y, ACTIVATIONS[activation],
+        multiprocessors(device),
     )  # fmt: skip
     return y
 
@@ -65,49 +53,38 @@ def forward(input, weight, weight_scale, bias, activation, mode):
 def backward(grad_output, input, weight, weight_scale, bias, activation, mode, need_input, need_bias):
     """-> dinput (…, in_features) in grad_output's dtype, dbias (out_features,) in float32, empty where not needed."""
     N, K = weight.shape
-    dy = grad_output if grad_output.dim() == 2 else rows_of(grad_output)
-    M = dy.shape[0]
-    dtype = dy.dtype
-
-    def empty(shape):
-        return dy.new_empty(shape, dtype=torch.float32)
-
-    dinput = dy.new_empty((*grad_output.shape[:-1], K) if need_input else 0)
-    dbias = empty(N if need_bias else 0)
+    *rows, _ = grad_output.shape
+    M = math.prod(rows)
+    dtype, device, float32 = grad_output.dtype, grad_output.device, torch.float32
+    dbias = torch.empty(N if need_bias else 0, dtype=float32, device=device)
     x = q = input_scale = z = largest = scaled = partial = None
     if activation is not None:
-        x = input if input.dim() == 2 else rows_of(input)
-        z = empty((M, N))
+        x = input
+        z = torch.empty(M, N, dtype=float32, device=device)
         if mode == "w8a8":
-            q, input_scale = _quantised(x, M, K)
+            q, input_scale = _quantised(M, K, device)
     if need_input:
-        # One more element: the address of no elements would be that of no tensor.
-        scaled = dy.new_empty(M * N + 1)
-        largest = empty(1) if N else dy.new_zeros(1, dtype=torch.float32)
+        dinput = torch.empty(*rows, K, dtype=dtype, device=device)
+        scaled = torch.empty(M, N, dtype=dtype, device=device)
+        # Of no weights there is none to be the largest.
+        largest = (torch.empty if N else torch.zeros)(1, dtype=float32, device=device)
+    else:
+        dinput = torch.empty(0, dtype=dtype, device=device)
     if need_bias:
-        partial = empty(-(-M // GRADIENT_ROWS) * N)
-    bias, bias_stride, bias_dtype = _bias(bias)
-    address = common.address
-    common.call(
-        "int8_linear_backward", dy, address(dy), address(x), address(weight), address(weight_scale), address(bias),
-        address(q), address(input_scale), address(z), address(largest), address(scaled), address(partial),
-        address(dinput), address(dbias), M, N, K, *dy.stride(), *((0, 0) if x is None else x.stride()),
-        *weight.stride(), weight_scale.stride(0), bias_stride, DTYPES[dtype],
-        0 if x is None else DTYPES[x.dtype], bias_dtype, ACTIVATIONS[activation], multiprocessors(dy.device),
+        partial = torch.empty(-(-M // GRADIENT_ROWS) * N, dtype=float32, device=device)
+    common.start(
+        "int8_linear_backward", grad_output, x, weight, weight_scale, _as_read(bias), q, input_scale, z, largest,
+        scaled, partial, dinput, dbias, ACTIVATIONS[activation], multiprocessors(device),
     )  # fmt: skip
     return dinput, dbias
 
 
-def _quantised(x, M, K):
+def _quantised(M, K, device):
     """(q, input_scale), to be written."""
-    q = x.new_empty((M, -(-K // Q_ALIGNMENT) * Q_ALIGNMENT), dtype=torch.int8)
-    return q, x.new_empty(M, dtype=torch.float32)
+    q = torch.empty(M, -(-K // Q_ALIGNMENT) * Q_ALIGNMENT, dtype=torch.int8, device=device)
+    return q, torch.empty(M, dtype=torch.float32, device=device)
 
 
-def _bias(bias):
-    """(bias, stride, dtype) as the kernels take them."""
-    if bias is None:
-        return None, 0, 0
-    if bias.dtype not in DTYPES:
-        bias = bias.float()
-    return bias, bias.stride(0), DTYPES[bias.dtype]
+def _as_read(bias):
+    """The bias in a dtype that the kernels read."""
+    return bias if bias is None or bias.dtype in DTYPES else bias.float()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from gptkern.cuda_kernels import common
@@ -29,81 +31,54 @@ def unsupported(input, residual, weight, bias, eps) -> str | None:
 
 def forward(input, residual, weight, bias, eps):
     """(…, width) -> output (…, width), summed (…, width) or empty, mean (rows,), rstd (rows,)."""
-    shape, width, device = input.shape, input.shape[-1], input.device
-    dtype = input.dtype if residual is None else torch.result_type(input, residual)
-    output = torch.empty(shape, dtype=dtype, device=device)
-    summed = torch.empty(0 if residual is None else shape, dtype=dtype, device=device)
-    size = output.numel()
-    rows = size // width if width else shape[:-1].numel()
-    mean = torch.empty(rows, dtype=torch.float32, device=device)
-    rstd = torch.empty(rows, dtype=torch.float32, device=device)
-    if size == 0:
-        return output, summed, mean, rstd
-    address = common.address
-    x, x_stride = as_rows(input, width)
-    added, added_stride, added_dtype, sum_address = None, 0, 0, 0
+    dtype, device = input.dtype, input.device
     if residual is not None:
-        added, added_stride = as_rows(residual, width)
-        added_dtype, sum_address = DTYPES[added.dtype], address(summed)
-    weight, bias, parameter_dtype = _parameters(weight, bias, dtype)
-    common.call(
-        "layer_norm_forward", x, address(x), address(added), address(weight), address(bias), address(output),
-        sum_address, address(mean), address(rstd), x_stride, added_stride, rows, width, DTYPES[x.dtype], added_dtype,
-        parameter_dtype, DTYPES[dtype], eps,
-    )  # fmt: skip
+        dtype = torch.result_type(input, residual)
+    output = torch.empty_like(input, dtype=dtype, memory_format=torch.contiguous_format)
+    summed = torch.empty(0, dtype=dtype, device=device) if residual is None else torch.empty_like(output)
+    mean = torch.empty(input.shape[:-1].numel(), dtype=torch.float32, device=device)
+    rstd = torch.empty_like(mean)
+    weight, bias = _as_read(weight, dtype), _as_read(bias, dtype)
+    common.start("layer_norm_forward", input, residual, weight, bias, output, summed, mean, rstd, eps)
     return output, summed, mean, rstd
 
 
 def backward(grad_output, grad_summed, summed, weight, mean, rstd, need_input, need_weight, need_bias):
     """-> dsummed (…, width), dweight (width,), dbias (width,) in float32; what is not needed is empty."""
-    shape, width, dtype, device = summed.shape, summed.shape[-1], summed.dtype, summed.device
-    # What is not needed is a tensor of its own: a registered op may not return one twice.
-    dsummed = torch.empty(shape if need_input else 0, dtype=dtype if need_input else torch.float32, device=device)
+    width, device, float32 = summed.shape[-1], summed.device, torch.float32
     rows = mean.numel()
+    # What is not needed is a tensor of its own: a registered op may not return one twice.
+    if need_input:
+        dsummed = torch.empty_like(summed, memory_format=torch.contiguous_format)
+    else:
+        dsummed, grad_summed = torch.empty(0, dtype=float32, device=device), None
     if rows == 0 or width == 0:
         return dsummed, mean.new_zeros(width if need_weight else 0), mean.new_zeros(width if need_bias else 0)
-    dweight = torch.empty(width if need_weight else 0, dtype=torch.float32, device=device)
-    dbias = torch.empty(width if need_bias else 0, dtype=torch.float32, device=device)
-    address = common.address
-    dy, dy_stride = as_rows(grad_output, width)
-    s, s_stride = as_rows(summed, width)
-    incoming, incoming_stride = None, 0
-    if grad_summed is not None and need_input:
-        incoming, incoming_stride = as_rows(grad_summed, width)
-    weight, _, weight_dtype = _parameters(weight, None, dtype)
-    partials = BLOCKS_PER_MULTIPROCESSOR * common.multiprocessors(device)
-    if width > FULL_BLOCKS_WIDTH:
-        partials = partials * FULL_BLOCKS_WIDTH // width
-    partials = min(rows, max(partials, ROWS_OF_ONE_ALIGNMENT if width % ROWS_OF_ONE_ALIGNMENT else 1))
+    dweight = torch.empty(width if need_weight else 0, dtype=float32, device=device)
+    dbias = torch.empty(width if need_bias else 0, dtype=float32, device=device)
+    partials = min(rows, _most_partials(width, device))
     wanted = need_weight + need_bias
-    partial = torch.empty(wanted * partials * width, dtype=torch.float32, device=device) if wanted else None
-    common.call(
-        "layer_norm_backward", s, address(dy), address(incoming), address(s), address(weight), address(mean),
-        address(rstd), address(dsummed) if need_input else 0, address(dweight) if need_weight else 0,
-        address(dbias) if need_bias else 0, address(partial), dy_stride, incoming_stride, s_stride, rows, width,
-        weight_dtype, DTYPES[dtype], partials,
+    partial = torch.empty(wanted * partials * width, dtype=float32, device=device) if wanted else None
+    weight = _as_read(weight, summed.dtype)
+    common.start(
+        "layer_norm_backward", grad_output, grad_summed, summed, weight, mean, rstd, dsummed, dweight, dbias, partial,
+        partials,
     )  # fmt: skip
     return dsummed, dweight, dbias
 
 
-def as_rows(tensor: torch.Tensor, width: int) -> tuple[torch.Tensor, int]:
-    """(…, width) -> (a tensor with contiguous rows, elements from a row to the next); copied only if it must be."""
-    if not tensor.is_contiguous():
-        if tensor.stride(-1) != 1 and width != 1:
-            tensor = tensor.contiguous()
-        elif tensor.dim() > 1:
-            tensor = tensor.reshape(-1, width)
-            return tensor, tensor.stride(0)
-    return tensor, width
+@functools.cache
+def _most_partials(width: int, device: torch.device) -> int:
+    """How many partial sums of weight and bias gradients are made, of enough rows."""
+    partials = BLOCKS_PER_MULTIPROCESSOR * common.multiprocessors(device)
+    if width > FULL_BLOCKS_WIDTH:
+        partials = partials * FULL_BLOCKS_WIDTH // width
+    return max(partials, ROWS_OF_ONE_ALIGNMENT if width % ROWS_OF_ONE_ALIGNMENT else 1)
 
 
-def _parameters(weight, bias, dtype):
-    """(weight, bias, their dtype): of `dtype` or float32, as the kernels read them."""
-    given = bias if weight is None else weight
-    if given is None:
-        return None, None, 0
-    if given.dtype is not dtype and given.dtype is not torch.float32:
-        # 16-bit parameters beside a sum that a residual has widened.
-        weight, bias = (None if t is None else t.float() for t in (weight, bias))
-        return weight, bias, DTYPES[torch.float32]
-    return weight, bias, DTYPES[given.dtype]
+def _as_read(parameter, dtype):
+    """A parameter of `dtype` or float32, as the kernels read it."""
+    if parameter is None or parameter.dtype is dtype or parameter.dtype is torch.float32:
+        return parameter
+    # 16-bit parameters beside a sum that a residual has widened.
+    return parameter.float()

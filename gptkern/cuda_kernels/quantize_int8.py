@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from gptkern.cuda_kernels import common
@@ -25,21 +23,9 @@ def unsupported(input, dim):
 def forward(input, dim):
     """-> q, int8 in the input's shape; scale, float32 in the input's shape without dim."""
     shape = input.shape
-    last = dim == len(shape) - 1
-    scale_shape = shape[:-1] if last else (*shape[:dim], *shape[dim + 1 :])
-    q = input.new_empty(shape, dtype=torch.int8)
-    if input.numel() == 0:
-        return q, input.new_ones(scale_shape, dtype=torch.float32)
-    scale = input.new_empty(scale_shape, dtype=torch.float32)
-    address, width, dtype = common.address, shape[dim], DTYPES[input.dtype]
-    if last:
-        x = input if dim == 1 else input.reshape(-1, width)
-        common.call(
-            "quantize_int8_rows", x, address(x), address(q), address(scale), x.shape[0], width, *x.stride(), width,
-            dtype,
-        )  # fmt: skip
-    else:
-        # (outer, width, inner)
-        x = input.reshape(math.prod(shape[:dim]), width, -1)
-        common.call("quantize_int8_columns", x, address(x), address(q), address(scale), *x.shape, *x.stride(), dtype)
+    q = torch.empty_like(input, dtype=torch.int8, memory_format=torch.contiguous_format)
+    # A row of no elements has scale 1.
+    empty = torch.ones if input.numel() == 0 else torch.empty
+    scale = empty(shape[:dim] + shape[dim + 1 :], dtype=torch.float32, device=input.device)
+    common.start("quantize_int8", input, q, scale, dim)
     return q, scale

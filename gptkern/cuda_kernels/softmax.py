@@ -10,9 +10,7 @@ import torch
 from gptkern.cuda_kernels import common
 from gptkern.cuda_kernels.common import DTYPES
 
-# The mask's kind, as csrc/softmax.cu counts it.
-MASK_KINDS = {**DTYPES, torch.bool: 3}
-NO_MASK = -1
+MASK_DTYPES = {*DTYPES, torch.bool}
 
 # The widest row that is held in registers where that is less than what they hold, and how much of a wider one shared
 # memory keeps. Set by tests alone, to 16 say: the kernels for long rows then run on rows that an emulator gets through.
@@ -29,7 +27,7 @@ def unsupported(input, dim, dtype, scale, mask, is_causal) -> str | None:
         if of is not None and of not in DTYPES:
             return f"{name} is {of}; the kernels cover float16, bfloat16 and float32"
     if mask is not None:
-        if mask.dtype not in MASK_KINDS:
+        if mask.dtype not in MASK_DTYPES:
             return f"mask is {mask.dtype}; the kernels cover bool, float16, bfloat16 and float32"
         if mask.requires_grad and torch.is_grad_enabled():
             return "the mask requires a gradient, which the kernels do not compute"
@@ -43,52 +41,13 @@ def unsupported(input, dim, dtype, scale, mask, is_causal) -> str | None:
 
 def forward(input, dim, dtype, scale, mask, is_causal):
     """(…) -> output (…), contiguous, of `dtype` or the input's."""
-    shape = input.shape
-    dtype = dtype or input.dtype
-    output = torch.empty(shape, dtype=dtype, device=input.device)
-    if output.numel() == 0:
-        return output
-    rank = len(shape)
-    if rank == 0:
-        input, shape, rank = input[None], (1,), 1
-    if dim < 0:
-        dim += rank
-    strides = input.stride()
-    if dim == rank - 1 and strides[dim] > 1:
-        # Along a row whose elements lie apart every one of them would cost a sector of memory, twice.
-        input = input.contiguous()
-        strides = input.stride()
-    if mask is None:
-        kind, mask_shape, mask_strides = NO_MASK, (), ()
-    else:
-        kind, mask_shape, mask_strides = MASK_KINDS[mask.dtype], mask.shape, mask.stride()
-    common.call(
-        "softmax_forward", input, common.address(input), DTYPES[input.dtype], common.address(mask), kind,
-        common.address(output), DTYPES[dtype], shape, strides, mask_shape, mask_strides, dim, scale, is_causal,
-        ONE_PASS_LIMIT,
-    )  # fmt: skip
+    output = torch.empty_like(input, dtype=dtype, memory_format=torch.contiguous_format)
+    common.start("softmax_forward", input, mask, output, dim, scale, is_causal, ONE_PASS_LIMIT)
     return output
 
 
 def backward(grad_output, output, dim, dtype, scale, is_causal):
     """-> dx (…), contiguous, of `dtype`."""
-    shape = output.shape
-    dx = torch.empty(shape, dtype=dtype, device=output.device)
-    if dx.numel() == 0:
-        return dx
-    if not output.is_contiguous():
-        output = output.contiguous()
-    rank = len(shape)
-    if rank == 0:
-        grad_output, shape, rank = grad_output[None], (1,), 1
-    if dim < 0:
-        dim += rank
-    strides = grad_output.stride()
-    if dim == rank - 1 and strides[dim] > 1:
-        grad_output = grad_output.contiguous()
-        strides = grad_output.stride()
-    common.call(
-        "softmax_backward", output, common.address(grad_output), common.address(output), DTYPES[output.dtype],
-        common.address(dx), DTYPES[dtype], shape, strides, dim, scale, is_causal, ONE_PASS_LIMIT,
-    )  # fmt: skip
+    dx = torch.empty_like(output, dtype=dtype, memory_format=torch.contiguous_format)
+    common.start("softmax_backward", grad_output, output, dx, dim, scale, is_causal, ONE_PASS_LIMIT)
     return dx
