@@ -133,7 +133,7 @@ def costs(launcher: Callable, arguments: tuple, rounds: int) -> tuple[float, flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=1000)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     print(f"{'launcher':32} {'whole':>7} {'bound':>7} {'alloc':>7} {'ours':>7}   µs; the limit of ours is {LIMIT}")

@@ -10,8 +10,6 @@ from gptkern.cuda_kernels import common
 from gptkern.ops.attention import empty_in_layout_of, outside_of_kernels
 
 _DTYPES = (torch.float16, torch.bfloat16)
-# Rows are copied by 16 bytes: 8 values.
-_VECTOR = 8
 # csrc/attention.cu: heads are the second number of a grid.
 _MOST_HEADS = 65535
 
