@@ -61,10 +61,12 @@ class Calls(NamedTuple):
     Attributes:
         operators: of the replacements that were found.
         explicit_attention: two matrix products around a softmax.
+        explicit_norm: a mean and a reciprocal square root.
     """
 
     operators: frozenset[str]
-    explicit_attention: bool
+    explicit_attention: bool = False
+    explicit_norm: bool = False
 
 
 class Rerouted:
@@ -175,7 +177,12 @@ def calls(cls: type, find: Find) -> Calls:
     found = {find(link.target) for links in reachable.values() for link in links} - {None}
     operators = frozenset(replacement.operator for replacement in found if replacement.operator)
     products = sum(_matrix_products(function.__code__) for function in reachable)
-    return Calls(operators, products >= 2 and "softmax" in operators and "attention" not in operators)
+    names = {name for function in reachable for name in _all_names(function.__code__)}
+    return Calls(
+        operators,
+        explicit_attention=products >= 2 and "softmax" in operators and "attention" not in operators,
+        explicit_norm={"rsqrt", "mean"} <= names and not operators & {"layer_norm", "rms_norm"},
+    )
 
 
 def names_in(cls: type) -> set[str]:

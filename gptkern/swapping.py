@@ -196,8 +196,7 @@ class _Plan:
             replacement = _routed(original, wanted) if wanted else None
             wanted = wanted if set(wanted) & set(self.operators) else ()
             shown = f"{original.__name__}, routed"
-            if _calls(original).explicit_attention and "attention" in self.operators:
-                self.skip(name, original, "its attention is written out as matrix products around a softmax")
+            self.name_what_is_written_out(name, original)
         if wanted and "forward" in module.__dict__:
             self.skip(name, original, "a forward was set on the instance itself")
         elif wanted:
@@ -225,6 +224,13 @@ class _Plan:
             return (), ("attention",)
         self.attention.want(module)
         return ("attention",), ()
+
+    def name_what_is_written_out(self, name: str, original: type) -> None:
+        found = _calls(original)
+        if found.explicit_attention and "attention" in self.operators:
+            self.skip(name, original, "its attention is written out as matrix products around a softmax")
+        if found.explicit_norm and "rms_norm" in self.operators:
+            self.skip(name, original, "its norm is written out in Python")
 
     def skip(self, name: str, cls: type, reason: str) -> None:
         self.report.skipped.append(Skipped(name, cls.__name__, reason))
@@ -318,40 +324,25 @@ def _find_for(cls: type, operators: tuple[str, ...]) -> Callable[[Callable], Rep
 def _calls(cls: type) -> Calls:
     """The operators that the class's forward runs on, as far as it can be rerouted."""
     if cls.__module__.startswith("torch.nn.") and cls not in _REROUTED_TORCH_MODULES:
-        return Calls(frozenset(), False)
+        return Calls(frozenset())
     if issubclass(cls, torch.jit.ScriptModule):
-        return Calls(frozenset(), False)
+        return Calls(frozenset())
     if cls in _REROUTED_TORCH_MODULES:
-        return Calls(frozenset(_REROUTED_TORCH_MODULES[cls]), False)
-    found = calls(cls, _find_for(cls, SWAPPABLE))
-    return found._replace(operators=found.operators | _overridden_operators(cls))
+        return Calls(frozenset(_REROUTED_TORCH_MODULES[cls]))
+    found, overridden = calls(cls, _find_for(cls, SWAPPABLE)), _overridden_operators(cls)
+    return found._replace(
+        operators=found.operators | overridden,
+        explicit_attention=found.explicit_attention and "attention" not in overridden,
+        explicit_norm=found.explicit_norm and "rms_norm" not in overridden,
+    )
 
 
 @functools.cache
 def _routed(cls: type, operators: tuple[str, ...]) -> type:
     """A subclass of `cls` whose forward is the same with the operators' calls routed to gptkern."""
-    methods = {name: r.function for name, r in _overrides(cls).items() if r.operator in operators}
-    try:
-        rerouted = Rerouted(cls, _find_for(cls, operators))
-        methods = {**rerouted.methods, **methods}
-        inner = methods.get("forward", cls.forward)
-
-        @functools.wraps(cls.forward)
-        def forward(self, *args, **kwargs):
-            # torch.compile keeps what it has traced; in eager mode the forward's globals may have changed.
-            if not torch.compiler.is_compiling():
-                rerouted.refresh()
-            return methods_forward(self, *args, **kwargs)
-
-        methods_forward = inner
-    except CannotReroute as reason:
-        _logger.debug("swap: %s: a TorchFunctionMode routes its calls", reason)
-        routing = _Routing(operators)
-
-        @functools.wraps(cls.forward)
-        def forward(self, *args, **kwargs):
-            with routing:
-                return cls.forward(self, *args, **kwargs)
+    members = {name: r.function for name, r in _overrides(cls).items() if r.operator in operators}
+    if "forward" not in members:
+        members = {**_rerouted_members(cls, operators), **members}
 
     def __reduce_ex__(self, protocol):
         # The class is made here and not found by its name: pickle and deepcopy make it again.
@@ -364,15 +355,40 @@ def _routed(cls: type, operators: tuple[str, ...]) -> type:
         cls.__name__,
         (cls,),
         {
-            **methods,
+            **members,
             "__module__": cls.__module__,
             "__qualname__": cls.__qualname__,
             "__doc__": cls.__doc__,
             _ROUTED: operators,
-            "forward": forward,
             "__reduce_ex__": __reduce_ex__,
         },
     )
+
+
+def _rerouted_members(cls: type, operators: tuple[str, ...]) -> dict[str, object]:
+    """forward, and the methods that it calls where these change too."""
+    try:
+        rerouted = Rerouted(cls, _find_for(cls, operators))
+    except CannotReroute as reason:
+        _logger.debug("swap: %s: a TorchFunctionMode routes its calls", reason)
+        routing = _Routing(operators)
+
+        @functools.wraps(cls.forward)
+        def routed_forward(self, *args, **kwargs):
+            with routing:
+                return cls.forward(self, *args, **kwargs)
+
+        return {"forward": routed_forward}
+    inner = rerouted.methods.get("forward", cls.forward)
+
+    @functools.wraps(cls.forward)
+    def forward(self, *args, **kwargs):
+        # torch.compile keeps what it has traced; in eager mode the forward's globals may have changed.
+        if not torch.compiler.is_compiling():
+            rerouted.refresh()
+        return inner(self, *args, **kwargs)
+
+    return {**rerouted.methods, "forward": forward}
 
 
 def _new_routed(cls: type, operators: tuple[str, ...]) -> torch.nn.Module:

@@ -304,14 +304,14 @@ CASES = [
         "llama",
         _transformers("LlamaConfig", num_key_value_heads=2, **_LLAMA),
         run_transformers,
-        {"attention": 2},
+        {"attention": 2, "rms_norm": 5},
         grouped=True,
     ),
     Case(
         "qwen2",
         _transformers("Qwen2Config", num_key_value_heads=HEADS, **_LLAMA),
         run_transformers,
-        {"attention": 2},
+        {"attention": 2, "rms_norm": 5},
     ),
 ]  # fmt: skip
 

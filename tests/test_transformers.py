@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -17,6 +18,7 @@ import transformers
 from model_zoo import CASES
 from test_models import batch, built, calls_in
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import gptkern
 import gptkern.integrations.transformers as integration
@@ -249,6 +251,49 @@ def test_a_bias_of_the_model_s_own_is_left_to_transformers():
     arguments = torch.nn.Module(), query, query, query, None
     expected = AttentionInterface._global_mapping["sdpa"](*arguments, position_bias=bias)[0]
     assert torch.equal(integration.attention_forward(*arguments, position_bias=bias)[0], expected)
+
+
+# --- Norms ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_norm_in_16_bits_is_rounded_once(dtype):
+    """Llama's rounds twice: the two differ by no more than that, and ours is the closer one."""
+    norm = LlamaRMSNorm(64).to(dtype)
+    with torch.no_grad():
+        norm.weight.copy_(torch.rand(64) + 0.5)
+    x = torch.randn(32, 64).to(dtype)
+    exact = norm.weight.double() * F.rms_norm(x.double(), (64,), eps=norm.variance_epsilon)
+    stock = norm(x)
+    gptkern.swap(norm)
+    swapped = norm(x)
+    assert swapped.dtype == stock.dtype == dtype
+    ulp = torch.finfo(dtype).eps * exact.abs()
+    assert ((swapped - exact).abs() <= 0.501 * ulp).all()
+    assert ((stock.double() - swapped).abs() <= 1.5 * ulp).all()
+    assert (swapped - exact).abs().sum() < (stock - exact).abs().sum()
+
+
+def test_a_norm_whose_weight_is_wider_than_its_input_widens_it():
+    norm, x = LlamaRMSNorm(8), torch.randn(3, 8).bfloat16()
+    with torch.no_grad():
+        norm.weight.copy_(torch.rand(8))
+    expected = norm(x)
+    gptkern.swap(norm)
+    assert expected.dtype == torch.float32
+    assert torch.equal(norm(x), expected)
+
+
+class OtherRMSNorm(LlamaRMSNorm):
+    def forward(self, hidden_states):
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        return (1 + self.weight) * hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+
+
+def test_a_norm_of_other_code_is_named():
+    report = gptkern.swap(OtherRMSNorm(8))
+    assert report.replaced == [] and report.skipped[0].reason == "its norm is written out in Python"
+    assert gptkern.swap(OtherRMSNorm(8), ops=["layer_norm"]).skipped == []
 
 
 # --- Caches -----------------------------------------------------------------------------------------------------------
