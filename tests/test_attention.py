@@ -172,6 +172,20 @@ def test_scales_at_which_pytorchs_kernel_for_the_cpu_gives_nan(kernel_backend, d
     check_attention(*random_call(Shape(length_q=33, length_k=34), device, dtype), scale=scale, is_causal=is_causal)
 
 
+def test_more_batches_than_a_grid_takes(cuda_backend, device, monkeypatch, tmp_path):
+    batch = 65_536
+    if device == "cpu":
+        # Blocks are slow on the emulator: there a grid takes fewer.
+        from cuda_modules import changed_module
+
+        from gptkern.cuda_kernels import emulated
+
+        module = changed_module("attention", "constexpr int LARGEST_GRID =", "65535", "2", tmp_path / "csrc")
+        monkeypatch.setattr(emulated, "load", lambda: module)
+        batch = 5
+    check_attention(*random_call(Shape(batch, 2, 1, 3, 5, 8), device))
+
+
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (6, 3), (3, 1)])
 def test_grouped_query_heads(backend, device, is_causal, heads, kv_heads):

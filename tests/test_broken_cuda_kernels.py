@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import pytest
 import torch
 from conftest import DEVICE
+from cuda_modules import changed_module
 
 from gptkern import checking
 from gptkern.checking_cases import cases_of
-from gptkern.cuda_kernels import emulated, sources
+from gptkern.cuda_kernels import emulated
 
 if DEVICE != "cpu":
     pytest.skip("there is a GPU: the CUDA backend's tests run on it, not on the emulator", allow_module_level=True)
@@ -33,9 +31,6 @@ import count_cuda
 import emulation
 import test_attention
 import test_cuda_counters
-
-# Attention's kernels are compiled for tiles of this width alone: the calls below need no other.
-HEAD_DIM = "64"
 
 
 class Case(NamedTuple):
@@ -94,8 +89,8 @@ class Limit(NamedTuple):
 class Mutation(NamedTuple):
     name: str
     operator: str
-    function: str  # how the definition begins that is changed: it stands once in csrc/, in whichever file
-    old: str  # stands once from there to the next line that begins with a brace; a space is any white space
+    function: str  # of cuda_modules.changed_module, as are the two below
+    old: str
     new: str
     check: Case | Limit
 
@@ -188,7 +183,7 @@ MUTATIONS = [
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: f"{mutation.operator}: {mutation.name}")
 def test_the_check_sees_a_broken_kernel(mutation, cuda_backend, monkeypatch, tmp_path, request):
     mutation.check.passes()
-    broken = broken_module(mutation, tmp_path / "csrc")
+    broken = changed_module(mutation.operator, mutation.function, mutation.old, mutation.new, tmp_path / "csrc")
     monkeypatch.setattr(emulated, "load", lambda: broken)
     emulation.schedule_of(request.node.nodeid)
     mutation.check.fails()
@@ -204,42 +199,6 @@ def test_the_check_sees_a_broken_kernel(mutation, cuda_backend, monkeypatch, tmp
     ],
 )
 def test_a_mutation_that_does_not_fit_the_source_is_an_error(change, message, tmp_path):
-    shutil.copytree(sources.folder(), tmp_path / "csrc")
+    mutation = MUTATIONS[0]._replace(**change)
     with pytest.raises(AssertionError, match=message):
-        mutate(tmp_path / "csrc", MUTATIONS[0]._replace(**change))
-
-
-def broken_module(mutation: Mutation, copy: Path) -> ModuleType:
-    """The emulated module with the operator's kernels from a changed copy of csrc/."""
-    csrc = sources.folder()
-    shutil.copytree(csrc, copy)
-    changed = mutate(copy, mutation)
-    broken = {
-        unit.name: unit
-        for unit in sources.kernel_units(copy)
-        if (unit.source.resolve() == changed or unit.source.stem == mutation.operator)
-        and changed in sources.included(unit.source, copy)
-        and all(define.endswith(f"={HEAD_DIM}") for define in unit.defines)
-    }
-    sound = [*sources.kernel_units(csrc), *sources.host_units(csrc, emulated=True)]
-    # First: of functions that are not inlined the linker takes the first it sees.
-    units = [*broken.values(), *(unit for unit in sound if unit.name not in broken)]
-    path = emulated.build_units(emulated.NAME, units, quiet=True)
-    # pybind11 knows modules by their names: of two of one name it gives the first again.
-    return emulated.loaded(f"{path.name.partition('.')[0]}.{emulated.NAME}", path)
-
-
-def mutate(csrc: Path, mutation: Mutation) -> Path:
-    """Changes the one place, and returns its file."""
-    found = []
-    for path in (path for path in sorted(csrc.rglob("*")) if path.suffix in (".cu", ".cuh", ".h")):
-        found += [(path, match) for match in re.finditer(re.escape(mutation.function), path.read_text("utf-8"))]
-    assert len(found) == 1, f"{mutation.function!r} stands in {len(found)} places of csrc; it needs 1"
-    ((path, start),) = found
-    source = path.read_text("utf-8")
-    stop = source.index("\n}", start.end())
-    pattern = r"\s+".join(map(re.escape, mutation.old.split()))
-    body, count = re.subn(pattern, lambda _: mutation.new, source[start.end() : stop])
-    assert count == 1, f"{path.name}, {mutation.function!r}: {count} places like {mutation.old!r}; it needs 1"
-    path.write_text(source[: start.end()] + body + source[stop:], "utf-8")
-    return path.resolve()
+        changed_module(mutation.operator, mutation.function, mutation.old, mutation.new, tmp_path / "csrc")

@@ -308,6 +308,16 @@ def test_strides_of_the_tensors(backend, device, layout, dtype):
     check((input, residual, *flat[2:]), grads=[None, layout(grad_s)])
 
 
+# The CUDA kernels walk these in chunks, forward and backward: rows that begin anywhere, and aligned ones.
+@pytest.mark.parametrize("width", [6201, 32_776])
+def test_strides_of_wide_rows_on_cuda(cuda_backend, device, width):
+    input, residual, *parameters = tensors_of(3, width, torch.bfloat16, device, residual=True)
+    apart, other = every_other_row(input), every_other_row(residual)
+    grads = [every_other_row(grad) for grad in torch.randn(2, 3, width, device=device).to(torch.bfloat16)]
+    check((apart, None, *parameters), grads=grads[:1])
+    check((apart, other, *parameters), grads=grads)
+
+
 def test_strides_of_the_parameters(backend, device):
     input, _, weight, bias = tensors_of(5, 33, torch.float32, device)
     every_second = torch.full((66,), torch.nan, device=device)[::2]

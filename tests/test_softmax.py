@@ -225,10 +225,9 @@ def test_is_causal_of_two_and_of_four_dimensions(backend, device):
     check_softmax(random(2, 3, 5, 7, device=device), 3, is_causal=True)
 
 
-@pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_what_is_right_of_the_causal_limit_is_not_read(kernel_backend, device, poison):
-    clean = random(2, 9, 12, device=device)
-    hidden = ~torch.ones(9, 12, dtype=torch.bool, device=device).tril()
+def check_nothing_is_read_right_of_the_causal_limit(shape, device, poison):
+    clean = random(*shape, device=device)
+    hidden = ~torch.ones(shape[-2:], dtype=torch.bool, device=device).tril()
     results = []
     grad_output = torch.linspace(-1, 1, clean.numel(), device=device).view(clean.shape)
     for input, gradient in ((clean, grad_output), tuple(t.masked_fill(hidden, poison) for t in (clean, grad_output))):
@@ -238,6 +237,35 @@ def test_what_is_right_of_the_causal_limit_is_not_read(kernel_backend, device, p
         results.append((output.detach(), input.grad))
     same_bits("forward", results[1][0], results[0][0])
     same_bits("gradient", results[1][1], results[0][1])
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_what_is_right_of_the_causal_limit_is_not_read(kernel_backend, device, poison):
+    check_nothing_is_read_right_of_the_causal_limit((2, 9, 12), device, poison)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_what_is_right_of_the_causal_limit_is_not_read_in_chunks(narrow_chunks, device, poison):
+    check_nothing_is_read_right_of_the_causal_limit((1, 19, 24), device, poison)
+
+
+def check_zeros_right_of_the_causal_limit_beside_a_nan(shape, device):
+    input = random(*shape, device=device)
+    input[..., -2, 0] = math.nan
+    input.requires_grad_()
+    output = G.softmax(input, -1, is_causal=True)
+    output.backward(torch.randn_like(output))
+    hidden = ~torch.ones(shape[-2:], dtype=torch.bool, device=device).tril()
+    assert output.isnan().any() and input.grad.isnan().any()
+    assert (output[..., hidden] == 0).all() and (input.grad[..., hidden] == 0).all()
+
+
+def test_right_of_the_causal_limit_are_zeros_beside_a_nan(kernel_backend, device):
+    check_zeros_right_of_the_causal_limit_beside_a_nan((2, 9, 12), device)
+
+
+def test_right_of_the_causal_limit_are_zeros_beside_a_nan_in_chunks(narrow_chunks, device):
+    check_zeros_right_of_the_causal_limit_beside_a_nan((1, 19, 24), device)
 
 
 MASK_SHAPES = [(2, 3, 9, 17), (9, 17), (17,), (1, 17), (2, 1, 1, 17), (2, 1, 9, 1), (1, 3, 1, 17), (1,), ()]
