@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
@@ -298,12 +299,15 @@ def _planned(
 ) -> tuple[list[list[_Place]], list[Skipped]]:
     """(the layers to quantise, each by its places; those left alone)"""
     holders = _holders(model)
+    in_ddp = {m for ddp in model.modules() if isinstance(ddp, DistributedDataParallel) for m in ddp.modules()}
     planned, skipped = [], []
     for held in places:
         module, name = held[0].module(), held[0].name
         if not _looks_linear(module):
             continue
         reason = _skip_named(held, skip) or _obstacle(held, module, holders)
+        if reason is None and module in in_ddp:
+            reason = "DistributedDataParallel waits for its weight's gradient: quantise first, wrap then"
         if reason is None and filter is not None and not filter(name, module):
             reason = "filter returned False"
         if reason is None:

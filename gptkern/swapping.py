@@ -110,13 +110,13 @@ def unswap(model: torch.nn.Module) -> torch.nn.Module:
         raise TypeError(f"unswap: model is a {type(model).__name__}; it needs a torch.nn.Module")
     swapped = [(name, module) for name, module in model.named_modules() if _ORIGINAL in module.__dict__]
     for name, module in swapped:
-        if not _is_replacement(type(module), module.__dict__[_ORIGINAL]):
+        if not _is_replacement(_bare(type(module)), module.__dict__[_ORIGINAL]):
             raise RuntimeError(
                 f"unswap: {name or '(model)'} became a {type(module).__name__} after it was swapped (a "
                 "parametrisation, say); undo that first. The model is unchanged"
             )
     for _, module in swapped:
-        module.__class__ = module.__dict__.pop(_ORIGINAL)
+        module.__class__ = _in_place_of(type(module), module.__dict__.pop(_ORIGINAL))
     for module in model.modules():
         for attribute, config in module.__dict__.pop(_CONFIGS, {}).items():
             # Another config that was put there since stays.
@@ -179,8 +179,8 @@ class _Plan:
 
     def decide(self, name: str, module: torch.nn.Module) -> None:
         """Adds the module to the report, and its class and config to what is to change."""
-        original = _original_class(module)
-        if original is not type(module) and not _is_replacement(type(module), original):
+        original, current = _original_class(module), _bare(type(module))
+        if original is not current and not _is_replacement(current, original):
             self.skip(name, type(module), "its class was changed after it was swapped")
             return
         by_name, refused = self.decide_attention(name, module, original)
@@ -190,7 +190,7 @@ class _Plan:
             shown = f"gptkern.nn.{twin.__name__}"
         else:
             # What an earlier call routed stays routed.
-            before = type(module).__dict__.get(_ROUTED, ())
+            before = current.__dict__.get(_ROUTED, ())
             asked_for = tuple(o for o in SWAPPABLE if o in self.operators or o in before)
             wanted = tuple(o for o in asked_for if o in _calls(original).operators and o not in refused)
             replacement = _routed(original, wanted) if wanted else None
@@ -200,7 +200,7 @@ class _Plan:
         if wanted and "forward" in module.__dict__:
             self.skip(name, original, "a forward was set on the instance itself")
         elif wanted:
-            if type(module) is not replacement:
+            if current is not replacement:
                 self.classes.append((module, replacement))
             wanted = tuple(o for o in SWAPPABLE if o in wanted or o in by_name)
             shown = f'{shown}, attn_implementation="gptkern"' if by_name else shown
@@ -237,15 +237,15 @@ class _Plan:
 
     def carry_out(self) -> None:
         for module, replacement in self.classes:
-            module.__dict__.setdefault(_ORIGINAL, type(module))
-            module.__class__ = replacement
+            module.__dict__.setdefault(_ORIGINAL, _bare(type(module)))
+            module.__class__ = _in_place_of(type(module), replacement)
         for module, attribute, config in self.attention.changes() if self.attention else ():
             module.__dict__.setdefault(_CONFIGS, {})[attribute] = config
             module.__dict__[attribute] = config.current
 
 
 def _original_class(module: torch.nn.Module) -> type:
-    return module.__dict__.get(_ORIGINAL, type(module))
+    return module.__dict__.get(_ORIGINAL, _bare(type(module)))
 
 
 def _reason_to_skip(cls: type, operators: tuple[str, ...]) -> str | None:
@@ -264,6 +264,36 @@ def _reason_to_skip(cls: type, operators: tuple[str, ...]) -> str | None:
 def _is_replacement(cls: type, original: type) -> bool:
     """Whether `cls` is what a swap makes of `original`."""
     return cls is _MODULE_TWINS.get(original, (None,))[0] or (_ROUTED in cls.__dict__ and cls.__base__ is original)
+
+
+# --- fully_shard, where it is in use ----------------------------------------------------------------------------------
+
+# (FSDPModule, a class) -> the class of both, which fully_shard made, or `_in_place_of`.
+_sharded: dict[tuple[type, ...], type] = {}
+
+
+def _bare(cls: type) -> type:
+    """The class that a module had before torch.distributed.fsdp.fully_shard made one of FSDPModule and it.
+
+    That is the one to swap: the other has no code of its own.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or len(cls.__bases__) != 2 or not issubclass(cls.__bases__[0], fsdp.FSDPModule):
+        return cls
+    _sharded.setdefault(cls.__bases__, cls)
+    return cls.__bases__[1]
+
+
+def _in_place_of(cls: type, replacement: type) -> type:
+    """`replacement`; where fully_shard has made `cls`, what it would make of `replacement`."""
+    if _bare(cls) is cls:
+        return replacement
+    bases = cls.__bases__[0], replacement
+    if bases not in _sharded:
+        # its __deepcopy__, which says that there is none
+        own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+        _sharded[bases] = type(cls.__name__, bases, own)
+    return _sharded[bases]
 
 
 # --- transformers, where it is in use ---------------------------------------------------------------------------------

@@ -1,0 +1,486 @@
+"""What people put around a model, around a swapped one: compilers, checkpointing, autocast, copies, casts, threads."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import distributed_training
+import pytest
+import torch
+import torch.distributed as dist
+from model_zoo import CASES, PARAMETERS
+from test_models import batch, built, calls_in, compare, results, structure
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import gptkern
+from gptkern import dispatch
+
+PREVALENT = ("gpt", "gpt2", "llama")
+prevalent = pytest.mark.parametrize("case", [p for p in PARAMETERS if p.id in PREVALENT])
+gpt = next(case for case in CASES if case.name == "gpt")
+
+
+def pair(case):
+    """(stock, swapped) with the same weights, in training mode."""
+    stock = built(case)
+    swapped = copy.deepcopy(stock)
+    gptkern.swap(swapped)
+    return stock, swapped
+
+
+def gradients_of(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+# --- torch.compile ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@prevalent
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_a_swapped_model_is_one_graph(case):
+    _, model = pair(case)
+    ids, targets, _ = batch()
+    expected = results(case, model, ids, targets, None)
+    explained = torch._dynamo.explain(case.run)(model, ids, targets)
+    assert (explained.graph_break_count, explained.graph_count) == (0, 1), explained.break_reasons
+    torch.compiler.reset()
+    compiled = case._replace(run=torch.compile(case.run, fullgraph=True, backend="aot_eager"))
+    compare(compiled._replace(exact=False), results(compiled, model, ids, targets, None), expected)
+
+
+def breaking(ids):
+    torch._dynamo.graph_break()
+    return ids
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_a_graph_break_would_be_counted():
+    _, model = pair(gpt)
+    model.embedding_dropout.register_forward_pre_hook(lambda module, args: breaking(*args))
+    ids, targets, _ = batch()
+    assert torch._dynamo.explain(gpt.run)(model, ids, targets).graph_break_count > 0
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_a_compiled_model_that_is_swapped_later_is_compiled_again(monkeypatch):
+    """And one that is swapped back: the graph that was kept is that of another class."""
+    ids, targets, _ = batch()
+    model = built(gpt)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    expected = compiled(ids, targets)[1]
+    gptkern.swap(compiled)
+    assert calls_in(monkeypatch, lambda: torch.testing.assert_close(compiled(ids, targets)[1], expected)) > 0
+    gptkern.unswap(compiled)
+    assert calls_in(monkeypatch, lambda: torch.testing.assert_close(compiled(ids, targets)[1], expected)) == 0
+    assert len(graphs) >= 2
+
+
+# --- Activation checkpointing -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["saved tensor hooks", "reentrant"])
+@pytest.mark.parametrize("swap_first", [True, False], ids=["swap first", "checkpoint first"])
+def test_checkpointed_blocks(reentrant, swap_first, monkeypatch):
+    stock = built(gpt)
+    ids, targets, _ = batch()
+    expected = results(gpt, stock, ids, targets, None)
+    model = copy.deepcopy(stock)
+    if swap_first:
+        gptkern.swap(model)
+    for block in model.blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=reentrant)
+    if not swap_first:
+        gptkern.swap(model)
+    once = calls_in(monkeypatch, lambda: model(ids, targets))
+    twice = calls_in(monkeypatch, lambda: compare(gpt, results(gpt, model, ids, targets, None), expected))
+    # all but the last norm are computed again
+    assert (once, twice) == (7, 7 + 6)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["saved tensor hooks", "reentrant"])
+@pytest.mark.parametrize("swap_first", [True, False], ids=["swap first", "checkpoint first"])
+@pytest.mark.parametrize("case", [p for p in PARAMETERS if p.id in ("gpt2", "llama")])
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+def test_gradient_checkpointing_of_transformers(case, reentrant, swap_first, monkeypatch):
+    stock = built(case)
+    ids, targets, _ = batch()
+    expected = results(case, stock, ids, targets, None)
+    model = copy.deepcopy(stock)
+    if swap_first:
+        gptkern.swap(model)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if not swap_first:
+        gptkern.swap(model)
+    once = calls_in(monkeypatch, lambda: case.run(model, ids, targets))
+    twice = calls_in(monkeypatch, lambda: compare(case, results(case, model, ids, targets, None), expected))
+    assert once == sum(case.calls.values())
+    assert twice == once + once - 1, "all but the last norm are computed again"
+    gptkern.unswap(model)
+    compare(case, results(case, model, ids, targets, None), expected)
+
+
+# --- Autocast and casts -----------------------------------------------------------------------------------------------
+
+# Of bfloat16, half of its last place at 1; of float16 as well, which has three more digits.
+ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+# Roundings that may add up on the way through two layers.
+ROUNDINGS = 8
+
+
+def assert_close_in(dtype, actual, expected):
+    """Relative to the largest value: a few roundings apart."""
+    assert actual.dtype == expected.dtype
+    distance = (actual.double() - expected.double()).abs().max() / expected.double().abs().max()
+    assert distance <= ROUNDINGS * ROUNDING[dtype], f"{distance:.3g}"
+
+
+@prevalent
+def test_autocast(case):
+    stock, swapped = pair(case)
+    ids, targets, _ = batch()
+
+    def run(model):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, loss = case.run(model, ids, targets)
+        loss.backward()
+        return logits, loss, gradients_of(model)
+
+    (logits, loss, gradients), (stock_logits, stock_loss, stock_gradients) = run(swapped), run(stock)
+    assert logits.dtype == torch.bfloat16
+    assert_close_in(torch.bfloat16, logits, stock_logits)
+    assert_close_in(torch.bfloat16, loss, stock_loss)
+    assert gradients.keys() == stock_gradients.keys()
+    for name, gradient in gradients.items():
+        assert_close_in(torch.bfloat16, gradient, stock_gradients[name])
+
+
+CASTS = {
+    "half": lambda model: model.half(),
+    "bfloat16": lambda model: model.to(torch.bfloat16),
+    "to a device and a dtype": lambda model: model.to("cpu", torch.float16, non_blocking=True),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+@prevalent
+def test_a_cast_after_the_swap(case, cast):
+    stock, swapped = pair(case)
+    ids, _, _ = batch()
+    before = {name: type(module) for name, module in swapped.named_modules()}
+    stock, swapped = (CASTS[cast](model).eval() for model in (stock, swapped))
+    assert {name: type(module) for name, module in swapped.named_modules()} == before
+    with torch.no_grad():
+        logits, expected = (case.run(model, ids)[0] for model in (swapped, stock))
+    assert logits.dtype in ROUNDING
+    assert_close_in(logits.dtype, logits, expected)
+    gptkern.unswap(swapped)
+    with torch.no_grad():
+        assert torch.equal(case.run(swapped, ids)[0], expected)
+
+
+@prevalent
+def test_float64_after_the_swap(case):
+    stock, swapped = (model.double() for model in pair(case))
+    ids, targets, _ = batch()
+    # Llama's own norm is computed in float32 whatever the model is in.
+    case = case._replace(exact="rms_norm" not in case.calls)
+    compare(case, results(case, swapped, ids, targets, None), results(case, stock, ids, targets, None))
+
+
+def test_through_the_meta_device_and_back():
+    stock, swapped = pair(gpt)
+    state = copy.deepcopy(stock.state_dict())
+    swapped = swapped.to("meta").to_empty(device="cpu")
+    swapped.lm_head.weight = swapped.token_embedding.weight
+    swapped.load_state_dict(state)
+    ids, targets, _ = batch()
+    compare(gpt, results(gpt, swapped, ids, targets, None), results(gpt, stock, ids, targets, None))
+
+
+# --- Copies -----------------------------------------------------------------------------------------------------------
+
+
+def through_torch_save(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": through_torch_save,
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@prevalent
+def test_copies_are_swapped_and_of_their_own(case, how, monkeypatch):
+    stock, model = pair(case)
+    ids, targets, _ = batch()
+    expected = results(case, stock, ids, targets, None)
+    copied = COPIES[how](model)
+    calls = sum(case.calls.values())
+    assert calls_in(monkeypatch, lambda: compare(case, results(case, copied, ids, targets, None), expected)) == calls
+    assert {p.data_ptr() for p in copied.parameters()}.isdisjoint(p.data_ptr() for p in model.parameters())
+    # Neither's way back takes the other along.
+    gptkern.unswap(copied)
+    assert calls_in(monkeypatch, lambda: compare(case, results(case, copied, ids, targets, None), expected)) == 0
+    assert calls_in(monkeypatch, lambda: compare(case, results(case, model, ids, targets, None), expected)) == calls
+    assert {name: type(m) for name, m in copied.named_modules()} == {n: type(m) for n, m in stock.named_modules()}
+
+
+# --- Threads ----------------------------------------------------------------------------------------------------------
+
+STEPS = 8
+
+
+def in_threads(*actions):
+    """Runs the actions at once, and raises what any of them raised."""
+    start, errors = threading.Barrier(len(actions)), []
+
+    def run(action):
+        try:
+            start.wait()
+            action()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(action,)) for action in actions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def calls_in_this_thread(action):
+    with dispatch.choices_made() as choices:
+        action()
+    return len(choices)
+
+
+def swapping_and_back(case):
+    model = built(case)
+    before, calls = structure(model), sum(case.calls.values())
+    ids, _, _ = batch()
+    for _ in range(STEPS):
+        gptkern.swap(model)
+        assert calls_in_this_thread(lambda: case.run(model, ids)) == calls
+        gptkern.unswap(model)
+        assert calls_in_this_thread(lambda: case.run(model, ids)) == 0, "what others swapped is swapped here, too"
+    assert structure(model) == before
+
+
+@prevalent
+@pytest.mark.parametrize("shared", [False, True], ids=["two models", "one model"])
+def test_threads(case, shared):
+    """Two of them compute forward and backward, while a third swaps another model of the same classes to and fro."""
+    _, model = pair(case)
+    models = (model, model if shared else copy.deepcopy(model))
+    batches = [tuple(tensor.roll(shift, 1) for tensor in batch()[:2]) for shift in (0, 1)]
+
+    def step(model, ids, targets):
+        logits, loss = case.run(model, ids, targets)
+        # torch.autograd.grad: .grad of a model that is shared would be everybody's
+        return [logits, *torch.autograd.grad(loss, list(model.parameters()))]
+
+    expected = [step(model, *tensors) for model, tensors in zip(models, batches)]
+
+    def work(number):
+        for _ in range(STEPS):
+            for actual, wanted in zip(step(models[number], *batches[number]), expected[number]):
+                assert torch.equal(actual, wanted)
+
+    in_threads(lambda: work(0), lambda: work(1), lambda: swapping_and_back(case))
+
+
+def test_a_forced_backend_and_a_route_are_their_thread_s_alone(monkeypatch):
+    _, model = pair(gpt)
+    stock = built(gpt)
+    ids, _, _ = batch()
+    inside, checked = threading.Event(), threading.Event()
+    explain = functools.partial(gptkern.explain, torch.nn.functional.layer_norm, torch.zeros(2, 4), (4,))
+
+    def forces():
+        with gptkern.backend("torch"), gptkern.kernels():
+            assert explain().reason == "asked for by name"
+            inside.set()
+            assert checked.wait(60)
+
+    def does_not():
+        try:
+            assert inside.wait(60)
+            assert explain().reason == "the input is on the CPU"
+            assert calls_in(monkeypatch, lambda: stock(ids)) == 0
+            model(ids)
+        finally:
+            checked.set()
+
+    in_threads(forces, does_not)
+
+
+# --- Several processes ------------------------------------------------------------------------------------------------
+
+RANKS = 2
+# Sums of gradients in another order, in float32.
+AS_ONE_PROCESS = dict(rtol=1e-5, atol=1e-6)
+CALLS = sum(gpt.calls.values())
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    model, losses = distributed_training.new_trained()
+    return dict(model.named_parameters()), losses
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What rank 0 of two found in each way."""
+    folder = tmp_path_factory.mktemp("ranks")
+    path = os.pathsep.join([str(Path(gptkern.__file__).parents[1]), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, distributed_training.__file__]
+    ranks = [
+        subprocess.Popen(
+            [*program, str(rank), str(RANKS), str(folder)], stderr=subprocess.PIPE, text=True, env=environment
+        )
+        for rank in range(RANKS)
+    ]
+    try:
+        errors = [rank.communicate(timeout=200)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0] * RANKS, "\n".join(errors)
+    return torch.load(folder / "results.pt")
+
+
+@pytest.mark.parametrize("way", distributed_training.WAYS)
+def test_two_processes_train_as_one(way, two_processes, one_process):
+    parameters, losses = one_process
+    found = two_processes[way]
+    assert "error" not in found, found["error"]
+    assert losses[-1] < losses[0]
+    torch.testing.assert_close(found["losses"], losses, **AS_ONE_PROCESS)
+    assert found["parameters"].keys() == parameters.keys()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(found["parameters"][name], parameter, **AS_ONE_PROCESS)
+    swapped = "swap" in way and not way.endswith("unswap")
+    assert found["calls"] == (CALLS if swapped else 0)
+    if not swapped:
+        assert found["classes"] == two_processes["fsdp" if "fsdp" in way else "ddp"]["classes"]
+
+
+def test_one_process_fails_the_comparison_where_a_rank_is_left_out(one_process):
+    """The ranks' rows differ enough for the comparison to see whether gradients were averaged."""
+    ids, targets = (tensor.chunk(RANKS)[0] for tensor in distributed_training.data())
+    losses = distributed_training.train(distributed_training.new_model(), ids, targets)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(losses, one_process[1], **AS_ONE_PROCESS)
+
+
+# --- fully_shard and DistributedDataParallel change modules, or hold on to them ---------------------------------------
+
+
+@pytest.fixture
+def _alone():
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def attend(x):
+    return torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+
+class CallsAHelper(torch.nn.Module):
+    """Attention in a function of the model's own package, which the class of a sharded module is not in."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        return attend(self.mix(x).unsqueeze(1)).squeeze(1).clone()
+
+
+@pytest.mark.usefixtures("_alone")
+@pytest.mark.parametrize("build", [CallsAHelper, functools.partial(torch.nn.LayerNorm, 8)], ids=["routed", "twin"])
+def test_a_sharded_module_is_swapped_as_its_class_is(build, monkeypatch):
+    model, twin = build(), build()
+    fully_shard(model)
+    sharded = type(model)
+    x = torch.randn(2, 5, 8)
+    expected = model(x)
+    report = gptkern.swap(model)
+    gptkern.swap(twin)
+    assert [(entry.name, entry.original) for entry in report.replaced] == [("(model)", type(build()).__name__)]
+    assert type(model).__mro__ == (type(model), *sharded.__mro__[1:2], *type(twin).__mro__)
+    assert calls_in(monkeypatch, lambda: torch.testing.assert_close(model(x), expected)) == 1
+    with pytest.raises(AssertionError, match="FSDP does not support deepcopy"):
+        copy.deepcopy(model)
+    swapped = type(model)
+    assert gptkern.swap(model).replaced == report.replaced and type(model) is swapped
+    gptkern.unswap(model)
+    assert type(model) is sharded
+    assert calls_in(monkeypatch, lambda: torch.testing.assert_close(model(x), expected)) == 0
+
+
+@pytest.mark.usefixtures("_alone")
+def test_a_swapped_module_that_is_sharded_can_be_swapped_back():
+    model, other = CallsAHelper(), CallsAHelper()
+    gptkern.swap(model)
+    fully_shard(model)
+    with pytest.raises(AssertionError, match="deepcopy"):
+        copy.deepcopy(model)
+    gptkern.unswap(model)
+    assert [cls.__name__ for cls in type(model).__mro__[:3]] == ["FSDPCallsAHelper", "FSDPModule", "CallsAHelper"]
+    with pytest.raises(AssertionError, match="deepcopy"):
+        copy.deepcopy(model)
+    fully_shard(other)
+    assert type(other).__mro__[1:] == type(model).__mro__[1:]
+
+
+@pytest.mark.usefixtures("_alone")
+def test_quantize_leaves_alone_what_is_wrapped():
+    wrapped = DistributedDataParallel(built(gpt))
+    report = gptkern.quantize(wrapped)
+    assert report.quantized == [] and len(report.skipped) == 9
+    assert {s.reason.partition(" ")[0] for s in report.skipped} == {"DistributedDataParallel", "skip"}
+    report = gptkern.quantize(fully_shard(built(gpt)))
+    assert report.quantized == [] and {s.reason for s in report.skipped} == {
+        "its weight is a DTensor", "skip names 'lm_head'"
+    }  # fmt: skip
+    quantised = built(gpt)
+    gptkern.quantize(quantised)
+    wrapped = DistributedDataParallel(quantised)
+    ids, targets, _ = batch()
+    for _ in range(2):
+        wrapped(ids, targets)[1].backward()
