@@ -213,7 +213,7 @@ def test_the_report_is_logged(caplog):
         (["blocks.0"], 4),  # what holds layers
         (["attention"], 4),
         (("0",), 4),
-        ((name for name in ["blocks"]), 0),  # anything that can be iterated over
+        (frozenset(["blocks"]), 0),  # anything that can be iterated over
     ],
     ids=str,
 )
