@@ -38,6 +38,8 @@ PYBIND11_MODULE(GPTKERN_MODULE, module) {
     module.def("int8_linear_backward", &gptkern::int8_linear_backward);
     module.def("layer_norm_forward", &gptkern::layer_norm_forward);
     module.def("layer_norm_backward", &gptkern::layer_norm_backward);
+    module.def("rms_norm_forward", &gptkern::rms_norm_forward);
+    module.def("rms_norm_backward", &gptkern::rms_norm_backward);
     module.def("attention_forward", &gptkern::attention_forward);
 #ifdef GPTKERN_EMULATED
     gptkern::emulator::bind(module);

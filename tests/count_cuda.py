@@ -235,6 +235,8 @@ def int8_linear(rows, inputs, outputs, mode, dtype=BF16, activation=None) -> Cas
 
 # Of a row that neither registers nor shared memory hold the rest is read twice.
 WIDE_SOFTMAX = 1.45
+# Of a row that registers do not hold, shared memory keeps a part; the rest is read twice, and dweight has a kernel.
+WIDE_RMS_NORM = 2.1
 # There the backward has a kernel for ds and one for the parameters' gradients besides.
 WIDE_LAYER_NORM = 2.2
 
@@ -242,6 +244,8 @@ CASES = [
     layer_norm(64, 768), layer_norm(64, 1024), layer_norm(16, 4096), layer_norm(8, 12288),
     layer_norm(2, 65536, limit=WIDE_LAYER_NORM),
     layer_norm(64, 1024, F32), layer_norm(16, 1600, F16), layer_norm(32, 1024, residual=True), layer_norm(33, 200),
+    rms_norm(64, 128), rms_norm(64, 1024), rms_norm(16, 4096), rms_norm(4, 16384),
+    rms_norm(2, 65536, limit=WIDE_RMS_NORM), rms_norm(64, 1024, F32), rms_norm(33, 200, F16),
     softmax(64, 1024), softmax(16, 4096), softmax(2, 65536, limit=WIDE_SOFTMAX), softmax(64, 1024, dtype=F32),
     softmax(33, 200), softmax(2, 256, 256, causal=True), softmax(2, 64, 512, mask=True), softmax(2, 64, 256, dim=1),
     attention(1, 1, 1024, 64, causal=True), attention(1, 1, 1024, 64), attention(1, 1, 512, 128, causal=True),

@@ -164,6 +164,21 @@ MUTATIONS = [
         Case("layer_norm", "tail", dtype=torch.float32),
     ),
     Mutation(
+        "the mean square is divided by width - 1", "rms_norm", "float rstd_of(",
+        "squares / float(width)", "squares / float(width - 1)",
+        Case("rms_norm", "tail", dtype=torch.float32),
+    ),
+    Mutation(
+        "warps read one another's sums without a barrier", "rms_norm", "float group_sum(float value, int lanes",
+        "__syncthreads();", "",
+        Case("rms_norm", "wide", dtype=torch.float32, refused="a race in shared memory: nothing orders the"),
+    ),
+    Mutation(
+        "the last of the partial sums are left out", "rms_norm", "rms_norm_reduce_kernel(",
+        "row < partials", "row < partials - 1",
+        Case("rms_norm", "Llama", "grad weight"),
+    ),
+    Mutation(
         "the running sum is not rescaled", "softmax", "void rescale(float larger)",
         "total *= exp_of(m - finite(larger));", "",
         Case("softmax", "wide first dimension", dtype=torch.float32),

@@ -37,8 +37,6 @@ def test_the_launchers_in_plain_pytorch_pass(operator):
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_the_kernels_pass(operator, device, kernel_backend):
-    if (operator, kernel_backend) == ("rms_norm", "cuda"):
-        pytest.skip("rms_norm has no CUDA kernels yet")
     results = list(
         checking.run([operator], device=device, backends=[kernel_backend], sizes=["small"], dtypes=[BFLOAT16])
     )

@@ -32,7 +32,7 @@ def find(operator: str, shape: str) -> int:
     return next(i for i, case in enumerate(CASES) if case.operator == operator and case.shape == shape)
 
 
-@pytest.mark.parametrize("index", cases("layer_norm", "softmax", "int8_linear"))
+@pytest.mark.parametrize("index", cases("layer_norm", "rms_norm", "softmax", "int8_linear"))
 def test_no_more_bytes_than_needed(index):
     for record in counted(index):
         if record.large_least:
@@ -40,7 +40,7 @@ def test_no_more_bytes_than_needed(index):
             assert 0.999 <= record.bytes_ratio <= CASES[index].limit, record.launcher
 
 
-@pytest.mark.parametrize("index", cases("layer_norm", "softmax"))
+@pytest.mark.parametrize("index", cases("layer_norm", "rms_norm", "softmax"))
 def test_full_requests(index):
     """Sixteen bytes a lane, side by side: where rows are long enough, a request moves 16 sectors of 32 bytes."""
     for record in counted(index):
@@ -54,7 +54,7 @@ def test_no_bank_conflicts(index):
     for record in counted(index):
         # What a main loop does: copies into shared memory, and operands from it.
         assert record.conflicts("ldmatrix", "async_store") == 0, record.launcher
-        if CASES[index].operator in ("layer_norm", "softmax"):
+        if CASES[index].operator in ("layer_norm", "rms_norm", "softmax"):
             assert record.conflicts() == 0, record.launcher
         else:
             least = sum(record.total(kind, "least") for kind in count_cuda.SHARED)

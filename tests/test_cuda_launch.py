@@ -33,7 +33,7 @@ MAP_NORESERVE = 0x4000
 @pytest.fixture
 def cuda(request):
     """The cuda backend, inside of its tensors' bounds; the test's name ends with its operator's."""
-    operator = re.search(r"layer_norm|softmax|attention|int8_linear", request.node.name)[0]
+    operator = re.search(r"layer_norm|rms_norm|softmax|attention|int8_linear", request.node.name)[0]
     with _forced("cuda", f"test_{operator}.py::{request.node.name}"):
         yield
 
@@ -83,6 +83,17 @@ def test_rows_far_apart_layer_norm(cuda, dtype, stride):
     near = x.contiguous()
     weight, bias = torch.randn(2, 264).to(dtype).unbind()
     results = [(G.layer_norm(leaf, (264,), weight, bias), leaf) for leaf in (x.requires_grad_(), near.requires_grad_())]
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(*(gradients(result, leaf)[0] for result, leaf in results))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("stride", [LARGE, 2**32 + 24])
+def test_rows_far_apart_rms_norm(cuda, dtype, stride):
+    x = spread((3, 264), (stride, 1), dtype)
+    near = x.contiguous()
+    weight = torch.randn(264).to(dtype)
+    results = [(G.rms_norm(leaf, (264,), weight), leaf) for leaf in (x.requires_grad_(), near.requires_grad_())]
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(*(gradients(result, leaf)[0] for result, leaf in results))
 

@@ -29,6 +29,7 @@ FROM_SHARED = ("LDSM.16",)
 # (kernels, by a regular expression on the name; what their code has to hold, any of each group)
 EXPECTED = [
     (r"layer_norm_(forward|backward)_kernel\b", [WIDE_LOAD]),
+    (r"rms_norm_(forward|backward)\w*_kernel\b", [WIDE_LOAD]),
     (r"softmax_\w+_kernel\b", [WIDE_LOAD]),
     (r"attention_forward\w*\b", [PRODUCT_16, FROM_SHARED, WIDE_COPY]),
     (r"attention_backward_(key_value|query)\w*\b", [PRODUCT_16, FROM_SHARED, WIDE_COPY]),

@@ -22,6 +22,7 @@ from gptkern import dispatch
 PAIRS = {
     "attention": (F.scaled_dot_product_attention, G.scaled_dot_product_attention),
     "layer_norm": (F.layer_norm, G.layer_norm),
+    "rms_norm": (F.rms_norm, G.rms_norm),
     "softmax": (F.softmax, G.softmax),
 }
 

@@ -14,7 +14,7 @@ from checking import Watched, assert_compiles, raised_by
 from checking import check as check_against
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from layouts import LAYOUTS, guarded
+from layouts import LAYOUTS, every_other_row, guarded, strided_rows
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gptkern
@@ -33,12 +33,6 @@ PROPERTY = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     phases=[Phase.explicit, Phase.generate],
 )
-
-
-@pytest.fixture(autouse=True)
-def _written(request):
-    if hasattr(request.node, "callspec") and "cuda" in request.node.callspec.params.values():
-        pytest.skip("rms_norm has no CUDA kernels yet")
 
 
 # --- How a call is judged -------------------------------------------------------------------------------------------
@@ -104,14 +98,14 @@ def test_float64_is_left_to_pytorch(kernel_backend, device):
 def test_a_row_of_40000(backend, device):
     # beyond what registers hold, forward and backward
     interpreted = device == "cpu" and backend == "triton"
-    check(tensors_of(1, 40_000, torch.float16, device), need=(True, not interpreted))
+    for dtype in (torch.float16, torch.float32):
+        check(tensors_of(1, 40_000, dtype, device), need=(True, not interpreted))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_row_of_262144(backend, device, dtype):
+def test_a_row_of_262144(backend, device):
     # Interpreted, the weight's gradient takes a minute at this width.
     interpreted = device == "cpu" and backend == "triton"
-    check(tensors_of(1, 262_144, dtype, device), need=(True, not interpreted))
+    check(tensors_of(1, 262_144, torch.bfloat16, device), need=(True, not interpreted))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -167,6 +161,36 @@ def test_wide_row_variant_at_small_widths(triton_backend, device, monkeypatch, d
     if rows < 10:  # interpreted, a row costs as much here as everything else of a test
         check(tensors_of(rows, width, dtype, device, weight=False))
         check(tensors_of(rows, width, dtype, device), need=(False, True))
+
+
+# Where the CUDA kernels change from one variant to another, by vectors of 16 bytes: threads a row, vectors a thread,
+# what registers hold and what shared memory does. With rows that begin aligned (False), and one element less (True).
+CUDA_VECTORS = [1, 2, 5, 31, 32, 33, 65, 129, 257, 1024, 1025, 2049, 3073, 4097, 6145]
+
+
+@pytest.mark.parametrize("odd", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("vectors", CUDA_VECTORS)
+def test_cuda_variants(cuda_backend, device, dtype, vectors, odd):
+    width = vectors * 16 // dtype.itemsize - odd
+    rows = max(2, min(19, 2000 // vectors))
+    check(tensors_of(rows, width, dtype, device))
+
+
+@pytest.mark.parametrize("width", [65, 1000, 1040, 4099])
+def test_cuda_weight_gradient_alone(cuda_backend, device, width):
+    # Without dx blocks share the columns too.
+    check(tensors_of(37, width, torch.bfloat16, device), need=(False, True))
+
+
+# As many rows as blocks of the CUDA kernels need to have several each.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("rows", "width"), [(700, 8), (700, 9), (150, 264), (150, 261), (60, 776), (60, 1031)])
+def test_cuda_groups_walk_rows(cuda_backend, device, dtype, rows, width):
+    input, weight = tensors_of(rows, width, dtype, device)
+    check((input, weight))
+    # no tensor is aligned as the other one
+    check((strided_rows(input), weight), grad=every_other_row(torch.randn(rows, width, device=device).to(dtype)))
 
 
 @settings(PROPERTY, max_examples=12)
