@@ -50,6 +50,11 @@ def rms_norm():
     return G.rms_norm(tensor(4, 64), (64,), tensor(64))
 
 
+def rotary():
+    angles = torch.randn(4, 32)
+    return G.rotary_embedding(tensor(1, 2, 4, 64), angles.cos(), angles.sin())
+
+
 def softmax():
     return G.softmax(tensor(4, 64), -1)
 
@@ -66,6 +71,7 @@ def int8_linear(rows: int):
 CALLS: dict[str, tuple[str, Callable[[], torch.Tensor]]] = {
     "layer_norm": ("layer_norm", layer_norm),
     "rms_norm": ("rms_norm", rms_norm),
+    "rotary": ("rotary", rotary),
     "softmax": ("softmax", softmax),
     "attention": ("attention", attention),
     "int8_linear, w8a8": ("int8_linear", lambda: int8_linear(128)),

@@ -58,7 +58,7 @@ SANITIZED_CASES = 2
 WORKER_GIBIBYTES, MOST_WORKERS = 4, 12
 
 # The tests of kernels come first, in case that the time does not suffice for all.
-KERNEL_TESTS = ("layer_norm", "rms_norm", "softmax", "int8_linear", "attention", "check")
+KERNEL_TESTS = ("layer_norm", "rms_norm", "rotary", "softmax", "int8_linear", "attention", "check")
 # What a GPU changes nothing about: compiling ahead of time, the interpreter, packaging, what runs on the CPU alone.
 NOT_FOR_A_GPU = ("build", "compiled_kernels", "bounds", "package", "gpu_script", "demo", "gpt")
 TESTS_NEED = ("pytest", "hypothesis")

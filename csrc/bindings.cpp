@@ -31,6 +31,7 @@ PYBIND11_MODULE(GPTKERN_MODULE, module) {
     module.attr("architectures") = GPTKERN_ARCHITECTURES;
     module.attr("compiler") = GPTKERN_COMPILER;
     module.def("attention_backward", &gptkern::attention_backward);
+    module.def("rotary", &gptkern::rotary);
     module.def("softmax_forward", &gptkern::softmax_forward);
     module.def("softmax_backward", &gptkern::softmax_backward);
     module.def("quantize_int8", &gptkern::quantize_int8);

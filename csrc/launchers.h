@@ -18,6 +18,13 @@ T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
+// --- rotary: x, y (batch, heads, length, head_dim), y's last dimension contiguous ---------------------------------------
+// cos, sin, of one shape and dtype: (length, width) or (batch or 1, length, width), width being rotary_dim / 2 or
+// rotary_dim. inverse: by the negative angle.
+
+Unreadable rotary(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& y, int64_t rotary_dim,
+                  bool interleaved, bool inverse, int multiprocessors, Address stream);
+
 // --- softmax: x, dy (…), any strides; y, dx (…), contiguous -------------------------------------------------------------
 // mask: none, or one that broadcasts to x, of any of the dtypes or bool. Rows wider than one_pass_limit are walked twice:
 // tests alone set it.

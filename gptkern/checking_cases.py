@@ -222,6 +222,69 @@ def _rms_norm_cases(size: str) -> Iterator[Case]:
             yield Case("rms_norm", shape_class, f"{rows}x{width}", dtype, build)
 
 
+# --- rotary -----------------------------------------------------------------------------------------------------------
+
+ROTARY_BASE = 10_000.0
+
+
+def _rotary(batch, heads, length, head_dim, rotary_dim, interleaved, has_batch, dtype, generator) -> Problem:
+    # The first third of a packed (batch, length, 3, heads, head_dim): read in place.
+    packed = _normal(generator, batch, length, 3, heads, head_dim, dtype=dtype)
+    input = packed[:, :, 0].transpose(1, 2)
+    half, device = rotary_dim // 2, generator.device
+    pair = torch.arange(half, device=device)
+    # Each sequence of a batch at a position of its own.
+    first = 100 * torch.arange(batch if has_batch else 1, device=device)
+    position = first[:, None] + torch.arange(length, device=device)
+    # angle = position * base^(-2 i / rotary_dim), (batch or 1, length, half)
+    angles = position[:, :, None] * ROTARY_BASE ** (-2.0 * pair / max(rotary_dim, 1))
+    cos, sin = angles.cos().float(), angles.sin().float()
+    if not has_batch:
+        cos, sin = cos[0], sin[0]
+
+    def twin(input):
+        return functional.rotary_embedding(input, cos, sin, interleaved=interleaved, rotary_dim=rotary_dim)
+
+    def launch(input):
+        return autograd.RotaryFunction.apply(input, cos, sin, rotary_dim, interleaved, "torch")
+
+    def reference(input):
+        a = 2 * pair if interleaved else pair
+        b = a + 1 if interleaved else a + half
+        # (batch or 1, 1, length, half)
+        c, s = (tensor.to(input.dtype).view(-1, 1, length, half) for tensor in (cos, sin))
+        x_a, x_b = input[..., a], input[..., b]
+        # (y_a, y_b) = the rotation by the angle of (x_a, x_b); the others stay
+        return input.index_copy(-1, a, x_a * c - x_b * s).index_copy(-1, b, x_a * s + x_b * c)
+
+    return Problem(dict(input=input), twin, reference, launch)
+
+
+def _rotary_cases(size: str) -> Iterator[Case]:
+    shapes = {
+        # (batch, heads, length, head_dim, rotary_dim, interleaved, whether the batch has angles of its own, dtypes)
+        "small": {
+            "half-split, tails": (2, 5, 37, 64, 64, False, False, FOUR),
+            "interleaved, tails": (2, 3, 37, 64, 64, True, True, THREE),
+            "partial": (1, 3, 9, 80, 32, False, True, THREE),
+            "partial, interleaved": (1, 3, 9, 48, 16, True, False, THREE),
+            "any head_dim": (2, 2, 5, 25, 14, False, False, THREE),
+        },
+        "realistic": {
+            "Llama 3 8B": (2, 32, 2048, 128, 128, False, False, THREE),
+            "GPT-J": (2, 16, 1023, 256, 64, True, True, THREE),
+            "GPT-NeoX 20B": (1, 64, 1001, 96, 24, False, True, FOUR),
+            "Phi-2": (1, 32, 1001, 80, 32, False, False, THREE),
+            "generation": (8, 32, 1, 128, 128, False, True, THREE),
+        },
+    }[size]
+    for shape_class, (*sizes, has_batch, dtypes) in shapes.items():
+        batch, heads, length, head_dim, rotary_dim, _ = sizes
+        shape = f"{batch}x{heads}x{length}x{head_dim}" + (f"/{rotary_dim}" if rotary_dim != head_dim else "")
+        for dtype in dtypes:
+            yield Case("rotary", shape_class, shape, dtype, _bound(_rotary, *sizes, has_batch))
+
+
 # --- softmax ----------------------------------------------------------------------------------------------------------
 
 
@@ -391,6 +454,7 @@ _BY_OPERATOR = {
     "attention": _attention_cases,
     "layer_norm": _layer_norm_cases,
     "rms_norm": _rms_norm_cases,
+    "rotary": _rotary_cases,
     "softmax": _softmax_cases,
     "int8_linear": _int8_linear_cases,
     "quantize_int8": _quantize_int8_cases,
@@ -401,6 +465,7 @@ BUILDERS: dict[str, Callable[..., Problem]] = {
     "attention": _attention,
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
+    "rotary": _rotary,
     "softmax": _softmax,
     "int8_linear": _int8_linear,
     "quantize_int8": _quantize_int8,

@@ -38,7 +38,7 @@ from gptkern.tables import backends as preferred
 from gptkern.tables import configurations, shape_classes, user
 
 BACKENDS = preferred.NAMES
-OPERATORS = ("attention", "layer_norm", "rms_norm", "softmax", "int8_linear")
+OPERATORS = ("attention", "layer_norm", "rms_norm", "rotary", "softmax", "int8_linear")
 
 # PyTorch's function -> its twin in gptkern.functional. Filled by `twin_of`.
 TWINS: dict[Callable, Callable] = {}

@@ -7,6 +7,15 @@ from gptkern.ops.attention import scaled_dot_product_attention
 from gptkern.ops.int8_linear import int8_linear, quantize_int8
 from gptkern.ops.layer_norm import layer_norm
 from gptkern.ops.rms_norm import rms_norm
+from gptkern.ops.rotary import rotary_embedding
 from gptkern.ops.softmax import softmax
 
-__all__ = ["int8_linear", "layer_norm", "quantize_int8", "rms_norm", "scaled_dot_product_attention", "softmax"]
+__all__ = [
+    "int8_linear",
+    "layer_norm",
+    "quantize_int8",
+    "rms_norm",
+    "rotary_embedding",
+    "scaled_dot_product_attention",
+    "softmax",
+]

@@ -181,6 +181,24 @@ def rms_norm(rows: int, width: int, dtype=BF16, limit=1.05) -> Case:
     return Case("rms_norm", f"{rows}×{width} {name_of(dtype)}", call, large=rows * width, limit=limit)
 
 
+def rotary(batch, heads, length, head_dim, rotary_dim=None, *, interleaved=False, packed=True, dtype=BF16) -> Case:
+    rotary_dim = rotary_dim or head_dim
+
+    def call():
+        # (batch, length, heads, head_dim) in memory, alone or as the first third of a packed projection.
+        if packed:
+            input = tensor(batch, length, 3, heads, head_dim, dtype=dtype)[:, :, 0].transpose(1, 2)
+        else:
+            input = tensor(batch, heads, length, head_dim, dtype=dtype)
+        cos, sin = (tensor(length, rotary_dim // 2, dtype=F32, gradient=False) for _ in range(2))
+        return G.rotary_embedding(input, cos, sin, interleaved=interleaved, rotary_dim=rotary_dim)
+
+    turned = f" ({rotary_dim})" if rotary_dim != head_dim else ""
+    words = [name_of(dtype), "interleaved" if interleaved else "half-split", *(["packed"] if packed else [])]
+    shape = f"{batch}×{heads}×{length}×{head_dim}{turned} {', '.join(words)}"
+    return Case("rotary", shape, call, large=batch * heads * length * head_dim)
+
+
 def softmax(*shape: int, dtype=BF16, dim: int = -1, causal: bool = False, mask: bool = False, limit=1.05) -> Case:
     def call():
         more = {"mask": torch.rand(shape[-2:]) < 0.9} if mask else {}
@@ -246,6 +264,9 @@ CASES = [
     layer_norm(64, 1024, F32), layer_norm(16, 1600, F16), layer_norm(32, 1024, residual=True), layer_norm(33, 200),
     rms_norm(64, 128), rms_norm(64, 1024), rms_norm(16, 4096), rms_norm(4, 16384),
     rms_norm(2, 65536, limit=WIDE_RMS_NORM), rms_norm(64, 1024, F32), rms_norm(33, 200, F16),
+    rotary(2, 12, 64, 64), rotary(1, 9, 40, 128, packed=False), rotary(1, 8, 32, 128, interleaved=True),
+    rotary(1, 4, 32, 256, 64, interleaved=True), rotary(1, 4, 64, 96, 24), rotary(1, 4, 32, 64, dtype=F32),
+    rotary(1, 32, 1, 128, dtype=F16),
     softmax(64, 1024), softmax(16, 4096), softmax(2, 65536, limit=WIDE_SOFTMAX), softmax(64, 1024, dtype=F32),
     softmax(33, 200), softmax(2, 256, 256, causal=True), softmax(2, 64, 512, mask=True), softmax(2, 64, 256, dim=1),
     attention(1, 1, 1024, 64, causal=True), attention(1, 1, 1024, 64), attention(1, 1, 512, 128, causal=True),

@@ -181,9 +181,9 @@ def _kernels(path: Path) -> Iterator[Kernel]:
         if architecture not in ARCHITECTURES:
             continue
         registers, stack, shared, local = usage[architecture, function]
-        # From sm_90 on the report has what the system takes of each block as well.
+        # From sm_90 on the report has what the system takes of each block as well, where a block has any of its own.
         if architecture not in ("sm_80", "sm_86", "sm_89"):
-            shared -= MULTIPROCESSOR[architecture].reserved
+            shared = max(shared - MULTIPROCESSOR[architecture].reserved, 0)
         yield Kernel(names[function], architecture, registers, stack + local, shared, dict(counter))
 
 
@@ -229,7 +229,8 @@ def occupancy(kernel: Kernel, threads: int, dynamic_bytes: int) -> int:
     registers = -(-kernel.registers * 32 // 256) * 256
     by_registers = limits.registers // limits.quarters // registers * limits.quarters // warps
     shared = -(-(kernel.shared + dynamic_bytes + limits.reserved) // 128) * 128
-    return min(by_registers, limits.shared_bytes // shared, limits.warps // warps, limits.blocks)
+    by_shared = limits.shared_bytes // shared if shared else limits.blocks
+    return min(by_registers, by_shared, limits.warps // warps, limits.blocks)
 
 
 # --- The table --------------------------------------------------------------------------------------------------------

@@ -37,6 +37,19 @@ def rms_norm():
         yield G.rms_norm(tensor(rows, width, dtype=dtype), (width,), tensor(width, dtype=dtype))
 
 
+def rotary():
+    for heads, length, head_dim, rotary_dim, interleaved, dtype in [
+        (2, 40, 64, 64, False, torch.bfloat16),
+        (9, 3, 80, 32, True, torch.float16),
+        (3, 5, 25, 14, False, torch.float16),
+        (3, 5, 25, 14, True, torch.float32),
+        (1, 3, 20, 10, False, torch.bfloat16),
+    ]:
+        angles = torch.randn(length, rotary_dim // 2)
+        input = tensor(2, length, heads, head_dim, dtype=dtype).transpose(1, 2)
+        yield G.rotary_embedding(input, angles.cos(), angles.sin(), interleaved=interleaved, rotary_dim=rotary_dim)
+
+
 def softmax():
     for rows, width, dtype in [(5, 41, torch.float32), (3, 1001, torch.bfloat16), (2, 9000, torch.float16)]:
         yield G.softmax(tensor(rows, width, dtype=dtype), -1)
@@ -63,7 +76,9 @@ def int8_linear():
         )
 
 
-OPERATORS = {function.__name__: function for function in (layer_norm, rms_norm, softmax, attention, int8_linear)}
+OPERATORS = {
+    function.__name__: function for function in (layer_norm, rms_norm, rotary, softmax, attention, int8_linear)
+}
 
 
 def run_operators(names: list[str]) -> None:

@@ -179,6 +179,31 @@ MUTATIONS = [
         Case("rms_norm", "Llama", "grad weight"),
     ),
     Mutation(
+        "the backward turns as the forward does", "rotary", "void launch(const Tensor& x,",
+        ".sign = options.inverse ? -1.0f : 1.0f", ".sign = 1.0f",
+        Case("rotary", "partial", "grad input"),
+    ),
+    Mutation(
+        "the second half is read one element late", "rotary", "    rotary_kernel(const T* x,",
+        "(source + call.gap))", "(source + call.gap + 1))",
+        Case("rotary", "any head_dim"),
+    ),
+    Mutation(
+        "slots beyond the last position are turned too", "rotary", "    rotary_kernel(const T* x,",
+        "if (index >= call.length * call.slots) return;", "",
+        Case("rotary", "half-split, tails", refused=OUTSIDE),
+    ),
+    Mutation(
+        "the angle is the head's, not the position's", "rotary", "    rotary_kernel(const T* x,",
+        "load_angles(cos, batch, row,", "load_angles(cos, batch, first,",
+        Case("rotary", "half-split, tails"),
+    ),
+    Mutation(
+        "what passes through is not written", "rotary", "    rotary_kernel(const T* x,",
+        "if (slot >= call.turned) {", "if (slot >= call.turned) { return;",
+        Case("rotary", "partial, interleaved"),
+    ),
+    Mutation(
         "the running sum is not rescaled", "softmax", "void rescale(float larger)",
         "total *= exp_of(m - finite(larger));", "",
         Case("softmax", "wide first dimension", dtype=torch.float32),

@@ -78,6 +78,37 @@ MUTATIONS = [
         "Llama", "grad weight",
     ),
     Mutation(
+        "the angle has the wrong sign", "rotary", "_turn",
+        r"x_a \* cos - x_b \* sin, x_b \* cos \+ x_a \* sin", "x_a * cos + x_b * sin, x_b * cos - x_a * sin",
+        "half-split, tails", "forward",
+    ),
+    Mutation(
+        "the backward turns as the forward does", "rotary", "_rotary_kernel",
+        r"sin = -sin", "pass",
+        "interleaved, tails", "grad input",
+    ),
+    Mutation(
+        "the second half begins one element late", "rotary", "_rotary_kernel",
+        r"x_b = tl\.load\(x_rows \+ HALF \+ pair", "x_b = tl.load(x_rows + HALF + 1 + pair",
+        "partial", "forward",
+    ),
+    Mutation(
+        "the angle is the head's, not the position's", "rotary", "_rotary_kernel",
+        r"cos_rows = (.*) \+ row_64 \* cos_stride_row", r"cos_rows = \1 + head_64 * cos_stride_row",
+        "half-split, tails", "forward",
+    ),
+    Mutation(
+        "the sequences of a batch share positions", "rotary", "_rotary_kernel",
+        r"sin_ptr \+ batch \* sin_stride_batch", "sin_ptr",
+        "interleaved, tails", "forward",
+    ),
+    Mutation(
+        "what passes through is turned to 0", "rotary", "_rotary_kernel",
+        r"tl\.store\(y_rows \+ column, tl\.load\((.*)\), mask=in_rest\)",
+        r"tl.store(y_rows + column, tl.load(\1) * 0, mask=in_rest)",
+        "partial, interleaved", "forward",
+    ),
+    Mutation(
         "the running sum is not rescaled", "softmax", "_forward_chunked_kernel",
         r"total = total \* tl\.exp2\([^\n]*", "total = total",
         "wide first dimension", "forward",

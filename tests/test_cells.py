@@ -178,6 +178,7 @@ def test_full_cells_have_the_peers(operator):
         "attention": ("compile", *peers.SDPA.values(), peers.FLEX, *peers.FLASH_ATTN.values()),
         "layer_norm": ("compile", "compile max-autotune", "Liger-Kernel", "quack"),
         "rms_norm": ("compile", "compile max-autotune", "Liger-Kernel", "quack"),
+        "rotary": ("compile", "compile max-autotune"),
         "softmax": ("compile", "compile max-autotune", "Liger-Kernel", "quack"),
         "int8_linear": ("compile", "int_mm + dequantise", "torchao int8", "bitsandbytes int8"),
         "model": ("compile",),

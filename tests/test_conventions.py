@@ -125,6 +125,18 @@ def test_rms_norm_flops():
     assert of.rms_norm_flops(10, 8, "forward", weight=False) == 3 * 80
 
 
+# --- rotary ---------------------------------------------------------------------------------------------------------
+
+
+def test_rotary():
+    # 2 x 3 heads of 5 x 8, bfloat16: 480 bytes; of 4 elements a head is turned, 2 pairs: 5 x 2 of cos and of sin.
+    assert of.rotary_bytes(2, 3, 5, 8, 4, 2, "forward") == 2 * 480 + 40
+    assert of.rotary_bytes(2, 3, 5, 8, 4, 2, "both") == 2 * of.rotary_bytes(2, 3, 5, 8, 4, 2, "backward") == 2000
+    # 2 x 3 x 5 positions of 2 pairs, 6 operations each.
+    assert of.rotary_flops(2, 3, 5, 4, "forward") == of.rotary_flops(2, 3, 5, 4, "backward") == 360
+    assert of.rotary_flops(2, 3, 5, 4, "both") == 720
+
+
 # --- softmax --------------------------------------------------------------------------------------------------------
 
 

@@ -33,7 +33,7 @@ MAP_NORESERVE = 0x4000
 @pytest.fixture
 def cuda(request):
     """The cuda backend, inside of its tensors' bounds; the test's name ends with its operator's."""
-    operator = re.search(r"layer_norm|rms_norm|softmax|attention|int8_linear", request.node.name)[0]
+    operator = re.search(r"layer_norm|rms_norm|rotary|softmax|attention|int8_linear", request.node.name)[0]
     with _forced("cuda", f"test_{operator}.py::{request.node.name}"):
         yield
 
@@ -117,6 +117,22 @@ def test_masks_far_apart_softmax(cuda):
     mask = spread((3, 64), (LARGE, 1), torch.float32)
     x = torch.randn(3, 64)
     assert torch.equal(G.softmax(x, -1, mask=mask), G.softmax(x, -1, mask=mask.contiguous()))
+
+
+@pytest.mark.parametrize("strides", [(2**32, LARGE, 64, 1), (LARGE, 64, 2**32 + 8, 1), (64, 2**32 + 1, LARGE, 1)])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rows_far_apart_rotary(cuda, strides, interleaved):
+    x = spread((2, 3, 3, 64), strides, torch.bfloat16)
+    cos, sin = (spread((2, 3, 24), (LARGE, 2**32, 1), torch.float32) for _ in range(2))
+    results = [
+        (G.rotary_embedding(leaf, *angles, interleaved=interleaved), leaf)
+        for leaf, angles in (
+            (x.requires_grad_(), (cos, sin)),
+            (x.detach().contiguous().requires_grad_(), (cos.contiguous(), sin.contiguous())),
+        )
+    ]
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(*(gradients(result, leaf)[0] for result, leaf in results))
 
 
 @pytest.mark.parametrize("strides", [(2**32, LARGE // 8 * 8, 64, 1), (LARGE // 8 * 8, 2**32 + 8, 64, 1)])

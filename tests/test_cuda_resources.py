@@ -30,6 +30,7 @@ FROM_SHARED = ("LDSM.16",)
 EXPECTED = [
     (r"layer_norm_(forward|backward)_kernel\b", [WIDE_LOAD]),
     (r"rms_norm_(forward|backward)\w*_kernel\b", [WIDE_LOAD]),
+    (r"rotary_kernel<(b?float16, 8|float, 4), ", [WIDE_LOAD]),
     (r"softmax_\w+_kernel\b", [WIDE_LOAD]),
     (r"attention_forward\w*\b", [PRODUCT_16, FROM_SHARED, WIDE_COPY]),
     (r"attention_backward_(key_value|query)\w*\b", [PRODUCT_16, FROM_SHARED, WIDE_COPY]),

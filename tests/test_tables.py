@@ -494,6 +494,7 @@ def tensor(*shape, dtype=torch.bfloat16):
         ("layer_norm", (tensor(3, 1024), None, None, None, 1e-5), (16, 1024, False)),
         ("layer_norm", (tensor(3, 1025), tensor(3, 1025), None, None, 1e-5), (16, 4096, True)),
         ("rms_norm", (tensor(3, 1025), None, 1e-5), (16, 4096)),
+        ("rotary", (tensor(1, 2, 9, 80), tensor(9, 40), tensor(9, 40), 80, True), (16, 128, True)),
         ("softmax", (tensor(4, 20000), -1, None, 1.0, None, False), (16, None, True, False)),
         ("softmax", (tensor(4, 20000), 0, None, 1.0, None, False), (16, 1024, False, False)),
         ("softmax", (tensor(4, 5), 1, None, 0.5, None, False), (16, 1024, True, True)),

@@ -319,7 +319,7 @@ def test_dispatch_follows_what_was_measured(class_task, where, monkeypatch):
 
 # --- What is planned --------------------------------------------------------------------------------------------------
 
-SIZE = {"attention": 5, "layer_norm": 1, "rms_norm": 1, "int8_linear": 0, "quantize_int8": 1}
+SIZE = {"attention": 5, "layer_norm": 1, "rms_norm": 1, "rotary": 3, "int8_linear": 0, "quantize_int8": 1}
 
 
 @pytest.mark.parametrize("architecture", [80, 86, 90, 100, 120])

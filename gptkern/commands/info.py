@@ -21,6 +21,7 @@ COVERAGE = {
     "attention": "float16, bfloat16, float32 (triton alone); head_dim a multiple of 8 to 256; no attn_mask or dropout",
     "layer_norm": "float16, bfloat16, float32, float64 (triton alone); any width",
     "rms_norm": "float16, bfloat16, float32; any width",
+    "rotary": "float16, bfloat16, float32, float64 (triton alone); any head_dim; cos and sin without gradient",
     "softmax": "float16, bfloat16, float32, float64 (triton alone); any dim, any width; a mask without gradient",
     "int8_linear": "float16, bfloat16, float32 activations; int8 weight",
 }

@@ -12,7 +12,7 @@ class Cell:
     """One operator in one direction on one shape: gptkern and its peers are timed on it in one run.
 
     Args:
-        operator: "attention", "layer_norm", "rms_norm", "softmax", "int8_linear" or "model".
+        operator: "attention", "layer_norm", "rms_norm", "rotary", "softmax", "int8_linear" or "model".
         direction: "forward", "backward" or "both"; for "model" what one call does, "training step" or "generation".
         dtype: of the inputs, "bfloat16".
         sizes: (("rows", 32768), ("width", 1024)), in the order in which they are read.

@@ -147,6 +147,33 @@ def rms_norm_bytes(rows: int, width: int, itemsize: int, direction: str, weight:
     return {"forward": forward, "backward": backward, "both": forward + statistics + backward}[direction]
 
 
+# --- rotary ---------------------------------------------------------------------------------------------------------
+
+# Operations a pair of elements: four products, a sum and a difference.
+_ROTARY_PAIR = 6
+
+
+def rotary_flops(batch: int, heads: int, length: int, rotary_dim: int, direction: str) -> float:
+    """A count of operations, the angles' own not among them; backward is as much as forward.
+
+    The operator is bound by bytes: this number says only that. Source: our own count, from the formulas.
+    """
+    once = float(batch * heads * length * (rotary_dim // 2) * _ROTARY_PAIR)
+    return {"forward": once, "backward": once, "both": 2 * once}[direction]
+
+
+def rotary_bytes(
+    batch: int, heads: int, length: int, head_dim: int, rotary_dim: int, itemsize: int, direction: str
+) -> int:
+    """Forward: reads x, and cos and sin (length, rotary_dim / 2) of its dtype; writes y. Backward: as much.
+
+    What passes through is read and written too, as the caller gets a full tensor. Source: the compulsory traffic, as
+    at the top.
+    """
+    once = 2 * batch * heads * length * head_dim * itemsize + length * rotary_dim * itemsize
+    return {"forward": once, "backward": once, "both": 2 * once}[direction]
+
+
 # --- softmax --------------------------------------------------------------------------------------------------------
 
 # Operations an element: the maximum, the subtraction, the exponential, the sum, the division; and backward

@@ -150,6 +150,17 @@ def _rms_norm() -> tuple[Callable, Callable]:
     return tuple(functools.partial(f, x, (WIDTH,), weight) for f in (G.rms_norm, F.rms_norm))
 
 
+def _rotary() -> tuple[Callable, Callable]:
+    x = _tensor(1, 1, ROWS, WIDTH)
+    angles = torch.randn(ROWS, WIDTH, device=x.device)
+    cos, sin = angles.cos(), angles.sin()
+
+    def of_pytorch():
+        return x * cos + torch.cat((-x[..., WIDTH // 2 :], x[..., : WIDTH // 2]), -1) * sin
+
+    return functools.partial(G.rotary_embedding, x, cos, sin), of_pytorch
+
+
 def _softmax() -> tuple[Callable, Callable]:
     x = _tensor(ROWS, WIDTH)
     return tuple(functools.partial(f, x, -1) for f in (G.softmax, F.softmax))
@@ -178,6 +189,8 @@ class Call(NamedTuple):
 CALLS = {
     "layer_norm": Call(_layer_norm, "F.layer_norm", HOST_LIMIT),
     "rms_norm": Call(_rms_norm, "F.rms_norm", HOST_LIMIT),
+    # Five operators of PyTorch's.
+    "rotary": Call(_rotary, "x * cos + rotate_half(x) * sin", None),
     "softmax": Call(_softmax, "F.softmax", HOST_LIMIT),
     "attention": Call(_attention, "F.scaled_dot_product_attention", HOST_LIMIT),
     # F.linear is another function: its weight is not int8. What nobody promised has no limit.
@@ -220,7 +233,7 @@ def kernels_path(operator: str, rounds: int) -> dict[str, Any]:
 
 
 def _size(operator: str) -> str:
-    return f"1x1x{ROWS}x{WIDTH}" if operator == "attention" else f"{ROWS}x{WIDTH}"
+    return f"1x1x{ROWS}x{WIDTH}" if operator in ("attention", "rotary") else f"{ROWS}x{WIDTH}"
 
 
 class _NotLaunched:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from gptkern.measuring import results as files
 
-OPERATORS = ("attention", "layer_norm", "rms_norm", "softmax", "int8_linear", "model")
+OPERATORS = ("attention", "layer_norm", "rms_norm", "rotary", "softmax", "int8_linear", "model")
 DIRECTIONS = ("forward", "backward", "both", "training step", "generation")
 # How a cell went; see `outcome`.
 FASTEST, LEVEL, BEHIND, ALONE, FAILED = "fastest", "level", "behind", "no peer", "not timed"

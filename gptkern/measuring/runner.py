@@ -21,7 +21,7 @@ from gptkern import dispatch, tolerance
 from gptkern.measuring import machine, timing
 from gptkern.measuring.cells import Cell, Implementation, Missing
 
-OPERATORS = ("attention", "layer_norm", "rms_norm", "softmax", "int8_linear", "model")
+OPERATORS = ("attention", "layer_norm", "rms_norm", "rotary", "softmax", "int8_linear", "model")
 GPTKERN = "gptkern"
 # Samples of each implementation: many and short, so that the median is one that nothing interrupted.
 ROUNDS = {"smoke": 2, "quick": 20, "full": 50}

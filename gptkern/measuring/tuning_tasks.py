@@ -33,6 +33,7 @@ LEAST_SHARED_MEMORY = 99 * 1024
 RANGES = {
     "block_m": (16, 256), "block_n": (16, 256), "block_k": (32, 512),
     "block_rows": (1, 256), "block_width": (32, 16384), "elements": (256, 65536), "chunk": (32, 32768),
+    "pairs": (128, 16384), "heads": (1, 64),
     "num_warps": (1, 32), "num_stages": (1, 6),
 }  # fmt: skip
 FORWARD, BACKWARD, BOTH = "forward", "backward", "both"
@@ -162,6 +163,17 @@ def _rms_norm_row(rows, kernel, width):
     )
 
 
+def _rotary_row(rows, head_dim):
+    timed = 512 if head_dim is None else head_dim
+    heads, length = 32, max(1, ELEMENTS // (32 * timed))
+    return dict(
+        direction=FORWARD,
+        checked=Shape("rotary", (2, 5, 37, timed, timed, False, False), BFLOAT16),
+        timed=Shape("rotary", (1, heads, length, timed, timed, False, False), BFLOAT16),
+        on=f"1x{heads}x{length}x{timed} bfloat16",
+    )
+
+
 def _softmax_row(rows, direction, axis, width):
     widest = max(bound for *kind, bound in rows if bound is not None and kind == [direction, axis])
     timed = 2 * widest if width is None else width
@@ -208,6 +220,7 @@ _ROWS: dict[str, Callable[..., dict[str, Any]]] = {
     "attention": _attention_row,
     "layer_norm": _layer_norm_row,
     "rms_norm": _rms_norm_row,
+    "rotary": _rotary_row,
     "softmax": _softmax_row,
     "int8_linear": _int8_linear_row,
     "quantize_int8": _quantize_int8_row,
@@ -354,6 +367,18 @@ def _rms_norm_classes() -> Iterator[ClassTask]:
         )  # fmt: skip
 
 
+def _rotary_classes() -> Iterator[ClassTask]:
+    for head_dim in (64, 128, 256):
+        for interleaved in (False, True):
+            heads, length = 32, ELEMENTS // (32 * head_dim)
+            yield ClassTask(
+                "rotary", (16, head_dim, interleaved), BOTH,
+                Shape("rotary", (2, 5, 37, head_dim, head_dim, interleaved, False), BFLOAT16),
+                Shape("rotary", (1, heads, length, head_dim, head_dim, interleaved, False), BFLOAT16),
+                f"1x{heads}x{length}x{head_dim}{' interleaved' if interleaved else ''} bfloat16",
+            )  # fmt: skip
+
+
 def _softmax_classes() -> Iterator[ClassTask]:
     for width, timed in ((1024, 1024), (4096, 4096), (16384, 16384), (None, 50257)):
         for fused in (False, True):
@@ -393,6 +418,7 @@ _CLASSES: dict[str, Callable[[], Iterator[ClassTask]]] = {
     "attention": _attention_classes,
     "layer_norm": _layer_norm_classes,
     "rms_norm": _rms_norm_classes,
+    "rotary": _rotary_classes,
     "softmax": _softmax_classes,
     "int8_linear": _int8_linear_classes,
     "quantize_int8": _quantize_int8_classes,

@@ -56,6 +56,10 @@ def _rms_norm(input, weight, eps):
     return _bits(input), _least(WIDTHS, input.shape[-1])
 
 
+def _rotary(input, cos, sin, rotary_dim, interleaved):
+    return _bits(input), _least(HEAD_DIMS, input.shape[-1]), interleaved
+
+
 def _softmax(input, dim, dtype, scale, mask, is_causal):
     dimensions = input.dim()
     width = input.shape[dim] if dimensions else 1
@@ -77,6 +81,7 @@ CLASSES = {
     "attention": Classes(dict(bits=BITS, head_dim=HEAD_DIMS, length=LENGTHS, causal=TRUTH), _attention),
     "layer_norm": Classes(dict(bits=BITS, width=WIDTHS, residual=TRUTH), _layer_norm),
     "rms_norm": Classes(dict(bits=BITS, width=WIDTHS), _rms_norm),
+    "rotary": Classes(dict(bits=BITS, head_dim=HEAD_DIMS, interleaved=TRUTH), _rotary),
     "softmax": Classes(dict(bits=BITS, width=WIDTHS, last=TRUTH, fused=TRUTH), _softmax),
     "int8_linear": Classes(dict(bits=BITS, mode=("w8a8", "w8a16"), rows=ROWS), _int8_linear),
     "quantize_int8": Classes(dict(bits=BITS, width=WIDTHS), _quantize_int8),
