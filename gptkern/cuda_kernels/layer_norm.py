@@ -1,4 +1,4 @@
-"""layer_norm in CUDA C++: launchers over csrc/layer_norm.cu, where the mathematics is."""
+"""layer_norm in CUDA C++: launchers over csrc/layer_norm.cu and csrc/layer_norm_backward.cu: their mathematics."""
 
 from __future__ import annotations
 

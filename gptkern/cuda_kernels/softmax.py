@@ -1,4 +1,4 @@
-"""softmax in CUDA C++: the launchers over csrc/softmax.cu.
+"""softmax in CUDA C++: the launchers over csrc/softmax.cu and csrc/softmax_backward.cu.
 
 The kernels walk any strides in place. What they see as rows and columns is worked out in C++, from shapes and strides.
 """
@@ -16,7 +16,7 @@ MASK_DTYPES = {*DTYPES, torch.bool}
 # memory keeps. Set by tests alone, to 16 say: the kernels for long rows then run on rows that an emulator gets through.
 ONE_PASS_LIMIT: int = 2**62
 
-# MOST_DIMENSIONS of csrc/softmax.cu, and the one that sums to 1.
+# MOST_DIMENSIONS of csrc/device/softmax.cuh, and the one that sums to 1.
 _MOST_DIMENSIONS = 9
 # Rows and widths are counted in 32 bits and run over by less than a block's tile.
 _MAX_COUNT = 2**31 - 2**20
