@@ -193,6 +193,14 @@ def test_cuda_groups_walk_rows(cuda_backend, device, dtype, rows, width):
     check((strided_rows(input), weight), grad=every_other_row(torch.randn(rows, width, device=device).to(dtype)))
 
 
+def test_cuda_groups_walk_to_rows_of_one_alignment(cuda_backend, device, monkeypatch):
+    # 9 blocks, a row each: nine rows on, a row of odd width is aligned in another way.
+    from gptkern.cuda_kernels import rms_norm as kernels
+
+    monkeypatch.setattr(kernels, "_most_partials", lambda width, device: 9)
+    check(tensors_of(25, 2065, torch.bfloat16, device))
+
+
 @settings(PROPERTY, max_examples=12)
 @given(
     batch=st.lists(st.integers(0, 5), max_size=3),
