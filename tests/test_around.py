@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 import io
 import os
 import pickle
@@ -484,3 +485,22 @@ def test_quantize_leaves_alone_what_is_wrapped():
     ids, targets, _ = batch()
     for _ in range(2):
         wrapped(ids, targets)[1].backward()
+
+
+# --- What it costs ----------------------------------------------------------------------------------------------------
+
+
+def test_the_bench_of_a_swapped_step_runs(capsys, monkeypatch):
+    path = Path(__file__).parents[1] / "bench" / "swapped_step.py"
+    spec = importlib.util.spec_from_file_location("swapped_step", path)
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    monkeypatch.setattr(sys, "argv", ["swapped_step.py", "--rounds", "1", "--threads", str(torch.get_num_threads())])
+    monkeypatch.setattr(bench, "BATCHES", ((1, 8, 1), (2, 8, 1)))
+    seen = []
+    monkeypatch.setattr(bench, "measured", lambda *call, of=bench.measured: seen.append(of(*call)) or seen[-1])
+    for limit, status in ((float("inf"), 0), (0.0, 1)):
+        monkeypatch.setattr(bench, "LIMIT", limit)
+        assert bench.main() == status
+    assert len(seen) == 4 and all(value > 0 for found in seen for by in found for value in by)
+    assert "2 x 8" in capsys.readouterr().out
