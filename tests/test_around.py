@@ -66,6 +66,18 @@ def test_a_swapped_model_is_one_graph(case):
     compare(compiled._replace(exact=False), results(compiled, model, ids, targets, None), expected)
 
 
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_a_swapped_and_quantised_model_is_one_graph():
+    _, model = pair(gpt)
+    gptkern.quantize(model)
+    ids, targets, _ = batch()
+    expected = results(gpt, model, ids, targets, None)
+    assert torch._dynamo.explain(gpt.run)(model, ids, targets).graph_break_count == 0
+    torch.compiler.reset()
+    compiled = gpt._replace(run=torch.compile(gpt.run, fullgraph=True, backend="aot_eager"), exact=False)
+    compare(compiled, results(compiled, model, ids, targets, None), expected)
+
+
 def breaking(ids):
     torch._dynamo.graph_break()
     return ids
