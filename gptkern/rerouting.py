@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import dis
+import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator
@@ -185,6 +186,7 @@ def calls(cls: type, find: Find) -> Calls:
     )
 
 
+@functools.cache
 def names_in(cls: type) -> set[str]:
     """Every global name and attribute in the code of the class's forward (not in what that calls)."""
     forward = _static(cls, "forward")

@@ -35,7 +35,8 @@ def _operator_of(function: Callable) -> str:
     return TWINS[function].__module__.rpartition(".")[2]
 
 
-SWAPPABLE = tuple(sorted({_operator_of(function) for function in TWINS}))
+# PyTorch has no function for the rotary embedding: models bring their own.
+SWAPPABLE = tuple(sorted({_operator_of(function) for function in TWINS} | {"rotary"}))
 
 # Exact type -> (its twin, the operator that the twin runs on).
 _MODULE_TWINS: dict[type, tuple[type, str]] = {
@@ -231,6 +232,8 @@ class _Plan:
             self.skip(name, original, "its attention is written out as matrix products around a softmax")
         if found.explicit_norm and "rms_norm" in self.operators:
             self.skip(name, original, "its norm is written out in Python")
+        if "rotary" in self.operators and _brings_its_own_rotary(original):
+            self.skip(name, original, "its rotary embedding is of a form of its own")
 
     def skip(self, name: str, cls: type, reason: str) -> None:
         self.report.skipped.append(Skipped(name, cls.__name__, reason))
@@ -319,6 +322,10 @@ def _takes_attention_by_name(cls: type) -> bool:
     )
 
 
+def _brings_its_own_rotary(cls: type) -> bool:
+    return _is_from_transformers(cls) and _transformers().names_other_rotary(cls)
+
+
 def _overrides(cls: type) -> dict[str, Replacement]:
     return _transformers().overrides(cls) if _is_from_transformers(cls) else {}
 
@@ -344,10 +351,10 @@ def _find(operators: tuple[str, ...], function: Callable) -> Replacement | None:
 
 
 def _find_for(cls: type, operators: tuple[str, ...]) -> Callable[[Callable], Replacement | None]:
-    if _takes_attention_by_name(cls):
-        # The softmax that its code names is that of another implementation than the one chosen.
-        operators = ()
-    return functools.partial(_find, operators)
+    if not _takes_attention_by_name(cls):
+        return functools.partial(_find, operators)
+    # The softmax that its code names is that of another implementation than the one chosen.
+    return _transformers().find if "rotary" in operators else lambda function: None
 
 
 @functools.cache

@@ -377,7 +377,7 @@ def test_kernels_ends_with_an_exception_and_stays_in_its_thread(monkeypatch):
 
 
 def test_what_can_be_swapped():
-    assert SWAPPABLE == ("attention", "layer_norm", "rms_norm", "softmax")
+    assert SWAPPABLE == ("attention", "layer_norm", "rms_norm", "rotary", "softmax")
 
 
 def train(model, steps, learning_rate=1e-2):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import pickle
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ import transformers
 from model_zoo import CASES
 from test_models import batch, built, calls_in
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import gptkern
@@ -294,6 +297,55 @@ def test_a_norm_of_other_code_is_named():
     report = gptkern.swap(OtherRMSNorm(8))
     assert report.replaced == [] and report.skipped[0].reason == "its norm is written out in Python"
     assert gptkern.swap(OtherRMSNorm(8), ops=["layer_norm"]).skipped == []
+
+
+# --- Rotary embeddings ------------------------------------------------------------------------------------------------
+
+
+def test_a_rotary_embedding_is_known_by_its_code():
+    llama, qwen2, cohere = (
+        importlib.import_module(f"transformers.models.{name}.modeling_{name}") for name in ("llama", "qwen2", "cohere")
+    )
+    assert integration.find(llama.apply_rotary_pos_emb).operator == "rotary"
+    assert integration.find(qwen2.apply_rotary_pos_emb).operator == "rotary"
+    # The same name, other pairs.
+    assert integration.find(cohere.apply_rotary_pos_emb) is None
+    assert integration.find(llama.rotate_half) is None
+
+
+def with_other_pairs(function):
+    """The function, whose rotate_half turns other pairs: its own code stays the same."""
+    names = {**function.__globals__, "rotate_half": lambda x: torch.cat((x[..., 1::2], x[..., ::2]), -1)}
+    return types.FunctionType(function.__code__, names, function.__name__, function.__defaults__)
+
+
+def test_the_functions_that_a_rotary_embedding_calls_count(monkeypatch):
+    other = with_other_pairs(modeling_llama.apply_rotary_pos_emb)
+    assert integration.find(other) is None
+    model = built(case("llama"))
+    attention = type("OtherAttention", (modeling_llama.LlamaAttention,), {})
+    forward = modeling_llama.LlamaAttention.forward
+    attention.forward = types.FunctionType(forward.__code__, {**forward.__globals__, "apply_rotary_pos_emb": other})
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = attention
+    ids = batch()[0]
+    expected = model(ids).logits
+    report = gptkern.swap(model)
+    assert {(entry.original, entry.reason) for entry in report.skipped} == {
+        ("OtherAttention", "its rotary embedding is of a form of its own")
+    }
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_rotary_of_heads_behind_the_positions():
+    query, key = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 2, 8)
+    angles = torch.rand(2, 5, 4).repeat(1, 1, 2)
+    stock = modeling_llama.apply_rotary_pos_emb
+    swapped = integration.find(stock).function
+    for arguments in ((query, key), (query.transpose(1, 2), key.transpose(1, 2))):
+        call = *arguments, angles.cos(), angles.sin(), 2 if arguments[0] is query else 1
+        for actual, expected in zip(swapped(*call), stock(*call)):
+            torch.testing.assert_close(actual, expected)
 
 
 # --- Caches -----------------------------------------------------------------------------------------------------------

@@ -23,13 +23,20 @@ rounds the normalised row to the input's dtype, and then its product with the we
 bits the two differ by a unit in the last place or one and a half, and float64 is not cut to float32 on the way; in
 float32 they are equal up to the order of operations. Where the weight's dtype is not the input's, the product stays
 PyTorch's, with its result's dtype.
+
+The rotary embedding is the function `apply_rotary_pos_emb` of a model's own file, called by its name: the attention's
+forward is made anew with another function in that name (gptkern.rerouting), where the code is that of Llama, GPT-NeoX
+or GPT-J. It too is rounded once, and keeps the query's dtype where transformers widens it to that of cos.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+import importlib
 import inspect
 import sys
+import types
 from collections.abc import Callable, Iterator
 
 import torch
@@ -96,11 +103,9 @@ def attention_forward(
         )
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    length_q, length_k = query.shape[2], key.shape[2]
-    is_causal = length_q > 1 and attention_mask is None and is_causal
-    if is_causal and length_k > length_q:
-        # Without a mask this is the first call on a cache of fixed size: the keys behind the queries are not filled.
-        key, value = key[:, :, :length_q], value[:, :, :length_q]
+    # Without a mask, keys longer than several queries are those of a cache of fixed size at its first call: upper-left
+    # causal leaves out what is not filled yet. A single query is the newest and sees all.
+    is_causal = query.shape[2] > 1 and attention_mask is None and is_causal
     output = F.scaled_dot_product_attention(
         query, key, value, attention_mask, dropout, is_causal, scaling, enable_gqa=query.shape[1] != key.shape[1]
     )
@@ -134,17 +139,81 @@ def overrides(cls: type) -> dict[str, Replacement]:
 
 
 def _same_code(function: Callable, other: Callable) -> bool:
-    """Whether two functions do the same with what their names stand for."""
-    return _code_of(function) == _code_of(other)
+    """Whether two functions do the same, and so do the functions that they call by name."""
+    function, other = inspect.unwrap(function), inspect.unwrap(other)
+    code = _code_of(function)
+    if code is None or code != _code_of(other):
+        return False
+    called = [(function.__globals__.get(name), other.__globals__.get(name)) for name in function.__code__.co_names]
+    return all(
+        _same_code(ours, theirs) if isinstance(ours, types.FunctionType) else not isinstance(theirs, types.FunctionType)
+        for ours, theirs in called
+        if ours is not theirs
+    )
 
 
 def _code_of(function: Callable) -> tuple | None:
-    code = getattr(inspect.unwrap(function), "__code__", None)
+    code = getattr(function, "__code__", None)
     if code is None:
         return None
     # A docstring is a constant, too.
     constants = tuple(constant for constant in code.co_consts if not isinstance(constant, str))
     return code.co_code, code.co_names, code.co_varnames, constants
+
+
+def find(function: Callable) -> Replacement | None:
+    """What takes the place of a function that a forward calls by its name."""
+    if getattr(function, "__name__", "") != _ROTARY or not isinstance(function, types.FunctionType):
+        return None
+    return _rotary(function)
+
+
+@functools.cache
+def _rotary(function: types.FunctionType) -> Replacement | None:
+    for module, replaced in _ROTARY_FORMS.items():
+        if _same_code(function, getattr(importlib.import_module(f"transformers.models.{module}"), _ROTARY)):
+            return Replacement("rotary", replaced(function))
+    return None
+
+
+def _half_split(original: Callable) -> Callable:
+    """Llama's and GPT-NeoX's apply_rotary_pos_emb; the latter turns as many elements as cos is wide."""
+
+    def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
+        if unsqueeze_dim != 1:  # heads behind the positions
+            return original(q, k, cos, sin, unsqueeze_dim)
+        # q, k (batch, heads, length, head_dim); cos, sin (batch, length, rotary_dim)
+        rotary_dim = cos.shape[-1]
+        return tuple(F.rotary_embedding(x, cos, sin, rotary_dim=rotary_dim) for x in (q, k))
+
+    return apply_rotary_pos_emb
+
+
+def _interleaved(original: Callable) -> Callable:
+    """GPT-J's apply_rotary_pos_emb."""
+
+    def apply_rotary_pos_emb(tensor, sin, cos):
+        # tensor (batch, length, heads, rotary_dim), read and written in that order
+        # cos, sin (batch, length, rotary_dim / 2)
+        return F.rotary_embedding(tensor.transpose(1, 2), cos, sin, interleaved=True).transpose(1, 2)
+
+    return apply_rotary_pos_emb
+
+
+_ROTARY = "apply_rotary_pos_emb"
+# Where the function is written, and what takes its place.
+_ROTARY_FORMS = {
+    "llama.modeling_llama": _half_split,
+    "gpt_neox.modeling_gpt_neox": _half_split,
+    "gptj.modeling_gptj": _interleaved,
+}
+
+
+def names_other_rotary(cls: type) -> bool:
+    """Whether a class's forward calls a rotary embedding whose code is none of these."""
+    forward = inspect.unwrap(cls.forward)
+    function = getattr(forward, "__globals__", {}).get(_ROTARY)
+    return _ROTARY in names_in(cls) and find(function) is None
 
 
 def _rms_norm(self, hidden_states):
