@@ -194,7 +194,8 @@ __global__ void __launch_bounds__(GRADIENT_WARPS* WARP)
     auto& shared = shared_memory<GradientLayout<T>>();
     int lane = lane_of_thread(), warp = warp_of_thread();
     // One number for both: the second of a grid ends at 65,535.
-    int tiles_m = ceil_div(M, GRADIENT_ROWS), tile_m = int(blockIdx.x) % tiles_m, tile_n = int(blockIdx.x) / tiles_m;
+    unsigned tiles_m = unsigned(ceil_div(M, GRADIENT_ROWS));
+    int tile_m = int(blockIdx.x % tiles_m), tile_n = int(blockIdx.x / tiles_m);
     int first_m = tile_m * GRADIENT_ROWS, n = (tile_n * WARP + lane) * ELEMENTS, count = N - n;
     bool whole = N % ELEMENTS == 0;
 
