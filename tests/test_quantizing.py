@@ -806,6 +806,24 @@ def test_models_of_transformers(transformers, tmp_path, make):
     assert torch.equal(generated, model.generate(ids(), **options))
 
 
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_models_of_transformers_swapped_and_quantised_in_either_order(transformers, make):
+    plain, swapped_first, quantised_first = (make(transformers) for _ in range(3))
+    gptkern.quantize(plain)
+    gptkern.swap(swapped_first)
+    gptkern.quantize(swapped_first)
+    gptkern.quantize(quantised_first)
+    gptkern.swap(quantised_first)
+    assert classes(swapped_first) == classes(quantised_first) != classes(plain)
+    expected = plain.generate(ids(), max_new_tokens=6, do_sample=False, pad_token_id=0)
+    for model in (swapped_first, quantised_first):
+        torch.testing.assert_close(logits(model), logits(plain))
+        assert torch.equal(model.generate(ids(), max_new_tokens=6, do_sample=False, pad_token_id=0), expected)
+        gptkern.unswap(model)
+        assert classes(model) == classes(plain)
+        assert torch.equal(logits(model), logits(plain))
+
+
 def test_weights_of_transformers_are_freed_one_by_one(transformers, monkeypatch):
     model = gpt2(transformers)
     storages = [StorageWeakRef(block.mlp.c_fc.weight.untyped_storage()) for block in model.transformer.h]
