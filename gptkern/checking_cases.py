@@ -45,29 +45,49 @@ def _normal(generator: torch.Generator, *shape: int, dtype: torch.dtype, spread:
 # --- attention --------------------------------------------------------------------------------------------------------
 
 
-def _attention(batch, heads, kv_heads, length_q, length_k, head_dim, is_causal, dtype, generator) -> Problem:
+def _attention(batch, heads, kv_heads, length_q, length_k, head_dim, kind, dtype, generator) -> Problem:
+    """kind: True (causal), False (full), "lower right", "key padding" (a bool mask) or "additive"."""
     # (batch, length, heads, head_dim) in memory, as a GPT's projection leaves it: the kernels read it in place.
     query = _normal(generator, batch, length_q, heads, head_dim, dtype=dtype).transpose(1, 2)
     key = _normal(generator, batch, length_k, kv_heads, head_dim, dtype=dtype).transpose(1, 2)
     value = _normal(generator, batch, length_k, kv_heads, head_dim, dtype=dtype).transpose(1, 2)
     scale = 1 / math.sqrt(head_dim)
+    is_causal, lower_right = kind in (True, "lower right"), kind == "lower right"
+    mask, arguments = None, {"is_causal": is_causal}
+    if lower_right:
+        from torch.nn.attention.bias import causal_lower_right
+
+        arguments = {"attn_mask": causal_lower_right(length_q, length_k)}
+    elif kind == "key padding":
+        # Every sequence has another length, at least half of the longest.
+        lengths = length_k - torch.arange(batch, device=generator.device) % (length_k // 2 + 1)
+        mask = (torch.arange(length_k, device=generator.device) < lengths[:, None])[:, None, None]
+    elif kind == "additive":
+        mask = _normal(generator, batch, 1, length_q, length_k, dtype=FLOAT32, spread=2.0)
+    if mask is not None:
+        arguments = {"attn_mask": mask}
+    # Only where it is needed: with it PyTorch, which this is timed against, has fewer kernels to choose from.
+    arguments["enable_gqa"] = heads != kv_heads
 
     def twin(query, key, value):
-        # Only where it is needed: with it PyTorch, which this is timed against, has fewer kernels to choose from.
-        return functional.scaled_dot_product_attention(
-            query, key, value, is_causal=is_causal, enable_gqa=heads != kv_heads
-        )
+        return functional.scaled_dot_product_attention(query, key, value, **arguments)
 
     def launch(query, key, value):
-        return autograd.AttentionFunction.apply(query, key, value, is_causal, scale, "torch")
+        return autograd.AttentionFunction.apply(
+            query, key, value, is_causal, scale, "torch", mask, 0.0, lower_right
+        )  # fmt: skip
 
     def reference(query, key, value):
         # (batch, kv_heads, length, head_dim) -> (batch, heads, length, head_dim): head h reads h // (heads // kv_heads)
         key, value = (tensor.repeat_interleave(heads // kv_heads, dim=1) for tensor in (key, value))
         scores = (query @ key.transpose(2, 3)) * scale
         if is_causal:
-            seen = torch.ones(length_q, length_k, dtype=torch.bool, device=query.device).tril()
-            scores = scores.masked_fill(~seen, -math.inf)
+            seen = torch.ones(length_q, length_k, dtype=torch.bool, device=query.device)
+            scores = scores.masked_fill(~seen.tril(length_k - length_q if lower_right else 0), -math.inf)
+        if kind == "key padding":
+            scores = scores.masked_fill(~mask, -math.inf)
+        if kind == "additive":
+            scores = scores + mask.to(scores.dtype)
         # P = exp(scores) / sum exp(scores); the largest score of a row is a constant that only keeps exp in range
         exponentials = torch.exp(scores - scores.detach().amax(-1, keepdim=True))
         return (exponentials / exponentials.sum(-1, keepdim=True)) @ value
@@ -77,7 +97,7 @@ def _attention(batch, heads, kv_heads, length_q, length_k, head_dim, is_causal, 
 
 def _attention_cases(size: str) -> Iterator[Case]:
     shapes = {
-        # (batch, heads, kv_heads, length_q, length_k, head_dim, is_causal)
+        # (batch, heads, kv_heads, length_q, length_k, head_dim, is_causal or the kind of mask)
         "small": {
             "causal": (1, 2, 2, 150, 150, 64, True),
             "full, tails": (2, 1, 1, 37, 141, 16, False),
@@ -86,6 +106,10 @@ def _attention_cases(size: str) -> Iterator[Case]:
             "more queries than keys": (1, 1, 1, 150, 40, 24, True),
             "more keys than queries": (1, 1, 1, 40, 150, 24, True),
             "head_dim 256": (1, 1, 1, 40, 40, 256, True),
+            "key padding": (2, 1, 1, 37, 70, 16, "key padding"),
+            "additive mask": (2, 2, 1, 37, 70, 16, "additive"),
+            "more keys than queries, additive mask": (1, 1, 1, 37, 150, 16, "additive"),
+            "lower right": (1, 2, 1, 37, 70, 16, "lower right"),
         },
         "realistic": {
             "GPT-2": (4, 12, 12, 1024, 1024, 64, True),
@@ -96,15 +120,19 @@ def _attention_cases(size: str) -> Iterator[Case]:
             "full, tails": (1, 4, 4, 500, 3001, 128, False),
             "long": (1, 2, 2, 4096, 4096, 64, True),
             "head_dim 256": (1, 4, 4, 1024, 1024, 256, True),
+            "key padding": (8, 12, 12, 1000, 1000, 64, "key padding"),
+            "additive mask": (2, 8, 8, 1000, 1003, 128, "additive"),
+            "additive mask, head_dim 256": (1, 4, 4, 500, 500, 256, "additive"),
+            "lower right": (1, 16, 4, 300, 2001, 128, "lower right"),
         },
     }[size]
-    for shape_class, (batch, heads, kv_heads, length_q, length_k, head_dim, is_causal) in shapes.items():
+    for shape_class, (batch, heads, kv_heads, length_q, length_k, head_dim, kind) in shapes.items():
         grouped = f"/{kv_heads}" if heads != kv_heads else ""
         shape = f"{batch}x{heads}{grouped}x{length_q}" + (f":{length_k}" if length_q != length_k else "")
         for dtype in THREE:
             yield Case(
                 "attention", shape_class, f"{shape}x{head_dim}", dtype,
-                _bound(_attention, batch, heads, kv_heads, length_q, length_k, head_dim, is_causal),
+                _bound(_attention, batch, heads, kv_heads, length_q, length_k, head_dim, kind),
             )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ class Mutation(NamedTuple):
 MUTATIONS = [
     Mutation(
         "the causal mask is shifted by one", "attention", "_forward_tiles",
-        r"columns\[None, :\] <= rows\[:, None\]", "columns[None, :] <= rows[:, None] + 1",
+        r"columns\[None, :\] <= last_seen\[:, None\]", "columns[None, :] <= last_seen[:, None] + 1",
         "grouped heads", "forward", torch.float16,
     ),
     Mutation(
@@ -49,8 +49,24 @@ MUTATIONS = [
     ),
     Mutation(
         "the causal mask of the keys' gradient is shifted by one", "attention", "_key_value_tiles",
-        r"columns\[(None, :|:, None)\] <= rows\[(None, :|:, None)\]", r"columns[\1] <= rows[\2] + 1",
+        r"first_seen_by\[:, None\] <= rows\[None, :\]", "first_seen_by[:, None] <= rows[None, :] + 1",
         "grouped heads", "grad key", torch.float16,
+    ),
+    Mutation(
+        "the mask is shifted by a key", "attention", "_forward_tiles",
+        r"mask_ptr \+ first \* mask_column_stride", "mask_ptr + tl.maximum(first - 1, 0) * mask_column_stride",
+        "additive mask", "forward",
+    ),
+    Mutation(
+        "the mask's rows and keys are swapped in the keys' gradient", "attention", "_key_value_tiles",
+        r"mask_ptr \+ first \* mask_row_stride, mask_row_stride, mask_column_stride",
+        "mask_ptr + first * mask_row_stride, mask_column_stride, mask_row_stride",
+        "more keys than queries, additive mask", "grad key",
+    ),
+    Mutation(
+        "the lower right is the upper left", "attention", "_forward_kernel",
+        r"last_seen = rows \+ offset", "last_seen = rows",
+        "lower right", "forward",
     ),
     Mutation(
         "the variance is divided by width - 1", "layer_norm", "_forward_kernel",

@@ -40,7 +40,11 @@ def test_the_kernels_pass(operator, device, kernel_backend):
     results = list(
         checking.run([operator], device=device, backends=[kernel_backend], sizes=["small"], dtypes=[BFLOAT16])
     )
-    assert not [result for result in results if not result.ok]
+    # The cuda backend leaves masks and the lower right alignment to Triton's kernels, and says so.
+    left = {result.shape_class for result in results if result.ok is None and "not covered" in result.note}
+    masked = {"key padding", "additive mask", "more keys than queries, additive mask", "lower right"}
+    assert left == (masked if (operator, kernel_backend) == ("attention", "cuda") else set())
+    assert not [result for result in results if not result.ok and result.shape_class not in left]
     assert {result.backend for result in results} == {kernel_backend}
 
 

@@ -18,7 +18,7 @@ VARIABLES = ("GPTKERN_BACKEND", "GPTKERN_CACHE", "TRITON_INTERPRET", "GPTKERN_EM
 
 # What the kernels cover, as the contracts of gptkern.functional say; other calls run on PyTorch.
 COVERAGE = {
-    "attention": "float16, bfloat16, float32 (triton alone); head_dim a multiple of 8 to 256; no attn_mask or dropout",
+    "attention": "float16, bfloat16, float32 (triton alone); head_dim a multiple of 8 to 256; mask, dropout: triton",
     "layer_norm": "float16, bfloat16, float32, float64 (triton alone); any width",
     "rms_norm": "float16, bfloat16, float32; any width",
     "rotary": "float16, bfloat16, float32, float64 (triton alone); any head_dim; cos and sin without gradient",

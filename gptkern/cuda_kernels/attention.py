@@ -14,17 +14,19 @@ _DTYPES = (torch.float16, torch.bfloat16)
 _MOST_HEADS = 65535
 
 
-def unsupported(query, key, value, is_causal, scale, attn_mask=None, dropout_p=0.0):
+def unsupported(query, key, value, is_causal, scale, attn_mask=None, dropout_p=0.0, lower_right=False):
     if attn_mask is not None:
         return "attn_mask is given, and these kernels have the causal mask alone"
     if dropout_p != 0.0:
         return f"dropout_p is {dropout_p}, and these kernels have no dropout"
+    if lower_right:
+        return "the causal mask is aligned to the lower right, and these kernels have the upper left alone"
     if query.dim() == 4 and query.shape[1] > _MOST_HEADS:
         return f"query has {query.shape[1]} heads; the CUDA kernels take {_MOST_HEADS}"
     return outside_of_kernels(query, key, value, _DTYPES)
 
 
-def forward(query, key, value, is_causal, scale):
+def forward(query, key, value, is_causal, scale, attn_mask=None, dropout_p=0.0, lower_right=False, seed=None):
     """-> output (batch, heads, length_q, head_dim), lse (batch, heads, length_q) float32, in base 2."""
     output = _empty_like(query)
     lse = torch.empty(*query.shape[:3], dtype=torch.float32, device=query.device)
@@ -35,7 +37,8 @@ def forward(query, key, value, is_causal, scale):
 
 
 def backward(
-    grad_output, query, key, value, output, lse, is_causal, scale, need_query, need_key, need_value
+    grad_output, query, key, value, output, lse, is_causal, scale, need_query, need_key, need_value,
+    attn_mask=None, dropout_p=0.0, lower_right=False, seed=None,
 ):  # fmt: skip
     """-> dquery, dkey, dvalue of the shapes, dtypes and layouts of query, key, value; what is not needed is empty."""
     grad_query = _empty_like(query) if need_query else query.new_empty(0)

@@ -120,13 +120,14 @@ def row_tasks(operator: str, architecture: int, rows: dict[tuple, configurations
 def _attention_row(rows, kernel, bits, head_dim):
     dtype = BFLOAT16 if bits == 16 else FLOAT32
     batch, heads, length = (4, 16, 2048) if bits == 16 else (1, 16, 1024)
-    wrt = {"forward": (), "query": ("query",), "key_value": ("key", "value")}[kernel]
+    kind = "additive" if kernel.startswith("masked_") else True
+    wrt = {"forward": (), "query": ("query",), "key_value": ("key", "value")}[kernel.removeprefix("masked_")]
     return dict(
         direction=BACKWARD if wrt else FORWARD,
         wrt=wrt,
-        checked=Shape("attention", (1, 2, 1, 300, 300, head_dim, True), dtype),
-        timed=Shape("attention", (batch, heads, heads, length, length, head_dim, True), dtype),
-        on=f"{batch}x{heads}x{length}x{head_dim} causal {_name(dtype)}",
+        checked=Shape("attention", (1, 2, 1, 300, 300, head_dim, kind), dtype),
+        timed=Shape("attention", (batch, heads, heads, length, length, head_dim, kind), dtype),
+        on=f"{batch}x{heads}x{length}x{head_dim} {'causal' if kind is True else 'additive mask'} {_name(dtype)}",
     )
 
 
@@ -305,6 +306,7 @@ def shared_memory(operator: str, key: tuple, candidate: Any) -> int:
     """Bytes that the tiles of a matrix product need, by an estimate; what is more, the launch itself refuses."""
     if operator == "attention":
         kernel, bits, head_dim = key
+        kernel = kernel.removeprefix("masked_")
         block_m, block_n, _, stages = candidate
         # The forward holds Q; the backward of queries Q and dO, that of keys K and V. What they meet comes in stages.
         held = {"forward": block_m, "query": 2 * block_m, "key_value": 2 * block_n}[kernel]

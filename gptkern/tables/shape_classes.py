@@ -44,7 +44,7 @@ def _bits(tensor: Any) -> int:
     return 8 * tensor.dtype.itemsize
 
 
-def _attention(query, key, value, is_causal, scale, attn_mask=None, dropout_p=0.0):
+def _attention(query, key, value, is_causal, scale, attn_mask=None, dropout_p=0.0, lower_right=False):
     return _bits(query), _least(HEAD_DIMS, query.shape[-1]), _least(LENGTHS, query.shape[-2]), is_causal
 
 

@@ -18,9 +18,17 @@ import triton.language as tl
 
 from gptkern.ops.attention import empty_in_layout_of
 from gptkern.triton_kernels.attention_tiles import (
+    ADDITIVE_MASK,
+    BOOL_MASK,
+    LOG2_OF_E,
     LOG2E,
+    NO_MASK,
     compile_case,
     constants_of,
+    extra_cases,
+    extras_of,
+    kept_tile,
+    load_mask,
     load_tile,
     padded_head_dim,
     readable,
@@ -78,17 +86,31 @@ def _key_value_tiles(
     grad_output_ptr,
     lse_ptr,
     delta_ptr,
+    row_max_ptr,  # None where MASK is not ADDITIVE_MASK
+    mask_ptr,  # this query head's mask from the first of these keys on; None where MASK is NO_MASK
+    seed_ptr,  # None without DROPOUT
     query_row_stride,
     grad_output_row_stride,
-    columns,  # (BLOCK_N,) numbers of the keys
+    mask_row_stride,
+    mask_column_stride,
+    batch_head,  # of the queries
+    start_n,
+    first_seen_by,  # (BLOCK_N,) number of the first query that sees each key, where CAUSAL
     tile,  # the first tile of queries
     count,  # how many tiles
     diagonal_stop,
-    tail,  # the tile that follows the last one of the diagonal, where MASKED
+    tail,  # the tile that follows the last one of the diagonal, where TAIL
     length_q,
-    scale_log2e,
+    length_k,
+    score_scale,
+    drop_below,
+    keep_scale,
     CAUSAL: tl.constexpr,
-    MASKED: tl.constexpr,
+    LOWER_RIGHT: tl.constexpr,
+    TAIL: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_BY_KEY: tl.constexpr,
+    DROPOUT: tl.constexpr,
     NEED_KEY: tl.constexpr,
     NEED_VALUE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -98,48 +120,76 @@ def _key_value_tiles(
     INPUT_PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
     for index in tl.range(0, count):
         tile_m = tile + index
-        if MASKED:
+        if TAIL:
             tile_m = tl.where(tile_m < diagonal_stop, tile_m, tail)
         start_m = tile_m * BLOCK_M
         rows = start_m + tl.arange(0, BLOCK_M)
         first = tl.cast(start_m, tl.int64)
         q = load_tile(
             query_ptr + first * query_row_stride,
-            query_row_stride, rows, length_q, BLOCK_M, HEAD_DIM, BLOCK_D, MASKED,
+            query_row_stride, rows, length_q, BLOCK_M, HEAD_DIM, BLOCK_D, TAIL,
         )  # fmt: skip
         grad = load_tile(
             grad_output_ptr + first * grad_output_row_stride,
-            grad_output_row_stride, rows, length_q, BLOCK_M, HEAD_DIM, BLOCK_D, MASKED,
+            grad_output_row_stride, rows, length_q, BLOCK_M, HEAD_DIM, BLOCK_D, TAIL,
         )  # fmt: skip
-        if MASKED:
+        if TAIL:
             # 2^(S - inf) = 0 beyond the last query
             lse = tl.load(lse_ptr + rows, mask=rows < length_q, other=float("inf"))
         else:
             lse = tl.load(lse_ptr + rows)
+        if MASK != NO_MASK or LOWER_RIGHT:
+            # 2^(S - inf) = 0 too for a query that sees no key, whose lse is -inf
+            lse = tl.where(lse == float("-inf"), float("inf"), lse)
         # P^T = 2^(S - lse)^T
         scores = dot(k, tl.trans(q), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), INPUT_PRECISION, WIDEN)
-        p = tl.exp2(scores * scale_log2e - lse[None, :])
-        if MASKED and CAUSAL:
-            p = tl.where(columns[:, None] <= rows[None, :], p, 0.0)
+        if MASK != NO_MASK:
+            mask = load_mask(
+                mask_ptr + first * mask_row_stride, mask_row_stride, mask_column_stride,
+                tl.arange(0, BLOCK_M)[None, :], tl.arange(0, BLOCK_N)[:, None],
+                length_q - start_m, length_k - start_n, MASK_BY_KEY, TAIL, True,
+            )  # fmt: skip
+        if MASK == ADDITIVE_MASK:
+            row_max = tl.load(row_max_ptr + rows, mask=rows < length_q, other=0.0)
+            scores = scores * score_scale + mask.to(tl.float32)
+            p = tl.exp2((scores - row_max[None, :]) * LOG2_OF_E - lse[None, :])
+        else:
+            p = tl.exp2(scores * score_scale - lse[None, :])
+        if MASK == BOOL_MASK:
+            p = tl.where(mask != 0, p, 0.0)
+        if TAIL and CAUSAL:
+            p = tl.where(first_seen_by[:, None] <= rows[None, :], p, 0.0)
+        if DROPOUT:
+            # The sign of p says whether it is kept: used twice, the mask would be made twice, for two layouts.
+            kept = kept_tile(seed, batch_head, start_m, start_n, drop_below, BLOCK_M, BLOCK_N, True)
+            p = tl.where(kept, p, -p)
         if NEED_VALUE:
-            # dV = P^T @ dO
-            grad_value = dot(p.to(grad.dtype), grad, grad_value, INPUT_PRECISION, WIDEN)
+            # dV = P^T @ dO, of the P that dropout kept
+            weights = p
+            if DROPOUT:
+                weights = tl.maximum(p, 0.0)
+            grad_value = dot(weights.to(grad.dtype), grad, grad_value, INPUT_PRECISION, WIDEN)
         if NEED_KEY:
-            if MASKED:
+            if TAIL:
                 delta = tl.load(delta_ptr + rows, mask=rows < length_q, other=0.0)
             else:
                 delta = tl.load(delta_ptr + rows)
             # dS^T = P^T * (dP - delta)^T,  dP^T = V @ dO^T
             dp = dot(v, tl.trans(grad), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), INPUT_PRECISION, WIDEN)
+            if DROPOUT:
+                dp = tl.where(p > 0.0, dp * keep_scale, 0.0)
+                p = tl.abs(p)
             ds = p * (dp - delta[None, :])
             # dK = scale * dS^T @ Q
             grad_key = dot(ds.to(q.dtype), q, grad_key, INPUT_PRECISION, WIDEN)
     return grad_key, grad_value
 
 
-@triton.jit(do_not_specialize=["kv_heads", "group", "length_q", "length_k"])
+@triton.jit(do_not_specialize=["kv_heads", "group", "length_q", "length_k", "drop_below"])
 def _key_value_kernel(
     grad_output_ptr,  # (batch, kv_heads * group, length_q, head_dim)
     query_ptr,  # (batch, kv_heads * group, length_q, head_dim)
@@ -147,6 +197,9 @@ def _key_value_kernel(
     value_ptr,  # (batch, kv_heads, length_k, head_dim)
     lse_ptr,  # (batch, kv_heads * group, length_q) contiguous, float32
     delta_ptr,  # (batch, kv_heads * group, length_q) contiguous, float32; read where NEED_KEY
+    row_max_ptr,  # the same, where MASK is ADDITIVE_MASK; None else, and so are all the arguments of what is not used
+    mask_ptr,  # (batch, kv_heads * group, length_q, length_k), any strides: uint8 (0 hides) or floating point
+    seed_ptr,  # (1,) int64
     grad_key_ptr,  # (batch, kv_heads, length_k, head_dim), written where NEED_KEY
     grad_value_ptr,  # (batch, kv_heads, length_k, head_dim), written where NEED_VALUE
     grad_output_batch_stride, grad_output_head_stride, grad_output_row_stride,
@@ -155,9 +208,17 @@ def _key_value_kernel(
     value_batch_stride, value_head_stride, value_row_stride,
     grad_key_batch_stride, grad_key_head_stride, grad_key_row_stride,
     grad_value_batch_stride, grad_value_head_stride, grad_value_row_stride,
+    mask_batch_stride, mask_head_stride, mask_row_stride, mask_column_stride,
     kv_heads, group, length_q, length_k,
-    scale, scale_log2e,
+    scale,
+    score_scale,  # scale * log2(e); scale where MASK is ADDITIVE_MASK
+    drop_below,  # int32, see attention_tiles.py
+    keep_scale,  # 1 / (1 - dropout_p)
     CAUSAL: tl.constexpr,
+    LOWER_RIGHT: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_BY_KEY: tl.constexpr,
+    DROPOUT: tl.constexpr,
     NEED_KEY: tl.constexpr,
     NEED_VALUE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -187,9 +248,16 @@ def _key_value_kernel(
     whole = length_q // BLOCK_M
     diagonal = 0
     diagonal_stop = 0
+    first_seen_by = columns
     if CAUSAL:
-        diagonal = start_n // BLOCK_M
-        diagonal_stop = tl.minimum(tiles, tl.cdiv(start_n + BLOCK_N - 1, BLOCK_M))
+        if LOWER_RIGHT:
+            offset = length_k - length_q
+            first_seen_by = columns - offset
+            diagonal = tl.maximum(start_n - offset, 0) // BLOCK_M
+            diagonal_stop = tl.minimum(tiles, tl.cdiv(tl.maximum(start_n - offset + BLOCK_N - 1, 0), BLOCK_M))
+        else:
+            diagonal = start_n // BLOCK_M
+            diagonal_stop = tl.minimum(tiles, tl.cdiv(start_n + BLOCK_N - 1, BLOCK_M))
     masked_tiles = tl.maximum(diagonal_stop - diagonal, 0)
     if tl.maximum(diagonal_stop, whole) < tiles:
         masked_tiles += 1
@@ -198,26 +266,39 @@ def _key_value_kernel(
     grad_value = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for member in range(0, group):
         head = kv_head * group + member
-        row_base = (batch * kv_heads * group + head) * length_q
+        query_batch_head = batch * kv_heads * group + head
+        row_base = query_batch_head * length_q
         head_query_ptr = query_ptr + batch * query_batch_stride + head * query_head_stride
         head_grad_ptr = grad_output_ptr + batch * grad_output_batch_stride + head * grad_output_head_stride
+        head_mask_ptr = mask_ptr
+        if MASK != NO_MASK:
+            head_mask_ptr += batch * mask_batch_stride + head * mask_head_stride + first * mask_column_stride
+        head_row_max_ptr = row_max_ptr
+        if MASK == ADDITIVE_MASK:
+            head_row_max_ptr += row_base
         grad_key, grad_value = _key_value_tiles(
             grad_key, grad_value, k, v, head_query_ptr, head_grad_ptr, lse_ptr + row_base, delta_ptr + row_base,
-            query_row_stride, grad_output_row_stride, columns, diagonal, masked_tiles, diagonal_stop, whole,
-            length_q, scale_log2e, CAUSAL, True, NEED_KEY, NEED_VALUE, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-            INPUT_PRECISION, WIDEN,
+            head_row_max_ptr, head_mask_ptr, seed_ptr, query_row_stride, grad_output_row_stride,
+            mask_row_stride, mask_column_stride, query_batch_head, start_n, first_seen_by,
+            diagonal, masked_tiles, diagonal_stop, whole, length_q, length_k, score_scale, drop_below, keep_scale,
+            CAUSAL, LOWER_RIGHT, True, MASK, MASK_BY_KEY, DROPOUT, NEED_KEY, NEED_VALUE,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, INPUT_PRECISION, WIDEN,
         )  # fmt: skip
         grad_key, grad_value = _key_value_tiles(
             grad_key, grad_value, k, v, head_query_ptr, head_grad_ptr, lse_ptr + row_base, delta_ptr + row_base,
-            query_row_stride, grad_output_row_stride, columns, diagonal_stop, whole - diagonal_stop, 0, 0,
-            length_q, scale_log2e, CAUSAL, False, NEED_KEY, NEED_VALUE, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-            INPUT_PRECISION, WIDEN,
+            head_row_max_ptr, head_mask_ptr, seed_ptr, query_row_stride, grad_output_row_stride,
+            mask_row_stride, mask_column_stride, query_batch_head, start_n, first_seen_by,
+            diagonal_stop, whole - diagonal_stop, 0, 0, length_q, length_k, score_scale, drop_below, keep_scale,
+            CAUSAL, LOWER_RIGHT, False, MASK, MASK_BY_KEY, DROPOUT, NEED_KEY, NEED_VALUE,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, INPUT_PRECISION, WIDEN,
         )  # fmt: skip
 
     if NEED_KEY:
         grad_key_ptr += batch * grad_key_batch_stride + kv_head * grad_key_head_stride + first * grad_key_row_stride
         store_tile(grad_key_ptr, grad_key_row_stride, columns, length_k, grad_key * scale, BLOCK_N, HEAD_DIM, BLOCK_D)
     if NEED_VALUE:
+        if DROPOUT:
+            grad_value = grad_value * keep_scale
         grad_value_ptr += (
             batch * grad_value_batch_stride + kv_head * grad_value_head_stride + first * grad_value_row_stride
         )
@@ -231,17 +312,30 @@ def _query_tiles(
     grad,  # (BLOCK_M, BLOCK_D)
     lse,  # (BLOCK_M,) float32
     delta,  # (BLOCK_M,) float32
+    row_max,  # (BLOCK_M,) float32, where MASK is ADDITIVE_MASK
     key_ptr,  # this head's keys
     value_ptr,
+    mask_ptr,  # this head's mask from the first of these queries on; None where MASK is NO_MASK
+    seed_ptr,  # None without DROPOUT
     key_row_stride,
     value_row_stride,
-    rows,  # (BLOCK_M,) numbers of the queries
+    mask_row_stride,
+    mask_column_stride,
+    batch_head,
+    start_m,
+    last_seen,  # (BLOCK_M,) number of the last key that each query sees, where CAUSAL
     start,
     stop,
+    length_q,
     length_k,
-    scale_log2e,
+    score_scale,
+    drop_below,
+    keep_scale,
     CAUSAL: tl.constexpr,
-    MASKED: tl.constexpr,
+    TAIL: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_BY_KEY: tl.constexpr,
+    DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -249,34 +343,51 @@ def _query_tiles(
     INPUT_PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
     for start_n in tl.range(start, stop, BLOCK_N):
         start_n = tl.multiple_of(start_n, BLOCK_N)
         columns = start_n + tl.arange(0, BLOCK_N)
         first = tl.cast(start_n, tl.int64)
         k = load_tile(
-            key_ptr + first * key_row_stride, key_row_stride, columns, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED
+            key_ptr + first * key_row_stride, key_row_stride, columns, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, TAIL
         )
         v = load_tile(
             value_ptr + first * value_row_stride,
-            value_row_stride, columns, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED,
+            value_row_stride, columns, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, TAIL,
         )  # fmt: skip
         # P = 2^(S - lse)
         scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), INPUT_PRECISION, WIDEN)
-        p = tl.exp2(scores * scale_log2e - lse[:, None])
-        if MASKED:
+        if MASK != NO_MASK:
+            mask = load_mask(
+                mask_ptr + first * mask_column_stride, mask_row_stride, mask_column_stride,
+                tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :],
+                length_q - start_m, length_k - start_n, MASK_BY_KEY, True, TAIL,
+            )  # fmt: skip
+        if MASK == ADDITIVE_MASK:
+            scores = scores * score_scale + mask.to(tl.float32)
+            p = tl.exp2((scores - row_max[:, None]) * LOG2_OF_E - lse[:, None])
+        else:
+            p = tl.exp2(scores * score_scale - lse[:, None])
+        if MASK == BOOL_MASK:
+            p = tl.where(mask != 0, p, 0.0)
+        if TAIL:
             seen = columns[None, :] < length_k
             if CAUSAL:
-                seen = seen & (columns[None, :] <= rows[:, None])
+                seen = seen & (columns[None, :] <= last_seen[:, None])
             p = tl.where(seen, p, 0.0)
         # dS = P * (dP - delta),  dP = dO @ V^T
         dp = dot(grad, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), INPUT_PRECISION, WIDEN)
+        if DROPOUT:
+            kept = kept_tile(seed, batch_head, start_m, start_n, drop_below, BLOCK_M, BLOCK_N, False)
+            dp = tl.where(kept, dp * keep_scale, 0.0)
         ds = p * (dp - delta[:, None])
         # dQ = scale * dS @ K
         grad_query = dot(ds.to(k.dtype), k, grad_query, INPUT_PRECISION, WIDEN)
     return grad_query
 
 
-@triton.jit(do_not_specialize=["heads", "group", "length_q", "length_k"])
+@triton.jit(do_not_specialize=["heads", "group", "length_q", "length_k", "drop_below"])
 def _query_kernel(
     grad_output_ptr,  # (batch, heads, length_q, head_dim)
     query_ptr,  # (batch, heads, length_q, head_dim)
@@ -284,15 +395,26 @@ def _query_kernel(
     value_ptr,  # (batch, heads // group, length_k, head_dim)
     lse_ptr,  # (batch, heads, length_q) contiguous, float32
     delta_ptr,  # (batch, heads, length_q) contiguous, float32
+    row_max_ptr,  # the same, where MASK is ADDITIVE_MASK; None else, and so are all the arguments of what is not used
+    mask_ptr,  # (batch, heads, length_q, length_k), any strides: uint8 (0 hides) or floating point
+    seed_ptr,  # (1,) int64
     grad_query_ptr,  # (batch, heads, length_q, head_dim)
     grad_output_batch_stride, grad_output_head_stride, grad_output_row_stride,
     query_batch_stride, query_head_stride, query_row_stride,
     key_batch_stride, key_head_stride, key_row_stride,
     value_batch_stride, value_head_stride, value_row_stride,
     grad_query_batch_stride, grad_query_head_stride, grad_query_row_stride,
+    mask_batch_stride, mask_head_stride, mask_row_stride, mask_column_stride,
     heads, group, length_q, length_k,
-    scale, scale_log2e,
+    scale,
+    score_scale,  # scale * log2(e); scale where MASK is ADDITIVE_MASK
+    drop_below,  # int32, see attention_tiles.py
+    keep_scale,  # 1 / (1 - dropout_p)
     CAUSAL: tl.constexpr,
+    LOWER_RIGHT: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_BY_KEY: tl.constexpr,
+    DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -319,20 +441,42 @@ def _query_kernel(
     lse = tl.load(lse_ptr + batch_head * length_q + rows, mask=inside, other=0.0)
     delta = tl.load(delta_ptr + batch_head * length_q + rows, mask=inside, other=0.0)
 
+    row_max = lse
+    if MASK == ADDITIVE_MASK:
+        row_max = tl.load(row_max_ptr + batch_head * length_q + rows, mask=inside, other=0.0)
+    if MASK != NO_MASK:
+        mask_ptr += batch * mask_batch_stride + head * mask_head_stride + first * mask_row_stride
+    if MASK != NO_MASK or LOWER_RIGHT:
+        # 2^(S - inf) = 0 for a query that sees no key, whose lse is -inf
+        lse = tl.where(lse == float("-inf"), float("inf"), lse)
+
     stop = length_k
     seen_by_all = length_k
+    last_seen = rows
     if CAUSAL:
-        stop = tl.minimum(length_k, start_m + BLOCK_M)
-        seen_by_all = tl.minimum(length_k, start_m + 1)
+        if LOWER_RIGHT:
+            offset = length_k - length_q
+            last_seen = rows + offset
+            stop = tl.minimum(length_k, tl.maximum(start_m + offset + BLOCK_M, 0))
+            seen_by_all = tl.minimum(length_k, tl.maximum(start_m + offset + 1, 0))
+        else:
+            stop = tl.minimum(length_k, start_m + BLOCK_M)
+            seen_by_all = tl.minimum(length_k, start_m + 1)
     full = seen_by_all // BLOCK_N * BLOCK_N
     grad_query = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     grad_query = _query_tiles(
-        grad_query, q, grad, lse, delta, key_ptr, value_ptr, key_row_stride, value_row_stride, rows, full, stop,
-        length_k, scale_log2e, CAUSAL, True, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, INPUT_PRECISION, WIDEN,
+        grad_query, q, grad, lse, delta, row_max, key_ptr, value_ptr, mask_ptr, seed_ptr,
+        key_row_stride, value_row_stride, mask_row_stride, mask_column_stride,
+        batch_head, start_m, last_seen, full, stop,
+        length_q, length_k, score_scale, drop_below, keep_scale, CAUSAL, True, MASK, MASK_BY_KEY, DROPOUT,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, INPUT_PRECISION, WIDEN,
     )  # fmt: skip
     grad_query = _query_tiles(
-        grad_query, q, grad, lse, delta, key_ptr, value_ptr, key_row_stride, value_row_stride, rows, 0, full,
-        length_k, scale_log2e, CAUSAL, False, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, INPUT_PRECISION, WIDEN,
+        grad_query, q, grad, lse, delta, row_max, key_ptr, value_ptr, mask_ptr, seed_ptr,
+        key_row_stride, value_row_stride, mask_row_stride, mask_column_stride,
+        batch_head, start_m, last_seen, 0, full,
+        length_q, length_k, score_scale, drop_below, keep_scale, CAUSAL, False, MASK, MASK_BY_KEY, DROPOUT,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, INPUT_PRECISION, WIDEN,
     )  # fmt: skip
     grad_query_ptr += batch * grad_query_batch_stride + head * grad_query_head_stride + first * grad_query_row_stride
     store_tile(grad_query_ptr, grad_query_row_stride, rows, length_q, grad_query * scale, BLOCK_M, HEAD_DIM, BLOCK_D)
@@ -342,7 +486,8 @@ def _query_kernel(
 
 
 def backward(
-    grad_output, query, key, value, output, lse, is_causal, scale, need_query, need_key, need_value
+    grad_output, query, key, value, output, lse, is_causal, scale, need_query, need_key, need_value,
+    attn_mask=None, dropout_p=0.0, lower_right=False, seed=None,
 ):  # fmt: skip
     """-> dquery, dkey, dvalue of the shapes, dtypes and layouts of query, key, value; what is not needed is empty."""
     batch, heads, length_q, head_dim = query.shape
@@ -354,9 +499,13 @@ def backward(
     if query.numel() == 0 or key.numel() == 0:
         return grad_query.zero_(), grad_key.zero_(), grad_value.zero_()
     grad_output, query, key, value = map(readable, (grad_output, query, key, value))
+    extras = extras_of(query, key, attn_mask, dropout_p, seed)
+    lse, row_max = (lse[0], lse[1]) if extras.is_additive else (lse, None)
     group = heads // kv_heads
     block_d = padded_head_dim(head_dim)
     strides = [stride for tensor in (grad_output, query, key, value) for stride in tensor.stride()[:3]]
+    scales = scale, scale if extras.is_additive else scale * LOG2E, extras.drop_below, extras.keep_scale
+    constants = {"CAUSAL": is_causal, "LOWER_RIGHT": lower_right, **extras.constants}
     # Nobody reads delta for dvalue alone: lse stands in for the pointer.
     delta = lse
     if need_query or need_key:
@@ -371,23 +520,22 @@ def backward(
     key_strides = (grad_key if need_key else key).stride()[:3]
     value_strides = (grad_value if need_value else key).stride()[:3]
     for pass_key, pass_value in _key_value_passes(need_key, need_value, block_d):
-        tiles = tiles_of("key_value", query.device, block_d, query.element_size())
+        tiles = tiles_of("key_value", query, block_d, extras)
         _key_value_kernel[(cdiv(length_k, tiles.block_n) * batch * kv_heads,)](
-            grad_output, query, key, value, lse, delta, grad_key, grad_value,
-            *strides, *key_strides, *value_strides,
+            grad_output, query, key, value, lse, delta, row_max, extras.mask, extras.seed, grad_key, grad_value,
+            *strides, *key_strides, *value_strides, *extras.mask_strides,
             kv_heads, group, length_q, length_k,
-            scale, scale * LOG2E,
-            CAUSAL=is_causal, NEED_KEY=pass_key, NEED_VALUE=pass_value,
-            **constants_of(query, head_dim, block_d, tiles),
+            *scales,
+            NEED_KEY=pass_key, NEED_VALUE=pass_value, **constants, **constants_of(query, head_dim, block_d, tiles),
         )  # fmt: skip
     if need_query:
-        tiles = tiles_of("query", query.device, block_d, query.element_size())
+        tiles = tiles_of("query", query, block_d, extras)
         _query_kernel[(cdiv(length_q, tiles.block_m) * batch * heads,)](
-            grad_output, query, key, value, lse, delta, grad_query,
-            *strides, *grad_query.stride()[:3],
+            grad_output, query, key, value, lse, delta, row_max, extras.mask, extras.seed, grad_query,
+            *strides, *grad_query.stride()[:3], *extras.mask_strides,
             heads, group, length_q, length_k,
-            scale, scale * LOG2E,
-            CAUSAL=is_causal, **constants_of(query, head_dim, block_d, tiles),
+            *scales,
+            **constants, **constants_of(query, head_dim, block_d, tiles),
         )  # fmt: skip
     return grad_query, grad_key, grad_value
 
@@ -405,14 +553,14 @@ def _key_value_passes(need_key, need_value, block_d):
 def compile_cases(architecture: int) -> list[CompileCase]:
     """Every row of the configuration table that serves the architecture."""
     cases = [_delta_case()]
-    for tiles, device, dtype, head_dim in shipped_tiles(architecture, "query"):
-        cases.append(compile_case(_query_kernel, "query", tiles, device, dtype, head_dim, CAUSAL=True))
-    for tiles, device, dtype, head_dim in shipped_tiles(architecture, "key_value"):
-        for need_key, need_value in _key_value_passes(True, True, padded_head_dim(head_dim)):
-            gradients = "" if need_key and need_value else " dK" if need_key else " dV"
+    queries = [("", *row) for row in shipped_tiles(architecture, "query")] + extra_cases(architecture, "query")
+    cases += [compile_case(_query_kernel, "query", *row, variant) for variant, *row in queries]
+    keys = [("", *row) for row in shipped_tiles(architecture, "key_value")] + extra_cases(architecture, "key_value")
+    for variant, *row in keys:
+        for need_key, need_value in _key_value_passes(True, True, padded_head_dim(row[-1])):
+            name = "key_value" + ("" if need_key and need_value else " dK" if need_key else " dV")
             needs = {"NEED_KEY": need_key, "NEED_VALUE": need_value}
-            name = f"key_value{gradients}"
-            cases.append(compile_case(_key_value_kernel, name, tiles, device, dtype, head_dim, CAUSAL=True, **needs))
+            cases.append(compile_case(_key_value_kernel, name, *row, variant, "keys", **needs))
     return cases
 
 
