@@ -1,11 +1,12 @@
 """swap(model), unswap(model), kernels(): gptkern's operators in a model that was written without them.
 
-    torch.nn.LayerNorm, torch.nn.Softmax    change their class to the twin in gptkern.nn
-    a module whose forward calls F.scaled_dot_product_attention, F.layer_norm or F.softmax inline
+    torch.nn.LayerNorm, RMSNorm, Softmax    change their class to the twin in gptkern.nn
+    a module whose forward calls F.scaled_dot_product_attention, F.layer_norm, F.rms_norm or F.softmax inline
                                             changes its class to a subclass of its own, whose forward is the
                                             original one with those calls rerouted (gptkern.rerouting)
-    a module of transformers that takes its attention from AttentionInterface
-                                            gets it by the name "gptkern" (gptkern.integrations.transformers)
+    a module of transformers (gptkern.integrations.transformers)
+                                            gets its attention by the name "gptkern"; a rotary embedding or a norm in
+                                            code that is known is rerouted as above
 
 A swapped module is the same object with the same parameters, buffers, hooks and state_dict keys; its original class
 and config are noted in its `__dict__`, from where `unswap` takes them back. No global is touched.
@@ -61,11 +62,12 @@ _ROUTED = "_gptkern_routed"
 def swap(model: torch.nn.Module, ops: Iterable[str] | None = None, strict: bool = False) -> SwapReport:
     """Put gptkern's operators into a model, in place.
 
-    Replaced are modules of exactly the type `torch.nn.LayerNorm` or `torch.nn.Softmax`; modules whose forward calls
-    `F.scaled_dot_product_attention`, `F.layer_norm` or `F.softmax`, itself, in a method of its own, or in a function
-    of its own package; `torch.nn.MultiheadAttention` and `torch.nn.TransformerEncoder`, which then keep to Python in
-    eval mode; and the attention of transformers' models. A call that cannot be read off the code (a function looked up
-    in a table, a tensor's method) is not found: `gptkern.kernels()` reaches it.
+    Replaced are modules of exactly the type `torch.nn.LayerNorm`, `RMSNorm` or `Softmax`; modules whose forward calls
+    `F.scaled_dot_product_attention`, `F.layer_norm`, `F.rms_norm` or `F.softmax`, itself, in a method of its own, or in
+    a function of its own package; `torch.nn.MultiheadAttention` and `torch.nn.TransformerEncoder`, which then keep to
+    Python in eval mode; and of transformers' models the attention, the rotary embedding and Llama's norm. A call that
+    cannot be read off the code (a function looked up in a table, a tensor's method) is not found: `gptkern.kernels()`
+    reaches it. Attention or a norm that is written out in Python is named as skipped.
 
     Parameters stay the same objects, state_dict keys stay the same; dropout, eps, hooks, requires_grad and the
     training flag are not looked at. A second call changes nothing. `gptkern.unswap` takes it back.
@@ -129,9 +131,10 @@ def unswap(model: torch.nn.Module) -> torch.nn.Module:
 def kernels(ops: Iterable[str] | None = None) -> TorchFunctionMode:
     """`with gptkern.kernels():` routes the calls of PyTorch's functions made inside it to gptkern's operators.
 
-    Routed are F.scaled_dot_product_attention, F.layer_norm, F.softmax, torch.softmax and Tensor.softmax (what
-    PyTorch's own modules call inside their C++ or composite functions, as torch.nn.MultiheadAttention does, is not
-    seen). It holds in the thread that enters it, and nests.
+    Routed are F.scaled_dot_product_attention, F.layer_norm, F.rms_norm, F.softmax, torch.softmax and Tensor.softmax
+    (what PyTorch's own modules call inside their C++ or composite functions, as torch.nn.MultiheadAttention does, is
+    not seen; nor is a rotary embedding, for which PyTorch has no function). It holds in the thread that enters it, and
+    nests.
 
     Args:
         ops: the operators to route, of `gptkern.swapping.SWAPPABLE`; all by default.
