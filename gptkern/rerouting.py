@@ -261,9 +261,12 @@ def _attribute_chains(code: types.CodeType) -> Iterator[tuple[str, ...]]:
         if chain:
             yield tuple(chain)
         chain = []
-        if instruction.opname.startswith(("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FAST", "LOAD_DEREF")):
+        if (
+            instruction.opname.startswith(("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF"))
+            or "LOAD_FAST" in instruction.opname
+        ):
             names = instruction.argval
-            # Python 3.13 loads two locals in one instruction; attributes are taken from the second.
+            # Python 3.13 loads two locals, or stores one and loads one, at once; attributes are of the second.
             chain = [str(names[-1] if isinstance(names, tuple) else names)]
         elif isinstance(instruction.argval, types.CodeType):
             yield from _attribute_chains(instruction.argval)
