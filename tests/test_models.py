@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from checking import Watched
-from model_zoo import IGNORED, PADDING, PARAMETERS, VOCABULARY, Case
+from model_zoo import CASES, IGNORED, LAYERS, PADDING, PARAMETERS, VOCABULARY, Case
 
 import gptkern
 from gptkern import dispatch
@@ -291,6 +291,35 @@ def test_kernels_agree(case, kernel_backend, device):
     counts = {operator: watched.names.count(f"{operator}_forward") for operator in case.calls}
     assert counts == case.calls
     assert {operator: watched.names.count(f"{operator}_backward") for operator in case.calls} == case.calls
+
+
+@pytest.mark.parametrize("case", [p for p in PARAMETERS if p.values[0].padding])
+def test_kernels_agree_on_a_padded_batch(case, triton_backend, device):
+    """The mask is read inside the kernels of attention."""
+    call = [part.to(device) for part in batch(rows=2, length=6, side=case.padding)]
+    model = built(case).to(device)
+    with gptkern.backend("torch"):
+        expected = results(case, model, *call)
+    gptkern.swap(model)
+    with Watched() as watched:
+        compare(case, results(case, model, *call), expected, exact=False)
+    assert watched.names.count("attention_forward") == watched.names.count("attention_backward") == LAYERS
+
+
+def test_kernels_drop_attention_weights_in_training(triton_backend, device):
+    """GPT-2 as it is trained: dropout in the attention, a padded batch. The same seed drops the same."""
+    case = next(case for case in CASES if case.name == "gpt2")
+    call = [part.to(device) for part in batch(rows=2, length=6, side="left")]
+    model = built(case, dropout=0.5).to(device)
+    gptkern.swap(model)
+    outcomes = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        with Watched() as watched:
+            outcomes.append(results(case, model, *call))
+        assert watched.names.count("attention_forward") == watched.names.count("attention_backward") == LAYERS
+    compare(case, outcomes[1], outcomes[0], exact=True)
+    assert not torch.equal(outcomes[2][0], outcomes[0][0])
 
 
 def compare_in_16_bits(actual, yardstick, reference):
