@@ -304,7 +304,9 @@ class LayerNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output, grad_summed):
+        # As the forward made them: saved_tensors_hooks may hand back other strides.
         summed, weight, mean, rstd = ctx.saved_tensors
+        weight, mean, rstd = None if weight is None else weight.contiguous(), mean.contiguous(), rstd.contiguous()
         need_input, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
         has_residual = ctx.dtypes[1] is not None
         grad_summed = grad_summed if has_residual else None

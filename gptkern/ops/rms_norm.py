@@ -202,7 +202,9 @@ class RMSNormFunction(torch.autograd.Function):
     def backward(ctx, grad_output):
         if grad_output is None:
             return None, None, None, None
+        # As the forward made them: saved_tensors_hooks may hand back other strides.
         input, weight, rstd = ctx.saved_tensors
+        weight, rstd = None if weight is None else weight.contiguous(), rstd.contiguous()
         need_input, need_weight, *_ = ctx.needs_input_grad
         with torch.no_grad():
             dinput, dweight = _backward(grad_output, input, weight, rstd, need_input, need_weight, ctx.backend)

@@ -498,7 +498,9 @@ def backward(
     )
     if query.numel() == 0 or key.numel() == 0:
         return grad_query.zero_(), grad_key.zero_(), grad_value.zero_()
-    grad_output, query, key, value = map(readable, (grad_output, query, key, value))
+    grad_output, query, key, value, output = map(readable, (grad_output, query, key, value, output))
+    # As the forward made it: saved_tensors_hooks may hand back other strides.
+    lse = lse.contiguous()
     extras = extras_of(query, key, attn_mask, dropout_p, seed)
     lse, row_max = (lse[0], lse[1]) if extras.is_additive else (lse, None)
     group = heads // kv_heads
