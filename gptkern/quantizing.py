@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from gptkern import functional as F
+from gptkern import rerouting
 from gptkern.dispatch import explain
 from gptkern.nn import Int8Linear
 from gptkern.ops.int8_linear import check_options
@@ -40,7 +41,13 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
     "_is_full_backward_hook",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
 )
+# Of the tensors' attributes, those that an int8 weight has as well as the float one.
+_SAME_FOR_INT8 = {"device", "is_cuda"}
 
 
 class Quantized(NamedTuple):
@@ -109,7 +116,9 @@ def quantize(
 
     Replaced are modules of exactly the type torch.nn.Linear, or Conv1D of transformers, by gptkern.nn.Int8Linear
     with the same bias, hooks, training flag and attributes. Left alone, and named in the report, are layers whose
-    weight is not a plain tensor that they alone hold: tied, parametrised, pruned, normalised, sharded, not finite.
+    weight is not a plain tensor that they alone hold: tied, parametrised, pruned, normalised, sharded, not finite; and
+    those whose weight a module's forward reads itself (`x @ self.fc.weight.t()`), as far as its code tells: not where
+    it takes the layer or the weight out of `self` under another name. Name such a layer in `skip`.
     Before or after `gptkern.swap` is the same; `gptkern.unswap` leaves int8 layers in place.
 
     A float weight is freed before the next layer is quantised, if nobody else holds it (an optimizer would). On the
@@ -187,8 +196,8 @@ def load_quantized(
         The model.
 
     Raises:
-        TypeError: model is no module, state_dict is no mapping, or holds an int8 weight for a module that is no linear
-            layer.
+        TypeError: model is no module, state_dict is no mapping, holds an int8 weight for a module that is no linear
+            layer, or for an int8 layer a weight that is not int8 or scales that are not float32.
         ValueError: unknown mode, or tied weights differ in the state_dict.
         RuntimeError: names or shapes do not fit (what torch.nn.Module.load_state_dict says about it); or something
             stays on the meta device, because state_dicts leave it out.
@@ -204,13 +213,18 @@ def load_quantized(
         )
     check_options("load_quantized", None, mode)
     # Nothing is written into a tensor below: these dictionaries are all that changes.
-    before = [(d, dict(d)) for m in model.modules() for d in (m._modules, m._parameters, m._buffers)]
+    before = [
+        (d, dict(d))
+        for m in model.modules()
+        for d in (m._modules, m._parameters, m._buffers, m._load_state_dict_pre_hooks)
+    ]
     try:
         _put_empty_layers(model, state_dict, mode)
         groups = list(_tied_names(model))
         model.load_state_dict(_with_tied_names(state_dict, groups), strict=True, assign=True)
         for names in groups:
             _tie(model, names)
+        _check_dtypes(model)
         _check_filled(model, state_dict)
     except BaseException:
         for dictionary, content in before:
@@ -298,7 +312,7 @@ def _planned(
     model: torch.nn.Module, places: list[list[_Place]], skip: tuple[str, ...], filter: Callable | None
 ) -> tuple[list[list[_Place]], list[Skipped]]:
     """(the layers to quantise, each by its places; those left alone)"""
-    holders = _holders(model)
+    holders, read = _holders(model), _read_by_modules(model)
     in_ddp = {m for ddp in model.modules() if isinstance(ddp, DistributedDataParallel) for m in ddp.modules()}
     planned, skipped = [], []
     for held in places:
@@ -306,6 +320,8 @@ def _planned(
         if not _looks_linear(module):
             continue
         reason = _skip_named(held, skip) or _obstacle(held, module, holders)
+        if reason is None and module in read:
+            reason = "its parent reads its weight"
         if reason is None and module in in_ddp:
             reason = "DistributedDataParallel waits for its weight's gradient: quantise first, wrap then"
         if reason is None and filter is not None and not filter(name, module):
@@ -338,7 +354,7 @@ def _skip_named(held: list[_Place], skip: tuple[str, ...]) -> str | None:
     return None
 
 
-def _obstacle(held: list[_Place], module: torch.nn.Module, holders: dict) -> str | None:
+def _obstacle(held: list[_Place], module: torch.nn.Module, holders: _Holders) -> str | None:
     """Why a layer cannot be quantised, or None."""
     cls = type(module)
     if isinstance(module, Int8Linear):
@@ -368,25 +384,67 @@ def _obstacle(held: list[_Place], module: torch.nn.Module, holders: dict) -> str
             return f"its {name} is {tensor.layout}"
     if weight.numel() == 0:
         return "its weight is empty"
-    others = [name for name, module_id in holders[_memory(weight)] if module_id != id(module)]
-    if others:
-        return f"its weight is tied to {others[0]}"
+    start, stop = _extent(weight)
+    for holder in holders[weight.untyped_storage()._cdata]:
+        if holder.module_id != id(module) and holder.start < stop and start < holder.stop:
+            return f"its weight is tied to {holder.name}"
     return None
 
 
-def _memory(tensor: torch.Tensor) -> tuple[int, int]:
-    """What two tensors have in common that are one in memory; on the meta device too, where data_ptr is 0."""
-    return tensor.untyped_storage()._cdata, tensor.storage_offset()
+class _Holder(NamedTuple):
+    """A tensor of the model in a storage."""
+
+    name: str
+    module_id: int
+    start: int  # of its first byte
+    stop: int  # past its last
 
 
-def _holders(model: torch.nn.Module) -> dict[tuple[int, int], list[tuple[str, int]]]:
-    """Where a tensor lies -> (its name, the id of the module that holds it), for all in the model."""
-    found: dict[tuple[int, int], list[tuple[str, int]]] = {}
+# A storage, known by its address in PyTorch (on the meta device, too, where data_ptr is 0) -> what lies in it.
+_Holders = dict[int, list[_Holder]]
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """The bytes of its storage between a tensor's first element and its last: (start, stop)."""
+    start = tensor.storage_offset()
+    count = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + 1 if tensor.numel() else 0
+    return start * tensor.element_size(), (start + count) * tensor.element_size()
+
+
+def _holders(model: torch.nn.Module) -> _Holders:
+    found: _Holders = {}
     for path, module in model.named_modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             # A tensor subclass (DTensor, say) may have no storage; such a layer is left alone anyway.
             if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided:
-                found.setdefault(_memory(tensor), []).append((f"{path}.{name}" if path else name, id(module)))
+                holder = _Holder(f"{path}.{name}" if path else name, id(module), *_extent(tensor))
+                found.setdefault(tensor.untyped_storage()._cdata, []).append(holder)
+    return found
+
+
+def _read_by_modules(model: torch.nn.Module) -> set[torch.nn.Module]:
+    """The modules whose weight another one's forward reads: `self.fc.weight`, `self.mlp.fc.weight`."""
+    found = set()
+    paths = {cls: _weights_read(cls) for cls in set(map(type, model.modules()))}
+    for module in model.modules():
+        for path in paths[type(module)]:
+            inner = module
+            for attribute in path:
+                inner = inner._modules.get(attribute) if isinstance(inner, torch.nn.Module) else None
+            if inner is not None:
+                found.add(inner)
+    return found
+
+
+def _weights_read(cls: type) -> set[tuple[str, ...]]:
+    """("fc",) for each self.fc.weight in the code of a class's forward, or of a method that is called from there."""
+    found = set()
+    for function in rerouting._reachable(cls, lambda function: None):
+        for this, *attributes in rerouting._attribute_chains(function.__code__):
+            if "weight" in attributes[1:] and function.__code__.co_varnames[:1] == (this,):
+                end = attributes.index("weight", 1)
+                if not _SAME_FOR_INT8 & set(attributes[end + 1 : end + 2]):
+                    found.add(tuple(attributes[:end]))
     return found
 
 
@@ -437,6 +495,10 @@ def _take_over(module: torch.nn.Module, layer: Int8Linear) -> None:
     layer.bias = module.bias
     for name in _HOOKS:
         vars(layer)[name] = vars(module)[name]
+    # Load hooks that are given their module hold it weakly themselves.
+    for key, hook in layer._load_state_dict_pre_hooks.items():
+        if getattr(hook, "with_module", False):
+            layer._load_state_dict_pre_hooks[key] = type(hook)(hook.hook, layer)
     for name, value in vars(module).items():
         vars(layer).setdefault(name, value)
 
@@ -501,6 +563,16 @@ def _tie(model: torch.nn.Module, names: list[str]) -> None:
     tensor = getattr(*first)
     for module, key in others:
         (module._parameters if key in module._parameters else module._buffers)[key] = tensor
+
+
+def _check_dtypes(model: torch.nn.Module) -> None:
+    for path, module in model.named_modules():
+        for name, dtype in (("weight", torch.int8), ("weight_scale", torch.float32)):
+            if isinstance(module, Int8Linear) and getattr(module, name).dtype != dtype:
+                raise TypeError(
+                    f"load_quantized: {f'{path}.{name}'.lstrip('.')} is {getattr(module, name).dtype} in the "
+                    f"state_dict; an int8 layer needs {dtype}"
+                )
 
 
 def _check_filled(model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor]) -> None:

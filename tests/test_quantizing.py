@@ -383,6 +383,49 @@ def test_weights_that_pytorch_s_modules_read_themselves():
         model(x)
 
 
+@pytest.mark.parametrize("meta", [False, True], ids=["", "meta"])
+def test_parts_of_a_tensor_that_the_model_holds_are_tied(meta):
+    model = Pair(torch.nn.Linear(6, 4, bias=False), torch.nn.Linear(6, 4, bias=False))
+    model.fused = torch.nn.Parameter(torch.randn(12, 6, device="meta" if meta else None))
+    model.first.weight, model.second.weight = (torch.nn.Parameter(model.fused.data[i : i + 4]) for i in (0, 8))
+    report = gptkern.quantize(model)
+    assert [s.reason for s in report.skipped] == ["its weight is tied to fused"] * 2
+    model.second.weight = torch.nn.Parameter(model.fused.data.view(torch.int32)[2:6].view(torch.float32))
+    model.fused = None
+    assert "tied to second.weight" in gptkern.quantize(model).skipped[0].reason
+
+
+class Reader(Pair):
+    """Computes with its layers' weights itself: in forward, in a method of its own, in a module's module."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Pair()
+        self.called = torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.called(x).to(self.called.weight.device)
+        first = x @ self.first.weight.to(x.dtype).t()
+        return self.after(first) + self.inner.second(x @ self.inner.first.weight.t())
+
+    def after(self, x):
+        return sum(torch.nn.functional.linear(x, weight) for weight in [self.second.weight])
+
+    def reset_parameters(self):
+        torch.nn.init.normal_(self.called.weight)
+        torch.nn.init.normal_(self.inner.second.weight)
+
+
+def test_weights_that_a_module_s_own_code_reads():
+    model, x = Reader(), torch.randn(3, 8)
+    before = model(x)
+    report = gptkern.quantize(model)
+    assert quantized_names(report) == ["inner.second", "called"]
+    assert {s.name for s in report.skipped} == {"first", "second", "inner.first"}
+    assert {s.reason for s in report.skipped} == {"its parent reads its weight"}
+    assert (model(x) - before).norm() < 0.05 * before.norm()
+
+
 def test_a_shared_layer_is_quantised_once():
     shared = torch.nn.Linear(6, 6)
     model = torch.nn.ModuleDict({"a": torch.nn.Sequential(shared), "b": torch.nn.Sequential(shared, shared)})
@@ -660,6 +703,46 @@ def test_loading_allocates_nothing(tmp_path):
     assert {tensor.data_ptr() for tensor in fresh.state_dict().values()} == pointers
 
 
+def state_dict_hooks(layer, seen):
+    """One of each kind -> their handles."""
+    return [
+        layer._register_state_dict_hook(lambda module, *_: seen.append(("saved", type(module)))),
+        layer.register_state_dict_pre_hook(lambda module, *_: seen.append(("saving", type(module)))),
+        layer.register_load_state_dict_pre_hook(lambda module, *_: seen.append(("loading", type(module)))),
+        layer._register_load_state_dict_pre_hook(
+            lambda state_dict, *_: seen.append(("loading it", "first.weight" in state_dict))
+        ),
+        layer.register_load_state_dict_post_hook(lambda module, _: seen.append(("loaded", type(module)))),
+    ]
+
+
+def test_state_dict_hooks_are_kept_and_can_still_be_removed():
+    model, seen = Pair(), []
+    handles = state_dict_hooks(model.first, seen)
+    gptkern.quantize(model)
+    gc.collect()
+    state = model.state_dict()
+    assert seen == [("saving", Int8Linear), ("saved", Int8Linear)]
+    model.load_state_dict(state)
+    assert seen[2:] == [("loading", Int8Linear), ("loading it", True), ("loaded", Int8Linear)]
+    for handle in handles[1:]:
+        handle.remove()
+    del seen[:]
+    model.load_state_dict(model.state_dict())
+    assert [event for event, _ in seen] == ["saved"]
+
+    fresh, seen = Pair(), []
+    state_dict_hooks(fresh.first, seen)
+    with pytest.raises(RuntimeError):
+        gptkern.load_quantized(fresh, state | {"more": torch.ones(1)})
+    del seen[:]
+    gc.collect()
+    fresh.load_state_dict(Pair().state_dict())
+    assert [kind for event, kind in seen if event != "loading it"] == [torch.nn.Linear] * 2
+    gptkern.load_quantized(fresh, state)
+    assert [kind for event, kind in seen[3:] if event != "loading it"] == [Int8Linear] * 2
+
+
 def test_a_model_with_weights_loses_them_and_keeps_the_rest():
     model = gpt()
     gptkern.quantize(model, "w8a16")
@@ -710,6 +793,12 @@ def state_of_gpt(**changes):
     return {name: tensor for name, tensor in (state | changes).items() if tensor is not None}
 
 
+def quantised_pair():
+    model = Pair()
+    gptkern.quantize(model)
+    return model
+
+
 class WithBuffer(Pair):
     def __init__(self):
         super().__init__()
@@ -725,6 +814,14 @@ REFUSED = {
     "another shape": (lambda: (gpt(width=64), state_of_gpt()), RuntimeError, "size mismatch"),
     "no scales": (
         lambda: (gpt(), state_of_gpt(**{"blocks.0.attention.qkv.weight_scale": None})), RuntimeError, "weight_scale",
+    ),
+    "scales of 16 bits": (
+        lambda: (gpt(), state_of_gpt(**{"blocks.0.attention.qkv.weight_scale": torch.ones(96).half()})),
+        TypeError, "blocks.0.attention.qkv.weight_scale is torch.float16.*needs torch.float32",
+    ),
+    "a float weight for an int8 layer": (
+        lambda: (quantised_pair(), {**quantised_pair().state_dict(), "second.weight": torch.zeros(5, 6)}),
+        TypeError, "second.weight is torch.float32.*needs torch.int8",
     ),
     "no linear layer": (
         lambda: (Pair(torch.nn.Sequential()), {"first.weight": torch.zeros(2, 2, dtype=torch.int8)}),
