@@ -238,6 +238,21 @@ def test_a_mask_of_huge_strides_is_copied_without_what_it_repeats():
     copied = _broadcast(mask.transpose(0, 1), (B, 7, Q, K))
     assert copied.shape == (B, 7, Q, K)
     assert copied.stride() == (0, 0, K, 1)
+    # Batch and head are found by 64-bit offsets, however far apart.
+    padded = torch.empty(2, 1, 3000, 3001, device="meta")[..., :3000]
+    read = _broadcast(padded, (2, 7, 3000, 3000))
+    assert read._base is padded._base and read.stride() == (3000 * 3001, 0, 3001, 1)
+
+
+def test_batches_of_a_mask_far_apart(triton_backend, device):
+    near = torch.rand(B, 1, Q, K, device=device) < 0.7
+    far = torch.empty(2**31 + 8192, dtype=torch.bool, device=device).as_strided(near.shape, (2**31 + 8, 0, K, 1))
+    far.copy_(near)
+    query, key, value = (tensor.requires_grad_() for tensor in call(device))
+    found, expected = (G.scaled_dot_product_attention(query, key, value, attn_mask=mask) for mask in (far, near))
+    same_bits("output", found, expected)
+    for name, *pair in zip("qkv", *(torch.autograd.grad(o.sum(), (query, key, value)) for o in (found, expected))):
+        same_bits(name, *pair)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

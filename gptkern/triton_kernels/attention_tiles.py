@@ -233,8 +233,11 @@ def extras_of(query, key, attn_mask, dropout_p, seed) -> Extras:
 
 
 def _broadcast(mask, shape):
-    """The mask in four dimensions, by strides of 0; a copy of what it holds where a tile would pass the int32 range."""
-    if max((abs(stride) for stride in mask.stride()), default=0) * _LARGEST_BLOCK >= _INT32_RANGE:
+    """The mask in four dimensions, by strides of 0; a copy of what it holds where a tile would pass the int32 range.
+
+    A tile lies in one batch and head, whose offset is 64 bits wide: rows and columns alone decide.
+    """
+    if max(mask.stride()[-2:]) * _LARGEST_BLOCK >= _INT32_RANGE:
         for dim, stride in enumerate(mask.stride()):
             mask = mask.narrow(dim, 0, 1) if stride == 0 else mask
         mask = mask.contiguous()
