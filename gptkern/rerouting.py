@@ -16,9 +16,7 @@ own globals have changed since.
 
 from __future__ import annotations
 
-import contextlib
 import dis
-import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator
@@ -75,6 +73,7 @@ class Rerouted:
 
     Attributes:
         methods: name -> function (or staticmethod), for a subclass's dictionary; without those that change nothing.
+        names: of all the methods that were followed.
 
     Raises:
         CannotReroute: one of the functions has to keep its globals.
@@ -88,10 +87,15 @@ class Rerouted:
         self._made: dict[Callable, types.FunctionType] = {}
         # (the new globals, the function's own, name -> value as last seen)
         self._scopes: list[tuple[dict, types.FunctionType, dict[str, object]]] = []
+        # (the new cell, the function's own, the function, the name): where what the cell holds is replaced
+        self._cells: list[tuple[types.CellType, types.CellType, types.FunctionType, str]] = []
+        # what the own cell held, as last seen
+        self._seen_in_cells: list[object] = []
         self.methods: dict[str, object] = {}
         names = {"forward": _static(cls, "forward")}
         for links in self._reachable.values():
             names.update({link.chain[1]: _static(cls, link.chain[1]) for link in links if link.kind == "method"})
+        self.names = set(names)
         for name, found in names.items():
             function = found.__func__ if isinstance(found, staticmethod) else found
             if function in self._changed:
@@ -99,7 +103,12 @@ class Rerouted:
                 self.methods[name] = staticmethod(made) if isinstance(found, staticmethod) else made
 
     def refresh(self) -> None:
-        """Take over what has changed in the globals of the functions since."""
+        """Take over what has changed in the globals and replaced closure variables of the functions since."""
+        for i, (cell, own, function, name) in enumerate(self._cells):
+            value = _contents(own)
+            if value is not self._seen_in_cells[i]:
+                self._seen_in_cells[i] = value
+                _fill(cell, value if value is _MISSING else self._substitute(function, name, value))
         for scope, function, seen in self._scopes:
             names = function.__globals__
             for name, before in seen.items():
@@ -110,6 +119,10 @@ class Rerouted:
                         del scope[name]
                     else:
                         scope[name] = self._substitute(function, name, value)
+
+    def is_outdated(self) -> bool:
+        """Whether the class's forward now calls other functions than those that were found."""
+        return _by_chain(_reachable(self._cls, self._find)) != _by_chain(self._reachable)
 
     def _find_changed(self) -> set[Callable]:
         """The functions that call a replaced one, or one that does."""
@@ -135,7 +148,12 @@ class Rerouted:
         scope = {"__builtins__": function.__globals__["__builtins__"]} if reroutes_globals else function.__globals__
         if reroutes_globals:
             _check_globals(function)
-        cells = tuple(types.CellType() for _ in function.__closure__ or ())
+        # Shared with the function's own code and its decorators', but for the cells that hold what is replaced.
+        replaced = {link.chain[0] for link in self._links_to_change(function) if link.kind == "cell"}
+        cells = tuple(
+            types.CellType() if name in replaced else own
+            for name, own in zip(function.__code__.co_freevars, function.__closure__ or ())
+        )
         made = types.FunctionType(
             function.__code__, scope, function.__name__, function.__defaults__, cells if function.__closure__ else None
         )
@@ -144,9 +162,12 @@ class Rerouted:
         made.__dict__.update(function.__dict__)
         _copy_annotations(function, made)
         self._made[function] = made
-        for name, cell, original in zip(function.__code__.co_freevars, cells, function.__closure__ or ()):
-            with contextlib.suppress(ValueError):  # an empty cell
-                cell.cell_contents = self._substitute(function, name, original.cell_contents)
+        for name, cell, own in zip(function.__code__.co_freevars, cells, function.__closure__ or ()):
+            if cell is not own:
+                value = _contents(own)
+                self._cells.append((cell, own, function, name))
+                self._seen_in_cells.append(value)
+                _fill(cell, self._substitute(function, name, value))
         if reroutes_globals:
             self._scopes.append((scope, function, seen))
             scope.update(
@@ -186,7 +207,6 @@ def calls(cls: type, find: Find) -> Calls:
     )
 
 
-@functools.cache
 def names_in(cls: type) -> set[str]:
     """Every global name and attribute in the code of the class's forward (not in what that calls)."""
     forward = _static(cls, "forward")
@@ -335,6 +355,24 @@ def _with_attributes(value: object, replaced: dict[tuple[str, ...], Callable]) -
         inner = {path[1:]: function for path, function in replaced.items() if path[0] == attribute}
         setattr(module, attribute, _with_attributes(getattr(value, attribute), inner))
     return module
+
+
+def _contents(cell: types.CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # an empty cell
+        return _MISSING
+
+
+def _fill(cell: types.CellType, value: object) -> None:
+    if value is not _MISSING:
+        cell.cell_contents = value
+    elif _contents(cell) is not _MISSING:
+        del cell.cell_contents
+
+
+def _by_chain(reachable: dict[types.FunctionType, list[_Link]]) -> dict:
+    return {function: {link.chain: link for link in links} for function, links in reachable.items()}
 
 
 def _copy_annotations(function: types.FunctionType, made: types.FunctionType) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterable
@@ -55,8 +56,9 @@ _REROUTED_TORCH_MODULES: dict[type, tuple[str, ...]] = {
 # Where a swapped module's `__dict__` keeps its original class, and the configs that stood under its attributes.
 _ORIGINAL = "_gptkern_original"
 _CONFIGS = "_gptkern_configs"
-# Where a routed class keeps the operators that it routes.
+# Where a routed class keeps the operators that it routes, and its `_RoutedCode`.
 _ROUTED = "_gptkern_routed"
+_CODE = "_gptkern_code"
 
 
 def swap(model: torch.nn.Module, ops: Iterable[str] | None = None, strict: bool = False) -> SwapReport:
@@ -68,6 +70,10 @@ def swap(model: torch.nn.Module, ops: Iterable[str] | None = None, strict: bool 
     Python in eval mode; and of transformers' models the attention, the rotary embedding and Llama's norm. A call that
     cannot be read off the code (a function looked up in a table, a tensor's method) is not found: `gptkern.kernels()`
     reaches it. Attention or a norm that is written out in Python is named as skipped.
+
+    A rerouted module gets a subclass of its class, so a class's own `__init_subclass__` runs; where that raises, the
+    module is skipped. A method that is patched on the class later counts, routed again, from the next call in eager
+    mode on; what torch.compile has traced stays.
 
     Parameters stay the same objects, state_dict keys stay the same; dropout, eps, hooks, requires_grad and the
     training flag are not looked at. A second call changes nothing. `gptkern.unswap` takes it back.
@@ -113,7 +119,9 @@ def unswap(model: torch.nn.Module) -> torch.nn.Module:
         raise TypeError(f"unswap: model is a {type(model).__name__}; it needs a torch.nn.Module")
     swapped = [(name, module) for name, module in model.named_modules() if _ORIGINAL in module.__dict__]
     for name, module in swapped:
-        if not _is_replacement(_bare(type(module)), module.__dict__[_ORIGINAL]):
+        bare, original = _bare(type(module)), module.__dict__[_ORIGINAL]
+        # A class with a __reduce__ of its own gives copies of its own class, with the note.
+        if bare is not original and not _is_replacement(bare, original):
             raise RuntimeError(
                 f"unswap: {name or '(model)'} became a {type(module).__name__} after it was swapped (a "
                 "parametrisation, say); undo that first. The model is unchanged"
@@ -178,6 +186,9 @@ class _Plan:
         self.operators = operators
         self.report = SwapReport([], [])
         self.classes: list[tuple[torch.nn.Module, type]] = []
+        # Found out once per swap, and not kept: a class's methods may be patched at any time.
+        self.found: dict[type, Calls] = {}
+        self.made: dict[tuple[type, tuple[str, ...]], type | str] = {}
         transformers = _transformers()
         self.attention = transformers.Attention(model, _original_class) if transformers else None
 
@@ -196,11 +207,14 @@ class _Plan:
             # What an earlier call routed stays routed.
             before = current.__dict__.get(_ROUTED, ())
             asked_for = tuple(o for o in SWAPPABLE if o in self.operators or o in before)
-            wanted = tuple(o for o in asked_for if o in _calls(original).operators and o not in refused)
-            replacement = _routed(original, wanted) if wanted else None
+            wanted = tuple(o for o in asked_for if o in self.calls_of(original).operators and o not in refused)
+            replacement = self.routed(original, wanted) if wanted and "forward" not in module.__dict__ else None
             wanted = wanted if set(wanted) & set(self.operators) else ()
             shown = f"{original.__name__}, routed"
             self.name_what_is_written_out(name, original)
+        if wanted and isinstance(replacement, str):
+            self.skip(name, original, replacement)
+            wanted = ()
         if wanted and "forward" in module.__dict__:
             self.skip(name, original, "a forward was set on the instance itself")
         elif wanted:
@@ -217,6 +231,20 @@ class _Plan:
             if reason is not None:
                 self.skip(name, original, reason)
 
+    def calls_of(self, cls: type) -> Calls:
+        if cls not in self.found:
+            self.found[cls] = _calls(cls)
+        return self.found[cls]
+
+    def routed(self, cls: type, operators: tuple[str, ...]) -> type | str:
+        """The routed class, or why there can be none."""
+        if (cls, operators) not in self.made:
+            try:
+                self.made[cls, operators] = _routed(cls, operators)
+            except Exception as error:  # of the user's own __init_subclass__ or metaclass
+                self.made[cls, operators] = f"no subclass of it can be made: {type(error).__name__}: {error}"
+        return self.made[cls, operators]
+
     def decide_attention(self, name: str, module: torch.nn.Module, original: type) -> tuple[tuple, tuple]:
         """-> ("attention",), () where the module's attention comes by a name in its config; (), ("attention",) where it
         would and cannot."""
@@ -230,7 +258,7 @@ class _Plan:
         return ("attention",), ()
 
     def name_what_is_written_out(self, name: str, original: type) -> None:
-        found = _calls(original)
+        found = self.calls_of(original)
         if found.explicit_attention and "attention" in self.operators:
             self.skip(name, original, "its attention is written out as matrix products around a softmax")
         if found.explicit_norm and "rms_norm" in self.operators:
@@ -242,9 +270,20 @@ class _Plan:
         self.report.skipped.append(Skipped(name, cls.__name__, reason))
 
     def carry_out(self) -> None:
-        for module, replacement in self.classes:
-            module.__dict__.setdefault(_ORIGINAL, _bare(type(module)))
-            module.__class__ = _in_place_of(type(module), replacement)
+        before = []
+        try:
+            for module, replacement in self.classes:
+                cls = type(module)
+                module.__class__ = _in_place_of(cls, replacement)
+                before.append((module, cls, _ORIGINAL in module.__dict__))
+                module.__dict__.setdefault(_ORIGINAL, _bare(cls))
+        except BaseException:
+            # A class may refuse another one: then no module changes.
+            for module, cls, was_swapped in before:
+                module.__class__ = cls
+                if not was_swapped:
+                    module.__dict__.pop(_ORIGINAL, None)
+            raise
         for module, attribute, config in self.attention.changes() if self.attention else ():
             module.__dict__.setdefault(_CONFIGS, {})[attribute] = config
             module.__dict__[attribute] = config.current
@@ -274,9 +313,6 @@ def _is_replacement(cls: type, original: type) -> bool:
 
 # --- fully_shard, where it is in use ----------------------------------------------------------------------------------
 
-# (FSDPModule, a class) -> the class of both, which fully_shard made, or `_in_place_of`.
-_sharded: dict[tuple[type, ...], type] = {}
-
 
 def _bare(cls: type) -> type:
     """The class that a module had before torch.distributed.fsdp.fully_shard made one of FSDPModule and it.
@@ -286,7 +322,6 @@ def _bare(cls: type) -> type:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None or len(cls.__bases__) != 2 or not issubclass(cls.__bases__[0], fsdp.FSDPModule):
         return cls
-    _sharded.setdefault(cls.__bases__, cls)
     return cls.__bases__[1]
 
 
@@ -295,11 +330,12 @@ def _in_place_of(cls: type, replacement: type) -> type:
     if _bare(cls) is cls:
         return replacement
     bases = cls.__bases__[0], replacement
-    if bases not in _sharded:
-        # its __deepcopy__, which says that there is none
-        own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
-        _sharded[bases] = type(cls.__name__, bases, own)
-    return _sharded[bases]
+    for known in type.__subclasses__(replacement):
+        if known.__bases__ == bases:
+            return known
+    # its __deepcopy__, which says that there is none
+    own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls.__name__, bases, own)
 
 
 # --- transformers, where it is in use ---------------------------------------------------------------------------------
@@ -360,7 +396,6 @@ def _find_for(cls: type, operators: tuple[str, ...]) -> Callable[[Callable], Rep
     return _transformers().find if "rotary" in operators else lambda function: None
 
 
-@functools.cache
 def _calls(cls: type) -> Calls:
     """The operators that the class's forward runs on, as far as it can be rerouted."""
     if cls.__module__.startswith("torch.nn.") and cls not in _REROUTED_TORCH_MODULES:
@@ -377,12 +412,19 @@ def _calls(cls: type) -> Calls:
     )
 
 
-@functools.cache
 def _routed(cls: type, operators: tuple[str, ...]) -> type:
-    """A subclass of `cls` whose forward is the same with the operators' calls routed to gptkern."""
-    members = {name: r.function for name, r in _overrides(cls).items() if r.operator in operators}
-    if "forward" not in members:
-        members = {**_rerouted_members(cls, operators), **members}
+    """A subclass of `cls` whose forward is the same with the operators' calls routed to gptkern.
+
+    One that is in use is taken again. Nothing here keeps it alive: Python itself knows a class's subclasses.
+
+    Raises:
+        Exception: whatever the class's own `__init_subclass__`, or its metaclass, raises.
+    """
+    for known in type.__subclasses__(cls):
+        if known.__dict__.get(_ROUTED) == operators:
+            if known.__dict__[_CODE].is_outdated():
+                known.__dict__[_CODE].make()
+            return known
 
     def __reduce_ex__(self, protocol):
         # The class is made here and not found by its name: pickle and deepcopy make it again.
@@ -391,11 +433,10 @@ def _routed(cls: type, operators: tuple[str, ...]) -> type:
             return (_new_routed, (cls, operators), *reduced[2:])
         return reduced
 
-    return type(
+    routed = type(
         cls.__name__,
         (cls,),
         {
-            **members,
             "__module__": cls.__module__,
             "__qualname__": cls.__qualname__,
             "__doc__": cls.__doc__,
@@ -403,32 +444,76 @@ def _routed(cls: type, operators: tuple[str, ...]) -> type:
             "__reduce_ex__": __reduce_ex__,
         },
     )
+    type.__setattr__(routed, _CODE, _RoutedCode(routed, cls, operators))
+    return routed
 
 
-def _rerouted_members(cls: type, operators: tuple[str, ...]) -> dict[str, object]:
-    """forward, and the methods that it calls where these change too."""
-    try:
-        rerouted = Rerouted(cls, _find_for(cls, operators))
-    except CannotReroute as reason:
-        _logger.debug("swap: %s: a TorchFunctionMode routes its calls", reason)
-        routing = _Routing(operators)
+class _RoutedCode:
+    """The methods of a routed class, and what they were made from: a class's methods may be patched at any time."""
 
-        @functools.wraps(cls.forward)
-        def routed_forward(self, *args, **kwargs):
+    def __init__(self, routed: type, cls: type, operators: tuple[str, ...]):
+        self.routed, self.cls, self.operators = routed, cls, operators
+        self.members: dict[str, object] = {}
+        self.make()
+
+    def make(self) -> None:
+        """Gives the routed class the methods that its original class now calls for."""
+        cls = self.cls
+        methods = {name: r.function for name, r in _overrides(cls).items() if r.operator in self.operators}
+        self.rerouted = None
+        if "forward" not in methods:
+            methods = {**self.rerouted_methods(), **methods}
+        names = {"forward", *methods, *(self.rerouted.names if self.rerouted else ())}
+        sources = {name: getattr(cls, name, None) for name in names}
+        # What a descriptor makes anew each time it is asked says nothing.
+        self.sources = tuple((name, f) for name, f in sources.items() if getattr(cls, name, None) is f)
+        members = {**methods, "forward": self.forward(methods.get("forward", cls.forward))}
+        for name in self.members.keys() - members.keys():
+            type.__delattr__(self.routed, name)
+        for name, member in members.items():
+            type.__setattr__(self.routed, name, member)
+        self.members = members
+
+    def rerouted_methods(self) -> dict[str, object]:
+        """forward, and the methods that it calls, where these change."""
+        cls = self.cls
+        try:
+            self.rerouted = Rerouted(cls, _find_for(cls, self.operators))
+            return self.rerouted.methods
+        except CannotReroute as reason:
+            _logger.debug("swap: %s: a TorchFunctionMode routes its calls", reason)
+        routing = _Routing(self.operators)
+
+        def routed_forward(*args, **kwargs):
             with routing:
-                return cls.forward(self, *args, **kwargs)
+                return cls.forward(*args, **kwargs)
 
         return {"forward": routed_forward}
-    inner = rerouted.methods.get("forward", cls.forward)
 
-    @functools.wraps(cls.forward)
-    def forward(self, *args, **kwargs):
-        # torch.compile keeps what it has traced; in eager mode the forward's globals may have changed.
-        if not torch.compiler.is_compiling():
-            rerouted.refresh()
-        return inner(self, *args, **kwargs)
+    def forward(self, inner: Callable | staticmethod) -> Callable | staticmethod:
+        """`inner`, after a look at whether it still is what the class's forward calls for."""
+        cls, routed, rerouted, sources = self.cls, self.routed, self.rerouted, self.sources
+        is_static = isinstance(inspect.getattr_static(cls, "forward"), staticmethod)
+        inner = inner.__func__ if isinstance(inner, staticmethod) else inner
 
-    return {**rerouted.methods, "forward": forward}
+        @functools.wraps(cls.forward)
+        def forward(*args, **kwargs):
+            # torch.compile keeps what it has traced; in eager mode the class and the globals may have changed.
+            if not torch.compiler.is_compiling():
+                for name, source in sources:
+                    if getattr(cls, name, None) is not source:
+                        self.make()
+                        return routed.forward(*args, **kwargs)
+                if rerouted is not None:
+                    rerouted.refresh()
+            return inner(*args, **kwargs)
+
+        return staticmethod(forward) if is_static else forward
+
+    def is_outdated(self) -> bool:
+        if any(getattr(self.cls, name, None) is not source for name, source in self.sources):
+            return True
+        return self.rerouted is not None and self.rerouted.is_outdated()
 
 
 def _new_routed(cls: type, operators: tuple[str, ...]) -> torch.nn.Module:

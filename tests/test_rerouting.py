@@ -256,3 +256,49 @@ def test_compiles_in_one_graph_with_the_calls_rerouted(cls, triton_backend):
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     torch.testing.assert_close(compiled(x), expected)
     assert "gptkern.softmax_forward" in str(graphs[0].code)
+
+
+def counted(function):
+    """A decorator that writes a closure variable, and reads another one."""
+    calls, factor = 0, 1.0
+
+    @functools.wraps(function)
+    def wrapper(self, x):
+        nonlocal calls
+        calls += 1
+        return factor * function(self, x)
+
+    def set_factor(value):
+        nonlocal factor
+        factor = value
+
+    wrapper.calls, wrapper.set_factor = lambda: calls, set_factor
+    return wrapper
+
+
+def test_closure_variables_stay_shared():
+    class Counted(torch.nn.Module):
+        @counted
+        def forward(self, x):
+            return F.softmax(x, dim=-1)
+
+    model, x = Counted(), torch.rand(2, 3)
+    expected = model(x)
+    gptkern.swap(model)
+    Counted.forward.set_factor(3.0)
+    torch.testing.assert_close(model(x), 3 * expected)
+    assert Counted.forward.calls() == 2
+
+
+def test_a_replaced_function_in_a_closure_is_as_it_is_now():
+    function = F.softmax
+
+    class Local(torch.nn.Module):
+        def forward(self, x):
+            return function(x, dim=-1)
+
+    x = torch.rand(2, 3)
+    _, rerouted, module = run(Local, x)
+    function = F.log_softmax
+    rerouted.refresh()
+    assert torch.equal(module(x), F.log_softmax(x, dim=-1))
