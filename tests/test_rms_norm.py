@@ -197,7 +197,7 @@ def test_cuda_groups_walk_to_rows_of_one_alignment(cuda_backend, device, monkeyp
     # 9 blocks, a row each: nine rows on, a row of odd width is aligned in another way.
     from gptkern.cuda_kernels import rms_norm as kernels
 
-    monkeypatch.setattr(kernels, "_most_partials", lambda width, device: 9)
+    monkeypatch.setattr(kernels, "most_partials", lambda width, device: 9)
     check(tensors_of(25, 2065, torch.bfloat16, device))
 
 

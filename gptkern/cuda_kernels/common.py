@@ -15,6 +15,13 @@ from gptkern.cuda_kernels import sources
 
 # csrc/launchers.h, enum Dtype.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# layer_norm and rms_norm.
+# Blocks a multiprocessor that share the rows of a backward: with 256 threads of at most 128 registers, as many as fit.
+BLOCKS_PER_MULTIPROCESSOR = 2
+# Of wider rows one block takes more of a multiprocessor, and its partial sums more memory: there are fewer of them.
+FULL_BLOCKS_WIDTH = 8192
+# Of a width that is no multiple of this, groups of threads walk in steps of as many rows, which are aligned alike.
+ROWS_OF_ONE_ALIGNMENT = 8
 
 
 @functools.cache
@@ -92,6 +99,23 @@ def address(tensor: torch.Tensor | None) -> int:
 def multiprocessors(device: torch.device) -> int:
     """How many multiprocessors the device has; under the emulator 2, so that blocks have several shares of the work."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@functools.cache
+def most_partials(width: int, device: torch.device) -> int:
+    """How many partial sums of layer_norm's and rms_norm's parameter gradients are made, of enough rows."""
+    partials = BLOCKS_PER_MULTIPROCESSOR * multiprocessors(device)
+    if width > FULL_BLOCKS_WIDTH:
+        partials = partials * FULL_BLOCKS_WIDTH // width
+    return max(partials, ROWS_OF_ONE_ALIGNMENT if width % ROWS_OF_ONE_ALIGNMENT else 1)
+
+
+def as_read(parameter: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """A parameter of `dtype` or float32, as the kernels of layer_norm and rms_norm read it."""
+    if parameter is None or parameter.dtype is dtype or parameter.dtype is torch.float32:
+        return parameter
+    # 16-bit parameters beside a sum that a residual has widened, or beside the other 16-bit dtype.
+    return parameter.float()
 
 
 @functools.cache

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from gptkern.cuda_kernels import common
-from gptkern.cuda_kernels.common import DTYPES
+from gptkern.cuda_kernels.common import DTYPES, as_read, most_partials
 
-# Blocks a multiprocessor that share the rows of a backward: with 256 threads of at most 128 registers, as many as fit.
-BLOCKS_PER_MULTIPROCESSOR = 2
-# Of wider rows one block takes more of a multiprocessor, and its partial sums more memory: there are fewer of them.
-FULL_BLOCKS_WIDTH = 8192
-# Of a width that is no multiple of this, groups of threads walk in steps of as many rows, which are aligned alike.
-ROWS_OF_ONE_ALIGNMENT = 8
 # Columns are 32-bit integers in the kernels, with room for a vector of each thread beyond the row.
 WIDEST = 2**30
 
@@ -33,7 +25,7 @@ def forward(input, weight, eps):
     """(…, width) -> output (…, width), rstd (rows,) in float32."""
     output = torch.empty_like(input, memory_format=torch.contiguous_format)
     rstd = torch.empty(input.shape[:-1].numel(), dtype=torch.float32, device=input.device)
-    common.start("rms_norm_forward", input, _as_read(weight, input.dtype), output, rstd, eps)
+    common.start("rms_norm_forward", input, as_read(weight, input.dtype), output, rstd, eps)
     return output, rstd
 
 
@@ -50,25 +42,9 @@ def backward(grad_output, input, weight, rstd, need_input, need_weight):
     partial = None
     if need_weight:
         dweight = torch.empty(width, dtype=torch.float32, device=device)
-        partial = torch.empty(min(rows, _most_partials(width, device)), width, dtype=torch.float32, device=device)
+        partial = torch.empty(min(rows, most_partials(width, device)), width, dtype=torch.float32, device=device)
     else:
         dweight = torch.empty(0, dtype=torch.float32, device=device)
-    weight = _as_read(weight, input.dtype)
+    weight = as_read(weight, input.dtype)
     common.start("rms_norm_backward", grad_output, input, weight, rstd, dinput, dweight, partial)
     return dinput, dweight
-
-
-@functools.cache
-def _most_partials(width: int, device: torch.device) -> int:
-    """How many partial sums of the weight's gradient are made, of enough rows."""
-    partials = BLOCKS_PER_MULTIPROCESSOR * common.multiprocessors(device)
-    if width > FULL_BLOCKS_WIDTH:
-        partials = partials * FULL_BLOCKS_WIDTH // width
-    return max(partials, ROWS_OF_ONE_ALIGNMENT if width % ROWS_OF_ONE_ALIGNMENT else 1)
-
-
-def _as_read(weight, dtype):
-    """The weight in `dtype` or float32, as the kernels read it."""
-    if weight is None or weight.dtype is dtype or weight.dtype is torch.float32:
-        return weight
-    return weight.float()

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: the interpreter's gaps and the choice of a configuration by architecture."""
+"""What the Triton kernels share: the interpreter's gaps, rows, the choice of a configuration by architecture."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import triton
 import triton.language as tl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Programs a multiprocessor that share the rows of layer_norm's or rms_norm's backward: enough to hide latency, few
+# enough partial sums. Reasoned from occupancy (80 registers a thread); not measured yet.
+PROGRAMS_PER_MULTIPROCESSOR = 2
 
 
 if INTERPRETED:
@@ -53,6 +56,21 @@ def architecture(device: torch.device) -> int:
 def float32_precision() -> str:
     """tl.dot's input_precision for float32 operands, as torch.set_float32_matmul_precision asks."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def as_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """(…, width) -> (rows, width) whose rows are contiguous: a view wherever strides allow one."""
+    width = tensor.shape[-1]
+    if width > 0 and (tensor.stride(-1) == 1 or width == 1):
+        return tensor.reshape(-1, width)
+    return tensor.contiguous().view(-1 if width else tensor.shape[:-1].numel(), width)
+
+
+def programs_of(device: torch.device) -> int:
+    """How many programs share the rows of a backward. Under the interpreter: a few, so that each has several tiles."""
+    if device.type != "cuda":
+        return 4
+    return PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 class CompileCase(NamedTuple):

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from gptkern.tables.configurations import Table
-from gptkern.triton_kernels.common import CompileCase, cdiv
+from gptkern.triton_kernels.common import CompileCase, as_rows, cdiv, programs_of
 
 
 class Tile(NamedTuple):
@@ -48,9 +48,6 @@ REGISTER_WIDTH = {
 }
 # Elements of a chunk of a wide row, where it is not the table's: set by tests alone.
 WIDE_BLOCK: int | None = None
-# Programs a multiprocessor that share the rows of a backward: enough to hide latency, few enough partial sums.
-# Reasoned from occupancy (80 registers a thread); not measured yet.
-PROGRAMS_PER_MULTIPROCESSOR = 2
 
 
 @triton.jit
@@ -363,13 +360,13 @@ def forward(input, residual, weight, bias, eps):
     statistic = torch.float64 if dtype == torch.float64 else torch.float32
     output = torch.empty(input.shape, dtype=dtype, device=input.device)
     summed = output.new_empty(0) if residual is None else torch.empty_like(output)
-    x = _as_rows(input)
+    x = as_rows(input)
     rows = x.shape[0]
     mean = torch.empty(rows, dtype=statistic, device=input.device)
     rstd = torch.empty_like(mean)
     if output.numel() == 0:
         return output, summed, mean, rstd
-    added = x if residual is None else _as_rows(residual)
+    added = x if residual is None else as_rows(residual)
     flags = dict(
         EPS=eps, HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None
     )  # fmt: skip
@@ -399,8 +396,8 @@ def backward(grad_output, grad_summed, summed, weight, mean, rstd, need_input, n
     dsummed = torch.empty(summed.shape, dtype=summed.dtype, device=summed.device) if need_input else mean.new_empty(0)
     if summed.numel() == 0:
         return dsummed, mean.new_zeros(width if need_weight else 0), mean.new_zeros(width if need_bias else 0)
-    s, dy = _as_rows(summed), _as_rows(grad_output)
-    incoming = dy if grad_summed is None else _as_rows(grad_summed)
+    s, dy = as_rows(summed), as_rows(grad_output)
+    incoming = dy if grad_summed is None else as_rows(grad_summed)
     rows = s.shape[0]
     wanted = need_weight + need_bias
     if _is_wide("backward", width, mean.dtype):
@@ -413,7 +410,7 @@ def backward(grad_output, grad_summed, summed, weight, mean, rstd, need_input, n
             )  # fmt: skip
         block_rows, block_width, warps = TABLE.find(s.device, math.inf, "parameters")
         columns = cdiv(width, block_width)
-        splits = min(cdiv(rows, block_rows), cdiv(_programs(s.device), columns))
+        splits = min(cdiv(rows, block_rows), cdiv(programs_of(s.device), columns))
         partial = mean.new_empty((wanted, splits, width))
         if wanted:
             _parameter_gradient_wide_kernel[(columns, splits)](
@@ -423,7 +420,7 @@ def backward(grad_output, grad_summed, summed, weight, mean, rstd, need_input, n
             )  # fmt: skip
     else:
         block_rows, block_width, warps = TABLE.find(s.device, width, "backward")
-        programs = min(cdiv(rows, block_rows), _programs(s.device))
+        programs = min(cdiv(rows, block_rows), programs_of(s.device))
         partial = mean.new_empty((wanted, programs, width))
         some = partial if wanted else mean[None]
         _backward_kernel[(programs,)](
@@ -439,27 +436,12 @@ def backward(grad_output, grad_summed, summed, weight, mean, rstd, need_input, n
     return dsummed, dweight, dbias
 
 
-def _as_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """(…, width) -> (rows, width) whose rows are contiguous: a view wherever strides allow one."""
-    width = tensor.shape[-1]
-    if width > 0 and (tensor.stride(-1) == 1 or width == 1):
-        return tensor.reshape(-1, width)
-    return tensor.contiguous().view(-1 if width else tensor.shape[:-1].numel(), width)
-
-
 def _some(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
     return other if tensor is None or tensor.numel() == 0 else tensor
 
 
 def _is_wide(direction: str, width: int, statistic: torch.dtype) -> bool:
     return width > REGISTER_WIDTH[direction] // (4 if statistic == torch.float64 else 1)
-
-
-def _programs(device: torch.device) -> int:
-    """How many programs share the rows of a backward. Under the interpreter: a few, so that each has several tiles."""
-    if device.type != "cuda":
-        return 4
-    return PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def compile_cases(architecture: int) -> list[CompileCase]:

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from gptkern.tables.configurations import Table
-from gptkern.triton_kernels.common import CompileCase, cdiv
+from gptkern.triton_kernels.common import CompileCase, as_rows, cdiv, programs_of
 
 
 class Tile(NamedTuple):
@@ -48,9 +48,6 @@ REGISTER_WIDTH = {
 }
 # Elements of a chunk of a wide row, where it is not the table's: set by tests alone.
 WIDE_BLOCK: int | None = None
-# Programs a multiprocessor that share the rows of a backward: enough to hide latency, few enough partial sums.
-# Reasoned from occupancy; not measured yet.
-PROGRAMS_PER_MULTIPROCESSOR = 2
 
 
 @triton.jit
@@ -244,7 +241,7 @@ def forward(input, weight, eps):
     """(…, width) -> output (…, width), rstd (rows,) in float32."""
     width = input.shape[-1]
     output = torch.empty(input.shape, dtype=input.dtype, device=input.device)
-    x = _as_rows(input)
+    x = as_rows(input)
     rows = x.shape[0]
     rstd = torch.empty(rows, dtype=torch.float32, device=input.device)
     if output.numel() == 0:
@@ -273,7 +270,7 @@ def backward(grad_output, input, weight, rstd, need_input, need_weight):
     dinput = torch.empty(input.shape, dtype=input.dtype, device=input.device) if need_input else rstd.new_empty(0)
     if input.numel() == 0 or not (need_input or need_weight):
         return dinput, rstd.new_zeros(width if need_weight else 0)
-    x, dy = _as_rows(input), _as_rows(grad_output)
+    x, dy = as_rows(input), as_rows(grad_output)
     rows = x.shape[0]
     partial = rstd.new_empty((0, 0))
     # An absent tensor is never read or written; the kernel needs some pointer in its place.
@@ -288,7 +285,7 @@ def backward(grad_output, input, weight, rstd, need_input, need_weight):
         if need_weight:
             block_rows, block_width, warps = TABLE.find(x.device, math.inf, "weight")
             columns = cdiv(width, block_width)
-            splits = min(cdiv(rows, block_rows), cdiv(_programs(x.device), columns))
+            splits = min(cdiv(rows, block_rows), cdiv(programs_of(x.device), columns))
             partial = rstd.new_empty((splits, width))
             _weight_gradient_wide_kernel[(columns, splits)](
                 dy, x, rstd, partial, dy.stride(0), x.stride(0), rows, width,
@@ -296,7 +293,7 @@ def backward(grad_output, input, weight, rstd, need_input, need_weight):
             )  # fmt: skip
     else:
         block_rows, block_width, warps = TABLE.find(x.device, width, "backward")
-        programs = min(cdiv(rows, block_rows), _programs(x.device))
+        programs = min(cdiv(rows, block_rows), programs_of(x.device))
         if need_weight:
             partial = rstd.new_empty((programs, width))
         _backward_kernel[(programs,)](
@@ -306,21 +303,6 @@ def backward(grad_output, input, weight, rstd, need_input, need_weight):
             BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width, num_warps=warps,
         )  # fmt: skip
     return dinput, partial.sum(0)
-
-
-def _as_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """(…, width) -> (rows, width) whose rows are contiguous: a view wherever strides allow one."""
-    width = tensor.shape[-1]
-    if width > 0 and (tensor.stride(-1) == 1 or width == 1):
-        return tensor.reshape(-1, width)
-    return tensor.contiguous().view(-1 if width else tensor.shape[:-1].numel(), width)
-
-
-def _programs(device: torch.device) -> int:
-    """How many programs share the rows of a backward. Under the interpreter: a few, so that each has several tiles."""
-    if device.type != "cuda":
-        return 4
-    return PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def compile_cases(architecture: int) -> list[CompileCase]:
