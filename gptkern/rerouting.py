@@ -60,12 +60,14 @@ class Calls(NamedTuple):
     Attributes:
         operators: of the replacements that were found.
         explicit_attention: two matrix products around a softmax.
+        two_products: two matrix products, and no attention that was found.
         explicit_norm: a mean and a reciprocal square root.
     """
 
     operators: frozenset[str]
     explicit_attention: bool = False
     explicit_norm: bool = False
+    two_products: bool = False
 
 
 class Rerouted:
@@ -200,10 +202,12 @@ def calls(cls: type, find: Find) -> Calls:
     operators = frozenset(replacement.operator for replacement in found if replacement.operator)
     products = sum(_matrix_products(function.__code__) for function in reachable)
     names = {name for function in reachable for name in _all_names(function.__code__)}
+    two_products = products >= 2 and "attention" not in operators
     return Calls(
         operators,
-        explicit_attention=products >= 2 and "softmax" in operators and "attention" not in operators,
+        explicit_attention=two_products and ("softmax" in operators or bool({"softmax", "Softmax"} & names)),
         explicit_norm={"rsqrt", "mean"} <= names and not operators & {"layer_norm", "rms_norm"},
+        two_products=two_products,
     )
 
 

@@ -40,7 +40,7 @@ class SwapReport:
         return f"SwapReport({len(self.replaced)} replaced, {len(self.skipped)} skipped)"
 
     def __str__(self) -> str:
-        lines = [f"{_count(len(self.replaced), 'module')} replaced, {len(self.skipped)} skipped"]
+        lines = [f"{_count(len(self.replaced), 'module')} replaced, {len({s.name for s in self.skipped})} skipped"]
         if self.replaced:
             rows = [
                 (str(len(names)), original, operator, replacement, where(names))

@@ -190,7 +190,7 @@ class _Plan:
         self.found: dict[type, Calls] = {}
         self.made: dict[tuple[type, tuple[str, ...]], type | str] = {}
         transformers = _transformers()
-        self.attention = transformers.Attention(model, _original_class) if transformers else None
+        self.attention = transformers.Attention(model, _original_class, _noted_configs) if transformers else None
 
     def decide(self, name: str, module: torch.nn.Module) -> None:
         """Adds the module to the report, and its class and config to what is to change."""
@@ -211,7 +211,10 @@ class _Plan:
             replacement = self.routed(original, wanted) if wanted and "forward" not in module.__dict__ else None
             wanted = wanted if set(wanted) & set(self.operators) else ()
             shown = f"{original.__name__}, routed"
-            self.name_what_is_written_out(name, original)
+            self.name_what_is_written_out(name, module, original)
+        by_its_name = 'attn_implementation="gptkern"'
+        if by_name and self.attention.was_eager(module):
+            by_its_name += ' (was "eager": no output_attentions)'
         if wanted and isinstance(replacement, str):
             self.skip(name, original, replacement)
             wanted = ()
@@ -221,11 +224,10 @@ class _Plan:
             if current is not replacement:
                 self.classes.append((module, replacement))
             wanted = tuple(o for o in SWAPPABLE if o in wanted or o in by_name)
-            shown = f'{shown}, attn_implementation="gptkern"' if by_name else shown
+            shown = f"{shown}, {by_its_name}" if by_name else shown
             self.report.replaced.append(Replaced(name, original.__name__, shown, ", ".join(wanted)))
         elif by_name:
-            shown = 'attn_implementation="gptkern"'
-            self.report.replaced.append(Replaced(name, original.__name__, shown, ", ".join(by_name)))
+            self.report.replaced.append(Replaced(name, original.__name__, by_its_name, ", ".join(by_name)))
         else:
             reason = _reason_to_skip(original, self.operators)
             if reason is not None:
@@ -257,9 +259,11 @@ class _Plan:
         self.attention.want(module)
         return ("attention",), ()
 
-    def name_what_is_written_out(self, name: str, original: type) -> None:
+    def name_what_is_written_out(self, name: str, module: torch.nn.Module, original: type) -> None:
         found = self.calls_of(original)
-        if found.explicit_attention and "attention" in self.operators:
+        has_softmax = any(isinstance(child, torch.nn.Softmax) for child in module.children())
+        explicit_attention = found.explicit_attention or (found.two_products and has_softmax)
+        if explicit_attention and "attention" in self.operators:
             self.skip(name, original, "its attention is written out as matrix products around a softmax")
         if found.explicit_norm and "rms_norm" in self.operators:
             self.skip(name, original, "its norm is written out in Python")
@@ -293,13 +297,18 @@ def _original_class(module: torch.nn.Module) -> type:
     return module.__dict__.get(_ORIGINAL, _bare(type(module)))
 
 
+def _noted_configs(module: torch.nn.Module) -> dict:
+    return module.__dict__.get(_CONFIGS, {})
+
+
 def _reason_to_skip(cls: type, operators: tuple[str, ...]) -> str | None:
     """Why a module that one of the operators might serve is left alone, or None where none would."""
-    for base, (twin, operator) in _MODULE_TWINS.items():
-        if operator in operators and issubclass(cls, base) and cls not in (base, twin):
-            return f"a subclass of torch.nn.{base.__name__} with a forward of its own, in which no call was found"
-    for base, of in _REROUTED_TORCH_MODULES.items():
-        if set(of) & set(operators) and issubclass(cls, base) and cls is not base:
+    bases = {base: ((operator,), twin) for base, (twin, operator) in _MODULE_TWINS.items()}
+    bases |= {base: (of, base) for base, of in _REROUTED_TORCH_MODULES.items()}
+    for base, (of, twin) in bases.items():
+        if set(of) & set(operators) and issubclass(cls, base) and cls not in (base, twin):
+            if cls.forward is base.forward:
+                return f"a subclass of torch.nn.{base.__name__}: only that class itself is replaced"
             return f"a subclass of torch.nn.{base.__name__} with a forward of its own, in which no call was found"
     if issubclass(cls, torch.jit.ScriptModule):
         return "a TorchScript module has no Python forward"
@@ -405,9 +414,11 @@ def _calls(cls: type) -> Calls:
     if cls in _REROUTED_TORCH_MODULES:
         return Calls(frozenset(_REROUTED_TORCH_MODULES[cls]))
     found, overridden = calls(cls, _find_for(cls, SWAPPABLE)), _overridden_operators(cls)
+    by_name = _takes_attention_by_name(cls)
     return found._replace(
         operators=found.operators | overridden,
-        explicit_attention=found.explicit_attention and "attention" not in overridden,
+        explicit_attention=found.explicit_attention and not by_name,
+        two_products=found.two_products and not by_name,
         explicit_norm=found.explicit_norm and "rms_norm" not in overridden,
     )
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import gptkern
 from gptkern import dispatch
 from gptkern.models import GPT, GPTConfig
-from gptkern.swap_report import where
+from gptkern.swap_report import Skipped, SwapReport, where
 from gptkern.swapping import SWAPPABLE, _calls
 
 SMALL = dict(vocab_size=61, context=24, layers=2, width=32, heads=2)
@@ -631,3 +631,35 @@ def test_a_copy_that_is_made_by_the_class_itself_can_be_unswapped():
     twin = copy.deepcopy(model)
     keys = list(ReducesItself().__dict__)
     assert type(gptkern.unswap(twin)) is ReducesItself and list(twin.__dict__) == keys
+
+
+class WrittenOut(torch.nn.Module):
+    def forward(self, x):
+        return (x @ x.mT).softmax(-1) @ x
+
+
+class WrittenOutAroundAModule(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.normalise = torch.nn.Softmax(-1)
+
+    def forward(self, x):
+        return self.normalise(x @ x.mT) @ x
+
+
+@pytest.mark.parametrize("cls", [WrittenOut, WrittenOutAroundAModule])
+def test_attention_that_is_written_out_is_not_passed_over(cls):
+    assert [entry.name for entry in gptkern.swap(cls()).skipped] == ["(model)"]
+    with pytest.raises(RuntimeError, match="matrix products around a softmax"):
+        gptkern.swap(cls(), strict=True)
+    assert gptkern.swap(cls(), ops=["softmax"]).skipped == []
+
+
+def test_a_subclass_without_a_forward_of_its_own_is_skipped_for_what_it_is():
+    report = gptkern.swap(OwnMultiheadAttention(8, 2))
+    assert report.skipped[0].reason == "a subclass of torch.nn.MultiheadAttention: only that class itself is replaced"
+
+
+def test_the_report_counts_modules_and_not_reasons():
+    report = SwapReport([], [Skipped("0", "A", "one"), Skipped("0", "A", "another"), Skipped("1", "A", "one")])
+    assert str(report).startswith("0 modules replaced, 2 skipped\n")

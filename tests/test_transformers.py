@@ -195,6 +195,39 @@ def test_only_a_part_of_a_model(monkeypatch):
     assert model.config is config
 
 
+def test_a_second_swap_takes_back_what_was_chosen_in_between(monkeypatch):
+    model = gpt2()
+    config, ids = model.config, batch()[0]
+    gptkern.swap(model)
+    copied = model.config
+    model.set_attn_implementation("sdpa")
+    gptkern.swap(model)
+    assert model.config is copied and calls_in(monkeypatch, lambda: model(ids)) == 4
+    gptkern.unswap(model)
+    assert model.config is config is model.transformer.h[0].attn.config
+    assert config._attn_implementation == "sdpa"
+
+
+def test_a_wider_swap_takes_the_copy_of_the_narrower_one(monkeypatch):
+    model = built(case("llama")).eval()
+    config, ids = model.config, batch()[0]
+    gptkern.swap(model.model.layers[0])
+    gptkern.swap(model)
+    assert model.config is model.model.layers[0].self_attn.config is model.model.layers[1].self_attn.config
+    calls = calls_in(monkeypatch, lambda: model(ids))
+    model.set_attn_implementation("eager")
+    assert calls_in(monkeypatch, lambda: model(ids)) == calls - 2
+    gptkern.unswap(model)
+    assert model.config is config is model.model.layers[0].self_attn.config
+
+
+def test_a_model_built_with_eager_is_told_of_its_attention_weights():
+    model = gpt2(attn_implementation="eager")
+    report = gptkern.swap(model)
+    assert 'was "eager": no output_attentions' in str(report) and str(gptkern.swap(model)) == str(report)
+    assert "output_attentions" not in str(gptkern.swap(gpt2(attn_implementation="sdpa")))
+
+
 def test_without_attention_the_config_stays():
     model = gpt2()
     config = model.config
@@ -240,6 +273,16 @@ def test_capped_scores_are_left_alone():
     model = AutoModelForCausalLM.from_config(config)
     assert "its scores are capped, which the kernels cannot" in reasons(model)
     assert model.config._attn_implementation == "eager"
+
+
+def test_a_part_of_a_model_with_sinks_is_left_alone():
+    config = transformers.GptOssConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    assert "GptOssPreTrainedModel cannot run on scaled_dot_product_attention" in reasons(model.model.layers)
+    assert model.model.layers[0].self_attn.config is model.config
 
 
 @pytest.mark.parametrize("name", ["softcap", "s_aux"])
@@ -335,6 +378,47 @@ def test_the_functions_that_a_rotary_embedding_calls_count(monkeypatch):
         ("OtherAttention", "its rotary embedding is of a form of its own")
     }
     assert torch.equal(model(ids).logits, expected)
+
+
+def test_the_defaults_and_constants_of_a_rotary_embedding_count():
+    """The same code does something else with another default, constant or global."""
+    stock = modeling_llama.apply_rotary_pos_emb
+    other = types.FunctionType(stock.__code__, stock.__globals__, stock.__name__, (2,))
+    assert integration.find(other) is None
+
+    def scaled(text, factor):
+        names = {"FACTOR": factor}
+        exec(f"def f(x):\n    'Words, {factor}.'\n    return x[{text!r}] * FACTOR", names)
+        return names["f"]
+
+    assert integration._same_code(scaled("a", 2.0), scaled("a", 2.0))
+    assert not integration._same_code(scaled("a", 2.0), scaled("b", 2.0))
+    assert not integration._same_code(scaled("a", 2.0), scaled("a", 3.0))
+    assert not integration._same_code(scaled("a", torch.ones(2)), scaled("a", torch.ones(2)))
+
+
+def test_masked_groups_on_pytorch_s_own_operator_are_repeated(monkeypatch):
+    """On a GPU, PyTorch has only its slowest kernel for a mask together with enable_gqa."""
+    query, mask = torch.randn(1, 4, 3, 8), torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
+    key, value = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8)
+    assert integration._runs_on_torch(query, key, value, (mask, 0.0, False, None))
+    expected = integration.attention_forward(torch.nn.Module(), query, key, value, mask)[0]
+    calls, sdpa = [], integration.F.scaled_dot_product_attention
+
+    def watched(*args, **kwargs):
+        calls.append((args[1].shape[1], kwargs["enable_gqa"]))
+        return sdpa(*args, **kwargs)
+
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(integration.F, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(integration, "_runs_on_torch", lambda *call: True)
+    actual = integration.attention_forward(torch.nn.Module(), query.as_subclass(OnGPU), key, value, mask)[0]
+    assert calls == [(4, False)]
+    torch.testing.assert_close(actual.as_subclass(torch.Tensor), expected)
+    integration.attention_forward(torch.nn.Module(), query.as_subclass(OnGPU), key, value, None)
+    assert calls[1:] == [(2, True)]
 
 
 def test_rotary_of_heads_behind_the_positions():

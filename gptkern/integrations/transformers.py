@@ -32,7 +32,6 @@ or GPT-J. It too is rounded once, and keeps the query's dtype where transformers
 from __future__ import annotations
 
 import copy
-import functools
 import importlib
 import inspect
 import sys
@@ -47,6 +46,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
+from gptkern import dispatch
 from gptkern import functional as F
 from gptkern.rerouting import Replacement, names_in
 
@@ -106,11 +106,23 @@ def attention_forward(
     # Without a mask, keys longer than several queries are those of a cache of fixed size at its first call: upper-left
     # causal leaves out what is not filled yet. A single query is the newest and sees all.
     is_causal = query.shape[2] > 1 and attention_mask is None and is_causal
-    output = F.scaled_dot_product_attention(
-        query, key, value, attention_mask, dropout, is_causal, scaling, enable_gqa=query.shape[1] != key.shape[1]
-    )
+    groups = query.shape[1] // key.shape[1]
+    arguments = attention_mask, dropout, is_causal, scaling
+    if groups > 1 and attention_mask is not None and query.is_cuda and _runs_on_torch(query, key, value, arguments):
+        # With a mask and enable_gqa PyTorch has nothing but its slowest kernel; copies are the smaller price.
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    output = F.scaled_dot_product_attention(query, key, value, *arguments, enable_gqa=query.shape[1] != key.shape[1])
     # (batch, heads, length_q, head_dim) -> (batch, length_q, heads, head_dim): the kernels write it in this order.
     return output.transpose(1, 2).contiguous(), None
+
+
+def _runs_on_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: tuple) -> bool:
+    """Whether PyTorch's own operator takes a call with fewer heads in key and value than in query."""
+    # What torch.compile traces keeps to enable_gqa: it cannot follow `explain`.
+    if torch.compiler.is_compiling():
+        return False
+    choice = dispatch.explain(F.scaled_dot_product_attention, query, key, value, *arguments, enable_gqa=True)
+    return choice.backend == "torch"
 
 
 AttentionInterface.register(NAME, attention_forward)
@@ -144,20 +156,31 @@ def _same_code(function: Callable, other: Callable) -> bool:
     code = _code_of(function)
     if code is None or code != _code_of(other):
         return False
-    called = [(function.__globals__.get(name), other.__globals__.get(name)) for name in function.__code__.co_names]
+    if (function.__defaults__, function.__kwdefaults__) != (other.__defaults__, other.__kwdefaults__):
+        return False
+    named = [(function.__globals__.get(name), other.__globals__.get(name)) for name in function.__code__.co_names]
     return all(
-        _same_code(ours, theirs) if isinstance(ours, types.FunctionType) else not isinstance(theirs, types.FunctionType)
-        for ours, theirs in called
+        _same_code(ours, theirs) if isinstance(ours, types.FunctionType) else _equal(ours, theirs)
+        for ours, theirs in named
         if ours is not theirs
     )
+
+
+def _equal(ours: object, theirs: object) -> bool:
+    try:
+        return type(ours) is type(theirs) and bool(ours == theirs)
+    except Exception:  # an == of its own, as a tensor's
+        return False
 
 
 def _code_of(function: Callable) -> tuple | None:
     code = getattr(function, "__code__", None)
     if code is None:
         return None
-    # A docstring is a constant, too.
-    constants = tuple(constant for constant in code.co_consts if not isinstance(constant, str))
+    constants = code.co_consts
+    # A docstring is the first constant.
+    if constants and isinstance(constants[0], str) and function.__doc__ is not None:
+        constants = (None, *constants[1:])
     return code.co_code, code.co_names, code.co_varnames, constants
 
 
@@ -168,7 +191,6 @@ def find(function: Callable) -> Replacement | None:
     return _rotary(function)
 
 
-@functools.cache
 def _rotary(function: types.FunctionType) -> Replacement | None:
     for module, replaced in _ROTARY_FORMS.items():
         if _same_code(function, getattr(importlib.import_module(f"transformers.models.{module}"), _ROTARY)):
@@ -259,15 +281,30 @@ class SwappedConfig:
         return self.original
 
 
+def _models_beside(cls: type) -> list[type]:
+    """The models that are written in the file of a module's class."""
+    return [
+        value
+        for value in list(vars(sys.modules.get(cls.__module__, object)).values())
+        if isinstance(value, type) and issubclass(value, PreTrainedModel) and value.__module__ == cls.__module__
+    ]
+
+
 class Attention:
     """Which of a model's modules can take their attention by the name "gptkern".
 
     Args:
         model: any module.
         original_class: the class that a module had before it was swapped.
+        noted: attribute -> its SwappedConfig, of a module that was swapped.
     """
 
-    def __init__(self, model: torch.nn.Module, original_class: Callable[[torch.nn.Module], type]):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        original_class: Callable[[torch.nn.Module], type],
+        noted: Callable[[torch.nn.Module], dict[str, SwappedConfig]],
+    ):
         self._holders = [
             (module, name, value)
             for module in model.modules()
@@ -276,6 +313,16 @@ class Attention:
         ]
         self._original_class = original_class
         self._wanted: dict[int, PreTrainedConfig] = {}
+        # The copies that an earlier swap made and that still stand in their places, by their own id and by their
+        # originals': these are taken again.
+        notes = [
+            note
+            for module in model.modules()
+            for name, note in noted(module).items()
+            if vars(module).get(name) is note.current
+        ]
+        self._by_copy = {id(note.current): note for note in notes}
+        self._by_original = {id(note.original): note for note in notes}
 
     def reason_against(self, module: torch.nn.Module) -> str | None:
         """Why a module that calls the interface cannot be swapped; None where it can."""
@@ -295,7 +342,17 @@ class Attention:
             for holder, _, held in self._holders:
                 if held is config and isinstance(holder, PreTrainedModel) and not holder._supports_sdpa:
                     return f"{type(holder).__name__} cannot run on scaled_dot_product_attention"
+            # A part of a model does not hold the PreTrainedModel that says so; its file does.
+            models = _models_beside(self._original_class(module))
+            if models and not any(model._supports_sdpa for model in models):
+                return f"{models[0].__name__} cannot run on scaled_dot_product_attention"
         return None
+
+    def was_eager(self, module: torch.nn.Module) -> bool:
+        """Whether the module's attention was eager's, which alone gives a call's output_attentions."""
+        config = vars(module)["config"]
+        note = self._by_copy.get(id(config))
+        return (config if note is None else note.original)._attn_implementation == "eager"
 
     def want(self, module: torch.nn.Module) -> None:
         """The module's config is to name gptkern."""
@@ -305,13 +362,19 @@ class Attention:
 
     def changes(self) -> Iterator[tuple[torch.nn.Module, str, SwappedConfig]]:
         """(a module, the name of its attribute, what takes the place of the config there)."""
-        made = {key: SwappedConfig(config) for key, config in self._wanted.items()}
-        for swapped in made.values():
+        again = {key: note for key, note in self._by_original.items() if key in self._wanted}
+        again |= {id(note.original): note for key, note in self._by_copy.items() if key in self._wanted}
+        for note in again.values():
+            note.current.__dict__["_attn_implementation_internal"] = NAME
+        fresh = self._wanted.keys() - again.keys() - self._by_copy.keys()
+        new = {key: SwappedConfig(self._wanted[key]) for key in self._wanted if key in fresh}
+        made = {**self._by_original, **new}
+        for swapped in new.values():
             # A config that holds another one as a part holds its copy.
             for name, part in swapped.current.__dict__.items():
                 if id(part) in made:
                     swapped.current.__dict__[name] = made[id(part)].current
             swapped.seen = dict(swapped.current.__dict__)
         for module, name, config in self._holders:
-            if id(config) in made:
+            if id(config) in self._wanted and id(config) in made:
                 yield module, name, made[id(config)]
