@@ -10,9 +10,6 @@ import triton
 import triton.language as tl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Programs a multiprocessor that share the rows of layer_norm's or rms_norm's backward: enough to hide latency, few
-# enough partial sums. Reasoned from occupancy (80 registers a thread); not measured yet.
-PROGRAMS_PER_MULTIPROCESSOR = 2
 
 
 if INTERPRETED:
@@ -64,6 +61,11 @@ def as_rows(tensor: torch.Tensor) -> torch.Tensor:
     if width > 0 and (tensor.stride(-1) == 1 or width == 1):
         return tensor.reshape(-1, width)
     return tensor.contiguous().view(-1 if width else tensor.shape[:-1].numel(), width)
+
+
+# Programs a multiprocessor that share the rows of layer_norm's or rms_norm's backward: enough to hide latency, few
+# enough partial sums. Reasoned from occupancy (80 registers a thread); not measured yet.
+PROGRAMS_PER_MULTIPROCESSOR = 2
 
 
 def programs_of(device: torch.device) -> int:
