@@ -27,8 +27,8 @@ from gptkern.ops.int8_linear import check_options
 
 _logger = logging.getLogger("gptkern")
 
-# Skipped where it is there, and no error where it is not: the output layer's errors reach the logits unaveraged, and
-# its weight is most often the embedding's.
+# Skipped where it is there, and no error where it is not, unless a caller names it: the output layer's errors reach the
+# logits unaveraged, and its weight is most often the embedding's.
 DEFAULT_SKIP = ("lm_head",)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What a layer carries over to its int8 successor, each the dict that its handles know.
@@ -292,11 +292,13 @@ def _places(model: torch.nn.Module) -> list[list[_Place]]:
 def _checked_skip(skip: Iterable[str], names: list[str]) -> tuple[str, ...]:
     if isinstance(skip, str) or not isinstance(skip, Iterable):
         raise TypeError(f"quantize: skip is {skip!r}; it needs a list of modules' names, as ['lm_head']")
+    if skip is DEFAULT_SKIP:
+        return skip
     skip = tuple(skip)
     for entry in skip:
         if not isinstance(entry, str):
             raise TypeError(f"quantize: skip holds a {type(entry).__name__}; it needs modules' names, as ['lm_head']")
-        if entry not in DEFAULT_SKIP and not any(_ends_with(name, entry) for name in names):
+        if not any(_ends_with(name, entry) for name in names):
             raise ValueError(
                 f"quantize: skip holds {entry!r}, which is no module of the model; it needs a module's name, or the "
                 "end of one, as in model.named_modules()"

@@ -229,6 +229,13 @@ def test_a_name_is_no_part_of_a_word():
         gptkern.quantize(gpt(), skip=["head"])
 
 
+def test_a_name_of_the_default_is_an_error_where_a_caller_gives_it_and_the_model_has_none():
+    """The head may have another name, and would become int8 without a word."""
+    with pytest.raises(ValueError, match="skip holds 'lm_head'"):
+        gptkern.quantize(Pair(), skip=["lm_head"])
+    assert len(gptkern.quantize(Pair()).quantized) == 2
+
+
 def test_the_output_layer_is_quantised_where_it_is_not_skipped():
     model = gpt()
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
