@@ -20,7 +20,7 @@ $(VENV)/installed: pyproject.toml setup.py MANIFEST.in constraints.txt
 	touch $@
 
 # The compiled CUDA kernels. Where there is nothing to compile them with, pip says so and goes on.
-$(VENV)/cuda: $(VENV)/installed $(wildcard building/*.py csrc/*.* csrc/device/*)
+$(VENV)/cuda: $(VENV)/installed $(wildcard building/*.py csrc/*.* csrc/*/*)
 	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/pip install --verbose --no-deps -e . >$(VENV)/cuda.log 2>&1 || (cat $(VENV)/cuda.log; exit 1)
 	@grep -h '^ *gptkern: ' $(VENV)/cuda.log
 	touch $@
@@ -33,7 +33,7 @@ test: lint $(VENV)/cuda emulator
 
 # Before the tests, whose workers would wait for one another.
 emulator: $(VENV)/installed
-	$(BIN)/python -m gptkern.cuda_kernels.emulated
+	$(BIN)/python -m gptkern.backends.cuda.emulated
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -55,4 +55,4 @@ tables: $(VENV)/cuda  ## docs/cuda_resources.md and docs/cuda_counters.md, from 
 	$(BIN)/python bench/cuda_tables.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info out gptkern/_cuda.*.so gptkern/cuda_kernels/not_built.txt
+	rm -rf $(VENV) build dist *.egg-info out gptkern/_cuda.*.so gptkern/backends/cuda/not_built.txt

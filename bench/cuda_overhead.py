@@ -2,7 +2,7 @@
 
     python bench/cuda_overhead.py           a table in microseconds; needs a C++ compiler and no GPU
 
-For each launcher of gptkern/cuda_kernels, on a small call:
+For each launcher of gptkern/backends/cuda, on a small call:
     whole           the launcher, as the registered op calls it
     bound           the compiled module's functions with the same arguments; the emulator starts no kernel
     allocations     torch.empty of the same sizes, given one by one, which is the fastest way to call it
@@ -30,8 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gptkern
 import gptkern.functional as G
-from gptkern import dispatch
-from gptkern.cuda_kernels import common, emulated
+from gptkern.backends import dispatch
+from gptkern.backends.cuda import common, emulated
 from gptkern.measuring import timing
 
 # Microseconds of ours that a launch may cost.
@@ -147,7 +147,7 @@ def main() -> None:
     for name, (operator, call) in CALLS.items():
         try:
             found = launched(operator, call)
-        except (ImportError, gptkern.dispatch.BackendError) as error:
+        except (ImportError, gptkern.backends.dispatch.BackendError) as error:
             print(f"{name:32} not measured: {error}")
             continue
         for direction, arguments in found.items():

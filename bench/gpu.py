@@ -255,8 +255,8 @@ def small_calls() -> None:
     import torch
 
     import gptkern
-    from gptkern import checking
-    from gptkern.checking_cases import OPERATORS, cases_of
+    from gptkern.measuring import checking
+    from gptkern.measuring.checking_cases import OPERATORS, cases_of
 
     device = torch.device(checking.default_device())
     for operator in OPERATORS:

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import gptkern
-from gptkern import dispatch
+from gptkern.backends import dispatch
 from gptkern.commands import training
 from gptkern.measuring import timing
 from gptkern.models import GPT, GPTConfig

@@ -80,8 +80,8 @@ def compile_into(plan: Plan, package: Path) -> Path:
 
 
 def note(package: Path, missing: str | None) -> None:
-    """Leaves a note in a package without the module: why there is none. gptkern.cuda_kernels.common reads it."""
-    path = package / "cuda_kernels" / "not_built.txt"
+    """Leaves a note in a package without the module: why there is none. gptkern.backends.cuda.common reads it."""
+    path = package / "backends" / "cuda" / "not_built.txt"
     if missing is None:
         path.unlink(missing_ok=True)
     else:

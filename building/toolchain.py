@@ -171,8 +171,8 @@ def _missing_tools() -> str | None:
 
 @functools.cache
 def sources():
-    """gptkern.cuda_kernels.sources: by its path, for gptkern imports PyTorch."""
-    path = ROOT / "gptkern" / "cuda_kernels" / "sources.py"
+    """gptkern.backends.cuda.sources: by its path, for gptkern imports PyTorch."""
+    path = ROOT / "gptkern" / "backends" / "cuda" / "sources.py"
     spec = importlib.util.spec_from_file_location("gptkern_sources", path)
     module = importlib.util.module_from_spec(spec)
     # NamedTuple looks its module up.

@@ -2,8 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "launchers.h"
-#include "tensor_caster.h"
+#include "binding.h"
 
 #ifdef GPTKERN_EMULATED
 #include "emulator/bindings.h"
@@ -22,7 +21,7 @@
 
 #ifndef GPTKERN_EMULATED
 namespace gptkern {
-// What the module was compiled from, as gptkern.cuda_kernels.sources.digest says; defined by the build.
+// What the module was compiled from, as gptkern.backends.cuda.sources.digest says; defined by the build.
 extern const char SOURCES[];
 }  // namespace gptkern
 #endif
@@ -30,18 +29,7 @@ extern const char SOURCES[];
 PYBIND11_MODULE(GPTKERN_MODULE, module) {
     module.attr("architectures") = GPTKERN_ARCHITECTURES;
     module.attr("compiler") = GPTKERN_COMPILER;
-    module.def("attention_backward", &gptkern::attention_backward);
-    module.def("rotary", &gptkern::rotary);
-    module.def("softmax_forward", &gptkern::softmax_forward);
-    module.def("softmax_backward", &gptkern::softmax_backward);
-    module.def("quantize_int8", &gptkern::quantize_int8);
-    module.def("int8_linear_forward", &gptkern::int8_linear_forward);
-    module.def("int8_linear_backward", &gptkern::int8_linear_backward);
-    module.def("layer_norm_forward", &gptkern::layer_norm_forward);
-    module.def("layer_norm_backward", &gptkern::layer_norm_backward);
-    module.def("rms_norm_forward", &gptkern::rms_norm_forward);
-    module.def("rms_norm_backward", &gptkern::rms_norm_backward);
-    module.def("attention_forward", &gptkern::attention_forward);
+    for (auto bind : gptkern::Binding::all()) bind(module);
 #ifdef GPTKERN_EMULATED
     gptkern::emulator::bind(module);
 #else

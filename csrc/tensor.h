@@ -8,7 +8,7 @@ namespace gptkern {
 
 using Address = std::uintptr_t;
 
-// gptkern/cuda_kernels/common.py, DTYPES, has the first three. OTHER: what no kernel reads.
+// gptkern/backends/cuda/common.py, DTYPES, has the first three. OTHER: what no kernel reads.
 enum Dtype : int { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2, BOOL = 3, INT8 = 4, OTHER = -1 };
 
 // Valid while the launcher's call lasts: shape and strides are the tensor's own, not copies.

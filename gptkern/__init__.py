@@ -1,7 +1,7 @@
 """gptkern: fused GPU kernels for GPT models, checked against PyTorch, swapped in with one line."""
 
 from gptkern import autograd, functional, nn
-from gptkern.dispatch import BackendError, backend, explain
+from gptkern.backends.dispatch import BackendError, backend, explain
 from gptkern.quantizing import QuantizeReport, load_quantized, quantize
 from gptkern.swapping import SwapReport, kernels, swap, unswap
 from gptkern.version import __version__

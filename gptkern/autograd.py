@@ -1,11 +1,11 @@
 """The autograd.Functions, one an operator. Their arguments are trusted; the operators of gptkern.functional check."""
 
-from gptkern.ops.attention import AttentionFunction
-from gptkern.ops.int8_linear import Int8LinearFunction
-from gptkern.ops.layer_norm import LayerNormFunction
-from gptkern.ops.rms_norm import RMSNormFunction
-from gptkern.ops.rotary import RotaryFunction
-from gptkern.ops.softmax import SoftmaxFunction
+from gptkern.operators.attention.contract import AttentionFunction
+from gptkern.operators.int8_linear.contract import Int8LinearFunction
+from gptkern.operators.layer_norm.contract import LayerNormFunction
+from gptkern.operators.rms_norm.contract import RMSNormFunction
+from gptkern.operators.rotary.contract import RotaryFunction
+from gptkern.operators.softmax.contract import SoftmaxFunction
 
 __all__ = [
     "AttentionFunction",

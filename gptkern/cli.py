@@ -18,8 +18,8 @@ import importlib.util
 import os
 import sys
 
+from gptkern.backends.dispatch import BackendError
 from gptkern.commands import INTERRUPTED, UserError
-from gptkern.dispatch import BackendError
 
 # The summaries stand here too, because asking the modules would import them. A test holds the two together.
 COMMANDS = {

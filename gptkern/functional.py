@@ -3,12 +3,12 @@
 A twin takes every argument that PyTorch's takes, with the same meaning; its extensions are keyword-only.
 """
 
-from gptkern.ops.attention import scaled_dot_product_attention
-from gptkern.ops.int8_linear import int8_linear, quantize_int8
-from gptkern.ops.layer_norm import layer_norm
-from gptkern.ops.rms_norm import rms_norm
-from gptkern.ops.rotary import rotary_embedding
-from gptkern.ops.softmax import softmax
+from gptkern.operators.attention.contract import scaled_dot_product_attention
+from gptkern.operators.int8_linear.contract import int8_linear, quantize_int8
+from gptkern.operators.layer_norm.contract import layer_norm
+from gptkern.operators.rms_norm.contract import rms_norm
+from gptkern.operators.rotary.contract import rotary_embedding
+from gptkern.operators.softmax.contract import softmax
 
 __all__ = [
     "int8_linear",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from gptkern import functional as F
-from gptkern.ops.int8_linear import check_options
+from gptkern.operators.int8_linear.contract import check_options
 
 
 class LayerNorm(torch.nn.LayerNorm):

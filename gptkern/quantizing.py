@@ -20,10 +20,10 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from gptkern import functional as F
-from gptkern import rerouting
-from gptkern.dispatch import explain
+from gptkern.backends.dispatch import explain
 from gptkern.nn import Int8Linear
-from gptkern.ops.int8_linear import check_options
+from gptkern.operators.int8_linear.contract import check_options
+from gptkern.swapping import rerouting
 
 _logger = logging.getLogger("gptkern")
 

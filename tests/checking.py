@@ -8,7 +8,7 @@ import torch
 from oracles import ORACLE, YARDSTICK, gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gptkern.tolerance import FORWARD_FACTOR, GRADIENT_FACTOR, assert_close, worst_error
+from gptkern.measuring.tolerance import FORWARD_FACTOR, GRADIENT_FACTOR, assert_close, worst_error
 
 
 def check(

@@ -44,7 +44,7 @@ TENSOR_COPY_BYTES = 16  # at least: the unit of the hardware's tensor copies
 
 
 def modules() -> list[str]:
-    """The modules of gptkern.triton_kernels that list compile cases; nothing is imported."""
+    """The modules of gptkern.backends.triton that list compile cases; nothing is imported."""
     return sorted(path.stem for path in KERNELS.glob("*.py") if "def compile_cases" in path.read_text())
 
 
@@ -121,7 +121,7 @@ def widest_load(ptx: str) -> int:
 
 def records(module: str, architecture: int):
     """One dictionary for each compile case of a module: its name, and its use or the compiler's error."""
-    for case in importlib.import_module(f"gptkern.triton_kernels.{module}").compile_cases(architecture):
+    for case in importlib.import_module(f"gptkern.backends.triton.{module}").compile_cases(architecture):
         record = {
             "operator": module,
             "case": case.name,
@@ -189,7 +189,7 @@ def table(reports: dict[tuple[str, int], list[dict[str, Any]]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--operator", help="a module of gptkern.triton_kernels")
+    parser.add_argument("--operator", help="a module of gptkern.backends.triton")
     parser.add_argument("--architecture", type=int, choices=ARCHITECTURES)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that make the table")
     args = parser.parse_args()

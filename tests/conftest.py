@@ -35,10 +35,10 @@ torch.set_num_threads(1)
 def _no_cuda() -> str | None:
     """Why the cuda backend cannot run here."""
     if DEVICE == "cuda":
-        from gptkern.cuda_kernels import common
+        from gptkern.backends.cuda import common
 
         return common.unavailable(0)
-    from gptkern.cuda_kernels import emulated
+    from gptkern.backends.cuda import emulated
 
     return emulated.missing()
 

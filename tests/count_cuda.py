@@ -26,8 +26,8 @@ import torch
 
 import gptkern
 import gptkern.functional as G
-from gptkern import dispatch
-from gptkern.cuda_kernels import common, emulated
+from gptkern.backends import dispatch
+from gptkern.backends.cuda import common, emulated
 from gptkern.measuring import conventions
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32

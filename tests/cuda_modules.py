@@ -10,7 +10,7 @@ from types import ModuleType
 
 import numpy as np
 
-from gptkern.cuda_kernels import emulated, sources
+from gptkern.backends.cuda import emulated, sources
 
 FOLDER = Path(__file__).parent / "cuda"
 # Of attention's kernels a changed copy has the tiles of this width, and the others as they are.

@@ -26,8 +26,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from gptkern.cuda_kernels import emulated, sources
-from gptkern.tables import user
+from gptkern.backends.cuda import emulated, sources
+from gptkern.backends.tables import user
 
 # "sm_90a": with Hopper's own instructions.
 ARCHITECTURES = ("sm_80", "sm_90a")

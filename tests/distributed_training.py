@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import gptkern
-from gptkern import dispatch
+from gptkern.backends import dispatch
 from gptkern.models import GPT, GPTConfig
 
 ROWS, LENGTH, VOCABULARY, STEPS, LEARNING_RATE = 4, 12, 61, 3, 0.1

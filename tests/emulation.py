@@ -7,7 +7,7 @@ import zlib
 
 import torch
 
-from gptkern.cuda_kernels import common, emulated
+from gptkern.backends.cuda import common, emulated
 
 
 def extent(tensor: torch.Tensor) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 Each oracle takes its tensors and converts them to `precision` first:
 
     precision=torch.float64    the oracle
-    precision=torch.float32    the yardstick: the same mathematics with float32 internals. gptkern.tolerance
+    precision=torch.float32    the yardstick: the same mathematics with float32 internals. gptkern.measuring.tolerance
                                rounds it to the dtype of the result that is judged.
 
 Gradients come from PyTorch's autograd through these few lines of arithmetic (`gradients`), not from a second
@@ -113,7 +113,7 @@ def philox(key: Sequence, counter: Sequence) -> list:
 
 
 def kept_by_dropout(seed: int, shape: tuple[int, int, int, int], dropout_p: float) -> torch.Tensor:
-    """bool (batch, heads, length_q, length_k), for dropout_p < 1: element by element as gptkern.ops.philox says it."""
+    """bool (batch, heads, length_q, length_k), for dropout_p < 1: element by element as backends/philox.py says it."""
     batch, heads, length_q, length_k = shape
     which, row, column = np.meshgrid(*(np.arange(n) for n in (batch * heads, length_q, length_k)), indexing="ij")
     unsigned = seed % 2**64

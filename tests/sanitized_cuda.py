@@ -17,7 +17,7 @@ import torch
 
 import gptkern
 import gptkern.functional as G
-from gptkern.cuda_kernels import emulated
+from gptkern.backends.cuda import emulated
 
 
 def tensor(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import gptkern
-from gptkern import dispatch
+from gptkern.backends import dispatch
 
 PREVALENT = ("gpt", "gpt2", "llama")
 prevalent = pytest.mark.parametrize("case", [p for p in PARAMETERS if p.id in PREVALENT])

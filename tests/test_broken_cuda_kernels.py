@@ -18,9 +18,9 @@ import torch
 from conftest import DEVICE
 from cuda_modules import changed_module
 
-from gptkern import checking
-from gptkern.checking_cases import cases_of
-from gptkern.cuda_kernels import emulated
+from gptkern.backends.cuda import emulated
+from gptkern.measuring import checking
+from gptkern.measuring.checking_cases import cases_of
 
 if DEVICE != "cpu":
     pytest.skip("there is a GPU: the CUDA backend's tests run on it, not on the emulator", allow_module_level=True)
@@ -34,10 +34,10 @@ import test_cuda_counters
 
 
 class Case(NamedTuple):
-    """A case of gptkern.checking: one of its numbers is wrong or, where a message is given, a launch is refused."""
+    """A case of measuring/checking.py: one of its numbers is wrong or, where a message is given, a launch is refused."""
 
     operator: str
-    shape_class: str  # of gptkern.checking_cases
+    shape_class: str  # of gptkern.measuring.checking_cases
     direction: str = "forward"  # the result that has to fail
     dtype: torch.dtype = torch.float16
     refused: str = ""  # what the emulator says, a regular expression

@@ -1,6 +1,6 @@
 """Kernels that are broken on purpose: a check that cannot fail is worth nothing.
 
-Each mutation changes one expression in the source of a Triton kernel. The same case of gptkern.checking has to pass
+Each mutation changes one expression in the source of a Triton kernel. The same case of measuring/checking.py has to pass
 with the kernel as it is and to fail, by its numbers, with the broken one.
 """
 
@@ -16,9 +16,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from gptkern import checking, dispatch
-from gptkern.checking_cases import cases_of
-from gptkern.tables import configurations
+from gptkern.backends import dispatch
+from gptkern.backends.tables import configurations
+from gptkern.measuring import checking
+from gptkern.measuring.checking_cases import cases_of
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -31,7 +32,7 @@ class Mutation(NamedTuple):
     function: str  # the kernel or helper that is changed
     old: str  # a regular expression that matches once in the function; a space matches any white space
     new: str
-    shape_class: str  # of gptkern.checking_cases
+    shape_class: str  # of gptkern.measuring.checking_cases
     direction: str  # the result that has to fail
     dtype: torch.dtype = torch.float32
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from building import toolchain  # noqa: E402
 from building.toolchain import BuildError, Gpus, Nvcc  # noqa: E402
-from gptkern.cuda_kernels import common, sources  # noqa: E402
+from gptkern.backends.cuda import common, sources  # noqa: E402
 
 NO_COMPILER = shutil.which("g++") is None or not Path(sysconfig.get_path("include"), "Python.h").is_file()
 needs_compiler = pytest.mark.skipif(NO_COMPILER, reason="there is no g++, or Python's headers are missing")
@@ -375,7 +375,7 @@ def tree(tmp_path) -> Path:
     """A source tree with two kernels, of which one comes in two parts, and a module that needs no pybind11."""
     root = tmp_path / "tree"
     shutil.copytree(ROOT / "building", root / "building", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("gptkern/cuda_kernels/sources.py", "gptkern/version.py", "setup.py", "pyproject.toml"):
+    for name in ("gptkern/backends/cuda/sources.py", "gptkern/version.py", "setup.py", "pyproject.toml"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, root / name)
     for name in ("gptkern/__init__.py", "README.md", "LICENSE"):
@@ -523,7 +523,7 @@ def test_the_digest_is_of_all_that_the_module_is_made_of(tree):
     csrc = tree / "csrc"
     (csrc / "emulator").mkdir()
     seen = [sources.digest(csrc)]
-    for name in ("one.cu", "bindings.cpp", "launchers.h", "device/shared.cuh", "device/new.cuh"):
+    for name in ("one.cu", "bindings.cpp", "launcher.h", "device/shared.cuh", "device/new.cuh"):
         with open(csrc / name, "a") as file:
             file.write("// more")
         seen.append(sources.digest(csrc))

@@ -12,8 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gptkern
-from gptkern import tolerance
-from gptkern.measuring import peers, runner
+from gptkern.measuring import peers, runner, tolerance
 from gptkern.measuring.cells import Implementation, Missing
 from gptkern.measuring.operators import model as of_models
 from gptkern.models.gpt import GPT

@@ -1,4 +1,4 @@
-"""gptkern.checking and `gptkern check`: what passes, what fails, what is left out, and what is said about it."""
+"""measuring/checking.py and `gptkern check`: what passes, what fails, what is left out, and what is said about it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import sys
 import pytest
 import torch
 
-from gptkern import checking, cli, dispatch
-from gptkern.checking import LAUNCHERS
-from gptkern.checking_cases import BFLOAT16, OPERATORS, cases_of
+from gptkern import cli
+from gptkern.backends import dispatch
+from gptkern.measuring import checking
+from gptkern.measuring.checking import LAUNCHERS
+from gptkern.measuring.checking_cases import BFLOAT16, OPERATORS, cases_of
 
 
 def test_every_operator_has_cases():
@@ -49,7 +51,7 @@ def test_the_kernels_pass(operator, device, kernel_backend):
 
 
 def _launcher(direction: str):
-    return importlib.import_module("gptkern.ops.softmax"), direction
+    return importlib.import_module("gptkern.operators.softmax.contract"), direction
 
 
 def _only(results):

@@ -63,7 +63,7 @@ def test_compiles_within_the_limits(operator, architecture):
 
 
 def test_every_operator_lists_its_cases():
-    from gptkern import dispatch
+    from gptkern.backends import dispatch
 
     assert set(dispatch.OPERATORS) <= set(modules())
 
@@ -76,7 +76,7 @@ sys.path.insert(0, {folder!r})
 import triton
 import triton.language as tl
 from compile_kernels import compiled
-from gptkern.triton_kernels.common import CompileCase
+from gptkern.backends.triton.common import CompileCase
 
 @triton.jit
 def spilling_kernel(x_ptr, y_ptr, COUNT: tl.constexpr, WIDTH: tl.constexpr):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import gptkern
 import gptkern.functional as G
-from gptkern import dispatch
+from gptkern.backends import dispatch
 from gptkern.measuring import costs, timing
 
 
@@ -135,7 +135,7 @@ def test_calls_have_gradients_on():
 
 
 def test_the_path_to_the_launch_is_measured_without_the_launch(monkeypatch, clock):
-    kernels = pytest.importorskip("gptkern.triton_kernels.layer_norm", reason="triton is not installed")
+    kernels = pytest.importorskip("gptkern.operators.layer_norm.triton", reason="triton is not installed")
     real = kernels._forward_kernel
     monkeypatch.setattr(kernels, "forward", clock.taking(5e-3, kernels.forward))
     monkeypatch.setattr(F, "layer_norm", clock.taking(1e-3))
@@ -150,7 +150,7 @@ def test_the_path_to_the_launch_is_measured_without_the_launch(monkeypatch, cloc
 
 @pytest.mark.parametrize("operator", dispatch.OPERATORS)
 def test_every_path_ends_at_a_kernel_that_is_not_launched(monkeypatch, operator):
-    kernels = pytest.importorskip(f"gptkern.triton_kernels.{operator}", reason="triton is not installed")
+    kernels = pytest.importorskip(f"gptkern.backends.triton.{operator}", reason="triton is not installed")
     launched = []
     monkeypatch.setattr(costs, "_nothing", lambda *arguments, **named: launched.append(arguments))
     ours, _ = costs.CALLS[operator].build()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import DEVICE
 
-from gptkern.cuda_kernels import emulated
+from gptkern.backends.cuda import emulated
 
 if DEVICE != "cpu":
     pytest.skip("the emulator counts, and there is a GPU: CUDA's own profilers do there", allow_module_level=True)

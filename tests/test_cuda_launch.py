@@ -18,7 +18,10 @@ from conftest import DEVICE, _forced
 
 import gptkern
 import gptkern.functional as G
-from gptkern.cuda_kernels import attention, common, emulated, int8_linear, quantize_int8
+from gptkern.backends.cuda import common, emulated
+from gptkern.operators.attention import cuda as attention
+from gptkern.operators.int8_linear import cuda as int8_linear
+from gptkern.operators.quantize_int8 import cuda as quantize_int8
 
 if DEVICE != "cpu":
     pytest.skip("there is a GPU: the CUDA backend's tests run on it, not on the emulator", allow_module_level=True)
@@ -258,7 +261,7 @@ def test_a_launcher_that_is_not_there_is_an_error():
 
 def test_unable_says_why_attention(cuda):
     query = torch.randn(1, 1, 8, 64)
-    with pytest.raises(gptkern.dispatch.BackendError, match=r"attention: .*float32"):
+    with pytest.raises(gptkern.backends.dispatch.BackendError, match=r"attention: .*float32"):
         G.scaled_dot_product_attention(query, query, query)
 
 

@@ -14,7 +14,7 @@ import pytest
 from cuda_modules import FOLDER
 from disassemble_cuda import ARCHITECTURES, Kernel, Missing, occupancy, plain
 
-from gptkern.cuda_kernels import sources
+from gptkern.backends.cuda import sources
 
 TABLE = Path(__file__).parents[1] / "docs" / "cuda_resources.md"
 # nvcc takes its time where the module is not built.

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from conftest import DEVICE
 
-from gptkern import dispatch
-from gptkern.cuda_kernels import emulated
+from gptkern.backends import dispatch
+from gptkern.backends.cuda import emulated
 
 if DEVICE != "cpu":
     pytest.skip("there is a GPU: the CUDA backend's tests run on it, not on the emulator", allow_module_level=True)

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gptkern
 import gptkern.functional as G
-from gptkern import dispatch
+from gptkern.backends import dispatch
 
 PAIRS = {
     "attention": (F.scaled_dot_product_attention, G.scaled_dot_product_attention),
@@ -144,7 +144,7 @@ def test_forced_and_not_installed_says_so(monkeypatch, nothing_looked_up):
 
 
 def test_forced_and_not_built_says_so(monkeypatch):
-    from gptkern.cuda_kernels import common
+    from gptkern.backends.cuda import common
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(common, "unavailable", lambda index: "there are no CUDA kernels in this build")
@@ -155,7 +155,7 @@ def test_forced_and_not_built_says_so(monkeypatch):
 
 
 def test_forced_and_emulated_without_a_compiler_says_so(monkeypatch):
-    from gptkern.cuda_kernels import emulated
+    from gptkern.backends.cuda import emulated
 
     monkeypatch.setenv("GPTKERN_EMULATE_CUDA", "1")
     monkeypatch.setattr(dispatch, "_emulator_missing", lambda: emulated.missing())

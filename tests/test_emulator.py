@@ -11,7 +11,7 @@ import torch
 from conftest import DEVICE
 from cuda_modules import address, aligned, aligned_copy, module
 
-from gptkern.cuda_kernels import emulated
+from gptkern.backends.cuda import emulated
 
 if DEVICE != "cpu":
     pytest.skip("there is a GPU: the CUDA backend's tests run on it, not on the emulator", allow_module_level=True)

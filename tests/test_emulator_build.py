@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import DEVICE
 
-from gptkern.cuda_kernels import emulated, sources
+from gptkern.backends.cuda import emulated, sources
 
 if DEVICE != "cpu":
     pytest.skip("there is a GPU: the CUDA backend's tests run on it, not on the emulator", allow_module_level=True)

@@ -12,9 +12,10 @@ import types
 import pytest
 import torch
 
-from gptkern import cli, dispatch
+from gptkern import cli
+from gptkern.backends import dispatch
+from gptkern.backends.cuda import common, emulated
 from gptkern.commands import info
-from gptkern.cuda_kernels import common, emulated
 
 
 @pytest.fixture(autouse=True)

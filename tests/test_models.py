@@ -8,8 +8,8 @@ from checking import Watched
 from model_zoo import CASES, IGNORED, LAYERS, PADDING, PARAMETERS, VOCABULARY, Case
 
 import gptkern
-from gptkern import dispatch
-from gptkern.swapping import SWAPPABLE
+from gptkern.backends import dispatch
+from gptkern.swapping.swapping import SWAPPABLE
 
 LENGTH = 12
 PADDED = 4  # tokens of the first row

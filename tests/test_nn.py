@@ -13,7 +13,7 @@ from layouts import every_other_element, transposed
 
 from gptkern import functional as F
 from gptkern import nn
-from gptkern.tolerance import FORWARD_FACTOR, GRADIENT_FACTOR, assert_close
+from gptkern.measuring.tolerance import FORWARD_FACTOR, GRADIENT_FACTOR, assert_close
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 

@@ -68,7 +68,7 @@ def step(call, tensors) -> list[torch.Tensor]:
 
 @pytest.fixture(params=("cuda", "triton"))
 def backend(request):
-    reason = gptkern.dispatch.unavailable(request.param, torch.device("cuda", 0))
+    reason = gptkern.backends.dispatch.unavailable(request.param, torch.device("cuda", 0))
     if reason:
         pytest.skip(reason)
     with gptkern.backend(request.param):

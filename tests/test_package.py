@@ -17,7 +17,7 @@ import pytest
 
 import gptkern
 from gptkern import autograd, functional, nn
-from gptkern.cuda_kernels import emulated
+from gptkern.backends.cuda import emulated
 from gptkern.version import __version__
 
 ROOT = Path(__file__).parents[1]
@@ -241,7 +241,7 @@ def built(tmp_path_factory) -> tuple[Path, Path]:
 def test_wheel_and_sdist_hold_everything(built):
     wheel, sdist = built
     modules = {f"gptkern/{path.relative_to(PACKAGE).as_posix()}" for path in MODULES}
-    modules |= {f"gptkern/tables/{path.name}" for path in PACKAGE.glob("tables/*.json")}
+    modules |= {f"gptkern/backends/tables/{path.name}" for path in PACKAGE.glob("tables/*.json")}
     csrc = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
     assert {"csrc/bindings.cpp", "csrc/emulator/runtime.cpp"} <= csrc
     with zipfile.ZipFile(wheel) as archive:
@@ -283,7 +283,7 @@ y = gptkern.functional.layer_norm(torch.randn(2, 8), (8,))
 assert y.shape == (2, 8)
 model = torch.nn.Sequential(torch.nn.LayerNorm(8))
 gptkern.swap(model)
-from gptkern.cuda_kernels import common, sources
+from gptkern.backends.cuda import common, sources
 assert common.not_built().endswith("it was built with GPTKERN_CUDA=0"), common.not_built()
 print(gptkern.__file__, sources.folder())
 """,
@@ -301,7 +301,7 @@ def test_the_emulator_is_built_from_an_installed_package(built, tmp_path):
     # Objects are cached by what they are made of: what this clone has compiled is not compiled again.
     done = run_python(
         """
-from gptkern.cuda_kernels import emulated
+from gptkern.backends.cuda import emulated
 print(emulated.load().architectures, emulated.build(quiet=True), emulated.__file__)
 """,
         cwd=tmp_path,

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch.nn.functional import softmax
 
 import gptkern
-from gptkern import dispatch
-from gptkern.rerouting import CannotReroute, Replacement, Rerouted, calls
+from gptkern.backends import dispatch
+from gptkern.swapping.rerouting import CannotReroute, Replacement, Rerouted, calls
 
 SCALE = 2.0
 COUNTER = 0

@@ -7,7 +7,7 @@ import torch
 from checking import same_bits
 
 import gptkern.functional as G
-from gptkern import dispatch
+from gptkern.backends import dispatch
 
 
 def normal(*shape, dtype=torch.float16):

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 
 import gptkern
-from gptkern import dispatch
+from gptkern.backends import dispatch
 from gptkern.models import GPT, GPTConfig
-from gptkern.swap_report import Skipped, SwapReport, where
-from gptkern.swapping import SWAPPABLE, _calls
+from gptkern.swapping.report import Skipped, SwapReport, where
+from gptkern.swapping.swapping import SWAPPABLE, _calls
 
 SMALL = dict(vocab_size=61, context=24, layers=2, width=32, heads=2)
 

@@ -17,9 +17,9 @@ import torch
 
 import gptkern
 import gptkern.functional as G
-from gptkern import dispatch
-from gptkern.tables import backends, configurations, files, shape_classes, user
-from gptkern.tables.configurations import Table
+from gptkern.backends import dispatch
+from gptkern.backends.tables import backends, configurations, files, shape_classes, user
+from gptkern.backends.tables.configurations import Table
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 SHIPPED = sorted(files.FOLDER.glob("*.json"))
@@ -161,8 +161,8 @@ builtins.open = io.open = watched
 import gptkern
 gptkern.functional.softmax(torch.ones(2, 3), -1)
 print([name for name in opened if name.endswith(".json")])
-import gptkern.tables.backends
-gptkern.tables.backends.shipped()
+import gptkern.backends.tables.backends
+gptkern.backends.tables.backends.shipped()
 print([os.path.basename(name) for name in opened if name.endswith(".json")])
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from gptkern.tolerance import FORWARD_FACTOR, GRADIENT_FACTOR, assert_close, bound, worst_error
+from gptkern.measuring.tolerance import FORWARD_FACTOR, GRADIENT_FACTOR, assert_close, bound, worst_error
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)

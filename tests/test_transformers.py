@@ -24,7 +24,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import gptkern
-import gptkern.integrations.transformers as integration
+import gptkern.swapping.transformers as integration
 
 
 def case(name):
@@ -56,7 +56,7 @@ def test_the_import_adds_one_name_and_changes_nothing_else():
     in_a_new_process(
         "from transformers import AttentionInterface as A, AttentionMaskInterface as M\n"
         "before = dict(A._global_mapping), dict(M._global_mapping)\n"
-        "import gptkern.integrations.transformers\n"
+        "import gptkern.swapping.transformers\n"
         "for was, now in zip(before, (A._global_mapping, M._global_mapping)):\n"
         "    assert now.keys() - was.keys() == {'gptkern'}\n"
         "    assert all(now[name] is was[name] for name in was)\n"

@@ -16,11 +16,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gptkern
-from gptkern import cli, dispatch
+from gptkern import cli
+from gptkern.backends import dispatch
+from gptkern.backends.tables import backends, configurations, files, shape_classes, user
 from gptkern.commands import tune as command
 from gptkern.measuring import timing, tuning, tuning_tasks
 from gptkern.measuring.tuning_tasks import BACKWARD, BFLOAT16, BOTH, FLOAT32, FORWARD, ClassTask, RowTask, Shape
-from gptkern.tables import backends, configurations, files, shape_classes, user
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 H200 = user.Device("NVIDIA H200", 90)

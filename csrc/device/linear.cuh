@@ -89,7 +89,7 @@ GPTKERN_DEVICE void copy_rows(unsigned char* tile, const Operand<T>& from, const
 
 // --- Values of a dtype known at launch ------------------------------------------------------------------------------
 
-enum Type : int { TYPE_FLOAT32 = 0, TYPE_FLOAT16 = 1, TYPE_BFLOAT16 = 2 };  // as Dtype of launchers.h
+enum Type : int { TYPE_FLOAT32 = 0, TYPE_FLOAT16 = 1, TYPE_BFLOAT16 = 2 };  // as Dtype of tensor.h
 
 GPTKERN_DEVICE float load_as_float(const void* values, int64_t index, int type) {
     if (type == TYPE_FLOAT32) return load_global(static_cast<const float*>(values) + index);
@@ -121,7 +121,7 @@ GPTKERN_DEVICE void store_from_floats(void* values, int64_t index, const float (
 
 // --- Activations ----------------------------------------------------------------------------------------------------
 
-enum Activation : int { IDENTITY = 0, GELU = 1, GELU_TANH = 2 };  // gptkern/cuda_kernels/int8_linear.py, ACTIVATIONS
+enum Activation : int { IDENTITY = 0, GELU = 1, GELU_TANH = 2 };  // gptkern/operators/int8_linear/cuda.py, ACTIVATIONS
 
 inline constexpr float SQRT_HALF = 0.7071067811865476f, INV_SQRT_2PI = 0.3989422804014327f;
 // PyTorch's approximation: gelu(z) = z/2 * (1 + tanh(u)) = z * sigmoid(2u), u = sqrt(2/pi) * (z + 0.044715 z^3)

@@ -131,7 +131,7 @@ def _in_force() -> dict[str, str | None]:
 
     import torch
 
-    from gptkern.tables import user
+    from gptkern.backends.tables import user
 
     device = user.identify(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else None
     path = None if device is None else user.path(device)

@@ -1,4 +1,4 @@
-"""`gptkern check`: this machine's kernels against float64 references (gptkern.checking)."""
+"""`gptkern check`: this machine's kernels against float64 references (gptkern.measuring.checking)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from gptkern import checking
+    from gptkern.measuring import checking
 
     unknown = [name for name in args.op or () if name not in checking.OPERATORS]
     if unknown:

@@ -46,7 +46,7 @@ def gathered() -> dict[str, Any]:
     """What `gptkern info --json` prints."""
     import torch
 
-    from gptkern import dispatch
+    from gptkern.backends import dispatch
 
     devices = [_device(torch.device("cpu"))]
     devices += [_device(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
@@ -65,7 +65,7 @@ def gathered() -> dict[str, Any]:
 
 def _cuda_kernels() -> dict[str, str | None]:
     """Of the compiled module: what it is, or why there is none; whether a GPU can run it is the GPU's matter."""
-    from gptkern.cuda_kernels import common
+    from gptkern.backends.cuda import common
 
     missing = common.not_built()
     if missing is not None:
@@ -80,7 +80,7 @@ def _cuda_kernels() -> dict[str, str | None]:
 
 
 def _cuda_emulator() -> dict[str, str | None]:
-    from gptkern.cuda_kernels import emulated
+    from gptkern.backends.cuda import emulated
 
     return {"missing": emulated.missing(), "compiler": emulated.compiler()}
 
@@ -109,7 +109,7 @@ def _installed(package: str) -> str | None:
 
 def _driver(torch) -> str | None:
     """The newest CUDA that the driver supports."""
-    from gptkern.cuda_kernels import common
+    from gptkern.backends.cuda import common
 
     version = None if torch.version.cuda is None else common.driver_cuda()
     return None if version is None else f"{version[0]}.{version[1]}"
@@ -133,7 +133,7 @@ def _device(device) -> dict[str, Any]:
 
 def _tables(device) -> str:
     """Whose tiles and preferred backends are in force on a GPU; `gptkern tune --show` prints them."""
-    from gptkern.tables import user
+    from gptkern.backends.tables import user
 
     found = user.identify(device)
     file = None if found is None else user.read(found)
@@ -145,7 +145,7 @@ def _tables(device) -> str:
 
 def _backends(device) -> dict[str, dict[str, str | None]]:
     """operator -> backend -> None where it can run, else the reason."""
-    from gptkern import dispatch
+    from gptkern.backends import dispatch
 
     return {
         operator: {name: _reason(name, operator, device) for name in dispatch.BACKENDS}
@@ -154,7 +154,7 @@ def _backends(device) -> dict[str, dict[str, str | None]]:
 
 
 def _reason(backend: str, operator: str, device) -> str | None:
-    from gptkern import dispatch
+    from gptkern.backends import dispatch
 
     reason = dispatch.unavailable(backend, device)
     if reason is None:

@@ -70,7 +70,7 @@ class KernelCheck:
 _PROGRAM = """
 import dataclasses, json, sys
 import torch
-from gptkern import checking
+from gptkern.measuring import checking
 torch.set_num_threads(1)
 device, seconds = sys.argv[1], float(sys.argv[2])
 print("{}", flush=True)
@@ -80,7 +80,7 @@ for result in checking.run(device=device, seconds=seconds):
 
 
 def check(device: str, seconds: float) -> KernelCheck:
-    """Run `gptkern.checking` in a process for about `seconds`; a KeyboardInterrupt ends the process too."""
+    """Run `gptkern.measuring.checking` in a process for about `seconds`; a KeyboardInterrupt ends the process too."""
     on_gpu = device.startswith("cuda")
     device = device if on_gpu else "cpu"
     interpreted = not on_gpu and importlib.util.find_spec("triton") is not None
@@ -129,7 +129,7 @@ def check(device: str, seconds: float) -> KernelCheck:
 
 
 def summarised(results: list[dict]) -> tuple[list[CheckRow], list[str]]:
-    """Rows, and a line for each failure, from what gptkern.checking yields."""
+    """Rows, and a line for each failure, from what gptkern.measuring.checking yields."""
     rows: dict[tuple, CheckRow] = {}
     failures = []
     for result in results:

@@ -82,8 +82,8 @@ def _gpu(name: str):
 
 
 def _tune(operators: tuple[str, ...], device, args: argparse.Namespace) -> int:
+    from gptkern.backends.tables import files, user
     from gptkern.measuring import tuning
-    from gptkern.tables import files, user
 
     found = user.identify(device)
     keep = tuning.keep_shipped(found) if args.shipped else tuning.keep_for_user(found)
@@ -159,7 +159,7 @@ def _rows(operators, device, architecture) -> dict[str, dict]:
 
 def _place(device, architecture) -> tuple[Any, int]:
     """(what is known of the GPU, or None; the architecture that is spoken of)"""
-    from gptkern.tables import user
+    from gptkern.backends.tables import user
 
     found = None if device is None or architecture is not None else user.identify(device)
     return found, found.architecture if found else architecture or ARCHITECTURE
@@ -184,8 +184,8 @@ def _dry_run(operators, device, architecture) -> int:
 
 
 def _show(operators, device, architecture) -> int:
-    from gptkern.tables import backends, shape_classes, user
-    from gptkern.tables.configurations import described
+    from gptkern.backends.tables import backends, shape_classes, user
+    from gptkern.backends.tables.configurations import described
 
     found, of = _place(device, architecture)
     print(f"{found.name}, sm_{of}" if found else f"No GPU is asked for: the defaults of sm_{of}")
@@ -213,7 +213,7 @@ def _show(operators, device, architecture) -> int:
 
 
 def _tables() -> dict:
-    from gptkern.tables.configurations import TABLES
+    from gptkern.backends.tables.configurations import TABLES
 
     return TABLES
 
@@ -223,7 +223,7 @@ def _gain(measured: dict[str, Any]) -> str:
 
 
 def _say_ignored(found) -> None:
-    from gptkern.tables import user
+    from gptkern.backends.tables import user
 
     file = user.read(found)
     if file.ignored:
@@ -231,8 +231,8 @@ def _say_ignored(found) -> None:
 
 
 def _reset(device) -> int:
-    from gptkern import dispatch
-    from gptkern.tables import user
+    from gptkern.backends import dispatch
+    from gptkern.backends.tables import user
 
     path = user.path(user.identify(device))
     if path is None or not path.exists():

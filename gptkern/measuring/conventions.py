@@ -67,7 +67,7 @@ def attention_bytes(
 
 # --- layer_norm -----------------------------------------------------------------------------------------------------
 
-# Operations an element, counted from the formulas in gptkern.ops.layer_norm. Forward: the sum, the subtraction, the
+# Operations an element, counted from layer_norm's formulas. Forward: the sum, the subtraction, the
 # square and its sum, rstd; then weight and bias one each. Backward: x_hat (2), avg(g) (1), avg(g * x_hat) (2), and
 # dx = rstd * (g - avg(g) - x_hat * avg(g * x_hat)) (4); weight: g = dy * weight (1) and its gradient (2); bias: 1.
 _NORM_FORWARD, _NORM_FORWARD_PARAMETER = 5, 1
@@ -117,7 +117,7 @@ def layer_norm_bytes(
 
 # --- rms_norm -------------------------------------------------------------------------------------------------------
 
-# Operations an element, counted from the formulas in gptkern.ops.rms_norm. Forward: the square and its sum, rstd; then
+# Operations an element, counted from rms_norm's formulas. Forward: the square and its sum, rstd; then
 # the weight. Backward: x_hat (1), avg(g * x_hat) (2), and dx = rstd * (g - x_hat * avg(g * x_hat)) (3); weight:
 # g = dy * weight (1) and its gradient (2).
 _RMS_FORWARD, _RMS_FORWARD_WEIGHT = 3, 1

@@ -38,7 +38,7 @@ import torch.nn.functional as F
 
 import gptkern
 import gptkern.functional as G
-from gptkern import dispatch
+from gptkern.backends import dispatch
 from gptkern.measuring import timing
 
 # A call this small costs only what the host does.
@@ -390,7 +390,7 @@ print(time.perf_counter() - start)
 
 # Without the residual, which the peer's kernels do not have.
 _OUR_SOURCES = """
-from gptkern.triton_kernels.layer_norm import compile_cases
+from gptkern.operators.layer_norm.triton import compile_cases
 names = ["forward width {width} bf16", "backward width {width} bf16"]
 without = dict(HAS_RESIDUAL=False, HAS_GRAD_SUMMED=False)
 sources = [

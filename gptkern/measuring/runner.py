@@ -1,7 +1,7 @@
 """Measures a cell: checks gptkern's result, then times all implementations in turn, in one run.
 
 The check: gptkern's output, and its gradients where a backward is timed, against the operator's plain mathematics in
-float64, by the rule of gptkern.tolerance, on a cell small enough for that. At full size the results and the gradients
+float64, by the rule of tolerance.py, on a cell small enough for that. At full size the results and the gradients
 of every implementation have to agree with the first peer's, loosely, because some compute in another precision. What
 is wrong gets no time.
 """
@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch._functorch import config as functorch_config
 
-from gptkern import dispatch, tolerance
-from gptkern.measuring import machine, timing
+from gptkern.backends import dispatch
+from gptkern.measuring import machine, timing, tolerance
 from gptkern.measuring.cells import Cell, Implementation, Missing
 
 OPERATORS = ("attention", "layer_norm", "rms_norm", "rotary", "softmax", "int8_linear", "model")

@@ -1,7 +1,7 @@
 """Chooses tiles and backends by measurement: what `gptkern tune` does.
 
 For each row of the tables of configurations: the present configuration and its neighbours are checked against float64
-by the rule of gptkern.tolerance, what is wrong or does not run is dropped, and the rest is timed in turn. For each
+by the rule of tolerance.py, what is wrong or does not run is dropped, and the rest is timed in turn. For each
 class of calls: the same with the backends. A neighbour wins if its median is below the present one's by more than
 
     margin = max(LEAST_GAIN * median of the present one, the wider of the two interquartile ranges)
@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gptkern import checking, checking_cases, dispatch
-from gptkern.measuring import timing
+from gptkern.backends import dispatch
+from gptkern.backends.tables import backends, configurations, files, shape_classes, user
+from gptkern.measuring import checking, checking_cases, timing
 from gptkern.measuring.tuning_tasks import (
     BACKWARD,
     FORWARD,
@@ -31,7 +32,6 @@ from gptkern.measuring.tuning_tasks import (
     row_tasks,
     tables,
 )
-from gptkern.tables import backends, configurations, files, shape_classes, user
 
 # timer(functions, inputs, rounds) -> seconds of one call of each function, `rounds` samples each; measuring.timing's.
 Timer = Callable[[Sequence[Callable], Sequence[tuple], int], list[list[float]]]
@@ -270,7 +270,7 @@ def _measured(
 
 
 def wrong(variant: Variant, backend: str, device: torch.device) -> str | None:
-    """What the rule of gptkern.tolerance says against a variant on the task's small shape, or None."""
+    """What the rule of gptkern.measuring.tolerance says against a variant on the task's small shape, or None."""
     task = variant.task
     shape = task.checked
     case = checking_cases.Case(

@@ -3,7 +3,7 @@
     RowTask       a row of a table of configurations: the present one against its neighbours
     ClassTask     a class of calls: the backends against each other
 
-A problem (gptkern.checking_cases) is built twice: small, to be checked against float64, and at the size that is timed.
+A problem (checking_cases.py) is built twice: small, to be checked against float64, and at the size that is timed.
 A row's shape is the widest or longest that it serves, large enough to fill a GPU.
 """
 
@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from gptkern import checking_cases, dispatch
-from gptkern.tables import configurations, shape_classes
+from gptkern.backends import dispatch
+from gptkern.backends.tables import configurations, shape_classes
+from gptkern.measuring import checking_cases
 
 OPERATORS = tuple(shape_classes.CLASSES)
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
@@ -41,7 +42,7 @@ FORWARD, BACKWARD, BOTH = "forward", "backward", "both"
 
 @dataclass(frozen=True)
 class Shape:
-    """A problem: the builder of gptkern.checking_cases, and its sizes."""
+    """A problem: the builder of gptkern.measuring.checking_cases, and its sizes."""
 
     builder: str
     sizes: tuple
@@ -90,7 +91,7 @@ class RowTask(Task):
 
 @dataclass(frozen=True)
 class ClassTask(Task):
-    """A class of calls (gptkern.tables.shape_classes)."""
+    """A class of calls (gptkern.backends.tables.shape_classes)."""
 
     @property
     def name(self) -> str:

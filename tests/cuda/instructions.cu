@@ -5,7 +5,7 @@
 #include "device/ptx.cuh"
 #include "device/tile.cuh"
 #include "device/warp.cuh"
-#include "launchers.h"
+#include "launcher.h"
 
 namespace gptkern::testing {
 

@@ -2,7 +2,7 @@
 #include "device/launch.cuh"
 #include "device/ptx.cuh"
 #include "device/warp.cuh"
-#include "launchers.h"
+#include "launcher.h"
 
 namespace gptkern::testing {
 

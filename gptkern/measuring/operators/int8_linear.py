@@ -12,7 +12,7 @@ import torch
 import gptkern.functional as G
 from gptkern.measuring import conventions, peers
 from gptkern.measuring.cells import Cell, Implementation, Missing
-from gptkern.ops.int8_linear import AUTO_W8A16_ROWS
+from gptkern.operators.int8_linear.contract import AUTO_W8A16_ROWS
 
 # One sequence, a few, the last row of "auto"'s w8a16 and the first of its w8a8, prompts, training.
 ROWS = (1, 4, 16, 17, 64, 512, 4096, 16384)

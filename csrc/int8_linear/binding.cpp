@@ -1,0 +1,11 @@
+#include "binding.h"
+#include "int8_linear/launchers.h"
+
+namespace gptkern {
+
+static const Binding BINDING([](pybind11::module_& module) {
+    module.def("int8_linear_forward", &int8_linear_forward);
+    module.def("int8_linear_backward", &int8_linear_backward);
+});
+
+}  // namespace gptkern

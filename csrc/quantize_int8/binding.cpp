@@ -1,0 +1,10 @@
+#include "binding.h"
+#include "quantize_int8/launchers.h"
+
+namespace gptkern {
+
+static const Binding BINDING([](pybind11::module_& module) {
+    module.def("quantize_int8", &quantize_int8);
+});
+
+}  // namespace gptkern

@@ -1,0 +1,11 @@
+#include "binding.h"
+#include "rms_norm/launchers.h"
+
+namespace gptkern {
+
+static const Binding BINDING([](pybind11::module_& module) {
+    module.def("rms_norm_forward", &rms_norm_forward);
+    module.def("rms_norm_backward", &rms_norm_backward);
+});
+
+}  // namespace gptkern

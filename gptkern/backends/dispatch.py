@@ -1,0 +1,370 @@
+"""Which backend runs a call, and why.
+
+    backend   what it is                        runs tensors on
+    torch     PyTorch's own operators           every device: the fallback
+    triton    gptkern.backends.triton            NVIDIA GPUs from sm_80; the CPU while TRITON_INTERPRET=1
+    cuda      gptkern.backends.cuda (C++)        NVIDIA GPUs from sm_80; the CPU while GPTKERN_EMULATE_CUDA=1
+
+A backend's module for an operator (`gptkern.operators.layer_norm.triton`, say) is imported when it is first
+chosen, and has three functions of the same positional signature as the operator's registered op:
+
+    unsupported(*call) -> str | None    why this call is not covered, or None
+    forward(*call), backward(*call)     bare launchers
+
+The order in which they are tried on a GPU is data (gptkern.backends.tables): by operator, device and class of shapes
+where it was measured, and one default where it was not. PyTorch may come first.
+
+`choose` is called once per call of an operator, at the public boundary; the backward uses the backend
+that its forward used. On the `torch` backend a twin calls PyTorch's own operator, with PyTorch's autograd:
+the registered op and the autograd.Function cost more host time than a small layer_norm itself takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+import re
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from gptkern.backends.tables import backends as preferred
+from gptkern.backends.tables import configurations, shape_classes, user
+
+BACKENDS = preferred.NAMES
+OPERATORS = ("attention", "layer_norm", "rms_norm", "rotary", "softmax", "int8_linear")
+
+# PyTorch's function -> its twin in gptkern.functional. Filled by `twin_of`.
+TWINS: dict[Callable, Callable] = {}
+
+
+class Choice(NamedTuple):
+    """The backend that runs a call, and the reason that it was chosen."""
+
+    backend: str
+    reason: str
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run the call."""
+
+
+class _Explained(Exception):
+    """Carries a choice out of a twin that `explain` called, before anything has run."""
+
+    def __init__(self, choice: Choice):
+        self.choice = choice
+
+
+class _State(threading.local):
+    forced: str | None = None
+    # Told of each choice before anything runs: `explain` and `choices_made` set it.
+    observer: Callable[[Choice], None] | None = None
+
+
+_state = _State()
+# What torch.compile sees: Dynamo can guard on a global, not on a thread's local. Eager calls never read it.
+_forced_while_compiling: str | None = None
+# (identity, name) of every `backend` block that is open, in any thread, the newest last.
+_open_blocks: list[tuple[object, str | None]] = []
+_lock = threading.Lock()
+
+_ON_CPU = Choice("torch", "the input is on the CPU")
+_FORCED_TORCH = Choice("torch", "asked for by name")
+_NOT_DENSE = Choice("torch", "the input is a nested or sparse tensor, which kernels cannot read")
+_modules: dict[tuple[str, str], Any] = {}
+_warned: set[tuple[str, str]] = set()
+
+
+def _checked_name(name: str | None, where: str) -> str | None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"{where} got {name!r}; it needs one of {', '.join(map(repr, BACKENDS))}")
+    return name
+
+
+_default = _checked_name(os.environ.get("GPTKERN_BACKEND") or None, "GPTKERN_BACKEND")
+_State.forced = _forced_while_compiling = _default
+
+
+@contextlib.contextmanager
+def backend(name: str | None):
+    """Force a backend for the calls made inside the `with` block, in this thread.
+
+    Args:
+        name: "cuda", "triton", "torch", or None for the automatic choice.
+
+    Raises:
+        ValueError: the name is none of these.
+        BackendError: (by the operators called inside) the backend cannot run the call; the message says why.
+
+    The environment variable GPTKERN_BACKEND, read when gptkern is imported, does the same for a process.
+    """
+    global _forced_while_compiling
+    _checked_name(name, "backend(name)")
+    before = _state.forced
+    block = (object(), name)
+    with _lock:
+        _open_blocks.append(block)
+        _state.forced = _forced_while_compiling = name
+    try:
+        yield
+    finally:
+        with _lock:
+            # Blocks of several threads need not end in the order in which they began.
+            _open_blocks.remove(block)
+            _state.forced = before
+            _forced_while_compiling = _open_blocks[-1][1] if _open_blocks else _default
+
+
+def twin_of(*torch_functions: Callable) -> Callable:
+    """Decorator: the function is the twin of these PyTorch functions."""
+
+    def register(twin: Callable) -> Callable:
+        for function in torch_functions:
+            TWINS[function] = twin
+        return twin
+
+    return register
+
+
+def explain(function: Callable, *args, **kwargs) -> Choice:
+    """The backend that `function(*args, **kwargs)` would run on, and the reason, without running it.
+
+    Args:
+        function: an operator of gptkern.functional, or the PyTorch function whose twin it is.
+
+    Raises:
+        ValueError: gptkern has no kernels for `function`.
+        BackendError: a backend is forced and cannot run the call.
+    """
+    twin = TWINS.get(function, function)
+    if getattr(twin, "__module__", "").partition(".")[0] != "gptkern":
+        raise ValueError(f"explain: function is {function!r}; it needs an operator of gptkern.functional or its twin")
+    before, _state.observer = _state.observer, _raise_explained
+    try:
+        twin(*args, **kwargs)
+    except _Explained as explained:
+        return explained.choice
+    finally:
+        _state.observer = before
+    raise ValueError(f"explain: {function!r} chooses no backend; it runs on PyTorch as it is")
+
+
+def _raise_explained(choice: Choice) -> None:
+    raise _Explained(choice)
+
+
+@contextlib.contextmanager
+def choices_made():
+    """Yields a list to which each choice made inside the `with` block, in this thread, is added."""
+    choices: list[Choice] = []
+    before, _state.observer = _state.observer, choices.append
+    try:
+        yield choices
+    finally:
+        _state.observer = before
+
+
+def settled(tensor: Any) -> Choice | None:
+    """The choice where the call need not be looked at: PyTorch, which then checks the input itself.
+
+    None where kernels may run: the twin then checks its input and calls `choose`.
+    """
+    forced = _forced()
+    if forced is None:
+        # `is_cpu` takes a tenth of the host time of `device.type`.
+        if not isinstance(tensor, torch.Tensor) or tensor.is_cpu:
+            return _announced(_ON_CPU)
+    elif forced == "torch":
+        return _announced(_FORCED_TORCH)
+    # A nested or sparse tensor has no shape or strides that a check could read.
+    if isinstance(tensor, torch.Tensor) and (tensor.is_nested or tensor.layout != torch.strided):
+        if forced is not None:
+            raise BackendError(f"backend {forced!r} was asked for and cannot run a nested or sparse tensor")
+        return _announced(_NOT_DENSE)
+    return None
+
+
+def choose(operator: str, *call) -> Choice:
+    """The backend for a checked call of an operator; `call` is what its launchers would get, a tensor first."""
+    return _announced(_decide(operator, _forced(), call))
+
+
+def _forced() -> str | None:
+    return _forced_while_compiling if torch.compiler.is_compiling() else _state.forced
+
+
+def _announced(choice: Choice) -> Choice:
+    if not torch.compiler.is_compiling() and _state.observer is not None:
+        _state.observer(choice)
+    return choice
+
+
+def _decide(operator: str, forced: str | None, call: tuple) -> Choice:
+    if forced == "torch":
+        return _FORCED_TORCH
+    device = call[0].device
+    # Read once: each makes a Python object.
+    kind, index = device.type, device.index
+    if forced is None and kind == "cpu":
+        return _ON_CPU
+    if forced is not None:
+        reason = _unable(forced, operator, kind, index) or _uncovered(forced, operator, call)
+        if reason is not None:
+            raise BackendError(f"backend {forced!r} was asked for and cannot run {operator}: {reason}")
+        return Choice(forced, "asked for by name")
+    order, measured = _unmeasured_order(operator, kind, index), None
+    if order is None:
+        order, measured = _preference(operator, index, shape_classes.CLASSES[operator].of(*call))
+    if order[0] == "torch":
+        return Choice("torch", measured or "it is the first in gptkern's table of backends")
+    reasons = []
+    for name in order:
+        if name == "torch":
+            break
+        reason = _unable(name, operator, kind, index) or _uncovered(name, operator, call)
+        if reason is None:
+            known = measured if measured and not reasons else f"the input is on {kind}"
+            return Choice(name, "; ".join([known, *reasons]))
+        reasons.append(f"not {name}: {reason}")
+    choice = Choice("torch", "; ".join(reasons))
+    if kind != "meta":
+        _warn_once(operator, choice.reason)
+    return choice
+
+
+def _uncovered(name: str, operator: str, call: tuple) -> str | None:
+    """Why the backend's kernels do not cover this call, or None."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a torch.func transform is active, and the kernels' autograd.Functions have no rules for it"
+    for argument in call:
+        if isinstance(argument, torch.Tensor):
+            if type(argument) is not torch.Tensor and type(argument) is not torch.nn.Parameter:
+                return f"{type(argument).__name__} is a tensor subclass, which kernels cannot read"
+            if argument.device != call[0].device:
+                return f"tensors are on {call[0].device} and {argument.device}"
+    return _modules[name, operator].unsupported(*call)
+
+
+def _constant_while_compiling(function: Callable) -> Callable:
+    """torch.compile calls the function once and keeps the result.
+
+    What torch.compiler.assume_constant_result does, without its import of torch._dynamo (and of triton), which
+    would take most of the time of `import gptkern`.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+# (operator, index of a GPU) -> class of calls -> preference; what was measured on that GPU, most often nothing.
+_preferences: dict[tuple[str, int | None], dict[tuple, preferred.Preference]] = {}
+# (operator, type and index of a device) -> the default order, or None where something was measured.
+_unmeasured: dict[tuple[str, str, int | None], tuple[str, ...] | None] = {}
+
+
+# A file cannot be read while tracing.
+@_constant_while_compiling
+def _unmeasured_order(operator: str, device_type: str, device_index: int | None) -> tuple[str, ...] | None:
+    """The order of the backends where nothing was measured for the operator on the device, else None.
+
+    Host time counts: this is a look-up, and only where it gives None is a call's class found out.
+    """
+    try:
+        return _unmeasured[operator, device_type, device_index]
+    except KeyError:
+        found = preferred.preferences(operator, user.identify(torch.device(device_type, device_index)))
+        if found:
+            _preferences[operator, device_index] = found
+        order = _unmeasured[operator, device_type, device_index] = None if found else preferred.shipped().default
+        return order
+
+
+@_constant_while_compiling
+def _preference(operator: str, device_index: int | None, shape_class: tuple) -> tuple[tuple[str, ...], str | None]:
+    """(the order, what was measured) where something was measured on this GPU, perhaps not for this class."""
+    found = _preferences.get((operator, device_index), {}).get(shape_class)
+    return (preferred.shipped().default, None) if found is None else (found.order, found.reason)
+
+
+def forget() -> None:
+    """The tables are read anew at the next call: after one of them was written."""
+    preferred.forget()
+    configurations.forget()
+    _preferences.clear()
+    _unmeasured.clear()
+
+
+# An import cannot be traced, and the answer does not change within a process.
+@_constant_while_compiling
+def _unable(name: str, operator: str, device_type: str, device_index: int | None) -> str | None:
+    """Why the backend cannot run anything on this device, or None. Imports the backend's module."""
+    return unavailable(name, torch.device(device_type, device_index)) or _imported(name, operator)
+
+
+def _imported(name: str, operator: str) -> str | None:
+    try:
+        load(name, operator)
+    except ImportError as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def load(name: str, operator: str):
+    """The module that holds a backend's launchers for an operator."""
+    module = _modules.get((name, operator))
+    if module is None:
+        module = importlib.import_module(f"gptkern.operators.{operator}.{'contract' if name == 'torch' else name}")
+        _modules[name, operator] = module
+    return module
+
+
+@functools.cache
+def _installed(module: str) -> bool:
+    """Looked up once: the search for a module that is not there costs more than a small layer_norm."""
+    return importlib.util.find_spec(module) is not None
+
+
+@functools.cache
+def _emulator_missing() -> str | None:
+    from gptkern.backends.cuda import emulated
+
+    return emulated.missing()
+
+
+def unavailable(name: str, device: torch.device) -> str | None:
+    """Why a backend has no kernels for a device in this process, or None where it has."""
+    if name == "torch":
+        return None
+    if name == "triton" and not _installed("triton"):
+        return "triton is not installed"
+    if device.type == "cpu":
+        switch = "TRITON_INTERPRET" if name == "triton" else "GPTKERN_EMULATE_CUDA"
+        if os.environ.get(switch) != "1":
+            return f"the input is on the CPU and {switch}=1 is not set"
+        return _emulator_missing() if name == "cuda" else None
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"kernels are for NVIDIA GPUs and the input is on {device.type}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"kernels need compute capability 8.0 or newer and this GPU has {major}.{minor}"
+    if name == "cuda":
+        from gptkern.backends.cuda import common
+
+        return common.unavailable(device.index)
+    return None
+
+
+# A warning is no part of the graph.
+@_constant_while_compiling
+def _warn_once(operator: str, reason: str) -> None:
+    # Sizes and probabilities vary from call to call; the kind of reason does not.
+    kind = operator, re.sub(r"[\d.]+", "#", reason)
+    if kind not in _warned:
+        _warned.add(kind)
+        warnings.warn(f"gptkern: {operator} runs on PyTorch's own operator ({reason})", stacklevel=5)

@@ -1,0 +1,95 @@
+"""The files' layout: JSON of which a person reads a row as a line, and errors that name the file and the place."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).resolve().parents[2]
+# A list or an object is written on one line where it fits into so many characters.
+LINE = 160
+
+
+class TableError(ValueError):
+    """A file of tables is not as it has to be; the message names the file and the place in it."""
+
+
+def shipped(name: str) -> Path:
+    """The file of tiles in an operator's room, or "backends": the one beside this module."""
+    if name == "backends":
+        return Path(__file__).with_name("backends.json")
+    return PACKAGE / "operators" / name / "tiles.json"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The object that a file holds.
+
+    Raises:
+        FileNotFoundError: there is none.
+        TableError: it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise TableError(f"{path}: {error}") from error
+    if not isinstance(content, dict):
+        raise TableError(f"{path}: it holds a {type(content).__name__}; it needs an object")
+    return content
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Replaces the file in one step: a reader sees the old content or the new, and so does a crash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".new")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text(content))
+        # mkstemp lets nobody else read the file.
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def text(content: Any) -> str:
+    """JSON of which each row is a line."""
+    return f"{_text(content, 0)}\n"
+
+
+def _text(value: Any, depth: int) -> str:
+    line = json.dumps(value, ensure_ascii=False)
+    # The indentation takes its part of the line.
+    if not isinstance(value, (dict, list)) or (not _holds_rows(value) and len(line) + depth <= LINE):
+        return line
+    pad = " " * (depth + 1)
+    if isinstance(value, dict):
+        lines = [f"{pad}{json.dumps(key)}: {_text(item, depth + 1)}" for key, item in value.items()]
+    else:
+        lines = [pad + _text(item, depth + 1) for item in value]
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    return "\n".join([opening, ",\n".join(lines), " " * depth + closing])
+
+
+def _holds_rows(value: Any) -> bool:
+    """Whether it is a list of objects, or has one inside: that is never squeezed into a line."""
+    items = value.values() if isinstance(value, dict) else value
+    if isinstance(value, list) and any(isinstance(item, dict) for item in items):
+        return True
+    return any(isinstance(item, (dict, list)) and _holds_rows(item) for item in items)
+
+
+def wanted(where: str, name: str, value: Any, of: type | tuple[type, ...], needs: str) -> Any:
+    """The value, where it is of a type; a bool is no int.
+
+    Raises:
+        TableError: it is not; `where` is the file and the place.
+    """
+    if not isinstance(value, of) or (isinstance(value, bool) and of is int):
+        raise TableError(f"{where}: {name} is {value!r}; it needs {needs}")
+    return value

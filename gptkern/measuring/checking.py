@@ -1,0 +1,183 @@
+"""Runs this machine's kernels against plain mathematics in float64: what `gptkern check` prints.
+
+A case is an operator on one shape and dtype (checking_cases.py). Its result and every gradient are judged by the rule
+of tolerance.py: the reference is the operator as plain PyTorch in float64, differentiated by PyTorch's autograd; the
+yardstick is the same lines in float32. int8 values of quantize_int8 have to be equal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from gptkern.backends import dispatch
+from gptkern.measuring import tolerance
+from gptkern.measuring.checking_cases import OPERATORS, SIZES, Case, Problem, cases_of
+
+# The launchers in plain PyTorch. Backend "torch" itself is not checked: there a twin calls PyTorch's own operator.
+LAUNCHERS = "torch launchers"
+KERNELS = tuple(name for name in dispatch.BACKENDS if name != "torch")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One comparison: the result of a case, or one of its gradients."""
+
+    operator: str
+    direction: str  # "forward", or "grad " and the argument's name
+    backend: str
+    dtype: str
+    shape_class: str
+    shape: str
+    ok: bool | None  # None: not run, and `note` says why
+    error: float | None = None
+    bound: float | None = None
+    note: str = ""
+    seconds: float = 0.0  # of the whole case
+
+
+def run(
+    operators: Iterable[str] | None = None,
+    *,
+    device: str | torch.device | None = None,
+    backends: Iterable[str] | None = None,
+    sizes: Iterable[str] | None = None,
+    dtypes: Iterable[torch.dtype] | None = None,
+    seconds: float | None = None,
+) -> Iterator[Result]:
+    """Check the kernels, and yield each result as soon as it is there.
+
+    Args:
+        operators: names in OPERATORS; all by default.
+        device: the current GPU where there is one, else the CPU.
+        backends: of KERNELS, or LAUNCHERS; by default what `available(device)` says.
+        sizes: of SIZES; by default the small shapes, and on a GPU the realistic ones too.
+        dtypes: only the cases of these dtypes.
+        seconds: starts no new case after so long; the cases left out are yielded with ok=None.
+
+    Raises:
+        ValueError: a name that does not exist.
+    """
+    device = torch.device(default_device() if device is None else device)
+    operators = OPERATORS if operators is None else tuple(operators)
+    backends = available(device) if backends is None else tuple(backends)
+    sizes = (SIZES if device.type == "cuda" else SIZES[:1]) if sizes is None else tuple(sizes)
+    for name, given, known in (
+        ("operators", operators, OPERATORS),
+        ("backends", backends, (*KERNELS, LAUNCHERS)),
+        ("sizes", sizes, SIZES),
+    ):
+        unknown = [value for value in given if value not in known]
+        if unknown:
+            raise ValueError(f"{name} has {', '.join(map(repr, unknown))}; it takes {', '.join(map(repr, known))}")
+    start = time.monotonic()
+    wanted = None if dtypes is None else set(dtypes)
+    for case in _interleaved([cases_of(operator, sizes) for operator in operators]):
+        for backend in backends:
+            if wanted is not None and case.dtype not in wanted:
+                continue
+            if seconds is not None and time.monotonic() - start > seconds:
+                yield _result(case, backend, "all", ok=None, note=f"left out: {seconds:g} s were over")
+                continue
+            yield from check(case, backend, device)
+
+
+def available(device: torch.device) -> tuple[str, ...]:
+    """The backends with kernels for a device; where there is none, the launchers in plain PyTorch."""
+    return tuple(name for name in KERNELS if dispatch.unavailable(name, device) is None) or (LAUNCHERS,)
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check(case: Case, backend: str, device: torch.device) -> Iterator[Result]:
+    """One case on one backend: a result for each output and each gradient."""
+    start = time.monotonic()
+    try:
+        with _plain_numerics(device):
+            comparisons = list(_compared(case, backend, device))
+    except dispatch.BackendError as error:
+        yield _result(case, backend, "all", ok=None, note=f"not covered: {error}")
+    except torch.cuda.OutOfMemoryError:
+        yield _result(case, backend, "all", ok=None, note="not run: too little GPU memory for the reference")
+    except Exception as error:  # whatever a kernel raises is a failure of the check, with its text
+        yield _result(case, backend, "all", ok=False, note=f"{type(error).__name__}: {error}")
+    else:
+        elapsed = time.monotonic() - start
+        for direction, error, bound in comparisons:
+            yield _result(case, backend, direction, ok=error <= bound, error=error, bound=bound, seconds=elapsed)
+
+
+def _result(case: Case, backend: str, direction: str, **values) -> Result:
+    dtype = str(case.dtype).removeprefix("torch.")
+    return Result(case.operator, direction, backend, dtype, case.shape_class, case.shape, **values)
+
+
+def _compared(case: Case, backend: str, device: torch.device) -> Iterator[tuple[str, float, float]]:
+    """(direction, worst error, bound) of every output and gradient."""
+    generator = torch.Generator(device).manual_seed(0)
+    problem = case.build(case.dtype, generator)
+    if backend == LAUNCHERS:
+        function, forced = problem.launch, contextlib.nullcontext()
+    else:
+        function, forced = problem.twin, dispatch.backend(backend)
+    gradients = None
+    with forced:
+        outputs, leaves = _outputs(function, problem.tensors, None)
+        if outputs[0].requires_grad:
+            gradients = [
+                torch.randn(output.shape, generator=generator, device=device).to(output.dtype) for output in outputs
+            ]
+            actual = torch.autograd.grad(outputs, leaves, gradients)
+    (reference, reference_gradients), (yardstick, yardstick_gradients) = (
+        _evaluated(problem, precision, gradients) for precision in (torch.float64, torch.float32)
+    )
+    for index, (output, right, plain) in enumerate(zip(outputs, reference, yardstick)):
+        name = "forward" if index == 0 else f"forward, result {index + 1}"
+        exact = problem.exact and index == 0
+        bound = 0.0 if exact else tolerance.bound(right, plain, output.dtype)
+        yield name, tolerance.worst_error(output, right), bound
+    if gradients is not None:
+        for name, gradient, right, plain in zip(problem.tensors, actual, reference_gradients, yardstick_gradients):
+            bound = tolerance.bound(right, plain, gradient.dtype, tolerance.GRADIENT_FACTOR)
+            yield f"grad {name}", tolerance.worst_error(gradient, right), bound
+
+
+def _evaluated(problem: Problem, precision: torch.dtype, gradients):
+    """The reference's outputs and gradients, in a precision."""
+    outputs, leaves = _outputs(problem.reference, problem.tensors, precision)
+    if gradients is None:
+        return outputs, ()
+    return outputs, torch.autograd.grad(outputs, leaves, [gradient.to(precision) for gradient in gradients])
+
+
+def _outputs(function, tensors: dict[str, torch.Tensor], precision: torch.dtype | None):
+    """(the tuple of outputs, the leaves that they were computed from)"""
+    leaves = [tensor.detach().to(precision or tensor.dtype).requires_grad_() for tensor in tensors.values()]
+    with torch.enable_grad():
+        outputs = function(*leaves)
+    return (outputs,) if isinstance(outputs, torch.Tensor) else outputs, leaves
+
+
+@contextlib.contextmanager
+def _plain_numerics(device: torch.device):
+    """IEEE float32 products and no autocast, whatever the caller has set."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _interleaved(lists: list[list[Case]]) -> Iterator[Case]:
+    """One of each in turn: where time is short, every operator has been looked at."""
+    for turn in itertools.zip_longest(*lists):
+        yield from (case for case in turn if case is not None)

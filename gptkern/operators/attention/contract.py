@@ -1,0 +1,510 @@
+"""attention: the contract, the PyTorch backend, the registered ops and the autograd.Function.
+
+    S = log2(e) * scale * Q @ K^T          P = softmax(scale * Q @ K^T) = 2^(S - lse)
+    O = P @ V                              lse = log2(sum over the keys of 2^S)
+
+Backward, with delta = sum over head_dim of dO * O:
+    dV = P^T @ dO            dP = dO @ V^T
+    dS = P * (dP - delta)    dQ = scale * dS @ K            dK = scale * dS^T @ Q
+
+With a mask S = log2(e) * (scale * Q @ K^T + mask), or -inf where a bool mask has False. With dropout, D being 1 for the
+probabilities that are kept and 0 for the others (gptkern.backends.philox):
+    O = (P * D) @ V / (1 - dropout_p)
+    dV = (P * D)^T @ dO / (1 - dropout_p)  dP = D * (dO @ V^T) / (1 - dropout_p)
+
+Inside gptkern a call is (query, key, value, is_causal, scale, attn_mask, dropout_p, lower_right): four dimensions, one
+head_dim, scale > 0; key and value have the same number of heads, which divides the query's; attn_mask is None or
+broadcasts to (batch, heads, length_q, length_k), and then is_causal is False. The causal mask is aligned to the upper
+left corner (query i sees keys j <= i), with lower_right to that one (j <= i + length_k - length_q). The launchers get
+one argument more, seed: (1,) int64, or None where dropout_p is 0.
+
+lse, the log-sum-exp, is (batch, heads, length_q), float32 (float64 for float64 input), and -inf for a query without
+any key; in base 2, because a change of base would round it twice more, and its error is that of every probability of
+the row. With an additive mask it is (2, batch, heads, length_q): log2(sum over the keys of 2^(S - log2(e) * m)), and m,
+the largest scale * Q @ K^T + mask of the row (0 where no key is seen). Masks hide with the dtype's lowest number too,
+and beside a sum of -3e38 nothing would be left of the logarithm, which the gradient needs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from gptkern.backends import dispatch, philox
+from gptkern.backends.philox import new_seed
+from gptkern.backends.registration import autocast, once_differentiable, register, without_autocast
+
+_LOG2E = math.log2(math.e)
+_SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+
+
+@dispatch.twin_of(F.scaled_dot_product_attention)
+def scaled_dot_product_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Attention, the twin of `torch.nn.functional.scaled_dot_product_attention`.
+
+        P = softmax(scale * query @ key^T)        over the keys; with is_causal, key j is seen by query i if j <= i
+        output = P @ value
+
+    The probabilities are never written to memory: the forward keeps the log-sum-exp of each row (float32), from
+    which the backward recomputes them. Softmax sums and products accumulate in float32. float32 products follow
+    `torch.get_float32_matmul_precision()`. The backward has no atomics: it is the same on every run.
+
+    Args:
+        query: (…, heads, length_q, head_dim). key, value: (…, kv_heads, length_k, head_dim); any lengths, 0 and
+            length_q != length_k included. Kernels need four dimensions (other ranks run on PyTorch), take any
+            strides whose last one is 1, and do not copy such a view (cuda: one whose rows are aligned to 16 bytes).
+        attn_mask: bool (True takes part) or additive (added to the scores; of float32 or the query's dtype),
+            broadcastable to (…, heads, length_q, length_k), with any strides; it is never expanded in memory. Or
+            `torch.nn.attention.bias.causal_lower_right(length_q, length_k)`: key j is seen by query i if
+            j <= i + length_k - length_q, the alignment for a query whose keys are in a cache; or
+            `causal_upper_left(…)`, which is is_causal. A query that a mask hides all keys from gives zeros, and
+            zero gradients, as PyTorch's own operators do (torch 2.5 and later). Kernels compute no gradient for a mask.
+        dropout_p: probability of dropping an attention weight; those that stay are divided by 1 - dropout_p, after
+            the softmax. As in PyTorch it is applied whether a module trains or not, and which weights are dropped is
+            drawn from PyTorch's generator of the device: one int64 seed a call, so `torch.manual_seed` and
+            activation checkpointing repeat it, and the mask is made again in the backward (other masks than
+            PyTorch's own kernels make, of the same frequencies). 1 drops all.
+        is_causal: the upper-left causal mask, as in PyTorch: query 0 sees key 0 alone, whatever the lengths.
+        scale: 1/sqrt(head_dim) by default; any sign.
+        enable_gqa: lets kv_heads divide heads; query head h then reads key/value head h // (heads // kv_heads).
+            Without it a single key/value head is broadcast over the query's, as PyTorch does.
+
+    Returns:
+        (…, heads, length_q, head_dim of value), the query's dtype, its heads and lengths laid out as the query's.
+        A query with no key (length_k = 0) gives zeros.
+
+    Raises (of the same type as PyTorch):
+        RuntimeError: the dtypes, devices, batch sizes or head_dims differ; the head counts differ (without
+            enable_gqa) or do not divide; key and value differ in length; attn_mask together with is_causal
+            (PyTorch's own kernel for the CPU takes both), of another dtype, or not broadcastable; dropout_p is
+            below 0 or above 1; fewer than two dimensions.
+        TypeError: an argument that must be a tensor is none.
+        ValueError: a causal bias together with is_causal.
+
+    Backends: torch; triton for float16, bfloat16 and float32, cuda for float16 and bfloat16: head_dim a multiple of 8
+    up to 256 and equal for query and value, forward and backward (no second derivative). attn_mask, dropout and the
+    lower-right alignment: triton; a mask that requires a gradient or has more than four dimensions: torch.
+
+    Sources: Dao, "FlashAttention-2", 2023 (arXiv:2307.08691). Dropout by a counter-based generator: Salmon et al.,
+    "Parallel random numbers: as easy as 1, 2, 3", 2011 (Philox4x32-10).
+    """
+    choice = dispatch.settled(query)
+    if choice is None:
+        mask, causal, lower_right = attn_mask, is_causal, False
+        if mask is not None and _is_causal_bias(mask):
+            mask, causal, lower_right = _alignment(mask, query, key, is_causal)
+        _check(query, key, value, mask, causal, scale, enable_gqa)
+        _check_dropout(dropout_p)
+        cast = autocast("lower", query, key, value)
+        if mask is not None:
+            mask = _as_autocast_has_it(mask, query)
+            _check_mask(mask, *cast[:2])
+        factor = 1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else float(scale)
+        choice = dispatch.choose("attention", *cast, causal, factor, mask, dropout_p, lower_right)
+        if choice.backend != "torch":
+            signed_query, factor = _with_positive_scale(cast[0], factor)
+            seed = new_seed(query.device) if dropout_p > 0 else None
+            return AttentionFunction.apply(
+                signed_query, *cast[1:], causal, factor, choice.backend, mask, dropout_p, lower_right, seed
+            )
+    return _on_pytorch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+
+
+def _is_causal_bias(mask) -> bool:
+    # By its name: an import of torch.nn.attention.bias takes as long as that of PyTorch's compiler, which it loads.
+    kind = type(mask)
+    return kind.__name__ == "CausalBias" and kind.__module__ == "torch.nn.attention.bias"
+
+
+def _alignment(bias, query, key, is_causal):
+    """-> no mask, is_causal, whether it is aligned to the lower right: what a torch.nn.attention.bias stands for."""
+    if is_causal:
+        raise ValueError("attention: attn_mask is a causal bias and is_causal is True; it needs one of them at most")
+    if bias.variant.name == "UPPER_LEFT" or bias.seq_len_q == bias.seq_len_kv:
+        return None, True, False
+    if isinstance(query, torch.Tensor) and isinstance(key, torch.Tensor) and min(query.dim(), key.dim()) >= 2:
+        lengths = query.shape[-2], key.shape[-2]
+        if (bias.seq_len_q, bias.seq_len_kv) != lengths:
+            raise RuntimeError(
+                f"attention: attn_mask is a causal bias of {bias.seq_len_q} queries and {bias.seq_len_kv} keys; it "
+                f"needs the lengths of query and key, {lengths[0]} and {lengths[1]}"
+            )
+    return None, True, True
+
+
+def _as_autocast_has_it(mask, query):
+    """An additive mask in the dtype of the products, as PyTorch casts it; strides of 0 stay, so it is not expanded."""
+    cast = autocast("lower", query, mask)[1] if isinstance(mask, torch.Tensor) else mask
+    if cast is mask or 0 not in mask.stride():
+        return cast
+    shape = mask.shape
+    for dim, stride in enumerate(mask.stride()):
+        if stride == 0 and shape[dim] > 1:
+            mask = mask.narrow(dim, 0, 1)
+    return autocast("lower", query, mask)[1].expand(shape)
+
+
+def _with_positive_scale(query, scale):
+    """The same scores from a positive scale, without rounding: kernels take a row's maximum before they scale it."""
+    if scale < 0:
+        return -query, -scale
+    return (query * 0.0, 1.0) if scale == 0 else (query, scale)
+
+
+def _on_pytorch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
+    if isinstance(query, torch.Tensor) and query.is_cpu:
+        if is_causal and scale is not None:
+            # PyTorch's causal kernel for the CPU gives NaN where the scale is not positive (seen in 2.13).
+            query, scale = _with_positive_scale(query, scale)
+        may_be_16_bits = query.dtype in _SIXTEEN_BITS or torch.is_autocast_enabled("cpu")
+        if may_be_16_bits and isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor):
+            cast = autocast("lower", query, key, value)
+            dtype = cast[0].dtype
+            if dtype in _SIXTEEN_BITS and all(tensor.dtype == dtype for tensor in cast):
+                # PyTorch rounds P and dS to 16 bits on the CPU and sums a group's dK and dV in 16 bits: up to twice
+                # the error that gptkern.measuring.tolerance allows.
+                query, key, value = (tensor.float() for tensor in cast)
+                if isinstance(attn_mask, torch.Tensor) and attn_mask.dtype == dtype:
+                    attn_mask = attn_mask.float()
+                with without_autocast("cpu"):
+                    return F.scaled_dot_product_attention(
+                        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+                    ).to(dtype)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+def _check(query, key, value, attn_mask, is_causal, scale, enable_gqa):
+    """Raises an error that names what is wrong. What PyTorch would broadcast passes."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"attention: {name} is {type(tensor).__name__}; it needs a Tensor")
+        if tensor.dim() < 2:
+            raise RuntimeError(
+                f"attention: {name} has shape {tuple(tensor.shape)}; it needs at least two dimensions, "
+                "(length, head_dim)"
+            )
+        if not tensor.is_floating_point():
+            raise RuntimeError(f"attention: {name} is {tensor.dtype}; it needs a floating-point dtype")
+        if tensor.device != query.device:
+            raise RuntimeError(f"attention: {name} is on {tensor.device}; it needs the query's device, {query.device}")
+    # Autocast makes one dtype of several, and leaves float64 alone.
+    dtypes = [tensor.dtype for tensor in autocast("lower", query, key, value)]
+    if dtypes[0] != dtypes[1] or dtypes[0] != dtypes[2]:
+        raise RuntimeError(
+            f"attention: query, key and value are {query.dtype}, {key.dtype} and {value.dtype}; they need one dtype"
+        )
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"attention: is_causal is {type(is_causal).__name__}; it needs a bool")
+    if attn_mask is not None and not isinstance(attn_mask, torch.Tensor):
+        raise TypeError(f"attention: attn_mask is {type(attn_mask).__name__}; it needs a Tensor or None")
+    if isinstance(scale, str):
+        raise TypeError("attention: scale is str; it needs a number or None")
+    if attn_mask is not None and is_causal:
+        raise RuntimeError("attention: attn_mask and is_causal are both given; it needs one of them at most")
+    if query.shape[-1] != key.shape[-1]:
+        raise RuntimeError(
+            f"attention: key has head_dim {key.shape[-1]}; it needs the query's, {query.shape[-1]} "
+            f"(shapes {tuple(query.shape)} and {tuple(key.shape)})"
+        )
+    if key.shape[-2] != value.shape[-2]:
+        raise RuntimeError(
+            f"attention: value has length {value.shape[-2]}; it needs the key's, {key.shape[-2]} "
+            f"(shapes {tuple(value.shape)} and {tuple(key.shape)})"
+        )
+    if query.dim() == key.dim() == value.dim() == 4:
+        _check_sizes("batch size", *(tensor.shape[0] for tensor in (query, key, value)))
+        heads, kv_heads = query.shape[1], key.shape[1]
+        if not enable_gqa:
+            _check_sizes("number of heads", heads, kv_heads, value.shape[1])
+        elif any(tensor.shape[1] > 0 and heads % tensor.shape[1] for tensor in (key, value)):
+            raise RuntimeError(
+                f"attention: key and value have {kv_heads} and {value.shape[1]} heads; with enable_gqa they need to "
+                f"divide the query's {heads}"
+            )
+
+
+def _check_dropout(dropout_p):
+    if isinstance(dropout_p, (str, torch.Tensor)) or dropout_p is None:
+        raise TypeError(f"attention: dropout_p is {type(dropout_p).__name__}; it needs a number")
+    if not 0 <= dropout_p <= 1:
+        raise RuntimeError(f"attention: dropout_p is {dropout_p}; it needs to be between 0 and 1")
+
+
+def _check_mask(mask, query, key):
+    if mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise RuntimeError(
+            f"attention: attn_mask is {mask.dtype}; it needs bool, float32 or the query's dtype, {query.dtype}"
+        )
+    if mask.device != query.device:
+        raise RuntimeError(f"attention: attn_mask is on {mask.device}; it needs the query's device, {query.device}")
+    wanted = *query.shape[:-1], key.shape[-2]
+    if any(1 != size != whole != 1 for size, whole in zip(reversed(mask.shape), reversed(wanted))):
+        raise RuntimeError(
+            f"attention: attn_mask has shape {tuple(mask.shape)}; it needs one that broadcasts to {tuple(wanted)}"
+        )
+
+
+def _check_sizes(what, query, key, value):
+    """Sizes of one dimension agree where those that PyTorch broadcasts, the 1s, are left out."""
+    if len({size for size in (query, key, value) if size != 1}) > 1:
+        raise RuntimeError(f"attention: query, key and value differ in {what}: {query}, {key} and {value}")
+
+
+# --- What kernels take ---------------------------------------------------------------------------------------------
+
+LARGEST_HEAD_DIM = 256
+# Rows are read by 16 bytes: 8 values of 16 bits.
+HEAD_DIM_STEP = 8
+
+
+def outside_of_kernels(query, key, value, dtypes) -> str | None:
+    """Why no kernel takes a call of these shapes and dtypes, or None: what the backends' `unsupported` share."""
+    if not query.dim() == key.dim() == value.dim() == 4:
+        return (
+            f"query, key and value have {query.dim()}, {key.dim()} and {value.dim()} dimensions; kernels need 4, "
+            "(batch, heads, length, head_dim)"
+        )
+    if query.dtype not in dtypes:
+        *others, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+        return f"the dtype is {query.dtype}; kernels need {', '.join(others)} or {last}"
+    batch, heads, _, head_dim = query.shape
+    if value.shape[3] != head_dim:
+        return f"value has head_dim {value.shape[3]} and query {head_dim}; kernels need them equal"
+    if head_dim % HEAD_DIM_STEP != 0 or not 0 < head_dim <= LARGEST_HEAD_DIM:
+        return f"head_dim is {head_dim}; kernels need a multiple of {HEAD_DIM_STEP} up to {LARGEST_HEAD_DIM}"
+    if key.shape[0] != batch or value.shape[0] != batch:
+        return f"batch sizes are {batch}, {key.shape[0]} and {value.shape[0]}; kernels need them equal"
+    kv_heads = key.shape[1]
+    if value.shape[1] != kv_heads or (heads % kv_heads if kv_heads else heads):
+        return (
+            f"query, key and value have {heads}, {kv_heads} and {value.shape[1]} heads; kernels need as many in "
+            "value as in key, and that they divide the query's"
+        )
+    return None
+
+
+# --- The torch backend: bare launchers in plain PyTorch -------------------------------------------------------------
+
+
+def unsupported(query, key, value, is_causal, scale, attn_mask=None, dropout_p=0.0, lower_right=False):
+    return None
+
+
+def forward(
+    query, key, value, is_causal, scale, attn_mask=None, dropout_p=0.0, lower_right=False, seed=None
+):  # fmt: skip
+    """-> output (batch, heads, length_q, head_dim), lse (batch, heads, length_q), or two of them: see the module."""
+    q, k, v = _grouped(query, key, value)
+    scores = _scores(q, k, is_causal, scale, attn_mask, lower_right)
+    lse = empty_lse(query, attn_mask)
+    if lse.dim() == 4 and key.shape[2] > 0:
+        largest = scores.amax(-1, keepdim=True)
+        largest = largest.masked_fill(largest == -math.inf, 0.0)
+        lse[0].copy_(((scores - largest).logsumexp(-1) * _LOG2E).flatten(1, 2))
+        lse[1].copy_(largest[..., 0].flatten(1, 2))
+    elif key.shape[2] > 0:
+        # lse = log2(sum over the keys of 2^S)
+        lse.copy_((scores.logsumexp(-1) * _LOG2E).flatten(1, 2))
+    else:
+        no_key(lse)
+    # Of a query that sees no key the softmax is NaN, and P is 0.
+    p = scores.softmax(-1).masked_fill((scores == -math.inf).all(-1, keepdim=True), 0.0)
+    output = empty_in_layout_of(query)
+    output.copy_(((p * _kept(query, key, dropout_p, seed)) @ v).flatten(1, 2))
+    return output, lse
+
+
+def backward(
+    grad_output, query, key, value, output, lse, is_causal, scale, need_query, need_key, need_value,
+    attn_mask=None, dropout_p=0.0, lower_right=False, seed=None,
+):  # fmt: skip
+    """-> dquery, dkey, dvalue of the shapes, dtypes and layouts of query, key, value; what is not needed is empty."""
+    q, k, v = _grouped(query, key, value)
+    grad, out = (tensor.to(lse.dtype).view(q.shape) for tensor in (grad_output.contiguous(), output.contiguous()))
+    probabilities = _probabilities(_scores(q, k, is_causal, scale, attn_mask, lower_right), lse)
+    kept = _kept(query, key, dropout_p, seed)
+    dquery, dkey, dvalue = (
+        empty_in_layout_of(tensor) if needed else tensor.new_empty(0)
+        for tensor, needed in ((query, need_query), (key, need_key), (value, need_value))
+    )
+    if need_value:
+        # dV = (P * D)^T @ dO / (1 - dropout_p), summed over the query heads of a group
+        dvalue.copy_(((probabilities * kept).mT @ grad).sum(2))
+    if need_query or need_key:
+        # dS = P * (dP - delta),  dP = D * (dO @ V^T) / (1 - dropout_p)
+        dscores = probabilities * ((grad @ v.mT) * kept - (grad * out).sum(-1, keepdim=True))
+        if need_query:
+            dquery.copy_((scale * (dscores @ k)).flatten(1, 2))
+        if need_key:
+            dkey.copy_((scale * (dscores.mT @ q)).sum(2))
+    return dquery, dkey, dvalue
+
+
+def _grouped(query, key, value):
+    """-> q (batch, kv_heads, group, length_q, head_dim), k and v (batch, kv_heads, 1, length_k, head_dim)."""
+    dtype = _statistics_dtype(query)
+    batch, heads, length_q, head_dim = query.shape
+    kv_heads = key.shape[1]
+    group = heads // kv_heads if kv_heads else 1
+    q = query.to(dtype).reshape(batch, kv_heads, group, length_q, head_dim)
+    return q, key.to(dtype)[:, :, None], value.to(dtype)[:, :, None]
+
+
+def _scores(q, k, is_causal, scale, attn_mask, lower_right):
+    """S in the natural base, which softmax takes: (batch, kv_heads, group, length_q, length_k)."""
+    scores = scale * (q @ k.mT)
+    if is_causal:
+        length_q, length_k = scores.shape[-2:]
+        seen = torch.ones(length_q, length_k, dtype=torch.bool, device=scores.device)
+        scores = scores.masked_fill(~seen.tril(length_k - length_q if lower_right else 0), -math.inf)
+    if attn_mask is not None:
+        batch, kv_heads, group, length_q, length_k = scores.shape
+        mask = attn_mask.expand(batch, kv_heads * group, length_q, length_k).reshape(scores.shape)
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
+    return scores
+
+
+def _probabilities(scores, lse):
+    """P = 2^(S - lse), 0 for a query that sees no key; lse as `forward` returns it."""
+    if lse.dim() == 4:
+        lse, largest = lse.view(2, *scores.shape[:-1], 1)
+        scores = scores - largest
+    else:
+        lse = lse.view(*scores.shape[:-1], 1)
+    # 2^(-inf - inf) = 0, and 2^(-inf + inf) would be NaN
+    return torch.exp2(scores * _LOG2E - lse.masked_fill(lse == -math.inf, math.inf))
+
+
+def _kept(query, key, dropout_p, seed):
+    """D / (1 - dropout_p), (batch, kv_heads, group, length_q, length_k), or 1 without dropout."""
+    if seed is None:
+        return 1.0
+    if dropout_p == 1:
+        return 0.0
+    batch, heads, length_q, _ = query.shape
+    kv_heads, length_k = key.shape[1:3]
+    kept = philox.kept(seed, (batch, heads, length_q, length_k), dropout_p)
+    return kept.view(batch, kv_heads, heads // max(kv_heads, 1), length_q, length_k) / (1 - dropout_p)
+
+
+# --- Registration and autograd --------------------------------------------------------------------------------------
+
+
+def empty_in_layout_of(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """An uninitialised (batch, heads, length, head_dim) tensor of the given one's shape and order in memory, dense.
+
+    Of a (batch, length, heads, head_dim) projection seen as (batch, heads, length, head_dim), or of one third of a
+    packed qkv projection, the result is such a view again, so that the model's transpose back makes no copy.
+    """
+    batch, heads, length, head_dim = tensor.shape
+    if tensor.stride(1) < tensor.stride(2):
+        return tensor.new_empty((batch, length, heads, head_dim), dtype=dtype).transpose(1, 2)
+    return tensor.new_empty((batch, heads, length, head_dim), dtype=dtype)
+
+
+def empty_lse(query: torch.Tensor, attn_mask: torch.Tensor | None) -> torch.Tensor:
+    """The uninitialised log-sum-exp: (batch, heads, length_q); with an additive mask (2, batch, heads, length_q)."""
+    is_additive = attn_mask is not None and attn_mask.dtype != torch.bool
+    return query.new_empty((*((2,) if is_additive else ()), *query.shape[:3]), dtype=_statistics_dtype(query))
+
+
+def no_key(lse: torch.Tensor) -> torch.Tensor:
+    """Fills the log-sum-exp of queries that see no key."""
+    if lse.dim() == 4:
+        lse[1].zero_()
+        lse[0].fill_(-math.inf)
+        return lse
+    return lse.fill_(-math.inf)
+
+
+def _statistics_dtype(tensor: torch.Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _forward_fake(query, key, value, is_causal, scale, attn_mask, dropout_p, lower_right, seed, backend):
+    return empty_in_layout_of(query), empty_lse(query, attn_mask)
+
+
+def _backward_fake(
+    grad_output, query, key, value, output, lse, is_causal, scale, need_query, need_key, need_value,
+    attn_mask, dropout_p, lower_right, seed, backend,
+):  # fmt: skip
+    return tuple(
+        empty_in_layout_of(tensor) if needed else tensor.new_empty(0)
+        for tensor, needed in ((query, need_query), (key, need_key), (value, need_value))
+    )
+
+
+_EXTRAS = "Tensor? attn_mask, float dropout_p, bool lower_right, Tensor? seed"
+_forward = register(
+    "attention",
+    "forward",
+    f"(Tensor query, Tensor key, Tensor value, bool is_causal, float scale, {_EXTRAS}, str backend)"
+    " -> (Tensor, Tensor)",
+    _forward_fake,
+)
+_backward = register(
+    "attention",
+    "backward",
+    "(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, Tensor lse, bool is_causal,"
+    f" float scale, bool need_query, bool need_key, bool need_value, {_EXTRAS}, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    _backward_fake,
+)
+
+
+class AttentionFunction(torch.autograd.Function):
+    """The autograd.Function of attention in four dimensions.
+
+    `apply(query, key, value, is_causal, scale, backend, attn_mask=None, dropout_p=0.0, lower_right=False, seed=None)`
+    -> output. The arguments are trusted: gptkern.functional.scaled_dot_product_attention checks them.
+
+    Args:
+        query: (batch, heads, length_q, head_dim). key, value: (batch, kv_heads, length_k, head_dim), where
+            kv_heads divides heads.
+        scale: a positive number.
+        backend: "torch", "triton" or "cuda"; cuda has none of the arguments that follow.
+        attn_mask: bool or floating point, broadcastable to (batch, heads, length_q, length_k), without is_causal. It
+            gets no gradient.
+        dropout_p: in [0, 1]; above 0 with seed, (1,) int64 on the query's device, which decides what is dropped.
+        lower_right: with is_causal, query i sees the keys j <= i + length_k - length_q.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, query, key, value, is_causal, scale, backend, attn_mask=None, dropout_p=0.0, lower_right=False, seed=None
+    ):
+        output, lse = _forward(query, key, value, is_causal, scale, attn_mask, dropout_p, lower_right, seed, backend)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(query, key, value, output, lse, attn_mask, seed)
+        ctx.call = is_causal, scale
+        ctx.extras = dropout_p, lower_right
+        ctx.backend = backend
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        rest = (None,) * 7
+        if grad_output is None:
+            return None, None, None, *rest
+        query, key, value, output, lse, attn_mask, seed = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        with torch.no_grad():
+            saved = grad_output, query, key, value, output, lse
+            computed = _backward(*saved, *ctx.call, *needs, attn_mask, *ctx.extras, seed, ctx.backend)
+        gradients = [gradient if needed else None for gradient, needed in zip(computed, needs)]
+        gradients = once_differentiable("attention", gradients, (grad_output, query, key, value))
+        return *gradients, *rest

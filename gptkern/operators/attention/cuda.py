@@ -1,0 +1,61 @@
+"""attention on CUDA C++: launchers over csrc/attention/forward.cu and csrc/attention/backward.cu."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from gptkern.backends.cuda import common
+from gptkern.operators.attention.contract import empty_in_layout_of, outside_of_kernels
+
+_DTYPES = (torch.float16, torch.bfloat16)
+# csrc/attention/forward.cu: heads are the second number of a grid.
+_MOST_HEADS = 65535
+
+
+def unsupported(query, key, value, is_causal, scale, attn_mask=None, dropout_p=0.0, lower_right=False):
+    if attn_mask is not None:
+        return "attn_mask is given, and these kernels have the causal mask alone"
+    if dropout_p != 0.0:
+        return f"dropout_p is {dropout_p}, and these kernels have no dropout"
+    if lower_right:
+        return "the causal mask is aligned to the lower right, and these kernels have the upper left alone"
+    if query.dim() == 4 and query.shape[1] > _MOST_HEADS:
+        return f"query has {query.shape[1]} heads; the CUDA kernels take {_MOST_HEADS}"
+    return outside_of_kernels(query, key, value, _DTYPES)
+
+
+def forward(query, key, value, is_causal, scale, attn_mask=None, dropout_p=0.0, lower_right=False, seed=None):
+    """-> output (batch, heads, length_q, head_dim), lse (batch, heads, length_q) float32, in base 2."""
+    output = _empty_like(query)
+    lse = torch.empty(*query.shape[:3], dtype=torch.float32, device=query.device)
+    if key.numel() == 0:
+        return output.zero_(), lse.fill_(-math.inf)
+    common.start("attention_forward", query, key, value, output, lse, is_causal, scale)
+    return output, lse
+
+
+def backward(
+    grad_output, query, key, value, output, lse, is_causal, scale, need_query, need_key, need_value,
+    attn_mask=None, dropout_p=0.0, lower_right=False, seed=None,
+):  # fmt: skip
+    """-> dquery, dkey, dvalue of the shapes, dtypes and layouts of query, key, value; what is not needed is empty."""
+    grad_query = _empty_like(query) if need_query else query.new_empty(0)
+    grad_key = _empty_like(key) if need_key else key.new_empty(0)
+    grad_value = _empty_like(value) if need_value else value.new_empty(0)
+    if query.numel() == 0 or key.numel() == 0:
+        return grad_query.zero_(), grad_key.zero_(), grad_value.zero_()
+    delta = torch.empty_like(lse, memory_format=torch.contiguous_format) if need_query or need_key else None
+    common.start(
+        "attention_backward", grad_output, query, key, value, output, lse, delta, grad_query, grad_key, grad_value,
+        is_causal, scale,
+    )  # fmt: skip
+    return grad_query, grad_key, grad_value
+
+
+def _empty_like(tensor):
+    """empty_in_layout_of, at once for a contiguous tensor."""
+    if tensor.is_contiguous():
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    return empty_in_layout_of(tensor)

@@ -1,0 +1,300 @@
+"""attention's forward on Triton, after FlashAttention-2; the backward is in attention_backward.py.
+
+    S = log2(e) * scale * Q @ K^T          P = softmax(scale * Q @ K^T) = 2^(S - lse)
+    O = P @ V                              lse = log2(sum over the keys of 2^S)
+
+A tile of keys at a time; m is the running maximum of S, l the running sum, A the running P @ V:
+    m' = max(m, rowmax(S))                 p = 2^(S - m')
+    l = l * 2^(m - m') + rowsum(p)         A = A * 2^(m - m') + p @ V
+    O = A / l                              lse = m + log2(l)
+
+One program computes a tile of BLOCK_M queries of one head. It has two loops: full tiles, which know no mask, then the
+tiles on the diagonal and the tail, which do. P stays in registers, rounded to the inputs' dtype for the second
+product, as the tensor cores take it; sums are float32.
+
+What it costs, for n = batch * heads, lengths T and S, head_dim D, b bytes an element:
+    operations     forward 4nTSD, backward 14nTSD (dK/dV computes four products, dQ three), both halved by the mask
+    least bytes    forward nb(2T + 2S/group)D + 4nT, backward about twice that
+At T = S an H100's 989 TFLOP/s and 3.35 TB/s meet near 300 operations a byte and the forward does TS/(T + S) = T/2 of
+them a byte in bfloat16: above a length of some 600 (1200 with the mask) the tensor cores are the floor, not memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from gptkern.backends.triton.common import CompileCase, cdiv, dot
+from gptkern.operators.attention.contract import empty_in_layout_of, empty_lse, no_key, outside_of_kernels
+from gptkern.operators.attention.triton_backward import backward
+from gptkern.operators.attention.triton_tiles import (
+    ADDITIVE_MASK,
+    LOG2_OF_E,
+    LOG2E,
+    NO_MASK,
+    TABLE,
+    compile_case,
+    constants_of,
+    extra_cases,
+    extras_of,
+    forced_tiles,
+    kept_tile,
+    load_mask,
+    load_tile,
+    padded_head_dim,
+    readable,
+    shipped_tiles,
+    store_tile,
+    tiles_of,
+    unreadable_mask,
+)
+
+__all__ = ["TABLE", "backward", "compile_cases", "forced_tiles", "forward", "unsupported"]
+
+# Where the running maximum starts: below every score, yet finite, so that m - m' is never -inf - -inf.
+LOWEST = tl.constexpr(-1.0e38)
+
+# --- Forward --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _forward_tiles(
+    accumulator,  # (BLOCK_M, BLOCK_D) float32, A
+    row_max,  # (BLOCK_M,) float32, m
+    row_sum,  # (BLOCK_M,) float32, l
+    q,  # (BLOCK_M, BLOCK_D)
+    key_ptr,  # this head's keys
+    value_ptr,
+    key_row_stride,
+    value_row_stride,
+    mask_ptr,  # this head's mask from the first of these queries on; None where MASK is NO_MASK
+    mask_row_stride,
+    mask_column_stride,
+    seed_ptr,  # None without DROPOUT
+    drop_below,
+    batch_head,
+    start_m,
+    last_seen,  # (BLOCK_M,) number of the last key that each query sees, where CAUSAL
+    start,
+    stop,
+    length_q,
+    length_k,
+    score_scale,
+    CAUSAL: tl.constexpr,
+    TAIL: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_BY_KEY: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+    for start_n in tl.range(start, stop, BLOCK_N):
+        start_n = tl.multiple_of(start_n, BLOCK_N)
+        columns = start_n + tl.arange(0, BLOCK_N)
+        first = tl.cast(start_n, tl.int64)
+        k = load_tile(
+            key_ptr + first * key_row_stride, key_row_stride, columns, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, TAIL
+        )
+        scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), INPUT_PRECISION, WIDEN)
+        if MASK != NO_MASK:
+            tile = load_mask(
+                mask_ptr + first * mask_column_stride, mask_row_stride, mask_column_stride,
+                tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :],
+                length_q - start_m, length_k - start_n, MASK_BY_KEY, True, TAIL,
+            )  # fmt: skip
+            if MASK == ADDITIVE_MASK:
+                scores = scores * score_scale + tile.to(tl.float32)
+            else:
+                scores = tl.where(tile != 0, scores, float("-inf"))
+        if TAIL:
+            seen = columns[None, :] < length_k
+            if CAUSAL:
+                seen = seen & (columns[None, :] <= last_seen[:, None])
+            scores = tl.where(seen, scores, float("-inf"))
+        if MASK == ADDITIVE_MASK:
+            # As below in base e: a mask of -3e38, which hides as well as -inf does, would overflow in base 2.
+            new_max = tl.maximum(row_max, tl.max(scores, 1))
+            shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+            p = tl.exp2((scores - shift[:, None]) * LOG2_OF_E)
+            correction = tl.exp2((row_max - shift) * LOG2_OF_E)
+        else:
+            # m' = max(m, rowmax(S)): scale > 0, so one product a row instead of one a score
+            new_max = tl.maximum(row_max, tl.max(scores, 1) * score_scale)
+            # p = 2^(S - m')
+            p = tl.exp2(scores * score_scale - new_max[:, None])
+            correction = tl.exp2(row_max - new_max)
+        # A = A * 2^(m - m') + p @ V, and l alike
+        row_sum = row_sum * correction + tl.sum(p, 1)
+        if DROPOUT:
+            # l is the sum of all: what is dropped is missing from A alone
+            kept = kept_tile(seed, batch_head, start_m, start_n, drop_below, BLOCK_M, BLOCK_N, False)
+            p = tl.where(kept, p, 0.0)
+        accumulator = accumulator * correction[:, None]
+        v = load_tile(
+            value_ptr + first * value_row_stride,
+            value_row_stride, columns, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, TAIL,
+        )  # fmt: skip
+        accumulator = dot(p.to(v.dtype), v, accumulator, INPUT_PRECISION, WIDEN)
+        row_max = new_max
+    return accumulator, row_max, row_sum
+
+
+@triton.jit(do_not_specialize=["heads", "group", "length_q", "length_k", "drop_below"])
+def _forward_kernel(
+    query_ptr,  # (batch, heads, length_q, head_dim), any strides but the last, which is 1; so are all below
+    key_ptr,  # (batch, heads // group, length_k, head_dim)
+    value_ptr,  # (batch, heads // group, length_k, head_dim)
+    output_ptr,  # (batch, heads, length_q, head_dim)
+    lse_ptr,  # (batch, heads, length_q) contiguous, float32
+    row_max_ptr,  # the same, where MASK is ADDITIVE_MASK; None else, and so are all the arguments of what is not used
+    mask_ptr,  # (batch, heads, length_q, length_k), any strides: uint8 (0 hides) or floating point
+    seed_ptr,  # (1,) int64
+    query_batch_stride, query_head_stride, query_row_stride,
+    key_batch_stride, key_head_stride, key_row_stride,
+    value_batch_stride, value_head_stride, value_row_stride,
+    output_batch_stride, output_head_stride, output_row_stride,
+    mask_batch_stride, mask_head_stride, mask_row_stride, mask_column_stride,
+    heads, group, length_q, length_k,
+    score_scale,  # scale * log2(e); scale where MASK is ADDITIVE_MASK
+    drop_below,  # int32, see attention_tiles.py
+    keep_scale,  # 1 / (1 - dropout_p)
+    CAUSAL: tl.constexpr,
+    LOWER_RIGHT: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_BY_KEY: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(length_q, BLOCK_M)
+    # Neighbouring programs share a head's keys in the L2 cache; within a head the heaviest causal block comes first.
+    start_m = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
+    batch_head = (tl.program_id(0) // blocks).to(tl.int64)
+    batch, head = batch_head // heads, batch_head % heads
+    rows = start_m + tl.arange(0, BLOCK_M)
+    first = start_m.to(tl.int64)
+
+    query_ptr += batch * query_batch_stride + head * query_head_stride + first * query_row_stride
+    key_ptr += batch * key_batch_stride + head // group * key_head_stride
+    value_ptr += batch * value_batch_stride + head // group * value_head_stride
+    q = load_tile(query_ptr, query_row_stride, rows, length_q, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+
+    if MASK != NO_MASK:
+        mask_ptr += batch * mask_batch_stride + head * mask_head_stride + first * mask_row_stride
+
+    accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    row_max = tl.full((BLOCK_M,), float("-inf") if MASK == ADDITIVE_MASK else LOWEST, tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+
+    # [0, full) are keys that every query of this block sees, in whole tiles; [full, stop) are seen by some.
+    stop = length_k
+    seen_by_all = length_k
+    last_seen = rows
+    if CAUSAL:
+        if LOWER_RIGHT:
+            offset = length_k - length_q
+            last_seen = rows + offset
+            stop = tl.minimum(length_k, tl.maximum(start_m + offset + BLOCK_M, 0))
+            seen_by_all = tl.minimum(length_k, tl.maximum(start_m + offset + 1, 0))
+        else:
+            stop = tl.minimum(length_k, start_m + BLOCK_M)
+            seen_by_all = tl.minimum(length_k, start_m + 1)
+    full = seen_by_all // BLOCK_N * BLOCK_N
+    accumulator, row_max, row_sum = _forward_tiles(
+        accumulator, row_max, row_sum, q, key_ptr, value_ptr, key_row_stride, value_row_stride,
+        mask_ptr, mask_row_stride, mask_column_stride, seed_ptr, drop_below, batch_head, start_m, last_seen, full, stop,
+        length_q, length_k, score_scale, CAUSAL, True, MASK, MASK_BY_KEY, DROPOUT,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, INPUT_PRECISION, WIDEN,
+    )  # fmt: skip
+    accumulator, row_max, row_sum = _forward_tiles(
+        accumulator, row_max, row_sum, q, key_ptr, value_ptr, key_row_stride, value_row_stride,
+        mask_ptr, mask_row_stride, mask_column_stride, seed_ptr, drop_below, batch_head, start_m, last_seen, 0, full,
+        length_q, length_k, score_scale, CAUSAL, False, MASK, MASK_BY_KEY, DROPOUT,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, INPUT_PRECISION, WIDEN,
+    )  # fmt: skip
+
+    inside = rows < length_q
+    # O = A / l; a query that sees no key gives 0
+    if MASK != NO_MASK or LOWER_RIGHT:
+        divisor = tl.where(row_sum == 0.0, 1.0, row_sum)
+    else:
+        divisor = row_sum
+    output = accumulator / divisor[:, None]
+    if DROPOUT:
+        output = output * keep_scale
+    output_ptr += batch * output_batch_stride + head * output_head_stride + first * output_row_stride
+    store_tile(output_ptr, output_row_stride, rows, length_q, output, BLOCK_M, HEAD_DIM, BLOCK_D)
+    if MASK == ADDITIVE_MASK:
+        # log2(l) and m, apart: beside a maximum of -3e38 the sum would be lost
+        tl.store(row_max_ptr + batch_head * length_q + rows, tl.where(row_sum == 0.0, 0.0, row_max), mask=inside)
+        lse = tl.log2(row_sum)
+    else:
+        # lse = m + log2(l)
+        lse = row_max + tl.log2(row_sum)
+    tl.store(lse_ptr + batch_head * length_q + rows, lse, mask=inside)
+
+
+# --- Launchers ------------------------------------------------------------------------------------------------------
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def unsupported(query, key, value, is_causal, scale, attn_mask=None, dropout_p=0.0, lower_right=False):
+    return outside_of_kernels(query, key, value, _DTYPES) or unreadable_mask(query, key, attn_mask)
+
+
+def forward(
+    query, key, value, is_causal, scale, attn_mask=None, dropout_p=0.0, lower_right=False, seed=None
+):  # fmt: skip
+    """-> output (batch, heads, length_q, head_dim), lse (batch, heads, length_q) float32, in base 2.
+
+    With an additive mask lse is (2, batch, heads, length_q): see gptkern/operators/attention/contract.py.
+    """
+    batch, heads, length_q, head_dim = query.shape
+    length_k = key.shape[2]
+    output = empty_in_layout_of(query)
+    lse = empty_lse(query, attn_mask)
+    if output.numel() == 0:
+        return output, lse
+    if length_k == 0:
+        return output.zero_(), no_key(lse)
+    query, key, value = map(readable, (query, key, value))
+    extras = extras_of(query, key, attn_mask, dropout_p, seed)
+    lse_of_rows, row_max = (lse[0], lse[1]) if extras.is_additive else (lse, None)
+    block_d = padded_head_dim(head_dim)
+    tiles = tiles_of("forward", query, block_d, extras)
+    _forward_kernel[(cdiv(length_q, tiles.block_m) * batch * heads,)](
+        query, key, value, output, lse_of_rows, row_max, extras.mask, extras.seed,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3], *extras.mask_strides,
+        heads, heads // key.shape[1], length_q, length_k,
+        scale if extras.is_additive else scale * LOG2E, extras.drop_below, extras.keep_scale,
+        CAUSAL=is_causal, LOWER_RIGHT=lower_right,
+        **extras.constants, **constants_of(query, head_dim, block_d, tiles),
+    )  # fmt: skip
+    return output, lse
+
+
+# --- What ships, for the compile tests ------------------------------------------------------------------------------
+
+
+def compile_cases(architecture: int) -> list[CompileCase]:
+    """Every row of the configuration table that serves the architecture."""
+    plain = [
+        compile_case(_forward_kernel, "forward", tiles, device, dtype, head_dim, CAUSAL=causal)
+        for causal in (False, True)
+        for tiles, device, dtype, head_dim in shipped_tiles(architecture, "forward")
+        if causal or (dtype, head_dim) == ("bf16", 64)
+    ]
+    extra = extra_cases(architecture, "forward")
+    return plain + [compile_case(_forward_kernel, "forward", *row, variant) for variant, *row in extra]

@@ -1,0 +1,572 @@
+"""attention's backward on Triton, after FlashAttention-2; the letters are those of attention.py.
+
+With delta = sum over head_dim of dO * O:
+    dV = P^T @ dO            dP = dO @ V^T
+    dS = P * (dP - delta)    dQ = scale * dS @ K            dK = scale * dS^T @ Q
+
+P is recomputed from the log-sum-exp that the forward kept. One program of the dQ kernel computes a tile of BLOCK_M
+queries of one head; one of the dK/dV kernel computes BLOCK_N keys of one key/value head, over all queries of all the
+query heads that read it. Each has two loops, as the forward has. Every result is written by one program, once: no
+atomics, the same on every run. P and dS stay in registers, rounded to the inputs' dtype for the second product.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from gptkern.backends.triton.common import CompileCase, cdiv, dot
+from gptkern.operators.attention.contract import empty_in_layout_of
+from gptkern.operators.attention.triton_tiles import (
+    ADDITIVE_MASK,
+    BOOL_MASK,
+    LOG2_OF_E,
+    LOG2E,
+    NO_MASK,
+    compile_case,
+    constants_of,
+    extra_cases,
+    extras_of,
+    kept_tile,
+    load_mask,
+    load_tile,
+    padded_head_dim,
+    readable,
+    shipped_tiles,
+    signature,
+    store_tile,
+    tiles_of,
+)
+
+# Above it dK and dV together spill with all the tiles tried (8 to 1456 bytes on sm_90), and get a launch each.
+_LARGEST_BLOCK_D_OF_ONE_PASS = 128
+_DELTA_BLOCK_M = 32
+_DELTA_WARPS = 4
+
+# --- Kernels --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["heads", "length_q"])
+def _delta_kernel(
+    grad_output_ptr,  # (batch, heads, length_q, head_dim)
+    output_ptr,  # (batch, heads, length_q, head_dim)
+    delta_ptr,  # (batch, heads, length_q) contiguous, float32
+    grad_output_batch_stride, grad_output_head_stride, grad_output_row_stride,
+    output_batch_stride, output_head_stride, output_row_stride,
+    heads, length_q,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(length_q, BLOCK_M)
+    start_m = tl.program_id(0) % blocks * BLOCK_M
+    batch_head = (tl.program_id(0) // blocks).to(tl.int64)
+    batch, head = batch_head // heads, batch_head % heads
+    rows = start_m + tl.arange(0, BLOCK_M)
+    first = start_m.to(tl.int64)
+    grad_output_ptr += (
+        batch * grad_output_batch_stride + head * grad_output_head_stride + first * grad_output_row_stride
+    )
+    output_ptr += batch * output_batch_stride + head * output_head_stride + first * output_row_stride
+    grad = load_tile(grad_output_ptr, grad_output_row_stride, rows, length_q, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    output = load_tile(output_ptr, output_row_stride, rows, length_q, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    # delta = sum over head_dim of dO * O
+    delta = tl.sum(grad.to(tl.float32) * output.to(tl.float32), 1)
+    tl.store(delta_ptr + batch_head * length_q + rows, delta, mask=rows < length_q)
+
+
+@triton.jit
+def _key_value_tiles(
+    grad_key,  # (BLOCK_N, BLOCK_D) float32, dK / scale
+    grad_value,  # (BLOCK_N, BLOCK_D) float32, dV
+    k,  # (BLOCK_N, BLOCK_D)
+    v,  # (BLOCK_N, BLOCK_D)
+    query_ptr,  # this query head's queries
+    grad_output_ptr,
+    lse_ptr,
+    delta_ptr,
+    row_max_ptr,  # None where MASK is not ADDITIVE_MASK
+    mask_ptr,  # this query head's mask from the first of these keys on; None where MASK is NO_MASK
+    seed_ptr,  # None without DROPOUT
+    query_row_stride,
+    grad_output_row_stride,
+    mask_row_stride,
+    mask_column_stride,
+    batch_head,  # of the queries
+    start_n,
+    first_seen_by,  # (BLOCK_N,) number of the first query that sees each key, where CAUSAL
+    tile,  # the first tile of queries
+    count,  # how many tiles
+    diagonal_stop,
+    tail,  # the tile that follows the last one of the diagonal, where TAIL
+    length_q,
+    length_k,
+    score_scale,
+    drop_below,
+    keep_scale,
+    CAUSAL: tl.constexpr,
+    LOWER_RIGHT: tl.constexpr,
+    TAIL: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_BY_KEY: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    NEED_KEY: tl.constexpr,
+    NEED_VALUE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+    for index in tl.range(0, count):
+        tile_m = tile + index
+        if TAIL:
+            tile_m = tl.where(tile_m < diagonal_stop, tile_m, tail)
+        start_m = tile_m * BLOCK_M
+        rows = start_m + tl.arange(0, BLOCK_M)
+        first = tl.cast(start_m, tl.int64)
+        q = load_tile(
+            query_ptr + first * query_row_stride,
+            query_row_stride, rows, length_q, BLOCK_M, HEAD_DIM, BLOCK_D, TAIL,
+        )  # fmt: skip
+        grad = load_tile(
+            grad_output_ptr + first * grad_output_row_stride,
+            grad_output_row_stride, rows, length_q, BLOCK_M, HEAD_DIM, BLOCK_D, TAIL,
+        )  # fmt: skip
+        if TAIL:
+            # 2^(S - inf) = 0 beyond the last query
+            lse = tl.load(lse_ptr + rows, mask=rows < length_q, other=float("inf"))
+        else:
+            lse = tl.load(lse_ptr + rows)
+        if MASK != NO_MASK or LOWER_RIGHT:
+            # 2^(S - inf) = 0 too for a query that sees no key, whose lse is -inf
+            lse = tl.where(lse == float("-inf"), float("inf"), lse)
+        # P^T = 2^(S - lse)^T
+        scores = dot(k, tl.trans(q), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), INPUT_PRECISION, WIDEN)
+        if MASK != NO_MASK:
+            mask = load_mask(
+                mask_ptr + first * mask_row_stride, mask_row_stride, mask_column_stride,
+                tl.arange(0, BLOCK_M)[None, :], tl.arange(0, BLOCK_N)[:, None],
+                length_q - start_m, length_k - start_n, MASK_BY_KEY, TAIL, True,
+            )  # fmt: skip
+        if MASK == ADDITIVE_MASK:
+            row_max = tl.load(row_max_ptr + rows, mask=rows < length_q, other=0.0)
+            scores = scores * score_scale + mask.to(tl.float32)
+            p = tl.exp2((scores - row_max[None, :]) * LOG2_OF_E - lse[None, :])
+        else:
+            p = tl.exp2(scores * score_scale - lse[None, :])
+        if MASK == BOOL_MASK:
+            p = tl.where(mask != 0, p, 0.0)
+        if TAIL and CAUSAL:
+            p = tl.where(first_seen_by[:, None] <= rows[None, :], p, 0.0)
+        if DROPOUT:
+            # The sign of p says whether it is kept: used twice, the mask would be made twice, for two layouts.
+            kept = kept_tile(seed, batch_head, start_m, start_n, drop_below, BLOCK_M, BLOCK_N, True)
+            p = tl.where(kept, p, -p)
+        if NEED_VALUE:
+            # dV = P^T @ dO, of the P that dropout kept
+            weights = p
+            if DROPOUT:
+                weights = tl.maximum(p, 0.0)
+            grad_value = dot(weights.to(grad.dtype), grad, grad_value, INPUT_PRECISION, WIDEN)
+        if NEED_KEY:
+            if TAIL:
+                delta = tl.load(delta_ptr + rows, mask=rows < length_q, other=0.0)
+            else:
+                delta = tl.load(delta_ptr + rows)
+            # dS^T = P^T * (dP - delta)^T,  dP^T = V @ dO^T
+            dp = dot(v, tl.trans(grad), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), INPUT_PRECISION, WIDEN)
+            if DROPOUT:
+                dp = tl.where(p > 0.0, dp * keep_scale, 0.0)
+                p = tl.abs(p)
+            ds = p * (dp - delta[None, :])
+            # dK = scale * dS^T @ Q
+            grad_key = dot(ds.to(q.dtype), q, grad_key, INPUT_PRECISION, WIDEN)
+    return grad_key, grad_value
+
+
+@triton.jit(do_not_specialize=["kv_heads", "group", "length_q", "length_k", "drop_below"])
+def _key_value_kernel(
+    grad_output_ptr,  # (batch, kv_heads * group, length_q, head_dim)
+    query_ptr,  # (batch, kv_heads * group, length_q, head_dim)
+    key_ptr,  # (batch, kv_heads, length_k, head_dim)
+    value_ptr,  # (batch, kv_heads, length_k, head_dim)
+    lse_ptr,  # (batch, kv_heads * group, length_q) contiguous, float32
+    delta_ptr,  # (batch, kv_heads * group, length_q) contiguous, float32; read where NEED_KEY
+    row_max_ptr,  # the same, where MASK is ADDITIVE_MASK; None else, and so are all the arguments of what is not used
+    mask_ptr,  # (batch, kv_heads * group, length_q, length_k), any strides: uint8 (0 hides) or floating point
+    seed_ptr,  # (1,) int64
+    grad_key_ptr,  # (batch, kv_heads, length_k, head_dim), written where NEED_KEY
+    grad_value_ptr,  # (batch, kv_heads, length_k, head_dim), written where NEED_VALUE
+    grad_output_batch_stride, grad_output_head_stride, grad_output_row_stride,
+    query_batch_stride, query_head_stride, query_row_stride,
+    key_batch_stride, key_head_stride, key_row_stride,
+    value_batch_stride, value_head_stride, value_row_stride,
+    grad_key_batch_stride, grad_key_head_stride, grad_key_row_stride,
+    grad_value_batch_stride, grad_value_head_stride, grad_value_row_stride,
+    mask_batch_stride, mask_head_stride, mask_row_stride, mask_column_stride,
+    kv_heads, group, length_q, length_k,
+    scale,
+    score_scale,  # scale * log2(e); scale where MASK is ADDITIVE_MASK
+    drop_below,  # int32, see attention_tiles.py
+    keep_scale,  # 1 / (1 - dropout_p)
+    CAUSAL: tl.constexpr,
+    LOWER_RIGHT: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_BY_KEY: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    NEED_KEY: tl.constexpr,
+    NEED_VALUE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(length_k, BLOCK_N)
+    # The first block of keys is seen by the most queries: it comes first.
+    start_n = tl.program_id(0) % blocks * BLOCK_N
+    batch_head = (tl.program_id(0) // blocks).to(tl.int64)
+    batch, kv_head = batch_head // kv_heads, batch_head % kv_heads
+    columns = start_n + tl.arange(0, BLOCK_N)
+    first = start_n.to(tl.int64)
+
+    key_ptr += batch * key_batch_stride + kv_head * key_head_stride + first * key_row_stride
+    value_ptr += batch * value_batch_stride + kv_head * value_head_stride + first * value_row_stride
+    # Keys beyond the last one are zeros; what they get is not stored.
+    k = load_tile(key_ptr, key_row_stride, columns, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    v = load_tile(value_ptr, value_row_stride, columns, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+
+    # Tiles of queries: [diagonal, diagonal_stop) hold queries that see some of these keys, [diagonal_stop, whole)
+    # are seen whole, and a last one may be cut short by length_q.
+    tiles = tl.cdiv(length_q, BLOCK_M)
+    whole = length_q // BLOCK_M
+    diagonal = 0
+    diagonal_stop = 0
+    first_seen_by = columns
+    if CAUSAL:
+        if LOWER_RIGHT:
+            offset = length_k - length_q
+            first_seen_by = columns - offset
+            diagonal = tl.maximum(start_n - offset, 0) // BLOCK_M
+            diagonal_stop = tl.minimum(tiles, tl.cdiv(tl.maximum(start_n - offset + BLOCK_N - 1, 0), BLOCK_M))
+        else:
+            diagonal = start_n // BLOCK_M
+            diagonal_stop = tl.minimum(tiles, tl.cdiv(start_n + BLOCK_N - 1, BLOCK_M))
+    masked_tiles = tl.maximum(diagonal_stop - diagonal, 0)
+    if tl.maximum(diagonal_stop, whole) < tiles:
+        masked_tiles += 1
+
+    grad_key = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    grad_value = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for member in range(0, group):
+        head = kv_head * group + member
+        query_batch_head = batch * kv_heads * group + head
+        row_base = query_batch_head * length_q
+        head_query_ptr = query_ptr + batch * query_batch_stride + head * query_head_stride
+        head_grad_ptr = grad_output_ptr + batch * grad_output_batch_stride + head * grad_output_head_stride
+        head_mask_ptr = mask_ptr
+        if MASK != NO_MASK:
+            head_mask_ptr += batch * mask_batch_stride + head * mask_head_stride + first * mask_column_stride
+        head_row_max_ptr = row_max_ptr
+        if MASK == ADDITIVE_MASK:
+            head_row_max_ptr += row_base
+        grad_key, grad_value = _key_value_tiles(
+            grad_key, grad_value, k, v, head_query_ptr, head_grad_ptr, lse_ptr + row_base, delta_ptr + row_base,
+            head_row_max_ptr, head_mask_ptr, seed_ptr, query_row_stride, grad_output_row_stride,
+            mask_row_stride, mask_column_stride, query_batch_head, start_n, first_seen_by,
+            diagonal, masked_tiles, diagonal_stop, whole, length_q, length_k, score_scale, drop_below, keep_scale,
+            CAUSAL, LOWER_RIGHT, True, MASK, MASK_BY_KEY, DROPOUT, NEED_KEY, NEED_VALUE,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, INPUT_PRECISION, WIDEN,
+        )  # fmt: skip
+        grad_key, grad_value = _key_value_tiles(
+            grad_key, grad_value, k, v, head_query_ptr, head_grad_ptr, lse_ptr + row_base, delta_ptr + row_base,
+            head_row_max_ptr, head_mask_ptr, seed_ptr, query_row_stride, grad_output_row_stride,
+            mask_row_stride, mask_column_stride, query_batch_head, start_n, first_seen_by,
+            diagonal_stop, whole - diagonal_stop, 0, 0, length_q, length_k, score_scale, drop_below, keep_scale,
+            CAUSAL, LOWER_RIGHT, False, MASK, MASK_BY_KEY, DROPOUT, NEED_KEY, NEED_VALUE,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, INPUT_PRECISION, WIDEN,
+        )  # fmt: skip
+
+    if NEED_KEY:
+        grad_key_ptr += batch * grad_key_batch_stride + kv_head * grad_key_head_stride + first * grad_key_row_stride
+        store_tile(grad_key_ptr, grad_key_row_stride, columns, length_k, grad_key * scale, BLOCK_N, HEAD_DIM, BLOCK_D)
+    if NEED_VALUE:
+        if DROPOUT:
+            grad_value = grad_value * keep_scale
+        grad_value_ptr += (
+            batch * grad_value_batch_stride + kv_head * grad_value_head_stride + first * grad_value_row_stride
+        )
+        store_tile(grad_value_ptr, grad_value_row_stride, columns, length_k, grad_value, BLOCK_N, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _query_tiles(
+    grad_query,  # (BLOCK_M, BLOCK_D) float32, dQ / scale
+    q,  # (BLOCK_M, BLOCK_D)
+    grad,  # (BLOCK_M, BLOCK_D)
+    lse,  # (BLOCK_M,) float32
+    delta,  # (BLOCK_M,) float32
+    row_max,  # (BLOCK_M,) float32, where MASK is ADDITIVE_MASK
+    key_ptr,  # this head's keys
+    value_ptr,
+    mask_ptr,  # this head's mask from the first of these queries on; None where MASK is NO_MASK
+    seed_ptr,  # None without DROPOUT
+    key_row_stride,
+    value_row_stride,
+    mask_row_stride,
+    mask_column_stride,
+    batch_head,
+    start_m,
+    last_seen,  # (BLOCK_M,) number of the last key that each query sees, where CAUSAL
+    start,
+    stop,
+    length_q,
+    length_k,
+    score_scale,
+    drop_below,
+    keep_scale,
+    CAUSAL: tl.constexpr,
+    TAIL: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_BY_KEY: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+    for start_n in tl.range(start, stop, BLOCK_N):
+        start_n = tl.multiple_of(start_n, BLOCK_N)
+        columns = start_n + tl.arange(0, BLOCK_N)
+        first = tl.cast(start_n, tl.int64)
+        k = load_tile(
+            key_ptr + first * key_row_stride, key_row_stride, columns, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, TAIL
+        )
+        v = load_tile(
+            value_ptr + first * value_row_stride,
+            value_row_stride, columns, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, TAIL,
+        )  # fmt: skip
+        # P = 2^(S - lse)
+        scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), INPUT_PRECISION, WIDEN)
+        if MASK != NO_MASK:
+            mask = load_mask(
+                mask_ptr + first * mask_column_stride, mask_row_stride, mask_column_stride,
+                tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :],
+                length_q - start_m, length_k - start_n, MASK_BY_KEY, True, TAIL,
+            )  # fmt: skip
+        if MASK == ADDITIVE_MASK:
+            scores = scores * score_scale + mask.to(tl.float32)
+            p = tl.exp2((scores - row_max[:, None]) * LOG2_OF_E - lse[:, None])
+        else:
+            p = tl.exp2(scores * score_scale - lse[:, None])
+        if MASK == BOOL_MASK:
+            p = tl.where(mask != 0, p, 0.0)
+        if TAIL:
+            seen = columns[None, :] < length_k
+            if CAUSAL:
+                seen = seen & (columns[None, :] <= last_seen[:, None])
+            p = tl.where(seen, p, 0.0)
+        # dS = P * (dP - delta),  dP = dO @ V^T
+        dp = dot(grad, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), INPUT_PRECISION, WIDEN)
+        if DROPOUT:
+            kept = kept_tile(seed, batch_head, start_m, start_n, drop_below, BLOCK_M, BLOCK_N, False)
+            dp = tl.where(kept, dp * keep_scale, 0.0)
+        ds = p * (dp - delta[:, None])
+        # dQ = scale * dS @ K
+        grad_query = dot(ds.to(k.dtype), k, grad_query, INPUT_PRECISION, WIDEN)
+    return grad_query
+
+
+@triton.jit(do_not_specialize=["heads", "group", "length_q", "length_k", "drop_below"])
+def _query_kernel(
+    grad_output_ptr,  # (batch, heads, length_q, head_dim)
+    query_ptr,  # (batch, heads, length_q, head_dim)
+    key_ptr,  # (batch, heads // group, length_k, head_dim)
+    value_ptr,  # (batch, heads // group, length_k, head_dim)
+    lse_ptr,  # (batch, heads, length_q) contiguous, float32
+    delta_ptr,  # (batch, heads, length_q) contiguous, float32
+    row_max_ptr,  # the same, where MASK is ADDITIVE_MASK; None else, and so are all the arguments of what is not used
+    mask_ptr,  # (batch, heads, length_q, length_k), any strides: uint8 (0 hides) or floating point
+    seed_ptr,  # (1,) int64
+    grad_query_ptr,  # (batch, heads, length_q, head_dim)
+    grad_output_batch_stride, grad_output_head_stride, grad_output_row_stride,
+    query_batch_stride, query_head_stride, query_row_stride,
+    key_batch_stride, key_head_stride, key_row_stride,
+    value_batch_stride, value_head_stride, value_row_stride,
+    grad_query_batch_stride, grad_query_head_stride, grad_query_row_stride,
+    mask_batch_stride, mask_head_stride, mask_row_stride, mask_column_stride,
+    heads, group, length_q, length_k,
+    scale,
+    score_scale,  # scale * log2(e); scale where MASK is ADDITIVE_MASK
+    drop_below,  # int32, see attention_tiles.py
+    keep_scale,  # 1 / (1 - dropout_p)
+    CAUSAL: tl.constexpr,
+    LOWER_RIGHT: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_BY_KEY: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(length_q, BLOCK_M)
+    start_m = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
+    batch_head = (tl.program_id(0) // blocks).to(tl.int64)
+    batch, head = batch_head // heads, batch_head % heads
+    rows = start_m + tl.arange(0, BLOCK_M)
+    first = start_m.to(tl.int64)
+
+    query_ptr += batch * query_batch_stride + head * query_head_stride + first * query_row_stride
+    grad_output_ptr += (
+        batch * grad_output_batch_stride + head * grad_output_head_stride + first * grad_output_row_stride
+    )
+    key_ptr += batch * key_batch_stride + head // group * key_head_stride
+    value_ptr += batch * value_batch_stride + head // group * value_head_stride
+    q = load_tile(query_ptr, query_row_stride, rows, length_q, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    grad = load_tile(grad_output_ptr, grad_output_row_stride, rows, length_q, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    inside = rows < length_q
+    lse = tl.load(lse_ptr + batch_head * length_q + rows, mask=inside, other=0.0)
+    delta = tl.load(delta_ptr + batch_head * length_q + rows, mask=inside, other=0.0)
+
+    row_max = lse
+    if MASK == ADDITIVE_MASK:
+        row_max = tl.load(row_max_ptr + batch_head * length_q + rows, mask=inside, other=0.0)
+    if MASK != NO_MASK:
+        mask_ptr += batch * mask_batch_stride + head * mask_head_stride + first * mask_row_stride
+    if MASK != NO_MASK or LOWER_RIGHT:
+        # 2^(S - inf) = 0 for a query that sees no key, whose lse is -inf
+        lse = tl.where(lse == float("-inf"), float("inf"), lse)
+
+    stop = length_k
+    seen_by_all = length_k
+    last_seen = rows
+    if CAUSAL:
+        if LOWER_RIGHT:
+            offset = length_k - length_q
+            last_seen = rows + offset
+            stop = tl.minimum(length_k, tl.maximum(start_m + offset + BLOCK_M, 0))
+            seen_by_all = tl.minimum(length_k, tl.maximum(start_m + offset + 1, 0))
+        else:
+            stop = tl.minimum(length_k, start_m + BLOCK_M)
+            seen_by_all = tl.minimum(length_k, start_m + 1)
+    full = seen_by_all // BLOCK_N * BLOCK_N
+    grad_query = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    grad_query = _query_tiles(
+        grad_query, q, grad, lse, delta, row_max, key_ptr, value_ptr, mask_ptr, seed_ptr,
+        key_row_stride, value_row_stride, mask_row_stride, mask_column_stride,
+        batch_head, start_m, last_seen, full, stop,
+        length_q, length_k, score_scale, drop_below, keep_scale, CAUSAL, True, MASK, MASK_BY_KEY, DROPOUT,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, INPUT_PRECISION, WIDEN,
+    )  # fmt: skip
+    grad_query = _query_tiles(
+        grad_query, q, grad, lse, delta, row_max, key_ptr, value_ptr, mask_ptr, seed_ptr,
+        key_row_stride, value_row_stride, mask_row_stride, mask_column_stride,
+        batch_head, start_m, last_seen, 0, full,
+        length_q, length_k, score_scale, drop_below, keep_scale, CAUSAL, False, MASK, MASK_BY_KEY, DROPOUT,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, INPUT_PRECISION, WIDEN,
+    )  # fmt: skip
+    grad_query_ptr += batch * grad_query_batch_stride + head * grad_query_head_stride + first * grad_query_row_stride
+    store_tile(grad_query_ptr, grad_query_row_stride, rows, length_q, grad_query * scale, BLOCK_M, HEAD_DIM, BLOCK_D)
+
+
+# --- Launchers ------------------------------------------------------------------------------------------------------
+
+
+def backward(
+    grad_output, query, key, value, output, lse, is_causal, scale, need_query, need_key, need_value,
+    attn_mask=None, dropout_p=0.0, lower_right=False, seed=None,
+):  # fmt: skip
+    """-> dquery, dkey, dvalue of the shapes, dtypes and layouts of query, key, value; what is not needed is empty."""
+    batch, heads, length_q, head_dim = query.shape
+    kv_heads, length_k = key.shape[1:3]
+    grad_query, grad_key, grad_value = (
+        empty_in_layout_of(tensor) if needed else tensor.new_empty(0)
+        for tensor, needed in ((query, need_query), (key, need_key), (value, need_value))
+    )
+    if query.numel() == 0 or key.numel() == 0:
+        return grad_query.zero_(), grad_key.zero_(), grad_value.zero_()
+    grad_output, query, key, value, output = map(readable, (grad_output, query, key, value, output))
+    # As the forward made it: saved_tensors_hooks may hand back other strides.
+    lse = lse.contiguous()
+    extras = extras_of(query, key, attn_mask, dropout_p, seed)
+    lse, row_max = (lse[0], lse[1]) if extras.is_additive else (lse, None)
+    group = heads // kv_heads
+    block_d = padded_head_dim(head_dim)
+    strides = [stride for tensor in (grad_output, query, key, value) for stride in tensor.stride()[:3]]
+    scales = scale, scale if extras.is_additive else scale * LOG2E, extras.drop_below, extras.keep_scale
+    constants = {"CAUSAL": is_causal, "LOWER_RIGHT": lower_right, **extras.constants}
+    # Nobody reads delta for dvalue alone: lse stands in for the pointer.
+    delta = lse
+    if need_query or need_key:
+        delta = torch.empty_like(lse)
+        _delta_kernel[(cdiv(length_q, _DELTA_BLOCK_M) * batch * heads,)](
+            grad_output, output, delta,
+            *grad_output.stride()[:3], *output.stride()[:3],
+            heads, length_q,
+            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=_DELTA_BLOCK_M, num_warps=_DELTA_WARPS,
+        )  # fmt: skip
+    # A gradient that is not needed is not written: the key's strides stand in for its own.
+    key_strides = (grad_key if need_key else key).stride()[:3]
+    value_strides = (grad_value if need_value else key).stride()[:3]
+    for pass_key, pass_value in _key_value_passes(need_key, need_value, block_d):
+        tiles = tiles_of("key_value", query, block_d, extras)
+        _key_value_kernel[(cdiv(length_k, tiles.block_n) * batch * kv_heads,)](
+            grad_output, query, key, value, lse, delta, row_max, extras.mask, extras.seed, grad_key, grad_value,
+            *strides, *key_strides, *value_strides, *extras.mask_strides,
+            kv_heads, group, length_q, length_k,
+            *scales,
+            NEED_KEY=pass_key, NEED_VALUE=pass_value, **constants, **constants_of(query, head_dim, block_d, tiles),
+        )  # fmt: skip
+    if need_query:
+        tiles = tiles_of("query", query, block_d, extras)
+        _query_kernel[(cdiv(length_q, tiles.block_m) * batch * heads,)](
+            grad_output, query, key, value, lse, delta, row_max, extras.mask, extras.seed, grad_query,
+            *strides, *grad_query.stride()[:3], *extras.mask_strides,
+            heads, group, length_q, length_k,
+            *scales,
+            **constants, **constants_of(query, head_dim, block_d, tiles),
+        )  # fmt: skip
+    return grad_query, grad_key, grad_value
+
+
+def _key_value_passes(need_key, need_value, block_d):
+    """(computes dK, computes dV) for each launch: one for both, where the registers hold both accumulators."""
+    if block_d > _LARGEST_BLOCK_D_OF_ONE_PASS:
+        return [(True, False)] * need_key + [(False, True)] * need_value
+    return [(need_key, need_value)] if need_key or need_value else []
+
+
+# --- What ships, for the compile tests ------------------------------------------------------------------------------
+
+
+def compile_cases(architecture: int) -> list[CompileCase]:
+    """Every row of the configuration table that serves the architecture."""
+    cases = [_delta_case()]
+    queries = [("", *row) for row in shipped_tiles(architecture, "query")] + extra_cases(architecture, "query")
+    cases += [compile_case(_query_kernel, "query", *row, variant) for variant, *row in queries]
+    keys = [("", *row) for row in shipped_tiles(architecture, "key_value")] + extra_cases(architecture, "key_value")
+    for variant, *row in keys:
+        for need_key, need_value in _key_value_passes(True, True, padded_head_dim(row[-1])):
+            name = "key_value" + ("" if need_key and need_value else " dK" if need_key else " dV")
+            needs = {"NEED_KEY": need_key, "NEED_VALUE": need_value}
+            cases.append(compile_case(_key_value_kernel, name, *row, variant, "keys", **needs))
+    return cases
+
+
+def _delta_case():
+    constants = {"HEAD_DIM": 128, "BLOCK_D": 128, "BLOCK_M": _DELTA_BLOCK_M}
+    types, aligned = signature(_delta_kernel, "bf16", constants)
+    return CompileCase("delta hd128 bf16", _delta_kernel, types, constants, _DELTA_WARPS, 1, aligned)

@@ -1,0 +1,296 @@
+"""int8_linear: the contract, the PyTorch backend, the registered ops and the autograd.Function.
+
+    z = (x @ weight^T) * weight_scale + bias        y = act(z)
+
+where x is the input (w8a16), or q * input_scale of its quantisation (w8a8). Backward, with dz = dy * act'(z):
+    dinput = (dz * weight_scale) @ weight,  dbias = sum over rows of dz
+
+Inside gptkern a call is (input, weight, weight_scale, bias, activation, mode), with mode "w8a8" or "w8a16".
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from gptkern.backends import dispatch
+from gptkern.backends.registration import autocast, once_differentiable, register, without_autocast
+from gptkern.operators.quantize_int8.contract import forward as _quantized
+from gptkern.operators.quantize_int8.contract import quantize_int8
+
+__all__ = ["Int8LinearFunction", "int8_linear", "quantize_int8"]
+
+MODES = ("w8a8", "w8a16", "auto")
+# activation -> F.gelu's name of its approximation
+ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}
+# mode="auto" takes w8a16 up to here: one row of the tile of a matrix instruction. Reading the weight is then all
+# the time there is, and quantising the input would only cost accuracy. Reasoned, not measured yet.
+AUTO_W8A16_ROWS = 16
+
+
+def int8_linear(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    activation: str | None = None,
+    mode: str = "auto",
+) -> torch.Tensor:
+    """A linear layer whose weight is int8: `torch.nn.functional.linear` on the dequantised weight.
+
+        w8a16:  y = act((input @ weight^T) * weight_scale + bias)           the weight widened on the fly
+        w8a8:   y = act((q @ weight^T) * input_scale * weight_scale + bias)     (q, input_scale) = quantize_int8(input)
+
+    The w8a8 product is exact in int32; it is never written to memory: scales, bias and activation are applied to
+    the accumulator in float32 and the result is rounded once.
+
+    Args:
+        input: (*, in_features), floating point; any number of rows, 0 included.
+        weight: (out_features, in_features), int8, any value in -128…127; any strides.
+        weight_scale: (out_features,), float32.
+        bias: (out_features,), floating point, or None.
+        activation: None, "gelu" (exact) or "gelu_tanh" (PyTorch's approximate="tanh").
+        mode: "w8a8", "w8a16", or "auto": w8a16 for at most 16 rows (where the weight's bytes are the time), else w8a8.
+
+    Returns:
+        (*, out_features), the input's dtype.
+
+    The backward gives grad_input = (grad * weight_scale) @ weight, through the dequantised weight (in w8a8 the
+    rounding of the activation passes gradients straight through), and grad_bias. The activation's argument is
+    recomputed, not kept. No second derivative.
+
+    Under autocast the input is cast to the autocast dtype, as for F.linear.
+
+    Raises:
+        TypeError: the weight is not int8; an argument that must be a tensor is none.
+        RuntimeError: shapes do not match; weight_scale is not float32 or requires grad; the input is not floating
+            point; tensors are on several devices.
+        ValueError: unknown activation or mode.
+
+    Backends: torch (float64 included); triton and cuda for float16, bfloat16 and float32, forward and backward
+    (w8a8: for up to 132,104 in_features, whose sums int32 holds).
+
+    Source: Dettmers et al., "LLM.int8()", 2022 (arXiv:2208.07339), section 2.1, vector-wise quantisation.
+    """
+    choice = dispatch.settled(input)
+    _check_tensors(input, weight, weight_scale, bias)
+    (input,) = autocast("lower", input)
+    call = input, weight, weight_scale, bias, activation, _checked_mode(input, activation, mode)
+    if choice is None:
+        choice = dispatch.choose("int8_linear", *call)
+    if choice.backend == "torch" and not (torch.is_grad_enabled() and _requires_grad(input, bias)):
+        with without_autocast(input.device.type):
+            return forward(*call)
+    return Int8LinearFunction.apply(*call, choice.backend)
+
+
+def _check_tensors(input, weight, weight_scale, bias):
+    for name, tensor in (("input", input), ("weight", weight), ("weight_scale", weight_scale), ("bias", bias)):
+        if not isinstance(tensor, torch.Tensor) and not (name == "bias" and tensor is None):
+            raise TypeError(f"int8_linear: {name} is {type(tensor).__name__}; it needs a tensor")
+    if weight.dtype != torch.int8:
+        raise TypeError(f"int8_linear: weight is {weight.dtype}; it needs torch.int8, as quantize_int8 returns")
+    if weight.dim() != 2:
+        raise RuntimeError(f"int8_linear: weight has shape {tuple(weight.shape)}; it needs (out_features, in_features)")
+    out_features, in_features = weight.shape
+    if not input.is_floating_point():
+        raise RuntimeError(f"int8_linear: input is {input.dtype}; it needs a floating-point dtype")
+    if input.dim() == 0 or input.shape[-1] != in_features:
+        raise RuntimeError(
+            f"int8_linear: input has shape {tuple(input.shape)}; its last dimension needs to be the weight's "
+            f"in_features, {in_features}"
+        )
+    if weight_scale.dtype != torch.float32:
+        raise RuntimeError(f"int8_linear: weight_scale is {weight_scale.dtype}; it needs torch.float32")
+    if weight_scale.requires_grad:
+        raise RuntimeError("int8_linear: weight_scale requires grad; it needs to be constant, as it gets no gradient")
+    if bias is not None and not bias.is_floating_point():
+        raise RuntimeError(f"int8_linear: bias is {bias.dtype}; it needs a floating-point dtype")
+    for name, tensor in (("weight", weight), ("weight_scale", weight_scale), ("bias", bias)):
+        if tensor is None:
+            continue
+        if name != "weight" and tensor.shape != (out_features,):
+            raise RuntimeError(
+                f"int8_linear: {name} has shape {tuple(tensor.shape)}; it needs the weight's out_features, "
+                f"({out_features},)"
+            )
+        if tensor.device != input.device:
+            raise RuntimeError(
+                f"int8_linear: {name} is on {tensor.device}; it needs the input's device, {input.device}"
+            )
+
+
+def check_options(where, activation, mode):
+    """Raises ValueError where `activation` or `mode` is none of those that there are."""
+    if activation is not None and not (isinstance(activation, str) and activation in ACTIVATIONS):
+        raise ValueError(f"{where}: activation is {activation!r}; it needs None, 'gelu' or 'gelu_tanh'")
+    if mode not in MODES:
+        raise ValueError(f"{where}: mode is {mode!r}; it needs 'w8a8', 'w8a16' or 'auto'")
+
+
+def _checked_mode(input, activation, mode):
+    """ "w8a8" or "w8a16"."""
+    check_options("int8_linear", activation, mode)
+    if mode == "auto":
+        return "w8a16" if math.prod(input.shape[:-1]) <= AUTO_W8A16_ROWS else "w8a8"
+    return mode
+
+
+def _requires_grad(input, bias):
+    return input.requires_grad or (bias is not None and bias.requires_grad)
+
+
+# --- The torch backend: bare launchers in plain PyTorch -------------------------------------------------------------
+
+# |a * b| <= 2^14 for int8, and float32 holds every integer up to 2^24: so many terms sum exactly, in any order.
+EXACT_TERMS = 1024
+# q is within ±127 and the weight within ±128: longer sums can pass int32.
+INT32_TERMS = (2**31 - 1) // (127 * 128)
+# Elements of the weight that are widened at once. On a CPU a slice stays in the cache: a 4096 x 4096 weight takes a
+# quarter of the time of widening it whole (16 rows, AVX2). A GPU wants long products.
+WIDENED_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
+
+
+def unsupported(input, weight, weight_scale, bias, activation, mode):
+    return None
+
+
+def forward(input, weight, weight_scale, bias, activation, mode):
+    """(…, in_features) -> (…, out_features) in the input's dtype."""
+    y = _preactivation(input, weight, weight_scale, bias, mode)
+    if activation is not None:
+        y = F.gelu(y, approximate=ACTIVATIONS[activation])
+    return y.to(input.dtype).view(*input.shape[:-1], weight.shape[0])
+
+
+def backward(grad_output, input, weight, weight_scale, bias, activation, mode, need_input, need_bias):
+    """-> dinput (…, in_features) in grad_output's dtype, dbias (out_features,) in float32 (float64 for float64).
+
+    What is not needed is empty. `input` is None where there is no activation.
+    """
+    dz = rows_of(grad_output).to(_computing_dtype(grad_output))
+    if activation is not None:
+        # dz = dy * act'(z)
+        z = _preactivation(input, weight, weight_scale, bias, mode)
+        dz = torch.ops.aten.gelu_backward(dz, z, approximate=ACTIVATIONS[activation])
+    dinput = grad_output.new_empty(0)
+    if need_input:
+        # dinput = (dz * weight_scale) @ weight
+        dinput = _widened_product(dz * weight_scale, weight.t()).to(grad_output.dtype)
+        dinput = dinput.view(*grad_output.shape[:-1], weight.shape[1])
+    return dinput, dz.sum(0) if need_bias else dz.new_empty(0)
+
+
+def _preactivation(input, weight, weight_scale, bias, mode):
+    """z (rows, out_features) in float32 (float64 for float64 input)."""
+    dtype = _computing_dtype(input)
+    x = rows_of(input)
+    if mode == "w8a8":
+        q, input_scale = _quantized(x, 1)
+        # z = (q @ weight^T) * input_scale * weight_scale + bias
+        z = integer_product(q, weight).to(dtype) * input_scale[:, None] * weight_scale
+    else:
+        # z = (x @ weight^T) * weight_scale + bias
+        z = _widened_product(x.to(dtype), weight) * weight_scale
+    return z if bias is None else z + bias.to(dtype)
+
+
+def rows_of(tensor):
+    """(…, width) -> (rows, width), width 0 included."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def integer_product(q, weight):
+    """q @ weight^T, exact: (rows, out_features), whole numbers in a dtype that holds them.
+
+    q: (rows, in_features) int8 within ±127. weight: (out_features, in_features) int8.
+    """
+    rows, terms = q.shape
+    out_features = weight.shape[0]
+    # The shapes that torch._int_mm takes on a GPU. On a CPU without VNNI it takes 25 times as long as float32.
+    if q.is_cuda and rows > 16 and terms > 0 and terms % 8 == 0 and out_features % 8 == 0 and terms <= INT32_TERMS:
+        return torch._int_mm(q, weight.contiguous().t())
+    if terms <= EXACT_TERMS:
+        return _widened_product(q.float(), weight)
+    total = torch.zeros(rows, out_features, dtype=torch.int32 if terms <= INT32_TERMS else torch.int64, device=q.device)
+    for start in range(0, terms, EXACT_TERMS):
+        chunk = slice(start, start + EXACT_TERMS)
+        total += _widened_product(q[:, chunk].float(), weight[:, chunk]).to(total.dtype)
+    return total
+
+
+def _widened_product(x, weight):
+    """x @ weight^T in x's dtype, with never more than a slice of the weight widened to it."""
+    channels = max(WIDENED_ELEMENTS["cuda" if x.is_cuda else "cpu"] // max(weight.shape[1], 1), 1)
+    if weight.shape[0] <= channels:
+        return x @ weight.to(x.dtype).t()
+    return torch.cat([x @ part.to(x.dtype).t() for part in weight.split(channels)], 1)
+
+
+# --- Registration and autograd --------------------------------------------------------------------------------------
+
+
+def _computing_dtype(tensor: torch.Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _forward_fake(input, weight, weight_scale, bias, activation, mode, backend):
+    return input.new_empty(*input.shape[:-1], weight.shape[0])
+
+
+def _backward_fake(grad_output, input, weight, weight_scale, bias, activation, mode, need_input, need_bias, backend):
+    dinput = grad_output.new_empty((*grad_output.shape[:-1], weight.shape[1]) if need_input else 0)
+    return dinput, grad_output.new_empty(weight.shape[0] if need_bias else 0, dtype=_computing_dtype(grad_output))
+
+
+_forward = register(
+    "int8_linear",
+    "forward",
+    "(Tensor input, Tensor weight, Tensor weight_scale, Tensor? bias, str? activation, str mode, str backend)"
+    " -> Tensor",
+    _forward_fake,
+)
+_backward = register(
+    "int8_linear",
+    "backward",
+    "(Tensor grad_output, Tensor? input, Tensor weight, Tensor weight_scale, Tensor? bias, str? activation, str mode,"
+    " bool need_input, bool need_bias, str backend) -> (Tensor, Tensor)",
+    _backward_fake,
+)
+
+
+class Int8LinearFunction(torch.autograd.Function):
+    """The autograd.Function of int8_linear.
+
+    `apply(input, weight, weight_scale, bias, activation, mode, backend)` -> output. The arguments are trusted:
+    gptkern.functional.int8_linear checks them. The input is kept for the backward only where there is an activation.
+
+    Args:
+        input: (…, in_features). weight: (out_features, in_features) int8. weight_scale: (out_features,) float32.
+        bias: (out_features,) or None. mode: "w8a8" or "w8a16". backend: "torch", "triton" or "cuda".
+    """
+
+    @staticmethod
+    def forward(ctx, input, weight, weight_scale, bias, activation, mode, backend):
+        output = _forward(input, weight, weight_scale, bias, activation, mode, backend)
+        kept = (None, None) if activation is None else (input, bias)
+        ctx.save_for_backward(weight, weight_scale, *kept)
+        ctx.options = activation, mode
+        ctx.backend = backend
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        weight, weight_scale, input, bias = ctx.saved_tensors
+        need_input, need_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+        with torch.no_grad():
+            dinput, dbias = _backward(
+                grad_output, input, weight, weight_scale, bias, *ctx.options, need_input, need_bias, ctx.backend
+            )
+        gradients = [dinput if need_input else None, dbias.to(ctx.bias_dtype) if need_bias else None]
+        dinput, dbias = once_differentiable("int8_linear", gradients, (grad_output, input, bias), remedy="")
+        return dinput, None, None, dbias, None, None, None

@@ -1,0 +1,90 @@
+"""int8_linear in CUDA C++: launchers of csrc/int8_linear/w8a8.cu and csrc/int8_linear/w8a16.cu.
+
+One call of the compiled module starts all kernels of a forward, or of a backward.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from gptkern.backends.cuda import common
+from gptkern.backends.cuda.common import DTYPES, multiprocessors
+from gptkern.operators.int8_linear.contract import INT32_TERMS
+
+# csrc/device/linear.cuh, enum Activation.
+ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2}
+# csrc/int8_linear/w8a8.cu: rows that a block of the gradient sums; and what q's rows are padded to, in bytes.
+GRADIENT_ROWS = 64
+Q_ALIGNMENT = 16
+# Rows and columns are 32-bit integers in the kernels, which run over them by less than a block's tile.
+_MAX_COUNT = 2**31 - 2**20
+
+
+def unsupported(input, weight, weight_scale, bias, activation, mode):
+    if input.dtype not in DTYPES:
+        return f"input is {input.dtype}"
+    if mode == "w8a8" and weight.shape[1] > INT32_TERMS:
+        return f"w8a8 with in_features {weight.shape[1]}: sums of more than {INT32_TERMS} products can pass int32"
+    if math.prod(input.shape[:-1]) > _MAX_COUNT or weight.shape[0] > _MAX_COUNT or weight.shape[1] > _MAX_COUNT:
+        return (
+            f"the input has shape {tuple(input.shape)} and the weight {tuple(weight.shape)}; the kernels count rows "
+            "and columns in 32 bits"
+        )
+    return None
+
+
+def forward(input, weight, weight_scale, bias, activation, mode):
+    """(…, in_features) -> (…, out_features) in the input's dtype."""
+    *rows, K = input.shape
+    device = input.device
+    y = torch.empty(*rows, weight.shape[0], dtype=input.dtype, device=device)
+    q = input_scale = None
+    if mode == "w8a8":
+        q, input_scale = _quantised(math.prod(rows), K, device)
+    common.start(
+        "int8_linear_forward", input, weight, weight_scale, _as_read(bias), q, input_scale, y, ACTIVATIONS[activation],
+        multiprocessors(device),
+    )  # fmt: skip
+    return y
+
+
+def backward(grad_output, input, weight, weight_scale, bias, activation, mode, need_input, need_bias):
+    """-> dinput (…, in_features) in grad_output's dtype, dbias (out_features,) in float32, empty where not needed."""
+    N, K = weight.shape
+    *rows, _ = grad_output.shape
+    M = math.prod(rows)
+    dtype, device, float32 = grad_output.dtype, grad_output.device, torch.float32
+    dbias = torch.empty(N if need_bias else 0, dtype=float32, device=device)
+    x = q = input_scale = z = largest = scaled = partial = None
+    if activation is not None:
+        x = input
+        z = torch.empty(M, N, dtype=float32, device=device)
+        if mode == "w8a8":
+            q, input_scale = _quantised(M, K, device)
+    if need_input:
+        dinput = torch.empty(*rows, K, dtype=dtype, device=device)
+        scaled = torch.empty(M, N, dtype=dtype, device=device)
+        # Of no weights there is none to be the largest.
+        largest = (torch.empty if N else torch.zeros)(1, dtype=float32, device=device)
+    else:
+        dinput = torch.empty(0, dtype=dtype, device=device)
+    if need_bias:
+        partial = torch.empty(-(-M // GRADIENT_ROWS) * N, dtype=float32, device=device)
+    common.start(
+        "int8_linear_backward", grad_output, x, weight, weight_scale, _as_read(bias), q, input_scale, z, largest,
+        scaled, partial, dinput, dbias, ACTIVATIONS[activation], multiprocessors(device),
+    )  # fmt: skip
+    return dinput, dbias
+
+
+def _quantised(M, K, device):
+    """(q, input_scale), to be written."""
+    q = torch.empty(M, -(-K // Q_ALIGNMENT) * Q_ALIGNMENT, dtype=torch.int8, device=device)
+    return q, torch.empty(M, dtype=torch.float32, device=device)
+
+
+def _as_read(bias):
+    """The bias in a dtype that the kernels read."""
+    return bias if bias is None or bias.dtype in DTYPES else bias.float()

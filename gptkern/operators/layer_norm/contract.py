@@ -1,0 +1,328 @@
+"""layer_norm: the contract, the PyTorch backend, the registered ops and the autograd.Function.
+
+    x_hat = (x - mean) * rstd            rstd = 1 / sqrt(var + eps)
+    y     = x_hat * weight + bias
+
+Backward, with g = dy * weight and averages over the row:
+    dx = rstd * (g - avg(g) - x_hat * avg(g * x_hat))
+    dweight = sum over rows of dy * x_hat,  dbias = sum over rows of dy
+
+Inside gptkern a call is (input, residual, weight, bias, eps): the row is the last dimension, `weight` and
+`bias` are one-dimensional. The twin flattens PyTorch's `normalized_shape` to that.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import has_torch_function_variadic
+
+from gptkern.backends import dispatch
+from gptkern.backends.registration import autocast, once_differentiable, register
+
+_SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+
+
+@dispatch.twin_of(F.layer_norm)
+def layer_norm(
+    input: torch.Tensor,
+    normalized_shape: list[int] | tuple[int, ...] | torch.Size,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Layer normalisation over the last dimensions, the twin of `torch.nn.functional.layer_norm`.
+
+        y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias        s = input, or input + residual
+
+    The variance is the biased one (divided by the row's width). Statistics are kept in float32 (float64 for
+    float64 input).
+
+    Args:
+        input: (*, *normalized_shape), floating point.
+        normalized_shape: the trailing dimensions that are normalised together; any width.
+        weight, bias: normalized_shape, or None. One dtype for both: the input's, or float32 beside a 16-bit input.
+        eps: added to the variance.
+        residual: the input's shape and device, floating point. Added to the input in the same pass.
+
+    Returns:
+        y, of the input's shape and dtype; with `residual`, the pair (y, input + residual), both of
+        `torch.result_type(input, residual)`.
+
+    Raises:
+        RuntimeError: the input's trailing dimensions, the weight's or the bias's shape differ from
+            normalized_shape; normalized_shape is empty; the parameters' dtype does not fit the input's;
+            tensors are on several devices.
+        NotImplementedError: the input is not floating point.
+        ValueError: the residual's shape differs from the input's, or it is not floating point.
+        TypeError: an argument that must be a tensor is none; normalized_shape holds no integers; eps is no number.
+
+    Backends: torch; triton for float16, bfloat16, float32 and float64, cuda for the same but float64, forward and
+    backward (no second derivative). The weight's and the bias's gradients are summed in a fixed order: the same on
+    every run.
+
+    Source: Ba, Kiros, Hinton, "Layer Normalization", 2016 (arXiv:1607.06450).
+    """
+    choice = dispatch.settled(input)
+    if choice is None:
+        _check_types(input, normalized_shape, weight, bias, eps, residual)
+        if residual is not None and input.is_cuda and torch.is_autocast_enabled("cuda"):
+            # Autocast widens what is normalised; the sum keeps its own dtype, as PyTorch's addition does.
+            _check_residual(input, residual)
+            summed = input + residual
+            return layer_norm(summed, normalized_shape, weight, bias, eps), summed
+        cast = autocast("float32", input, residual, weight, bias)
+        call = _flattened(*cast, normalized_shape, eps)
+        choice = dispatch.choose("layer_norm", *call)
+        if choice.backend != "torch":
+            output, summed = LayerNormFunction.apply(*call, choice.backend)
+            if residual is None:
+                return output.view(input.shape)
+            return output.view(input.shape), summed.view(input.shape)
+    if residual is None:
+        return _on_pytorch(input, normalized_shape, weight, bias, eps)
+    _check_types(input, normalized_shape, weight, bias, eps, residual)
+    _check_residual(input, residual)
+    summed = input + residual
+    if summed.dtype != input.dtype:
+        # The parameters fit the input; PyTorch wants them to fit what it normalises.
+        _check_parameter_dtypes(input, weight, bias)
+        weight = None if weight is None else weight.to(summed.dtype)
+        bias = None if bias is None else bias.to(summed.dtype)
+    return _on_pytorch(summed, normalized_shape, weight, bias, eps), summed
+
+
+def _on_pytorch(input, normalized_shape, weight, bias, eps):
+    if isinstance(input, torch.Tensor) and input.dtype in _SIXTEEN_BITS:
+        # PyTorch sums the gradients of 16-bit layer_norm in 16 bits on the CPU, those of float32 parameters too,
+        # which costs the weight's gradient two digits. On a GPU it refuses float32 parameters beside a 16-bit input.
+        dtypes = {parameter.dtype for parameter in (weight, bias) if isinstance(parameter, torch.Tensor)}
+        refused = input.is_cuda and dtypes == {torch.float32} and not torch.is_autocast_enabled("cuda")
+        if refused or (input.is_cpu and dtypes in (set(), {input.dtype}, {torch.float32})):
+            weight = weight.float() if isinstance(weight, torch.Tensor) else weight
+            bias = bias.float() if isinstance(bias, torch.Tensor) else bias
+            return F.layer_norm(input.float(), normalized_shape, weight, bias, eps).to(input.dtype)
+    if has_torch_function_variadic(input, weight, bias):
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)
+    # What F.layer_norm calls, without its look-up of torch.backends.cudnn.enabled: a third of the host time.
+    return torch.layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+def _check_types(input, normalized_shape, weight, bias, eps, residual):
+    for name, argument in (("input", input), ("weight", weight), ("bias", bias), ("residual", residual)):
+        if not isinstance(argument, torch.Tensor) and (argument is not None or name == "input"):
+            raise TypeError(f"layer_norm: {name} is a {type(argument).__name__}; it needs to be a Tensor")
+    if not isinstance(normalized_shape, (tuple, list)):
+        raise TypeError(
+            f"layer_norm: normalized_shape is a {type(normalized_shape).__name__}; it needs to be a tuple of ints"
+        )
+    for size in normalized_shape:
+        if not isinstance(size, (int, torch.SymInt)):
+            raise TypeError(f"layer_norm: normalized_shape holds a {type(size).__name__}; it needs ints")
+    if not isinstance(eps, (int, float, torch.SymFloat, torch.Tensor)):
+        raise TypeError(f"layer_norm: eps is a {type(eps).__name__}; it needs to be a float")
+
+
+def _flattened(input, residual, weight, bias, normalized_shape, eps):
+    """The checked call with the normalised dimensions flattened into one."""
+    shape = tuple(normalized_shape)
+    if len(shape) == 0:
+        raise RuntimeError("layer_norm: normalized_shape is empty; it needs at least one dimension")
+    if tuple(input.shape[-len(shape) :]) != shape:
+        raise RuntimeError(
+            f"layer_norm: input has shape {tuple(input.shape)}; its last dimensions need to be "
+            f"normalized_shape, {shape}"
+        )
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is None:
+            continue
+        if tuple(parameter.shape) != shape:
+            raise RuntimeError(
+                f"layer_norm: {name} has shape {tuple(parameter.shape)}; it needs normalized_shape, {shape}"
+            )
+        if parameter.device != input.device:
+            raise RuntimeError(
+                f"layer_norm: {name} is on {parameter.device}; it needs the input's device, {input.device}"
+            )
+    _check_parameter_dtypes(input, weight, bias)
+    if not input.is_floating_point():
+        raise NotImplementedError(f"layer_norm: input is {input.dtype}; it needs a floating-point dtype")
+    if residual is not None:
+        _check_residual(input, residual)
+        if residual.device != input.device:
+            raise RuntimeError(
+                f"layer_norm: residual is on {residual.device}; it needs the input's device, {input.device}"
+            )
+    if len(shape) > 1:
+        width = math.prod(shape)
+        input = input.reshape(*input.shape[: -len(shape)], width)
+        residual = None if residual is None else residual.reshape(input.shape)
+        weight = None if weight is None else weight.reshape(width)
+        bias = None if bias is None else bias.reshape(width)
+    return input, residual, weight, bias, float(eps)
+
+
+def _check_parameter_dtypes(input, weight, bias):
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is None or parameter.dtype == input.dtype:
+            continue
+        if parameter.dtype != torch.float32 or input.dtype not in _SIXTEEN_BITS:
+            raise RuntimeError(
+                f"layer_norm: {name} is {parameter.dtype}; it needs the input's dtype, {input.dtype}, "
+                "or float32 beside a 16-bit input"
+            )
+    if weight is not None and bias is not None and weight.dtype != bias.dtype:
+        raise RuntimeError(f"layer_norm: bias is {bias.dtype}; it needs the weight's dtype, {weight.dtype}")
+
+
+def _check_residual(input, residual):
+    if residual.shape != input.shape:
+        raise ValueError(
+            f"layer_norm: residual has shape {tuple(residual.shape)}; it needs the input's, {tuple(input.shape)}"
+        )
+    if not residual.is_floating_point():
+        raise ValueError(f"layer_norm: residual is {residual.dtype}; it needs a floating-point dtype")
+
+
+# --- The torch backend: bare launchers in plain PyTorch -------------------------------------------------------------
+
+
+def unsupported(input, residual, weight, bias, eps):
+    return None
+
+
+def forward(input, residual, weight, bias, eps):
+    """(…, width) -> output (…, width), summed (…, width) or empty, mean (rows,), rstd (rows,) in float32."""
+    summed = input if residual is None else input + residual
+    x = summed.to(_statistics_dtype(summed)).reshape(-1, summed.shape[-1])
+    mean = x.mean(1)
+    # var = avg((x - mean)²), not E[x²] - mean², which cancels at |mean| >> std
+    rstd = torch.rsqrt((x - mean[:, None]).square().mean(1) + eps)
+    y = (x - mean[:, None]) * rstd[:, None]
+    if weight is not None:
+        y = y * weight.to(x.dtype)
+    if bias is not None:
+        y = y + bias.to(x.dtype)
+    output = y.to(summed.dtype).view(summed.shape)
+    return output, (summed.new_empty(0) if residual is None else summed), mean, rstd
+
+
+def backward(grad_output, grad_summed, summed, weight, mean, rstd, need_input, need_weight, need_bias):
+    """-> dsummed (…, width), dweight (width,), dbias (width,); what is not needed is empty.
+
+    dsummed includes grad_summed, the gradient that reaches the sum by itself. dweight and dbias are in the
+    statistics' dtype; the autograd.Function rounds them to the parameters'.
+    """
+    width = summed.shape[-1]
+    x = summed.to(mean.dtype).reshape(-1, width)
+    dy = grad_output.to(mean.dtype).reshape(-1, width)
+    x_hat = (x - mean[:, None]) * rstd[:, None]
+    # three tensors: a registered op may not return one twice
+    dsummed, dweight, dbias = (mean.new_empty(0) for _ in range(3))
+    if need_input:
+        g = dy if weight is None else dy * weight.to(mean.dtype)
+        # dx = rstd * (g - avg(g) - x_hat * avg(g * x_hat))
+        dx = rstd[:, None] * (g - g.mean(1, keepdim=True) - x_hat * (g * x_hat).mean(1, keepdim=True))
+        dsummed = dx.view(summed.shape)
+        if grad_summed is not None:
+            dsummed = dsummed + grad_summed
+        dsummed = dsummed.to(summed.dtype)
+    if need_weight:
+        dweight = (dy * x_hat).sum(0)
+    if need_bias:
+        dbias = dy.sum(0)
+    return dsummed, dweight, dbias
+
+
+# --- Registration and autograd --------------------------------------------------------------------------------------
+
+
+def _statistics_dtype(tensor: torch.Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _forward_fake(input, residual, weight, bias, eps, backend):
+    dtype = input.dtype if residual is None else torch.result_type(input, residual)
+    output = torch.empty(input.shape, dtype=dtype, device=input.device)
+    summed = output.new_empty(0) if residual is None else torch.empty_like(output)
+    rows = math.prod(input.shape[:-1])
+    mean = output.new_empty(rows, dtype=_statistics_dtype(output))
+    return output, summed, mean, torch.empty_like(mean)
+
+
+def _backward_fake(grad_output, grad_summed, summed, weight, mean, rstd, need_input, need_weight, need_bias, backend):
+    width = summed.shape[-1]
+    dsummed = torch.empty(summed.shape, dtype=summed.dtype, device=summed.device) if need_input else mean.new_empty(0)
+    return dsummed, mean.new_empty(width if need_weight else 0), mean.new_empty(width if need_bias else 0)
+
+
+_forward = register(
+    "layer_norm",
+    "forward",
+    "(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, float eps, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward_fake,
+)
+_backward = register(
+    "layer_norm",
+    "backward",
+    "(Tensor grad_output, Tensor? grad_summed, Tensor summed, Tensor? weight, Tensor mean, Tensor rstd,"
+    " bool need_input, bool need_weight, bool need_bias, str backend) -> (Tensor, Tensor, Tensor)",
+    _backward_fake,
+)
+
+
+class LayerNormFunction(torch.autograd.Function):
+    """The autograd.Function of layer_norm over the last dimension.
+
+    `apply(input, residual, weight, bias, eps, backend)` -> (output, summed); `summed` is input + residual, or
+    empty where residual is None. The arguments are trusted: gptkern.functional.layer_norm checks them.
+
+    Args:
+        input: (…, width). residual: (…, width) or None. weight, bias: (width,) or None.
+        backend: "torch", "triton" or "cuda".
+    """
+
+    @staticmethod
+    def forward(ctx, input, residual, weight, bias, eps, backend):
+        # Kernels walk the parameters in steps of one element.
+        weight = None if weight is None else weight.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        output, summed, mean, rstd = _forward(input, residual, weight, bias, eps, backend)
+        # Gradients that nobody computed arrive as None, not as zeros in memory.
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(input if residual is None else summed, weight, mean, rstd)
+        ctx.backend = backend
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (input, residual, weight, bias)]
+        if residual is None:
+            ctx.mark_non_differentiable(summed)
+        return output, summed
+
+    @staticmethod
+    def backward(ctx, grad_output, grad_summed):
+        # As the forward made them: saved_tensors_hooks may hand back other strides.
+        summed, weight, mean, rstd = ctx.saved_tensors
+        weight, mean, rstd = None if weight is None else weight.contiguous(), mean.contiguous(), rstd.contiguous()
+        need_input, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
+        has_residual = ctx.dtypes[1] is not None
+        grad_summed = grad_summed if has_residual else None
+        if grad_output is None:
+            if grad_summed is None:
+                return None, None, None, None, None, None
+            dsummed, dweight, dbias = grad_summed, None, None
+        else:
+            with torch.no_grad():
+                dsummed, dweight, dbias = _backward(
+                    grad_output, grad_summed, summed, weight, mean, rstd,
+                    need_input or need_residual, need_weight, need_bias, ctx.backend,
+                )  # fmt: skip
+        gradients = [
+            tensor.to(dtype) if needed and tensor is not None else None
+            for tensor, dtype, needed in zip((dsummed, dsummed, dweight, dbias), ctx.dtypes, ctx.needs_input_grad)
+        ]
+        gradients = once_differentiable("layer_norm", gradients, (grad_output, grad_summed, summed, weight))
+        return *gradients, None, None

@@ -1,0 +1,59 @@
+"""layer_norm in CUDA C++: launchers over csrc/layer_norm/, where the mathematics is."""
+
+from __future__ import annotations
+
+import torch
+
+from gptkern.backends.cuda import common
+from gptkern.backends.cuda.common import DTYPES, as_read, most_partials
+
+# Columns are 32-bit integers in the kernels, with room for a chunk beyond the row.
+WIDEST = 2**30
+
+
+def unsupported(input, residual, weight, bias, eps) -> str | None:
+    """Why these kernels do not cover a call, or None."""
+    if input.shape[-1] > WIDEST:
+        return f"rows are {input.shape[-1]} wide; the kernel counts columns up to {WIDEST}"
+    for name, tensor in (("input", input), ("residual", residual), ("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype not in DTYPES:
+            return f"{name} is {tensor.dtype}; the kernel is for float16, bfloat16 and float32"
+    return None
+
+
+def forward(input, residual, weight, bias, eps):
+    """(…, width) -> output (…, width), summed (…, width) or empty, mean (rows,), rstd (rows,)."""
+    dtype, device = input.dtype, input.device
+    if residual is not None:
+        dtype = torch.result_type(input, residual)
+    output = torch.empty_like(input, dtype=dtype, memory_format=torch.contiguous_format)
+    summed = torch.empty(0, dtype=dtype, device=device) if residual is None else torch.empty_like(output)
+    mean = torch.empty(input.shape[:-1].numel(), dtype=torch.float32, device=device)
+    rstd = torch.empty_like(mean)
+    weight, bias = as_read(weight, dtype), as_read(bias, dtype)
+    common.start("layer_norm_forward", input, residual, weight, bias, output, summed, mean, rstd, eps)
+    return output, summed, mean, rstd
+
+
+def backward(grad_output, grad_summed, summed, weight, mean, rstd, need_input, need_weight, need_bias):
+    """-> dsummed (…, width), dweight (width,), dbias (width,) in float32; what is not needed is empty."""
+    width, device, float32 = summed.shape[-1], summed.device, torch.float32
+    rows = mean.numel()
+    # What is not needed is a tensor of its own: a registered op may not return one twice.
+    if need_input:
+        dsummed = torch.empty_like(summed, memory_format=torch.contiguous_format)
+    else:
+        dsummed, grad_summed = torch.empty(0, dtype=float32, device=device), None
+    if rows == 0 or width == 0:
+        return dsummed, mean.new_zeros(width if need_weight else 0), mean.new_zeros(width if need_bias else 0)
+    dweight = torch.empty(width if need_weight else 0, dtype=float32, device=device)
+    dbias = torch.empty(width if need_bias else 0, dtype=float32, device=device)
+    partials = min(rows, most_partials(width, device))
+    wanted = need_weight + need_bias
+    partial = torch.empty(wanted * partials * width, dtype=float32, device=device) if wanted else None
+    weight = as_read(weight, summed.dtype)
+    common.start(
+        "layer_norm_backward", grad_output, grad_summed, summed, weight, mean, rstd, dsummed, dweight, dbias, partial,
+        partials,
+    )  # fmt: skip
+    return dsummed, dweight, dbias

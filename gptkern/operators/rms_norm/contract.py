@@ -1,0 +1,212 @@
+"""rms_norm: the contract, the PyTorch backend, the registered ops and the autograd.Function.
+
+    x_hat = x * rstd            rstd = 1 / sqrt(avg(x²) + eps)
+    y     = x_hat * weight
+
+Backward, with g = dy * weight and averages over the row:
+    dx = rstd * (g - x_hat * avg(g * x_hat))
+    dweight = sum over rows of dy * x_hat
+
+Inside gptkern a call is (input, weight, eps): the row is the last dimension, `weight` is one-dimensional and eps a
+number. The twin flattens PyTorch's `normalized_shape` to that.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from gptkern.backends import dispatch
+from gptkern.backends.registration import autocast, once_differentiable, register
+
+
+@dispatch.twin_of(F.rms_norm, torch.rms_norm)
+def rms_norm(
+    input: torch.Tensor,
+    normalized_shape: list[int] | tuple[int, ...] | torch.Size,
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+) -> torch.Tensor:
+    """Normalisation by the root of the mean square over the last dimensions: `torch.nn.functional.rms_norm`'s twin.
+
+        y = x / sqrt(mean(x²) + eps) * weight
+
+    The mean square is kept in float32 (float64 for float64 input).
+
+    Args:
+        input: (*, *normalized_shape), floating point.
+        normalized_shape: the trailing dimensions that are normalised together; any width.
+        weight: normalized_shape, or None. Of any floating-point dtype; the result is not widened by it.
+        eps: added to the mean square. None: the machine epsilon of the dtype that is computed in, which is float32
+            for 16-bit input.
+
+    Returns:
+        y, of the input's shape and dtype.
+
+    Raises:
+        RuntimeError: the input's trailing dimensions or the weight's shape differ from normalized_shape;
+            normalized_shape is empty; tensors are on several devices.
+        ValueError: the input has fewer dimensions than normalized_shape.
+        NotImplementedError: the input is of integers.
+        TypeError: an argument that must be a tensor is none; normalized_shape holds no integers; eps is no number.
+
+    Backends: torch, also for complex input; triton and cuda for float16, bfloat16 and float32, forward and backward
+    (no second derivative). The weight's gradient is summed in a fixed order: the same on every run.
+
+    Source: Zhang, Sennrich, "Root Mean Square Layer Normalization", 2019 (arXiv:1910.07467).
+    """
+    choice = dispatch.settled(input)
+    if choice is None:
+        _check_types(input, normalized_shape, weight, eps)
+        call = _flattened(*autocast("float32", input, weight), normalized_shape, eps)
+        choice = dispatch.choose("rms_norm", *call)
+        if choice.backend != "torch":
+            return RMSNormFunction.apply(*call, choice.backend).view(input.shape)
+    return F.rms_norm(input, normalized_shape, weight, eps)
+
+
+def _check_types(input, normalized_shape, weight, eps):
+    for name, argument in (("input", input), ("weight", weight)):
+        if not isinstance(argument, torch.Tensor) and (argument is not None or name == "input"):
+            raise TypeError(f"rms_norm: {name} is a {type(argument).__name__}; it needs to be a Tensor")
+    if not isinstance(normalized_shape, (tuple, list)):
+        raise TypeError(
+            f"rms_norm: normalized_shape is a {type(normalized_shape).__name__}; it needs to be a tuple of ints"
+        )
+    for size in normalized_shape:
+        if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool):
+            raise TypeError(f"rms_norm: normalized_shape holds a {type(size).__name__}; it needs ints")
+    if eps is not None and not isinstance(eps, (int, float, torch.SymFloat, torch.Tensor)):
+        raise TypeError(f"rms_norm: eps is a {type(eps).__name__}; it needs to be a float or None")
+
+
+def _flattened(input, weight, normalized_shape, eps):
+    """The checked call with the normalised dimensions flattened into one, and eps a number."""
+    shape = tuple(normalized_shape)
+    if len(shape) == 0:
+        raise RuntimeError("rms_norm: normalized_shape is empty; it needs at least one dimension")
+    if weight is not None and tuple(weight.shape) != shape:
+        raise RuntimeError(
+            f"rms_norm: weight has shape {tuple(weight.shape)}; it needs normalized_shape, {shape}"
+        )  # fmt: skip
+    if input.dim() < len(shape):
+        raise ValueError(
+            f"rms_norm: input has shape {tuple(input.shape)}; it needs the dimensions of normalized_shape, {shape}"
+        )
+    if tuple(input.shape[-len(shape) :]) != shape:
+        raise RuntimeError(
+            f"rms_norm: input has shape {tuple(input.shape)}; its last dimensions need to be normalized_shape, {shape}"
+        )
+    if not input.is_floating_point() and not input.is_complex():
+        raise NotImplementedError(f"rms_norm: input is {input.dtype}; it needs a floating-point dtype")
+    if weight is not None and weight.device != input.device:
+        raise RuntimeError(f"rms_norm: weight is on {weight.device}; it needs the input's device, {input.device}")
+    if len(shape) > 1:
+        width = math.prod(shape)
+        input = input.reshape(*input.shape[: -len(shape)], width)
+        weight = None if weight is None else weight.reshape(width)
+    return input, weight, torch.finfo(_statistics_dtype(input)).eps if eps is None else float(eps)
+
+
+# --- The torch backend: bare launchers in plain PyTorch -------------------------------------------------------------
+
+
+def unsupported(input, weight, eps):
+    return None
+
+
+def forward(input, weight, eps):
+    """(…, width) -> output (…, width), rstd (rows,) in float32 (float64 for float64)."""
+    x = input.to(_statistics_dtype(input)).reshape(-1, input.shape[-1])
+    # rstd = 1 / sqrt(avg(x²) + eps)
+    rstd = torch.rsqrt(x.square().mean(1) + eps)
+    y = x * rstd[:, None]
+    if weight is not None:
+        y = y * weight.to(x.dtype)
+    return y.to(input.dtype).view(input.shape), rstd
+
+
+def backward(grad_output, input, weight, rstd, need_input, need_weight):
+    """-> dinput (…, width), dweight (width,) in the statistics' dtype; what is not needed is empty."""
+    width = input.shape[-1]
+    x_hat = input.to(rstd.dtype).reshape(-1, width) * rstd[:, None]
+    dy = grad_output.to(rstd.dtype).reshape(-1, width)
+    # two tensors: a registered op may not return one twice
+    dinput, dweight = rstd.new_empty(0), rstd.new_empty(0)
+    if need_input:
+        g = dy if weight is None else dy * weight.to(rstd.dtype)
+        # dx = rstd * (g - x_hat * avg(g * x_hat))
+        dx = rstd[:, None] * (g - x_hat * (g * x_hat).mean(1, keepdim=True))
+        dinput = dx.to(input.dtype).view(input.shape)
+    if need_weight:
+        dweight = (dy * x_hat).sum(0)
+    return dinput, dweight
+
+
+# --- Registration and autograd --------------------------------------------------------------------------------------
+
+
+def _statistics_dtype(tensor: torch.Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+def _forward_fake(input, weight, eps, backend):
+    rows = math.prod(input.shape[:-1])
+    output = torch.empty(input.shape, dtype=input.dtype, device=input.device)
+    return output, torch.empty(rows, dtype=_statistics_dtype(input), device=input.device)
+
+
+def _backward_fake(grad_output, input, weight, rstd, need_input, need_weight, backend):
+    dinput = torch.empty(input.shape, dtype=input.dtype, device=input.device) if need_input else rstd.new_empty(0)
+    return dinput, rstd.new_empty(input.shape[-1] if need_weight else 0)
+
+
+_forward = register(
+    "rms_norm",
+    "forward",
+    "(Tensor input, Tensor? weight, float eps, str backend) -> (Tensor, Tensor)",
+    _forward_fake,
+)
+_backward = register(
+    "rms_norm",
+    "backward",
+    "(Tensor grad_output, Tensor input, Tensor? weight, Tensor rstd, bool need_input, bool need_weight, str backend)"
+    " -> (Tensor, Tensor)",
+    _backward_fake,
+)
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """The autograd.Function of rms_norm over the last dimension.
+
+    `apply(input, weight, eps, backend)` -> output. The arguments are trusted: gptkern.functional.rms_norm checks them.
+
+    Args:
+        input: (…, width). weight: (width,) or None. eps: a number.
+        backend: "torch", "triton" or "cuda".
+    """
+
+    @staticmethod
+    def forward(ctx, input, weight, eps, backend):
+        # Kernels walk the weight in steps of one element.
+        weight = None if weight is None else weight.contiguous()
+        output, rstd = _forward(input, weight, eps, backend)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(input, weight, rstd)
+        ctx.backend = backend
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        if grad_output is None:
+            return None, None, None, None
+        # As the forward made them: saved_tensors_hooks may hand back other strides.
+        input, weight, rstd = ctx.saved_tensors
+        weight, rstd = None if weight is None else weight.contiguous(), rstd.contiguous()
+        need_input, need_weight, *_ = ctx.needs_input_grad
+        with torch.no_grad():
+            dinput, dweight = _backward(grad_output, input, weight, rstd, need_input, need_weight, ctx.backend)
+        gradients = [dinput if need_input else None, dweight.to(weight.dtype) if need_weight else None]
+        return *once_differentiable("rms_norm", gradients, (grad_output, input, weight)), None, None

@@ -1,0 +1,50 @@
+"""rms_norm in CUDA C++: launchers over csrc/rms_norm/rms_norm.cu, where the mathematics is."""
+
+from __future__ import annotations
+
+import torch
+
+from gptkern.backends.cuda import common
+from gptkern.backends.cuda.common import DTYPES, as_read, most_partials
+
+# Columns are 32-bit integers in the kernels, with room for a vector of each thread beyond the row.
+WIDEST = 2**30
+
+
+def unsupported(input, weight, eps) -> str | None:
+    """Why these kernels do not cover a call, or None."""
+    if input.shape[-1] > WIDEST:
+        return f"rows are {input.shape[-1]} wide; the kernel counts columns up to {WIDEST}"
+    for name, tensor in (("input", input), ("weight", weight)):
+        if tensor is not None and tensor.dtype not in DTYPES:
+            return f"{name} is {tensor.dtype}; the kernel is for float16, bfloat16 and float32"
+    return None
+
+
+def forward(input, weight, eps):
+    """(…, width) -> output (…, width), rstd (rows,) in float32."""
+    output = torch.empty_like(input, memory_format=torch.contiguous_format)
+    rstd = torch.empty(input.shape[:-1].numel(), dtype=torch.float32, device=input.device)
+    common.start("rms_norm_forward", input, as_read(weight, input.dtype), output, rstd, eps)
+    return output, rstd
+
+
+def backward(grad_output, input, weight, rstd, need_input, need_weight):
+    """-> dinput (…, width), dweight (width,) in float32; what is not needed is empty."""
+    width, rows, device = input.shape[-1], rstd.numel(), input.device
+    # What is not needed is a tensor of its own: a registered op may not return one twice.
+    if need_input:
+        dinput = torch.empty_like(input, memory_format=torch.contiguous_format)
+    else:
+        dinput = torch.empty(0, dtype=torch.float32, device=device)
+    if rows == 0 or width == 0 or not (need_input or need_weight):
+        return dinput, rstd.new_zeros(width if need_weight else 0)
+    partial = None
+    if need_weight:
+        dweight = torch.empty(width, dtype=torch.float32, device=device)
+        partial = torch.empty(min(rows, most_partials(width, device)), width, dtype=torch.float32, device=device)
+    else:
+        dweight = torch.empty(0, dtype=torch.float32, device=device)
+    weight = as_read(weight, input.dtype)
+    common.start("rms_norm_backward", grad_output, input, weight, rstd, dinput, dweight, partial)
+    return dinput, dweight

@@ -1,0 +1,12 @@
+"""Kernels put into models that exist: swap, unswap, kernels.
+
+swapping.py        what is swapped, and back
+rerouting.py       a class's forward again, with some of the functions that it calls replaced
+transformers.py    attention by name in Hugging Face's models; imported only where transformers is in use
+report.py          what a swap did, as data and as a table
+"""
+
+from gptkern.swapping.report import SwapReport
+from gptkern.swapping.swapping import kernels, swap, unswap
+
+__all__ = ["SwapReport", "kernels", "swap", "unswap"]

@@ -1,0 +1,380 @@
+"""Hugging Face transformers: attention by the name "gptkern".
+
+    import gptkern.swapping.transformers
+    model = AutoModelForCausalLM.from_pretrained(…, attn_implementation="gptkern")
+
+Importing this module adds the name to transformers' AttentionInterface and AttentionMaskInterface, as its documentation
+tells to, and changes nothing else. `gptkern.swap(model)` gives a model that was built without it the same name:
+
+- The name stands in a model's config, which its submodules share, and so may other models that were built from the
+  same config object. So each config of the model is replaced by a copy of its own that differs in this one field.
+  `unswap` puts the config back that was there; what was set on the copy in between is set on it too.
+- The copy has the config's type, so that all that transformers does with a config goes on working. `model.config is
+  config` is False while a model is swapped.
+
+Masks arrive as for "sdpa", because the mask function is the same: None for plain causal attention, bool
+(batch, 1, length_q, length_k) where there is padding, a sliding window, or a cache that makes the keys longer than the
+queries: its last rows then say lower-right causal. A model that was built with "eager" gets such masks, too.
+
+GPT-J computes its attention itself, in its method `_attn`: it is replaced.
+
+Llama's RMSNorm, and every other model's whose code is the same, runs on gptkern.functional.rms_norm. transformers
+rounds the normalised row to the input's dtype, and then its product with the weight; here it is rounded once. So in 16
+bits the two differ by a unit in the last place or one and a half, and float64 is not cut to float32 on the way; in
+float32 they are equal up to the order of operations. Where the weight's dtype is not the input's, the product stays
+PyTorch's, with its result's dtype.
+
+The rotary embedding is the function `apply_rotary_pos_emb` of a model's own file, called by its name: the attention's
+forward is made anew with another function in that name (rerouting.py), where the code is that of Llama, GPT-NeoX
+or GPT-J. It too is rounded once, and keeps the query's dtype where transformers widens it to that of cos.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import sys
+import types
+from collections.abc import Callable, Iterator
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
+
+from gptkern import functional as F
+from gptkern.backends import dispatch
+from gptkern.swapping.rerouting import Replacement, names_in
+
+# Without the word "flash", by which transformers tells kernels that build their masks themselves.
+NAME = "gptkern"
+
+# The implementations whose place gptkern takes: the others were asked for by name.
+_REPLACED = (None, "sdpa", "eager")
+# The name under which the modules that call AttentionInterface know it.
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+
+_logger = logging.get_logger(__name__)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """What AttentionInterface calls: attention on gptkern.functional.scaled_dot_product_attention.
+
+    Args:
+        module: the attention module; its `is_causal` counts where the argument is None, True without either.
+        query: (batch, heads, length_q, head_dim). key, value: (batch, kv_heads, length_k, head_dim); each is read by
+            heads // kv_heads query heads, and not copied for it.
+        attention_mask: None, bool or additive, (batch, 1 or heads, length_q, length_k). None is plain causal for a
+            causal module with more than one query, and no mask for a single query.
+        dropout: probability of dropping an attention weight. scaling: 1/sqrt(head_dim) where it is None.
+
+    Returns:
+        (batch, length_q, heads, head_dim), contiguous; and None, as the attention weights are never written down.
+
+    Raises:
+        ValueError: the model needs scores capped (softcap) or attention sinks (s_aux), which these kernels have not.
+    """
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f'attn_implementation="{NAME}" has no {name}; use attn_implementation="eager"')
+    if kwargs.get("position_bias") is not None or kwargs.get("cache") is not None:
+        # A bias that the model makes per layer, and a paged cache, are transformers' own affair.
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        )
+    if kwargs.get("output_attentions"):
+        _logger.warning_once(
+            f'attn_implementation="{NAME}" never writes the attention weights down: output_attentions=True gets None. '
+            'Use attn_implementation="eager" for them.'
+        )
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    # Without a mask, keys longer than several queries are those of a cache of fixed size at its first call: upper-left
+    # causal leaves out what is not filled yet. A single query is the newest and sees all.
+    is_causal = query.shape[2] > 1 and attention_mask is None and is_causal
+    groups = query.shape[1] // key.shape[1]
+    arguments = attention_mask, dropout, is_causal, scaling
+    if groups > 1 and attention_mask is not None and query.is_cuda and _runs_on_torch(query, key, value, arguments):
+        # With a mask and enable_gqa PyTorch has nothing but its slowest kernel; copies are the smaller price.
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    output = F.scaled_dot_product_attention(query, key, value, *arguments, enable_gqa=query.shape[1] != key.shape[1])
+    # (batch, heads, length_q, head_dim) -> (batch, length_q, heads, head_dim): the kernels write it in this order.
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _runs_on_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: tuple) -> bool:
+    """Whether PyTorch's own operator takes a call with fewer heads in key and value than in query."""
+    # What torch.compile traces keeps to enable_gqa: it cannot follow `explain`.
+    if torch.compiler.is_compiling():
+        return False
+    choice = dispatch.explain(F.scaled_dot_product_attention, query, key, value, *arguments, enable_gqa=True)
+    return choice.backend == "torch"
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+# --- What swap asks ---------------------------------------------------------------------------------------------------
+
+
+def calls_interface(cls: type) -> bool:
+    """Whether a module's class takes its attention from AttentionInterface."""
+    return _INTERFACE in names_in(cls)
+
+
+def overrides(cls: type) -> dict[str, Replacement]:
+    """The methods of a class that compute an operator in Python, and what takes their place."""
+    gptj = sys.modules.get("transformers.models.gptj.modeling_gptj")
+    if gptj is not None and cls is gptj.GPTJAttention:
+        return {"_attn": Replacement("attention", _gptj_attention)}
+    if {"rsqrt", "variance_epsilon"} <= names_in(cls):
+        from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+        if _same_code(cls.forward, LlamaRMSNorm.forward):
+            return {"forward": Replacement("rms_norm", _rms_norm)}
+    return {}
+
+
+def _same_code(function: Callable, other: Callable) -> bool:
+    """Whether two functions do the same, and so do the functions that they call by name."""
+    function, other = inspect.unwrap(function), inspect.unwrap(other)
+    code = _code_of(function)
+    if code is None or code != _code_of(other):
+        return False
+    if (function.__defaults__, function.__kwdefaults__) != (other.__defaults__, other.__kwdefaults__):
+        return False
+    named = [(function.__globals__.get(name), other.__globals__.get(name)) for name in function.__code__.co_names]
+    return all(
+        _same_code(ours, theirs) if isinstance(ours, types.FunctionType) else _equal(ours, theirs)
+        for ours, theirs in named
+        if ours is not theirs
+    )
+
+
+def _equal(ours: object, theirs: object) -> bool:
+    try:
+        return type(ours) is type(theirs) and bool(ours == theirs)
+    except Exception:  # an == of its own, as a tensor's
+        return False
+
+
+def _code_of(function: Callable) -> tuple | None:
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return None
+    constants = code.co_consts
+    # A docstring is the first constant.
+    if constants and isinstance(constants[0], str) and function.__doc__ is not None:
+        constants = (None, *constants[1:])
+    return code.co_code, code.co_names, code.co_varnames, constants
+
+
+def find(function: Callable) -> Replacement | None:
+    """What takes the place of a function that a forward calls by its name."""
+    if getattr(function, "__name__", "") != _ROTARY or not isinstance(function, types.FunctionType):
+        return None
+    return _rotary(function)
+
+
+def _rotary(function: types.FunctionType) -> Replacement | None:
+    for module, replaced in _ROTARY_FORMS.items():
+        if _same_code(function, getattr(importlib.import_module(f"transformers.models.{module}"), _ROTARY)):
+            return Replacement("rotary", replaced(function))
+    return None
+
+
+def _half_split(original: Callable) -> Callable:
+    """Llama's and GPT-NeoX's apply_rotary_pos_emb; the latter turns as many elements as cos is wide."""
+
+    def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
+        if unsqueeze_dim != 1:  # heads behind the positions
+            return original(q, k, cos, sin, unsqueeze_dim)
+        # q, k (batch, heads, length, head_dim); cos, sin (batch, length, rotary_dim)
+        rotary_dim = cos.shape[-1]
+        return tuple(F.rotary_embedding(x, cos, sin, rotary_dim=rotary_dim) for x in (q, k))
+
+    return apply_rotary_pos_emb
+
+
+def _interleaved(original: Callable) -> Callable:
+    """GPT-J's apply_rotary_pos_emb."""
+
+    def apply_rotary_pos_emb(tensor, sin, cos):
+        # tensor (batch, length, heads, rotary_dim), read and written in that order
+        # cos, sin (batch, length, rotary_dim / 2)
+        return F.rotary_embedding(tensor.transpose(1, 2), cos, sin, interleaved=True).transpose(1, 2)
+
+    return apply_rotary_pos_emb
+
+
+_ROTARY = "apply_rotary_pos_emb"
+# Where the function is written, and what takes its place.
+_ROTARY_FORMS = {
+    "llama.modeling_llama": _half_split,
+    "gpt_neox.modeling_gpt_neox": _half_split,
+    "gptj.modeling_gptj": _interleaved,
+}
+
+
+def names_other_rotary(cls: type) -> bool:
+    """Whether a class's forward calls a rotary embedding whose code is none of these."""
+    forward = inspect.unwrap(cls.forward)
+    function = getattr(forward, "__globals__", {}).get(_ROTARY)
+    return _ROTARY in names_in(cls) and find(function) is None
+
+
+def _rms_norm(self, hidden_states):
+    """LlamaRMSNorm.forward: (…, width) -> (…, width)."""
+    weight = self.weight
+    if weight.dtype != hidden_states.dtype:
+        return weight * F.rms_norm(hidden_states, weight.shape, None, self.variance_epsilon)
+    return F.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
+
+
+def _gptj_attention(self, query, key, value, attention_mask=None):
+    """GPTJAttention._attn: key (batch, heads, length_k, head_dim) and the rest as above; -> output, None."""
+    output, _ = attention_forward(
+        self, query, key, value, attention_mask, self.attn_dropout.p if self.training else 0.0, 1 / self.scale_attn
+    )
+    return output.transpose(1, 2), None
+
+
+class SwappedConfig:
+    """A config in whose place a copy stands, and how the copy was then.
+
+    Attributes:
+        original: the config that was there. current: the copy.
+        seen: the copy's fields when it was made.
+    """
+
+    def __init__(self, original: PreTrainedConfig):
+        self.original = original
+        self.current = copy.copy(original)
+        self.current.__dict__["_attn_implementation_internal"] = NAME
+        self.seen: dict[str, object] = {}
+
+    def restore(self) -> PreTrainedConfig:
+        """The original, with what was set on the copy since."""
+        fields, now = self.original.__dict__, self.current.__dict__
+        for name in now.keys() | self.seen.keys():
+            if name not in now:
+                fields.pop(name, None)
+            elif name not in self.seen or now[name] is not self.seen[name]:
+                fields[name] = now[name]
+        # A module that is restored later finds nothing new.
+        self.seen = dict(now)
+        return self.original
+
+
+def _models_beside(cls: type) -> list[type]:
+    """The models that are written in the file of a module's class."""
+    return [
+        value
+        for value in list(vars(sys.modules.get(cls.__module__, object)).values())
+        if isinstance(value, type) and issubclass(value, PreTrainedModel) and value.__module__ == cls.__module__
+    ]
+
+
+class Attention:
+    """Which of a model's modules can take their attention by the name "gptkern".
+
+    Args:
+        model: any module.
+        original_class: the class that a module had before it was swapped.
+        noted: attribute -> its SwappedConfig, of a module that was swapped.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        original_class: Callable[[torch.nn.Module], type],
+        noted: Callable[[torch.nn.Module], dict[str, SwappedConfig]],
+    ):
+        self._holders = [
+            (module, name, value)
+            for module in model.modules()
+            for name, value in vars(module).items()
+            if isinstance(value, PreTrainedConfig)
+        ]
+        self._original_class = original_class
+        self._wanted: dict[int, PreTrainedConfig] = {}
+        # The copies that an earlier swap made and that still stand in their places, by their own id and by their
+        # originals': these are taken again.
+        notes = [
+            note
+            for module in model.modules()
+            for name, note in noted(module).items()
+            if vars(module).get(name) is note.current
+        ]
+        self._by_copy = {id(note.current): note for note in notes}
+        self._by_original = {id(note.original): note for note in notes}
+
+    def reason_against(self, module: torch.nn.Module) -> str | None:
+        """Why a module that calls the interface cannot be swapped; None where it can."""
+        config = vars(module).get("config")
+        if not isinstance(config, PreTrainedConfig):
+            return "it has no config of transformers, in which its attention could be chosen"
+        implementation = config._attn_implementation
+        if implementation == NAME:
+            return None
+        if implementation not in _REPLACED:
+            return f'attn_implementation="{implementation}" was asked for by name'
+        if config.output_attentions:
+            return "its config asks for the attention weights, which are never written down"
+        if getattr(config, "attn_logit_softcapping", None) is not None:
+            return "its scores are capped, which the kernels cannot"
+        if not overrides(self._original_class(module)):
+            for holder, _, held in self._holders:
+                if held is config and isinstance(holder, PreTrainedModel) and not holder._supports_sdpa:
+                    return f"{type(holder).__name__} cannot run on scaled_dot_product_attention"
+            # A part of a model does not hold the PreTrainedModel that says so; its file does.
+            models = _models_beside(self._original_class(module))
+            if models and not any(model._supports_sdpa for model in models):
+                return f"{models[0].__name__} cannot run on scaled_dot_product_attention"
+        return None
+
+    def was_eager(self, module: torch.nn.Module) -> bool:
+        """Whether the module's attention was eager's, which alone gives a call's output_attentions."""
+        config = vars(module)["config"]
+        note = self._by_copy.get(id(config))
+        return (config if note is None else note.original)._attn_implementation == "eager"
+
+    def want(self, module: torch.nn.Module) -> None:
+        """The module's config is to name gptkern."""
+        config = vars(module)["config"]
+        if config._attn_implementation != NAME:
+            self._wanted[id(config)] = config
+
+    def changes(self) -> Iterator[tuple[torch.nn.Module, str, SwappedConfig]]:
+        """(a module, the name of its attribute, what takes the place of the config there)."""
+        again = {key: note for key, note in self._by_original.items() if key in self._wanted}
+        again |= {id(note.original): note for key, note in self._by_copy.items() if key in self._wanted}
+        for note in again.values():
+            note.current.__dict__["_attn_implementation_internal"] = NAME
+        fresh = self._wanted.keys() - again.keys() - self._by_copy.keys()
+        new = {key: SwappedConfig(self._wanted[key]) for key in self._wanted if key in fresh}
+        made = {**self._by_original, **new}
+        for swapped in new.values():
+            # A config that holds another one as a part holds its copy.
+            for name, part in swapped.current.__dict__.items():
+                if id(part) in made:
+                    swapped.current.__dict__[name] = made[id(part)].current
+            swapped.seen = dict(swapped.current.__dict__)
+        for module, name, config in self._holders:
+            if id(config) in self._wanted and id(config) in made:
+                yield module, name, made[id(config)]
