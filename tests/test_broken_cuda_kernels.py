@@ -34,7 +34,7 @@ import test_cuda_counters
 
 
 class Case(NamedTuple):
-    """A case of measuring/checking.py: one of its numbers is wrong or, where a message is given, a launch is refused."""
+    """A case of checking.py: one of its numbers is wrong or, where a message is given, a launch is refused."""
 
     operator: str
     shape_class: str  # of gptkern.measuring.checking_cases
