@@ -29,7 +29,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-KERNELS = Path(__file__).parents[1] / "gptkern" / "triton_kernels"
+KERNELS = Path(__file__).parents[1] / "gptkern" / "operators"
 ARCHITECTURES = (80, 90, 100)
 # Bytes that one block may have: 163 KB on sm_80, 227 KB on sm_90 and sm_100 (CUDA C++ Programming Guide).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -44,13 +44,13 @@ TENSOR_COPY_BYTES = 16  # at least: the unit of the hardware's tensor copies
 
 
 def modules() -> list[str]:
-    """The modules of gptkern.backends.triton that list compile cases; nothing is imported."""
-    return sorted(path.stem for path in KERNELS.glob("*.py") if "def compile_cases" in path.read_text())
+    """The operators whose Triton kernels list compile cases; nothing is imported."""
+    return sorted(path.parent.name for path in KERNELS.glob("*/triton.py") if "def compile_cases" in path.read_text())
 
 
 def kernel_names(module: str | None = None) -> set[str]:
     """The jitted functions that are launched, `…_kernel` by name, in one file or in all."""
-    paths = [KERNELS / f"{module}.py"] if module else list(KERNELS.glob("*.py"))
+    paths = list(KERNELS.glob(f"{module or '*'}/triton*.py"))
     functions = (node for path in paths for node in ast.walk(ast.parse(path.read_text())))
     return {
         node.name
@@ -121,7 +121,7 @@ def widest_load(ptx: str) -> int:
 
 def records(module: str, architecture: int):
     """One dictionary for each compile case of a module: its name, and its use or the compiler's error."""
-    for case in importlib.import_module(f"gptkern.backends.triton.{module}").compile_cases(architecture):
+    for case in importlib.import_module(f"gptkern.operators.{module}.triton").compile_cases(architecture):
         record = {
             "operator": module,
             "case": case.name,
@@ -189,7 +189,7 @@ def table(reports: dict[tuple[str, int], list[dict[str, Any]]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--operator", help="a module of gptkern.backends.triton")
+    parser.add_argument("--operator", help="an operator")
     parser.add_argument("--architecture", type=int, choices=ARCHITECTURES)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that make the table")
     args = parser.parse_args()

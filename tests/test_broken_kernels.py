@@ -1,6 +1,6 @@
 """Kernels that are broken on purpose: a check that cannot fail is worth nothing.
 
-Each mutation changes one expression in the source of a Triton kernel. The same case of measuring/checking.py has to pass
+Each mutation changes one expression in the source of a Triton kernel. The same case of checking.py has to pass
 with the kernel as it is and to fail, by its numbers, with the broken one.
 """
 
@@ -23,7 +23,7 @@ from gptkern.measuring.checking_cases import cases_of
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
-KERNELS = Path(checking.__file__).parent / "triton_kernels"
+KERNELS = Path(dispatch.__file__).parents[1] / "operators"
 
 
 class Mutation(NamedTuple):
@@ -189,7 +189,7 @@ def broken_module(mutation: Mutation, folder: Path):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if source.stem == f"{mutation.operator}_backward":
+    if source.stem == "triton_backward":
         sound = vars(dispatch.load("triton", mutation.operator))
         return types.SimpleNamespace(**(sound | {"backward": module.backward}))
     return module
@@ -197,8 +197,8 @@ def broken_module(mutation: Mutation, folder: Path):
 
 def source_of(mutation: Mutation) -> Path:
     """The file of the operator's kernels that has the function: the forward may stand apart from the backward."""
-    paths = [KERNELS / f"{mutation.operator}{part}.py" for part in ("", "_backward")]
-    return next(path for path in paths if path.exists() and f"def {mutation.function}(" in path.read_text())
+    paths = sorted((KERNELS / mutation.operator).glob("triton*.py"))
+    return next(path for path in paths if f"def {mutation.function}(" in path.read_text())
 
 
 def mutated(source: str, mutation: Mutation) -> str:
