@@ -3,7 +3,8 @@
     build/cuda/<nvcc>-<architectures>/
         build.ninja
         <unit>.o, <unit>.ptxas.txt     of each kernel unit; what ptxas says of registers, shared memory and spills
-        bindings.<python>.o            the Python module: the only part that depends on the version of Python
+        bindings.<python>.o, <room>_binding.<python>.o
+                                       the Python module: the only part that depends on the version of Python
         _cuda.<python>.so
 
 The folder outlives pip's build environment. The paths into that environment (nvcc, pybind11) change with each build and

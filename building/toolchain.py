@@ -129,7 +129,7 @@ def _missing_always(present: Gpus, forced: bool) -> str | None:
         return f"CUDA kernels are built on Linux alone, and this is {sys.platform}"
     csrc = sources().folder()
     if csrc is None or not any(sources().kernel_units(csrc)):
-        return "the source tree has no CUDA kernels (csrc/*.cu)"
+        return "the source tree has no CUDA kernels (csrc/*/*.cu)"
     if present.capabilities and max(present.capabilities) < LEAST_CAPABILITY and not forced:
         best = max(present.capabilities)
         return f"the GPU has compute capability {best // 10}.{best % 10}, and the kernels need 8.0"

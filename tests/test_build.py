@@ -327,7 +327,7 @@ def test_nothing_is_built_or_fetched_when_switched_off(machine, monkeypatch):
     "what, value, words",
     [
         ("compiler", None, "there is no C++ compiler: install g++"),
-        ("kernels", [], "no CUDA kernels (csrc/*.cu)"),
+        ("kernels", [], "no CUDA kernels (csrc/*/*.cu)"),
         ("header", None, "Python's own headers are missing"),
         ("platform", "darwin", "built on Linux alone, and this is darwin"),
     ],
@@ -370,9 +370,52 @@ def test_the_wheels_of_nvcc_are_of_one_version():
 # --- What is compiled -------------------------------------------------------------------------------------------------
 
 
+# csrc/ in small: a room binds itself, and shares device/ with the others.
+TREE = {
+    "device/shared.cuh": "#define SHARED 1\n",
+    "first/launchers.h": "int one();\n",
+    "first/one.cu": '#include "device/shared.cuh"\n#include "first/launchers.h"\nint one() { return 100 * SHARED; }\n',
+    "first/binding.cpp": '#include "binding.h"\n#include "first/launchers.h"\nstatic Binding bound(one);\n',
+    "second/launchers.h": "int two();\nint part();\n",
+    "second/two.cu": """// parts: PART = 7
+#include "second/launchers.h"
+#ifdef PART
+int part() { return PART; }
+#else
+int two() { return 20; }
+#endif
+""",
+    "second/binding.cpp": """
+#include "binding.h"
+#include "second/launchers.h"
+static Binding bound_two(two), bound_part(part);
+""",
+    "binding.h": """
+struct Binding {
+    explicit Binding(int (*launcher)()) { total() += launcher(); }
+    static int& total() { static int sum; return sum; }
+};
+""",
+    "bindings.cpp": """
+#include <Python.h>
+#include "binding.h"
+namespace gptkern { extern const char SOURCES[]; }
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr};
+PyMODINIT_FUNC PyInit__cuda() {
+    PyObject* module = PyModule_Create(&definition);
+    PyModule_AddStringConstant(module, "architectures", GPTKERN_ARCHITECTURES);
+    PyModule_AddStringConstant(module, "compiler", GPTKERN_COMPILER);
+    PyModule_AddStringConstant(module, "sources", gptkern::SOURCES);
+    PyModule_AddIntConstant(module, "total", Binding::total());
+    return module;
+}
+""",
+}
+
+
 @pytest.fixture
 def tree(tmp_path) -> Path:
-    """A source tree with two kernels, of which one comes in two parts, and a module that needs no pybind11."""
+    """A source tree of two rooms, of which one's kernel comes in two parts, and a module that needs no pybind11."""
     root = tmp_path / "tree"
     shutil.copytree(ROOT / "building", root / "building", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("gptkern/backends/cuda/sources.py", "gptkern/version.py", "setup.py", "pyproject.toml"):
@@ -380,26 +423,9 @@ def tree(tmp_path) -> Path:
         shutil.copy(ROOT / name, root / name)
     for name in ("gptkern/__init__.py", "README.md", "LICENSE"):
         (root / name).touch()
-    (root / "csrc" / "device").mkdir(parents=True)
-    (root / "csrc" / "one.cu").write_text('#include "device/shared.cuh"\nint one() { return SHARED; }\n')
-    (root / "csrc" / "two.cu").write_text(
-        "// parts: PART = 7\n#ifdef PART\nint part() { return PART; }\n#else\nint two() { return 2; }\n#endif\n"
-    )
-    (root / "csrc" / "device" / "shared.cuh").write_text("#define SHARED 1\n")
-    (root / "csrc" / "bindings.cpp").write_text("""
-#include <Python.h>
-namespace gptkern { extern const char SOURCES[]; }
-int one(); int two(); int part();
-static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr};
-PyMODINIT_FUNC PyInit__cuda() {
-    PyObject* module = PyModule_Create(&definition);
-    PyModule_AddStringConstant(module, "architectures", GPTKERN_ARCHITECTURES);
-    PyModule_AddStringConstant(module, "compiler", GPTKERN_COMPILER);
-    PyModule_AddStringConstant(module, "sources", gptkern::SOURCES);
-    PyModule_AddIntConstant(module, "total", 100 * one() + 10 * two() + part());
-    return module;
-}
-""")
+    for name, text in TREE.items():
+        (root / "csrc" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "csrc" / name).write_text(text)
     # A build that imports PyTorch fails.
     (tmp_path / "poison" / "torch").mkdir(parents=True)
     (tmp_path / "poison" / "torch" / "__init__.py").write_text("raise RuntimeError('the build imported torch')\n")
@@ -408,7 +434,10 @@ PyMODINIT_FUNC PyInit__cuda() {
 
 @pytest.fixture
 def build(tree, tmp_path):
-    """Runs `python -m building` in the tree; the names of the units that the planted nvcc compiled."""
+    """Runs `python -m building` in the tree; the names of the units that the planted nvcc compiled.
+
+    `run.host` has those that the host's compiler did.
+    """
     log = tmp_path / "nvcc.log"
     nvcc = plant_nvcc(tmp_path / "toolkit")
     environment = {
@@ -427,6 +456,7 @@ def build(tree, tmp_path):
         commands = [line.split() for line in log.read_text().splitlines()]
         run.commands = {Path(words[words.index("-o") + 1]).stem: words for words in commands}
         run.output = done.stdout + done.stderr
+        run.host = sorted(re.findall(r"\] c\+\+ (\w+)$", run.output, re.MULTILINE))
         return sorted(run.commands)
 
     run.nvcc = nvcc
@@ -446,25 +476,38 @@ def module_of(tree: Path) -> dict:
 @needs_compiler
 @needs_ninja
 def test_a_build_compiles_every_unit_and_then_what_changed(build, tree):
-    everything = ["one", "two", "two_7"]
+    everything = ["first_one", "second_two", "second_two_7"]
     assert build() == everything
-    command = build.commands["two_7"]
+    assert build.host == ["bindings", "first_binding", "second_binding", "sources"]
+    command = build.commands["second_two_7"]
     for part in ("-std=c++20", "-O3", "-DPART=7", "arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a"):
         assert part in command
     assert not [part for part in command if "fast" in part]
     (folder,) = (tree / "build" / "cuda").iterdir()
     assert folder.name == "13.0.88-80-90a"
-    assert (folder / "two_7.ptxas.txt").read_text() == "ptxas info    : what ptxas says\n"
+    assert (folder / "second_two_7.ptxas.txt").read_text() == "ptxas info    : what ptxas says\n"
     assert module_of(tree) == {
         "architectures": "80;90a", "compiler": "nvcc 13.0.88", "sources": sources.digest(tree / "csrc"), "total": 127
     }  # fmt: skip
 
-    assert build() == [], "nothing changed"
-    os.utime(tree / "csrc" / "two.cu")
-    assert build() == ["two", "two_7"]
+    assert build() == [] and build.host == [], "nothing changed"
+    os.utime(tree / "csrc" / "second" / "two.cu")
+    assert build() == ["second_two", "second_two_7"] and build.host == []
     (tree / "csrc" / "device" / "shared.cuh").write_text("#define SHARED 3\n")
-    assert build() == ["one"], "it alone includes the header"
+    assert build() == ["first_one"] and build.host == ["sources"], "it alone includes the header"
     assert (module_of(tree)["total"], module_of(tree)["sources"]) == (327, sources.digest(tree / "csrc"))
+    os.utime(tree / "csrc" / "first" / "launchers.h")
+    assert build() == ["first_one"] and build.host == ["first_binding"], "a room's header is its own"
+    # A new operator is compiled alone.
+    (tree / "csrc" / "third").mkdir()
+    (tree / "csrc" / "third" / "three.cu").write_text("int three() { return 1000; }\n")
+    (tree / "csrc" / "third" / "binding.cpp").write_text(
+        '#include "binding.h"\nint three();\nstatic Binding bound(three);\n'
+    )
+    assert build() == ["third_three"] and build.host == ["sources", "third_binding"]
+    assert module_of(tree)["total"] == 1327
+    shutil.rmtree(tree / "csrc" / "third")
+    assert build() == [] and module_of(tree)["total"] == 327, "a room that is gone is linked no longer"
     # Another environment of pip's: the same tools, in another place.
     moved = build.nvcc.parents[1].rename(build.nvcc.parents[1].with_name("elsewhere"))
     (moved / "bin" / "nvcc").write_text((moved / "bin" / "nvcc").read_text().replace("/toolkit/", "/elsewhere/"))
@@ -481,7 +524,7 @@ def test_a_build_compiles_every_unit_and_then_what_changed(build, tree):
 @needs_compiler
 @needs_ninja
 def test_a_compiler_that_fails_is_an_error_that_says_how_to_go_on(build, tree):
-    (tree / "csrc" / "two.cu").write_text("int two() { return nonsense; }\n")
+    (tree / "csrc" / "second" / "two.cu").write_text("int two() { return nonsense; }\n")
     build(fails=True)
     assert "nonsense" in build.output and "two.cu" in build.output
     assert "gptkern: the CUDA kernels could not be compiled" in build.output and "set GPTKERN_CUDA=0" in build.output
@@ -495,21 +538,21 @@ def test_a_compiler_that_fails_is_an_error_that_says_how_to_go_on(build, tree):
 @needs_ninja
 @pytest.mark.skipif(toolchain.find_nvcc()[0] is None, reason="there is no nvcc in CUDA_HOME or on PATH")
 def test_nvccs_module_is_built_and_imported_without_torch(build, tree):
-    (tree / "csrc" / "two.cu").unlink()
-    (tree / "csrc" / "one.cu").write_text("""
+    (tree / "csrc" / "second" / "two.cu").unlink()
+    (tree / "csrc" / "first" / "one.cu").write_text("""
 #include <cuda_runtime.h>
 #include "device/shared.cuh"
 __global__ void kernel(float* x) { x[threadIdx.x] /= 3.0f; }
 // Needs the runtime, and no GPU: a failed launch is an error like another.
-int one() { kernel<<<1, 32>>>(nullptr); return cudaGetLastError() == cudaSuccess ? 1 : SHARED; }
-int two() { return 2; }
+int one() { kernel<<<1, 32>>>(nullptr); return cudaGetLastError() == cudaSuccess ? 1 : 100 * SHARED; }
+int two() { return 20; }
 int part() { return 7; }
 """)
     # Debug information for which somebody may have a reason is no part of the module.
     build(CUDA_HOME=REAL_CUDA_HOME, GPTKERN_CUDA_ARCHS="80", NVCC_APPEND_FLAGS="-Xcompiler -g")
     module = module_of(tree)
     assert module["architectures"] == "80" and module["compiler"].startswith("nvcc ") and module["total"] == 127
-    (report,) = (tree / "build" / "cuda").glob("*/one.ptxas.txt")
+    (report,) = (tree / "build" / "cuda").glob("*/first_one.ptxas.txt")
     assert "Compiling entry function '_Z6kernelPf' for 'sm_80'" in report.read_text()
     assert "Used " in report.read_text()
     # PyTorch's process has a CUDA runtime of its own: this one's must not take its place.
@@ -522,8 +565,18 @@ int part() { return 7; }
 def test_the_digest_is_of_all_that_the_module_is_made_of(tree):
     csrc = tree / "csrc"
     (csrc / "emulator").mkdir()
+    (csrc / "third").mkdir()
     seen = [sources.digest(csrc)]
-    for name in ("one.cu", "bindings.cpp", "launcher.h", "device/shared.cuh", "device/new.cuh"):
+    for name in (
+        "first/one.cu",
+        "second/binding.cpp",
+        "second/launchers.h",
+        "bindings.cpp",
+        "binding.h",
+        "device/shared.cuh",
+        "third/new.cu",
+        "third/binding.cpp",
+    ):
         with open(csrc / name, "a") as file:
             file.write("// more")
         seen.append(sources.digest(csrc))
