@@ -1,10 +1,20 @@
-"""gptkern: fused GPU kernels for GPT models, checked against PyTorch, swapped in with one line."""
+"""gptkern: fused GPU kernels for GPT models, checked against PyTorch, swapped in with one line.
 
-from gptkern import autograd, functional, nn
-from gptkern.backends.dispatch import BackendError, backend, explain
-from gptkern.quantizing import QuantizeReport, load_quantized, quantize
-from gptkern.swapping import SwapReport, kernels, swap, unswap
+The names are imported when they are first used (PEP 562): PyTorch takes seconds to import, and `gptkern --help` needs
+none of it.
+"""
+
+import importlib
+import os
+from typing import TYPE_CHECKING
+
 from gptkern.version import __version__
+
+if TYPE_CHECKING:
+    from gptkern import autograd, functional, nn
+    from gptkern.backends.dispatch import BackendError, backend, explain
+    from gptkern.quantizing import QuantizeReport, load_quantized, quantize
+    from gptkern.swapping import SwapReport, kernels, swap, unswap
 
 __all__ = [
     "BackendError",
@@ -22,3 +32,41 @@ __all__ = [
     "swap",
     "unswap",
 ]
+
+# name -> the module that defines it; None where the name is that of a module. The imports above, for Python.
+_HOMES = {
+    "BackendError": "gptkern.backends.dispatch",
+    "QuantizeReport": "gptkern.quantizing",
+    "SwapReport": "gptkern.swapping",
+    "autograd": None,
+    "backend": "gptkern.backends.dispatch",
+    "explain": "gptkern.backends.dispatch",
+    "functional": None,
+    "kernels": "gptkern.swapping",
+    "load_quantized": "gptkern.quantizing",
+    "nn": None,
+    "quantize": "gptkern.quantizing",
+    "swap": "gptkern.swapping",
+    "unswap": "gptkern.swapping",
+}
+
+
+def __getattr__(name: str):
+    try:
+        home = _HOMES[name]
+    except KeyError:
+        raise AttributeError(f"module 'gptkern' has no attribute {name!r}") from None
+    # With any name come the operators: `explain` knows PyTorch's functions by those that registered as their twins.
+    importlib.import_module("gptkern.functional")
+    value = importlib.import_module(f"gptkern.{name}") if home is None else getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+if os.environ.get("GPTKERN_BACKEND"):
+    # A wrong name is refused here, and not at the first call of an operator.
+    importlib.import_module("gptkern.backends.dispatch")

@@ -6,7 +6,9 @@ Every subcommand is a module `gptkern/commands/<name>.py` with
     add_arguments(parser)             its options
     run(args) -> int                  the exit status
 
-A module is imported only when its command is chosen: one command's missing package does not stop the others.
+A module is imported only when its command is chosen: one command's missing package does not stop the others. What it
+imports at its top, and what add_arguments needs, is neither PyTorch nor anything else that is slow to import, so that
+`gptkern COMMAND --help` answers at once; `run` imports the rest.
 What a module needs beyond gptkern's own dependencies is in the extra `gptkern[cli]`.
 """
 
@@ -18,8 +20,8 @@ import importlib.util
 import os
 import sys
 
-from gptkern.backends.dispatch import BackendError
 from gptkern.commands import INTERRUPTED, UserError
+from gptkern.version import __version__
 
 # The summaries stand here too, because asking the modules would import them. A test holds the two together.
 COMMANDS = {
@@ -50,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="gptkern", description="Fused GPU kernels for GPT models, swapped in with one line."
     )
-    parser.add_argument("--version", action="version", version=f"gptkern {_version()}")
+    parser.add_argument("--version", action="version", version=f"gptkern {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
     chosen = next((argument for argument in arguments if argument in COMMANDS), None)
     for name, summary in COMMANDS.items():
@@ -76,9 +78,20 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("gptkern: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except (UserError, BackendError) as error:
-        print(f"gptkern {args.command}: {error}", file=sys.stderr)
-        return 2
+    except UserError as error:
+        return _refused(args.command, error)
+    except RuntimeError as error:
+        # Imported where it is needed: it brings PyTorch along.
+        from gptkern.backends.dispatch import BackendError
+
+        if not isinstance(error, BackendError):
+            raise
+        return _refused(args.command, error)
+
+
+def _refused(command: str, error: Exception) -> int:
+    print(f"gptkern {command}: {error}", file=sys.stderr)
+    return 2
 
 
 def _missing(command: str, error: ModuleNotFoundError) -> int:
@@ -92,9 +105,3 @@ def _missing(command: str, error: ModuleNotFoundError) -> int:
         file=sys.stderr,
     )
     return 2
-
-
-def _version() -> str:
-    from gptkern.version import __version__
-
-    return __version__

@@ -10,6 +10,7 @@ import types
 
 import pytest
 
+import gptkern
 from gptkern import cli
 from gptkern.commands import UserError
 
@@ -78,6 +79,28 @@ def test_only_the_chosen_command_is_imported():
     assert process.stderr.strip() == "[]"
 
 
+def test_help_imports_nothing_that_is_slow():
+    """What makes `gptkern COMMAND --help` answer at once: no package but gptkern itself."""
+    program = (
+        "import sys\nbefore = set(sys.modules)\nfrom gptkern import cli\n"
+        "for arguments in [[], *([name] for name in cli.COMMANDS)]:\n"
+        "    try: cli.main([*arguments, '--help'])\n    except SystemExit as exit: assert exit.code == 0\n"
+        "print(*{name.partition('.')[0] for name in set(sys.modules) - before}, file=sys.stderr)"
+    )
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert set(process.stderr.split()) - set(sys.stdlib_module_names) == {"gptkern"}
+    assert process.stdout.count("usage: gptkern") == 1 + len(cli.COMMANDS)
+
+
+def test_choices_that_help_lists_are_those_of_the_library():
+    from gptkern.commands import options, training
+    from gptkern.models import gpt
+
+    assert tuple(gpt.PRESETS) == options.PRESETS
+    assert tuple(training.DTYPES) == options.DTYPES
+
+
 def test_a_missing_extra_is_named(command, capsys, monkeypatch):
     found = importlib.util.find_spec
     absent = {"rich", "matplotlib"}
@@ -99,6 +122,15 @@ def test_user_errors_are_one_line(command, capsys):
     command("train", lambda args: _raise(UserError("--text: no such file")))
     assert cli.main(["train"]) == 2
     assert capsys.readouterr().err == "gptkern train: --text: no such file\n"
+
+
+def test_an_error_of_a_forced_backend_is_one_line_and_another_error_a_traceback(command, capsys):
+    command("train", lambda args: _raise(gptkern.BackendError("backend 'triton' was asked for and cannot run softmax")))
+    assert cli.main(["train"]) == 2
+    assert capsys.readouterr().err == "gptkern train: backend 'triton' was asked for and cannot run softmax\n"
+    command("train", lambda args: _raise(RuntimeError("a defect")))
+    with pytest.raises(RuntimeError, match="a defect"):
+        cli.main(["train"])
 
 
 def test_interrupt_has_the_shell_status(command):

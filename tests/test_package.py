@@ -59,18 +59,61 @@ else:
     )
 
 
-def test_importing_brings_in_nothing_but_gptkern():
+def test_importing_brings_in_nothing_and_using_pytorch_alone():
     done = run_python(
         """
 import sys
-import torch
+def packages(before):
+    return sorted({name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names))
 before = set(sys.modules)
 import gptkern, gptkern.cli
-print(*{name.partition(".")[0] for name in set(sys.modules) - before})
+print(packages(before))
+import torch
+before = set(sys.modules) - {"gptkern"}
+for name in gptkern.__all__:
+    getattr(gptkern, name)
+print(packages(before))
 """
     )
-    brought_in = set(done.stdout.split()) - set(sys.stdlib_module_names)
-    assert brought_in == {"gptkern"}
+    assert done.stdout.splitlines() == ["['gptkern']", "['gptkern']"]
+
+
+def test_public_names_are_imported_at_their_first_use():
+    run_python(
+        """
+import pickle, sys
+import gptkern
+assert "torch" not in sys.modules
+assert set(gptkern.__all__) <= set(dir(gptkern)) and "torch" not in sys.modules
+assert not hasattr(gptkern, "polish")
+import torch
+# A first use inside a graph, and PyTorch's function before any operator was named.
+compiled = torch.compile(lambda x: gptkern.functional.layer_norm(x, (8,)), fullgraph=True, backend="eager")
+assert compiled(torch.randn(2, 8)).shape == (2, 8)
+"""
+    )
+    run_python(
+        """
+import gptkern, pickle, torch
+assert gptkern.explain(torch.nn.functional.softmax, torch.ones(2, 3), -1).backend == "torch"
+names = {}
+exec("from gptkern import *", names)
+assert set(gptkern.__all__) <= set(names) and names["swap"] is gptkern.swap
+report = pickle.loads(pickle.dumps(gptkern.swap(torch.nn.LayerNorm(8))))
+assert type(report) is gptkern.SwapReport
+"""
+    )
+
+
+def test_the_lists_of_public_names_agree():
+    """The names that a type checker sees, those that Python finds, and __all__."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    seen = {
+        alias.name: None if node.module == "gptkern" else node.module for node in block.body for alias in node.names
+    }
+    assert seen == gptkern._HOMES
+    assert sorted([*seen, "__version__"]) == gptkern.__all__
 
 
 def test_importing_changes_no_global_state():
@@ -93,6 +136,8 @@ def state():
 
 before = state()
 import gptkern, gptkern.cli
+for name in gptkern.__all__:
+    getattr(gptkern, name)
 for index, (was, is_now) in enumerate(zip(before, state())):
     assert was == is_now, (index, was, is_now)
 """

@@ -7,10 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 import gptkern
-from gptkern.commands import UserError, checkpoints, text, training
+from gptkern.commands import UserError
 from gptkern.commands.options import add_machine_arguments, resolved_dtype
 
 SUMMARY = "generate text from a checkpoint folder"
@@ -28,9 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    device = training.resolve_device(args.device)
     if not args.prompt:
         raise UserError("--prompt is empty; it needs at least one character")
+    import torch
+
+    from gptkern.commands import checkpoints, text, training
+
+    device = training.resolve_device(args.device)
     model = checkpoints.load(Path(args.checkpoint), device)
     if not args.stock:
         gptkern.swap(model)

@@ -7,10 +7,9 @@ import dataclasses
 from pathlib import Path
 
 import gptkern
-from gptkern.commands import INTERRUPTED, checkpoints, text, training
+from gptkern.commands import INTERRUPTED
 from gptkern.commands.interrupts import interruptible
-from gptkern.commands.options import add_machine_arguments, configured, positive, resolved_dtype
-from gptkern.models.gpt import PRESETS
+from gptkern.commands.options import PRESETS, add_machine_arguments, configured, positive, resolved_dtype
 
 SUMMARY = "train the reference GPT on a text file, into a checkpoint folder"
 
@@ -36,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from gptkern.commands import checkpoints, text, training
     from gptkern.commands.display import TrainingDisplay
 
     device = training.resolve_device(args.device)

@@ -18,14 +18,12 @@ OLDEST = 80
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from gptkern.measuring.tuning_tasks import OPERATORS
-
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--show", action="store_true", help="what is in force, and where each entry comes from")
     what.add_argument("--reset", action="store_true", help="remove what was measured here; gptkern's own tables remain")
     what.add_argument("--dry-run", action="store_true", help="list what would be measured; needs no GPU")
     parser.add_argument(
-        "--op", action="append", choices=OPERATORS, metavar="OPERATOR", help="only this one; may be given several times"
+        "--op", action="append", type=_operator, metavar="OPERATOR", help="only this one; may be given several times"
     )
     parser.add_argument("--seconds", type=float, metavar="N", help="start nothing new after N seconds")
     parser.add_argument("--device", default="cuda", help="the GPU: cuda, cuda:1, …")
@@ -36,6 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shipped", action="store_true", help="write into gptkern's own tables, to be committed, not into your cache"
     )
+
+
+def _operator(name: str) -> str:
+    # Looked up when one is given: `--help` does not wait for PyTorch.
+    from gptkern.measuring.tuning_tasks import OPERATORS
+
+    if name not in OPERATORS:
+        raise argparse.ArgumentTypeError(f"invalid choice: {name!r} (choose from {', '.join(OPERATORS)})")
+    return name
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,0 +1,349 @@
+"""The stages of `gptkern demo`: train a GPT stock and swapped, quantise it, generate, check kernels, write a report.
+
+The two trainings advance in turn, a few steps each, from the same first weights on the same batches: their losses can
+be compared at any moment, and what else the machine does falls on both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+import gptkern
+from gptkern.commands import checkpoints, text, training
+from gptkern.commands.findings import Curve, Findings, Int8, Sample, nats, signed
+from gptkern.commands.kernel_check import check
+from gptkern.commands.observing import observed
+from gptkern.commands.options import configured, resolved_dtype
+from gptkern.models.gpt import GPT
+
+PROMPTS = ("The ", "If the object ")
+TEMPERATURE = 0.7
+TOP_K = 20
+
+# Windows of the held-out text that are looked at on the way; at the end it is all of them.
+EVALUATION_WINDOWS = 64
+EVALUATIONS = 8
+
+# Calibration: steps that only warm up, and steps that are timed.
+WARM_UP_STEPS, TIMED_STEPS = 2, 5
+# A calibration that fell on a busy moment does not end in a training of nothing.
+FEWEST_STEPS = 50
+# A machine that has become slower than its calibration: the trainings end after so many times their budget.
+PATIENCE = 1.25
+
+
+@dataclasses.dataclass(frozen=True)
+class Defaults:
+    """What is trained where nobody says otherwise.
+
+    Args:
+        seconds: for both trainings together. turn: steps that each does at a time.
+        passes: the most times over the text; more of them would learn it by heart.
+    """
+
+    preset: str
+    batch: int
+    lr: float
+    seconds: float
+    turn: int
+    passes: float
+    context: int | None = None
+
+
+# The CPU's were the best of those measured on two cores in equal time (nano at lengths 64 and 128, batches of 4 to 16,
+# learning rates of 3e-3 and 5e-3; widths of 128 and 192): many small steps learn the most. The GPU's learning rate is
+# that of GPT-3 125M.
+DEFAULTS = {
+    "cpu": Defaults("nano", batch=8, lr=3e-3, seconds=130.0, turn=5, passes=8.0, context=64),
+    "cuda": Defaults("gpt2", batch=16, lr=6e-4, seconds=60.0, turn=10, passes=12.0),
+}
+
+
+class Demo:
+    """The stages, in order; what they find out is in `findings`, and `stage` names the one under way."""
+
+    def __init__(self, args: argparse.Namespace):
+        from rich.console import Console
+
+        self.args = args
+        self.out = Path(args.out)
+        self.console = Console(highlight=False)
+        self.findings = Findings()
+        self.stage = "start"
+        self.number = 0
+
+    def run(self) -> None:
+        threads = torch.get_num_threads()
+        try:
+            self._prepare()
+            self._swap()
+            self._train()
+            self._quantise()
+            self._generate()
+            self._check_kernels()
+        finally:
+            torch.set_num_threads(threads)
+
+    def _begin(self, stage: str) -> None:
+        self.stage = stage
+        self.number += 1
+        self.console.rule(f"[bold]{self.number}  {stage}", align="left", style="dim")
+
+    def _say(self, line: str) -> None:
+        """A line; wrapped at words in a terminal, left whole in a log."""
+        # markup=False: a file's name may hold square brackets.
+        self.console.print(line, markup=False, soft_wrap=not self.console.is_terminal)
+
+    # --- the stages ---------------------------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        args = self.args
+        device = training.resolve_device(args.device)
+        defaults = DEFAULTS.get(device.type, DEFAULTS["cpu"])
+        preset = args.preset or defaults.preset
+        config = configured(preset, args.context or (defaults.context if preset == defaults.preset else None))
+        self.data = text.load(args.text, shortest=config.context + 1)
+        self.defaults = defaults
+        self.recipe = training.Recipe(
+            steps=args.steps or 1, batch=args.batch or defaults.batch, length=config.context,
+            lr=args.lr or defaults.lr, seed=args.seed, device=str(device), dtype=resolved_dtype(args.dtype, device),
+        )  # fmt: skip
+        self._begin("the model and the text")
+        self.stock = training.new_model(config, self.recipe)
+        findings = self.findings
+        findings.text = self.data.name
+        findings.text_bytes = len(self.data.train), len(self.data.validation)
+        findings.model = f"GPT, {config.layers} layers of width {config.width}, {config.heads} heads"
+        findings.parameters = self.stock.parameter_count()
+        findings.dtype, findings.device = self.recipe.dtype, _device_name(device)
+        findings.tokens_per_step = self.recipe.tokens_per_step
+        findings.environment = _environment(device)
+        self._say(
+            f"{findings.model}: {findings.parameters:,} parameters, {findings.dtype} on {findings.device}\n"
+            f"{findings.text}: {findings.text_bytes[0]:,} bytes to train on, {findings.text_bytes[1]:,} held out"
+        )
+
+    def _swap(self) -> None:
+        from rich.markup import escape
+        from rich.table import Table
+
+        self._begin("gptkern.swap(model)")
+        self.swapped = copy.deepcopy(self.stock)
+        report = gptkern.swap(self.swapped)
+        batches = text.Batches(
+            self.data.train, self.recipe.batch, self.recipe.length, self.recipe.seed, torch.device(self.recipe.device)
+        )
+        with training.autocast(self.recipe):
+            self.findings.swapped_modules = observed(self.stock, report, batches.next()[0])
+        self.findings.skipped_modules = [tuple(entry) for entry in report.skipped]
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        for heading in ("module", "class", "operator", "backend", "why"):
+            table.add_column(heading, no_wrap=heading != "why")
+        for row in self.findings.swapped_modules:
+            names = f"{row.names} ({row.count})"
+            table.add_row(names, row.original, row.operator, row.backend, escape(row.reason))
+        for name, original, reason in self.findings.skipped_modules:
+            table.add_row(name, original, "-", "-", escape(f"left alone: {reason}"))
+        self.console.print(table)
+
+    def _train(self) -> None:
+        from gptkern.commands.display import TrainingDisplay
+
+        self._begin("training, stock and swapped in turn")
+        seconds = self.args.seconds or self.defaults.seconds
+        deadline = None
+        if self.args.steps is None:
+            self.recipe = dataclasses.replace(self.recipe, steps=self._steps_in(seconds))
+            deadline = time.monotonic() + PATIENCE * seconds
+        recipe, findings = self.recipe, self.findings
+        findings.steps = recipe.steps
+        findings.recipe = (
+            f"AdamW, peak learning rate {recipe.lr:g}, warm-up and cosine, gradients clipped, seed {recipe.seed}; "
+            f"batches of {recipe.batch} rows of {recipe.length} bytes."
+        )
+        trainers = [
+            ("stock", training.Trainer(self.stock, self.data, recipe)),
+            ("swapped", training.Trainer(self.swapped, self.data, recipe)),
+        ]
+        evaluate_every = max(1, recipe.steps // EVALUATIONS)
+        try:
+            with TrainingDisplay(self.console, trainers, recipe.steps) as display:
+                while (step := trainers[0][1].step) < recipe.steps:
+                    turn = min(self.defaults.turn, evaluate_every - step % evaluate_every, recipe.steps - step)
+                    for _, trainer in trainers:
+                        trainer.run(turn)
+                    if (step + turn) % evaluate_every == 0 and step + turn < recipe.steps:
+                        for _, trainer in trainers:
+                            trainer.validate(EVALUATION_WINDOWS)
+                    display.update()
+                    if deadline is not None and time.monotonic() > deadline:
+                        findings.cut_short = "This machine became slower than its calibration: ended early, on time."
+                        break
+                for _, trainer in trainers:
+                    trainer.validate()
+                display.update()
+        finally:
+            findings.stock, findings.swapped = (
+                Curve(trainer.losses, trainer.validations, trainer.tokens_per_second) for _, trainer in trainers
+            )
+        self.trainer = trainers[1][1]
+        self._say(
+            f"validation loss: stock {findings.stock.final:.4f}, swapped {nats(findings.swapped.final)}; "
+            f"largest difference {findings.largest_difference:.2g}; speed {findings.speed_up:.2f} x stock"
+        )
+        checkpoints.save(
+            self.swapped, self.out / "checkpoint",
+            {"text": self.data.name, "recipe": dataclasses.asdict(recipe), "step": self.trainer.step},
+        )  # fmt: skip
+
+    def _steps_in(self, seconds: float) -> int:
+        """How many steps of both trainings fit into the time, from a few steps of throw-away copies."""
+        elapsed = self._fastest_threads() + self._step_seconds(self.swapped)
+        # An evaluation is a forward alone, a third of a step's work.
+        rows = EVALUATIONS * EVALUATION_WINDOWS + len(self.data.validation) / self.recipe.length
+        evaluation = elapsed * rows / self.recipe.batch / 3
+        most = self.defaults.passes * len(self.data.train) / self.recipe.tokens_per_step
+        return max(1, min(max(FEWEST_STEPS, int((seconds - evaluation) / elapsed)), int(most)))
+
+    def _fastest_threads(self) -> float:
+        """Set the number of threads that trains this model fastest; the seconds of a step of the stock model.
+
+        A small model's matrices are soon too small for more threads, and threads that wait for one another on a
+        busy machine are slower than one.
+        """
+        if torch.device(self.recipe.device).type != "cpu":
+            return self._step_seconds(self.stock)
+        most = torch.get_num_threads()
+        fastest, best = 1, float("inf")
+        for threads in sorted({most, *(2**power for power in range(most.bit_length()) if 2**power < most)}):
+            torch.set_num_threads(threads)
+            elapsed = self._step_seconds(self.stock, hopeless=2 * best)
+            if elapsed < best:
+                fastest, best = threads, elapsed
+            else:
+                break
+        torch.set_num_threads(fastest)
+        if fastest < most:
+            self._say(f"{fastest} of {most} threads: the fastest for this model on this machine at this moment")
+        device = torch.device("cpu")
+        self.findings.device, self.findings.environment = _device_name(device), _environment(device)
+        return best
+
+    def _step_seconds(self, model: GPT, hopeless: float = float("inf")) -> float:
+        """The median time of a few steps of a copy; the first one's where that is already hopeless."""
+        trainer = training.Trainer(copy.deepcopy(model), self.data, self.recipe)
+        trainer.run(WARM_UP_STEPS)
+        for _ in range(TIMED_STEPS):
+            trainer.run(1)
+            if self.recipe.tokens_per_step / trainer.speeds[-1] > hopeless:
+                break
+        return self.recipe.tokens_per_step / statistics.median(trainer.speeds[1:])
+
+    def _quantise(self) -> None:
+        self._begin("int8")
+        self.int8 = copy.deepcopy(self.swapped).eval()
+        report = gptkern.quantize(self.int8)
+        loss = training.validation_loss(self.int8, self.trainer.held_out, self.recipe)
+        before, after = report.bytes_before, report.bytes_after
+        int8 = self.findings.int8 = Int8(
+            len(report.quantized), loss, self.findings.swapped.final, before, after,
+            report.model_bytes_before, report.model_bytes_after,
+        )  # fmt: skip
+        self._say(
+            f"{int8.layers} linear layers: {before:,} -> {after:,} bytes ({before / after:.2f} x smaller); "
+            f"validation loss {loss:.4f} ({signed(int8.change)})"
+        )
+
+    def _generate(self) -> None:
+        self._begin("samples")
+        for prompt in PROMPTS:
+            sample = Sample(prompt, *(self._sample(model, prompt) for model in (self.stock, self.swapped, self.int8)))
+            self.findings.samples.append(sample)
+            for title, generated in (("swapped", sample.swapped), ("int8", sample.int8)):
+                self.console.print(f"[bold]{title}[/]")
+                self.console.print(generated, markup=False, style="dim")
+
+    def _sample(self, model: GPT, prompt: str) -> str:
+        device = torch.device(self.recipe.device)
+        generator = torch.Generator(device).manual_seed(self.args.seed)
+        with training.autocast(self.recipe):
+            ids = model.generate(text.encode(prompt, device), self.args.sample_bytes, TEMPERATURE, TOP_K, generator)
+        return text.decode(ids[0])
+
+    def _check_kernels(self) -> None:
+        if self.args.check_seconds <= 0:
+            return
+        self._begin("this machine's kernels against float64")
+        result = self.findings.kernel_check = check(self.recipe.device, self.args.check_seconds)
+        self._say(
+            f"{result.passed} comparisons passed, {result.failed} failed, {result.left_out} cases left out "
+            f"({result.note}, {result.seconds:.0f} s)"
+        )
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    def write(self) -> None:
+        """The report, the figures as JSON, and the verdict on the terminal."""
+        from gptkern.commands.report import render
+
+        findings = self.findings
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / "report.html").write_text(render(findings), encoding="utf-8")
+        content = {**dataclasses.asdict(findings), "problems": findings.problems()}
+        (self.out / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        problems = findings.problems()
+        self.console.rule("[bold]verdict", align="left", style="red" if problems else "green")
+        self._say(findings.verdict())
+        for problem in problems:
+            self.console.print(problem, style="bold red", markup=False)
+        self._say(f"\nreport: {self.out / 'report.html'}")
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    return device.type
+
+
+def _environment(device: torch.device) -> list[tuple[str, str]]:
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = "not installed"
+    rows = [
+        ("gptkern", gptkern.__version__),
+        ("PyTorch", torch.__version__),
+        ("Triton", triton_version),
+        ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("device", _device_name(device)),
+        ("processor", f"{_processor()}, {os.cpu_count()} cores"),
+    ]
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        rows.append(("CUDA", f"{torch.version.cuda}, compute capability {major}.{minor}"))
+    return rows
+
+
+def _processor() -> str:
+    """The processor's name as the system gives it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
