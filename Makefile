@@ -1,4 +1,4 @@
-# Each target sets itself up in .venv: only Python >= 3.10 and make are needed.
+# Each target sets itself up in .venv: only Python >= 3.11 and make are needed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,8 +12,12 @@ endif
 
 .PHONY: demo test emulator lint bench gpu figures tables clean
 
+# Why no environment can be made, in one line; nothing where one can.
+obstacle = $(shell $(PYTHON) building/obstacle.py 2>/dev/null || echo it cannot be run)
+
 # Editable, so that a change to a kernel is what runs next.
 $(VENV)/installed: pyproject.toml setup.py MANIFEST.in constraints.txt
+	$(if $(obstacle),$(error $(PYTHON): $(obstacle). `make PYTHON=…` takes another one))
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch
 	GPTKERN_CUDA=0 $(BIN)/pip install --quiet -c constraints.txt -e '.[test]'

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
     from gptkern.models.gpt import GPTConfig
 
-# The keys of models.gpt.PRESETS and of training.DTYPES, once more: those modules import PyTorch, for which `--help` does
-# not wait. A test holds each pair together.
+# The keys of models.gpt.PRESETS and of training.DTYPES once more: those modules import PyTorch, and `--help` does not
+# wait for it. A test holds each pair together.
 PRESETS = (
     "nano", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl",
     "gpt3-125M", "gpt3-350M", "gpt3-760M", "gpt3-1.3B", "gpt3-2.7B", "gpt3-6.7B", "gpt3-13B", "gpt3-175B",
