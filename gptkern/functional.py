@@ -4,8 +4,9 @@ A twin takes every argument that PyTorch's takes, with the same meaning; its ext
 """
 
 from gptkern.operators.attention.contract import scaled_dot_product_attention
-from gptkern.operators.int8_linear.contract import int8_linear, quantize_int8
+from gptkern.operators.int8_linear.contract import int8_linear
 from gptkern.operators.layer_norm.contract import layer_norm
+from gptkern.operators.quantize_int8.contract import quantize_int8
 from gptkern.operators.rms_norm.contract import rms_norm
 from gptkern.operators.rotary.contract import rotary_embedding
 from gptkern.operators.softmax.contract import softmax

@@ -9,12 +9,18 @@ from __future__ import annotations
 import functools
 import mmap
 import re
+import shutil
 import sys
+import threading
+import time
+import types
 
 import emulation
+import numpy as np
 import pytest
 import torch
 from conftest import DEVICE, _forced
+from cuda_modules import address, module
 
 import gptkern
 import gptkern.functional as G
@@ -207,6 +213,35 @@ def test_out_features_past_the_second_number_of_a_grid_int8_linear(cuda, dtype):
     assert bias.grad.shape == (out_features,)
 
 
+@pytest.mark.parametrize("operator", ["layer_norm", "rms_norm"])
+def test_a_row_of_more_ranges_than_the_second_number_of_a_grid(operator, request):
+    """Launched, and not run: a weight gradient's blocks share a row's columns, 256 of float32 each."""
+    width = 65536 * 256
+    x, weight = (sparse(width, torch.float32).requires_grad_() for _ in range(2))
+    emulated.load().skip_launches(True)
+    try:
+        with _forced("cuda", request.node.nodeid):
+            getattr(G, operator)(x[None], (width,), weight).backward(sparse(width, torch.float32)[None])
+    finally:
+        emulated.load().skip_launches(False)
+    assert weight.grad.shape == (width,)
+
+
+# --- Threads ----------------------------------------------------------------------------------------------------------
+
+
+def test_python_goes_on_while_a_launcher_runs():
+    """The kernel waits for what another thread of Python writes."""
+    memory = np.zeros(3, np.int32)
+    launch = threading.Thread(target=module("waiting").wait, args=(address(memory), 50_000_000))
+    launch.start()
+    while not memory[0] and launch.is_alive():
+        time.sleep(0)
+    memory[1] = 1
+    launch.join()
+    assert memory.tolist() == [1, 1, 1]
+
+
 # --- What C++ cannot read ---------------------------------------------------------------------------------------------
 
 
@@ -231,6 +266,23 @@ def test_what_a_copy_does_not_help_is_an_error(monkeypatch):
     monkeypatch.setattr(common, "call", lambda name, tensor, *arguments: arguments[0])
     with pytest.raises(RuntimeError, match=r"launcher cannot read a contiguous copy: of shape \(2,\)"):
         common.start("launcher", torch.zeros(2), 1.0)
+
+
+def test_the_table_of_tensors_is_asked_once(tmp_path):
+    """And it is known before the first call whether it is there."""
+    path = emulated.build(quiet=True)
+    fresh = emulated.loaded(f"fresh.{emulated.NAME}", shutil.copy(path, tmp_path / path.name))
+    q, x = torch.empty(2, dtype=torch.int8), torch.ones(2)
+    with pytest.raises(RuntimeError, match="called before use_tensors_of"):
+        fresh.quantize_int8(x, q, torch.empty(()), 0, 0)
+    assert "PyTorch 2.11 or newer" in fresh.use_tensors_of(int)
+    other = types.SimpleNamespace  # a table of another library's making
+    assert "has another" in fresh.use_tensors_of(type("Tensor", (), {"__dlpack_c_exchange_api__": other()}))
+    with pytest.raises(ImportError, match="needs PyTorch"):
+        emulated.taking_tensors(types.SimpleNamespace(use_tensors_of=lambda type: fresh.use_tensors_of(int)))
+    assert emulated.taking_tensors(fresh) is fresh
+    fresh.quantize_int8(x, q, torch.empty(()), 0, 0)
+    assert q.tolist() == [127, 127]
 
 
 def test_what_is_no_tensor_is_an_error():
@@ -272,21 +324,24 @@ def shape_only(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor
 @pytest.mark.parametrize("M, N, K", [(2**31, 8, 8), (8, 2**31, 8), (8, 8, 2**31)])
 def test_sizes_that_32_bits_do_not_count_are_refused_int8_linear(M, N, K):
     weight, scale = shape_only(N, K, dtype=torch.int8), shape_only(N, dtype=torch.float32)
-    reason = int8_linear.unsupported(shape_only(M, K), weight, scale, None, None, "w8a16")
+    reason = int8_linear.unsupported(int8_linear.Call(shape_only(M, K), weight, scale, None, None, "w8a16"))
     assert "32 bits" in reason
     smaller = [size // 2 if size == 2**31 else size for size in (M, N, K)]
     M, N, K = smaller
-    assert int8_linear.unsupported(shape_only(M, K), shape_only(N, K), scale, None, None, "w8a16") is None
+    assert (
+        int8_linear.unsupported(int8_linear.Call(shape_only(M, K), shape_only(N, K), scale, None, None, "w8a16"))
+        is None
+    )
 
 
 @pytest.mark.parametrize("shape, dim", [((2**31,), 0), ((2**31, 8), 1), ((2**31, 8), 0), ((8, 2**31, 2), 2)])
 def test_sizes_that_32_bits_do_not_count_are_refused_quantize_int8(shape, dim):
-    assert "32 bits" in quantize_int8.unsupported(shape_only(*shape), dim)
-    assert quantize_int8.unsupported(shape_only(*(min(size, 2**20) for size in shape)), dim) is None
+    assert "32 bits" in quantize_int8.unsupported(quantize_int8.Call(shape_only(*shape), dim))
+    assert quantize_int8.unsupported(quantize_int8.Call(shape_only(*(min(size, 2**20) for size in shape)), dim)) is None
 
 
 def test_more_heads_than_a_grid_are_refused_attention():
     query = shape_only(1, 65536, 8, 64)
-    assert "65536 heads" in attention.unsupported(query, query, query, False, 1.0)
+    assert "65536 heads" in attention.unsupported(attention.Call(query, query, query, False, 1.0))
     query = query[:, 1:]
-    assert attention.unsupported(query, query, query, False, 1.0) is None
+    assert attention.unsupported(attention.Call(query, query, query, False, 1.0)) is None

@@ -1,15 +1,22 @@
 """Which backend runs a call, and why.
 
-    backend   what it is                        runs tensors on
-    torch     PyTorch's own operators           every device: the fallback
-    triton    gptkern.backends.triton            NVIDIA GPUs from sm_80; the CPU while TRITON_INTERPRET=1
-    cuda      gptkern.backends.cuda (C++)        NVIDIA GPUs from sm_80; the CPU while GPTKERN_EMULATE_CUDA=1
+    backend   what it is                 runs tensors on
+    torch     PyTorch's own operators    every device: the fallback
+    triton    Triton's kernels           NVIDIA GPUs from sm_80; the CPU while TRITON_INTERPRET=1
+    cuda      CUDA C++                   NVIDIA GPUs from sm_80; the CPU while GPTKERN_EMULATE_CUDA=1
 
-A backend's module for an operator (`gptkern.operators.layer_norm.triton`, say) is imported when it is first
-chosen, and has three functions of the same positional signature as the operator's registered op:
+A backend may have variants of an operator, "cuda:sm90" or "torch:cudnn": kernels of their own, chosen, timed and told
+apart by that name. "torch:launchers" is there of every operator: the launchers in plain PyTorch that kernels are
+compared with.
 
-    unsupported(*call) -> str | None    why this call is not covered, or None
-    forward(*call), backward(*call)     bare launchers
+A call is one record, the contract's NamedTuple `Call`. The module of a backend stands in the operator's room, by the
+backend's name ("cuda:sm90": cuda_sm90.py; of "torch" and "torch:launchers" it is the contract). It is imported when it
+is first chosen, and has
+
+    unsupported(call) -> str | None    why this call is not covered, or None
+    forward(call)                      bare launchers, which the registered ops call (registration.py)
+    backward(gradient, call)
+    unavailable(device) -> str | None  of a variant alone, if it needs more than its backend: why not on this device
 
 The order in which they are tried on a GPU is data (gptkern.backends.tables): by operator, device and class of shapes
 where it was measured, and one default where it was not. PyTorch may come first.
@@ -29,16 +36,17 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 
-from gptkern.backends.tables import backends as preferred
-from gptkern.backends.tables import configurations, shape_classes, user
+from gptkern import operators
+from gptkern.backends.tables import configurations, orders, user
 
-BACKENDS = preferred.NAMES
-OPERATORS = ("attention", "layer_norm", "rms_norm", "rotary", "softmax", "int8_linear")
+BACKENDS = orders.FAMILIES
+# The launchers in plain PyTorch, of every operator.
+LAUNCHERS = "torch:launchers"
 
 # PyTorch's function -> its twin in gptkern.functional. Filled by `twin_of`.
 TWINS: dict[Callable, Callable] = {}
@@ -83,8 +91,9 @@ _warned: set[tuple[str, str]] = set()
 
 
 def _checked_name(name: str | None, where: str) -> str | None:
-    if name is not None and name not in BACKENDS:
-        raise ValueError(f"{where} got {name!r}; it needs one of {', '.join(map(repr, BACKENDS))}")
+    if name is not None and name not in BACKENDS and name != LAUNCHERS and name not in orders.variants():
+        known = (*BACKENDS, LAUNCHERS, *orders.variants())
+        raise ValueError(f"{where} got {name!r}; it needs one of {', '.join(map(repr, known))}")
     return name
 
 
@@ -97,7 +106,8 @@ def backend(name: str | None):
     """Force a backend for the calls made inside the `with` block, in this thread.
 
     Args:
-        name: "cuda", "triton", "torch", or None for the automatic choice.
+        name: "cuda", "triton" or "torch"; a variant ("torch:cudnn"), which the operators that do not have it refuse;
+            "torch:launchers", plain PyTorch; or None for the automatic choice.
 
     Raises:
         ValueError: the name is none of these.
@@ -191,9 +201,19 @@ def settled(tensor: Any) -> Choice | None:
     return None
 
 
-def choose(operator: str, *call) -> Choice:
-    """The backend for a checked call of an operator; `call` is what its launchers would get, a tensor first."""
+def choose(operator: str, call: tuple) -> Choice:
+    """The backend for a checked call of an operator: the record that its launchers would get."""
     return _announced(_decide(operator, _forced(), call))
+
+
+def first_tensor(arguments: Iterable[Any]) -> torch.Tensor:
+    """The tensor that says on which device a call runs; it may stand in a list."""
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            return argument
+        if isinstance(argument, (list, tuple)) and argument:
+            return argument[0]
+    raise ValueError("the call has no tensor")
 
 
 def _forced() -> str | None:
@@ -209,7 +229,7 @@ def _announced(choice: Choice) -> Choice:
 def _decide(operator: str, forced: str | None, call: tuple) -> Choice:
     if forced == "torch":
         return _FORCED_TORCH
-    device = call[0].device
+    device = first_tensor(call).device
     # Read once: each makes a Python object.
     kind, index = device.type, device.index
     if forced is None and kind == "cpu":
@@ -219,19 +239,18 @@ def _decide(operator: str, forced: str | None, call: tuple) -> Choice:
         if reason is not None:
             raise BackendError(f"backend {forced!r} was asked for and cannot run {operator}: {reason}")
         return Choice(forced, "asked for by name")
-    order, measured = _unmeasured_order(operator, kind, index), None
-    if order is None:
-        order, measured = _preference(operator, index, shape_classes.CLASSES[operator].of(*call))
-    if order[0] == "torch":
-        return Choice("torch", measured or "it is the first in gptkern's table of backends")
+    preference = _unmeasured_order(operator, kind, index)
+    if preference is None:
+        preference = _preference(operator, index, operators.problem(operator).classes.of(call))
+    if preference.order[0] == "torch":
+        return Choice("torch", preference.reason)
     reasons = []
-    for name in order:
+    for name in preference.order:
         if name == "torch":
             break
         reason = _unable(name, operator, kind, index) or _uncovered(name, operator, call)
         if reason is None:
-            known = measured if measured and not reasons else f"the input is on {kind}"
-            return Choice(name, "; ".join([known, *reasons]))
+            return Choice(name, "; ".join([f"the input is on {kind}", *reasons] if reasons else [preference.reason]))
         reasons.append(f"not {name}: {reason}")
     choice = Choice("torch", "; ".join(reasons))
     if kind != "meta":
@@ -243,13 +262,15 @@ def _uncovered(name: str, operator: str, call: tuple) -> str | None:
     """Why the backend's kernels do not cover this call, or None."""
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         return "a torch.func transform is active, and the kernels' autograd.Functions have no rules for it"
+    device = first_tensor(call).device
     for argument in call:
-        if isinstance(argument, torch.Tensor):
-            if type(argument) is not torch.Tensor and type(argument) is not torch.nn.Parameter:
-                return f"{type(argument).__name__} is a tensor subclass, which kernels cannot read"
-            if argument.device != call[0].device:
-                return f"tensors are on {call[0].device} and {argument.device}"
-    return _modules[name, operator].unsupported(*call)
+        for tensor in argument if isinstance(argument, (list, tuple)) else (argument,):
+            if isinstance(tensor, torch.Tensor):
+                if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
+                    return f"{type(tensor).__name__} is a tensor subclass, which kernels cannot read"
+                if tensor.device != device:
+                    return f"tensors are on {device} and {tensor.device}"
+    return _modules[name, operator].unsupported(call)
 
 
 def _constant_while_compiling(function: Callable) -> Callable:
@@ -263,38 +284,39 @@ def _constant_while_compiling(function: Callable) -> Callable:
 
 
 # (operator, index of a GPU) -> class of calls -> preference; what was measured on that GPU, most often nothing.
-_preferences: dict[tuple[str, int | None], dict[tuple, preferred.Preference]] = {}
+_preferences: dict[tuple[str, int | None], dict[tuple, orders.Preference]] = {}
 # (operator, type and index of a device) -> the default order, or None where something was measured.
-_unmeasured: dict[tuple[str, str, int | None], tuple[str, ...] | None] = {}
+_unmeasured: dict[tuple[str, str, int | None], orders.Preference | None] = {}
 
 
 # A file cannot be read while tracing.
 @_constant_while_compiling
-def _unmeasured_order(operator: str, device_type: str, device_index: int | None) -> tuple[str, ...] | None:
-    """The order of the backends where nothing was measured for the operator on the device, else None.
+def _unmeasured_order(operator: str, device_type: str, device_index: int | None) -> orders.Preference | None:
+    """The architecture's order where nothing was measured for the operator on the device, else None.
 
     Host time counts: this is a look-up, and only where it gives None is a call's class found out.
     """
     try:
         return _unmeasured[operator, device_type, device_index]
     except KeyError:
-        found = preferred.preferences(operator, user.identify(torch.device(device_type, device_index)))
+        device = user.identify(torch.device(device_type, device_index))
+        found = orders.preferences(operator, device)
         if found:
             _preferences[operator, device_index] = found
-        order = _unmeasured[operator, device_type, device_index] = None if found else preferred.shipped().default
+        order = _unmeasured[operator, device_type, device_index] = None if found else orders.default(operator, device)
         return order
 
 
 @_constant_while_compiling
-def _preference(operator: str, device_index: int | None, shape_class: tuple) -> tuple[tuple[str, ...], str | None]:
-    """(the order, what was measured) where something was measured on this GPU, perhaps not for this class."""
+def _preference(operator: str, device_index: int | None, shape_class: tuple) -> orders.Preference:
+    """The order where something was measured on this GPU, perhaps not for this class."""
     found = _preferences.get((operator, device_index), {}).get(shape_class)
-    return (preferred.shipped().default, None) if found is None else (found.order, found.reason)
+    return found or orders.default(operator, user.identify(torch.device("cuda", device_index)))
 
 
 def forget() -> None:
     """The tables are read anew at the next call: after one of them was written."""
-    preferred.forget()
+    orders.forget()
     configurations.forget()
     _preferences.clear()
     _unmeasured.clear()
@@ -304,23 +326,28 @@ def forget() -> None:
 @_constant_while_compiling
 def _unable(name: str, operator: str, device_type: str, device_index: int | None) -> str | None:
     """Why the backend cannot run anything on this device, or None. Imports the backend's module."""
-    return unavailable(name, torch.device(device_type, device_index)) or _imported(name, operator)
+    return missing(name, operator, torch.device(device_type, device_index))
 
 
-def _imported(name: str, operator: str) -> str | None:
-    try:
-        load(name, operator)
-    except ImportError as error:
-        return f"{type(error).__name__}: {error}"
-    return None
+def missing(name: str, operator: str, device: torch.device) -> str | None:
+    """Why a backend, or a variant of one, has no kernels of the operator for a device in this process, or None."""
+    reason = unavailable(name, device)
+    if reason is None:
+        try:
+            module = load(name, operator)
+        except ImportError as error:
+            return f"{type(error).__name__}: {error}"
+        if ":" in name and hasattr(module, "unavailable"):
+            reason = module.unavailable(device)
+    return reason
 
 
 def load(name: str, operator: str):
     """The module that holds a backend's launchers for an operator."""
     module = _modules.get((name, operator))
     if module is None:
-        module = importlib.import_module(f"gptkern.operators.{operator}.{'contract' if name == 'torch' else name}")
-        _modules[name, operator] = module
+        basename = "contract" if name in ("torch", LAUNCHERS) else name.replace(":", "_")
+        module = _modules[name, operator] = importlib.import_module(f"gptkern.operators.{operator}.{basename}")
     return module
 
 
@@ -339,6 +366,7 @@ def _emulator_missing() -> str | None:
 
 def unavailable(name: str, device: torch.device) -> str | None:
     """Why a backend has no kernels for a device in this process, or None where it has."""
+    name = name.partition(":")[0]
     if name == "torch":
         return None
     if name == "triton" and not _installed("triton"):

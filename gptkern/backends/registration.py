@@ -1,9 +1,16 @@
-"""What the operators share: registration with PyTorch, autocast, and the refusal of second derivatives."""
+"""What the operators share: registration with PyTorch, autocast, and the refusal of second derivatives.
+
+A call of an operator is one record, a NamedTuple of its contract. The schema of the registered op, the order of the
+launchers' arguments and what dispatch looks at are read from its fields: a new option is one field and its meaning.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from typing import Annotated, Any
 
 import torch
 
@@ -11,29 +18,114 @@ from gptkern.backends import dispatch
 
 _library = torch.library.Library("gptkern", "FRAGMENT")
 
+# A field of a call that the operator writes in place: the schema says so, and nothing is returned for it.
+Written = Annotated[torch.Tensor, "written"]
 
-def register(operator: str, direction: str, schema: str, fake: Callable):
-    """Register `gptkern::<operator>_<direction>` and return it.
+_SCHEMA_TYPES = {
+    torch.Tensor: "Tensor", bool: "bool", int: "SymInt", float: "float", str: "str", torch.dtype: "ScalarType",
+}  # fmt: skip
+
+
+def schema_of(records: Iterable[type], *, tensors_may_be_none: bool = False) -> Iterator[str]:
+    """The arguments of a schema, as torch.library writes them, of the fields of NamedTuple classes.
 
     Args:
-        direction: "forward" or "backward", the launcher of the backend's module that the op calls.
-        schema: arguments and results as torch.library writes them. A tensor comes first, `str backend` last.
-        fake: the shape function: allocates the results and computes nothing.
+        tensors_may_be_none: of a backward, which is not given what it does not read.
 
-    `Library.define` and `impl`, not the `custom_op` decorator: it costs half the host time of a call.
+    Raises:
+        TypeError: a field has a type that no schema knows.
     """
-    name = f"{operator}_{direction}"
-    _library.define(f"{name}{schema}")
+    aliases = (f"({letter}!)" for letter in "abcdefghijklmnop")
+    for record in records:
+        for name, hint in typing.get_type_hints(record, include_extras=True).items():
+            written = _schema_type(name, hint, aliases)
+            if tensors_may_be_none and written == "Tensor":
+                written = "Tensor?"
+            yield f"{written} {name}"
 
-    def run(*call):
-        *arguments, backend = call
-        launcher = getattr(dispatch.load(backend, operator), direction)
-        with on_device_of(arguments[0]), without_autocast(arguments[0].device.type):
-            return launcher(*arguments)
 
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"gptkern::{name}", fake, lib=_library)
-    return getattr(torch.ops.gptkern, name).default
+def _schema_type(name: str, hint: Any, aliases: Iterator[str]) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return f"{_SCHEMA_TYPES[arguments[0]]}{next(aliases)}"
+    if origin in (typing.Union, types.UnionType) and len(arguments) == 2 and type(None) in arguments:
+        (present,) = (argument for argument in arguments if argument is not type(None))
+        return f"{_schema_type(name, present, aliases)}?"
+    if origin is list:
+        return f"{_schema_type(name, arguments[0], aliases)}[]"
+    if hint not in _SCHEMA_TYPES:
+        raise TypeError(f"field {name} is {hint!r}; a registered op takes {', '.join(map(str, _SCHEMA_TYPES))}, "
+                        "lists of these, None, and what is Written")  # fmt: skip
+    return _SCHEMA_TYPES[hint]
+
+
+class Operator:
+    """The registered ops of an operator, `gptkern::<name>_forward` and, where it has gradients, `…_backward`.
+
+    Args:
+        name: the room's.
+        call: the NamedTuple class of a call; its first tensor says on which device the kernels run.
+        results: how many tensors the forward returns; 0 for an operator that only writes in place.
+        fake: fake(call) -> the forward's results, allocated and not computed.
+        gradient: the NamedTuple class of what the backward gets besides the call: gradients of results, what the
+            forward kept, which gradients are needed.
+        gradients: how many tensors the backward returns.
+        gradient_fake: gradient_fake(gradient, call) -> the backward's results.
+
+    A backend's launchers are forward(call) and backward(gradient, call), where tensors of the call that the backward
+    does not read are None.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        call: type,
+        results: int,
+        fake: Callable[[Any], Any],
+        gradient: type | None = None,
+        gradients: int = 0,
+        gradient_fake: Callable[[Any, Any], Any] | None = None,
+    ):
+        self.name = name
+        arguments = list(schema_of([call]))
+        self._forward = self._registered("forward", arguments, results, (call,), fake)
+        if gradient is not None:
+            arguments = [*schema_of([gradient]), *schema_of([call], tensors_may_be_none=True)]
+            self._backward = self._registered("backward", arguments, gradients, (gradient, call), gradient_fake)
+
+    def forward(self, call, backend: str):
+        """What the backend's forward launcher returns for the call."""
+        return self._forward(*call, backend)
+
+    def backward(self, gradient, call, backend: str):
+        """What the backend's backward launcher returns."""
+        return self._backward(*gradient, *call, backend)
+
+    def _registered(self, direction: str, arguments: list[str], results: int, records: tuple, fake: Callable):
+        """Registers an op. `Library.define` and `impl`, not the `custom_op` decorator: half the host time of a call."""
+        operator, name = self.name, f"{self.name}_{direction}"
+        returned = {0: "()", 1: "Tensor"}.get(results, f"({', '.join(['Tensor'] * results)})")
+        _library.define(f"{name}({', '.join([*arguments, 'str backend'])}) -> {returned}")
+        sizes = [len(record._fields) for record in records]
+
+        def split(given: tuple) -> list:
+            if len(records) == 1:
+                return [records[0]._make(given)]
+            return [records[0]._make(given[: sizes[0]]), records[1]._make(given[sizes[0] :])]
+
+        def run(*given):
+            *given, backend = given
+            launcher = getattr(dispatch.load(backend, operator), direction)
+            first = dispatch.first_tensor(given)
+            with on_device_of(first), without_autocast(first.device.type):
+                return launcher(*split(given))
+
+        def shapes(*given):
+            return fake(*split(given[:-1]))
+
+        _library.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"gptkern::{name}", shapes, lib=_library)
+        return getattr(torch.ops.gptkern, name).default
 
 
 def on_device_of(tensor: torch.Tensor):

@@ -83,7 +83,7 @@ class Table:
         self._counts, self._optional = counts, optional
         # In a file they are in lower case; where they are handed to a kernel as they are, they are BLOCK_M.
         self._names = tuple(name.lower() for name in configuration._fields)
-        self.path = path or files.shipped(operator)
+        self.path = path or files.shipped(operator, "triton")
         self.entries: list[Entry] = []
         # index of a GPU, or None for a CPU -> the key without its size -> (size, configuration), the least size first
         self._steps: dict[int | None, dict[tuple, tuple[tuple[int | float, Any], ...]]] = {}

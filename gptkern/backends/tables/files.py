@@ -17,11 +17,9 @@ class TableError(ValueError):
     """A file of tables is not as it has to be; the message names the file and the place in it."""
 
 
-def shipped(name: str) -> Path:
-    """The file of tiles in an operator's room, or "backends": the one beside this module."""
-    if name == "backends":
-        return Path(__file__).with_name("backends.json")
-    return PACKAGE / "operators" / name / "tiles.json"
+def shipped(operator: str, name: str) -> Path:
+    """A file of an operator's room: the tiles of a backend ("triton"), or "backends"."""
+    return PACKAGE / "operators" / operator / f"{name}.json"
 
 
 def read(path: Path) -> dict[str, Any]:

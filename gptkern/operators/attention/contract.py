@@ -28,16 +28,42 @@ and beside a sum of -3e38 nothing would be left of the logarithm, which the grad
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from gptkern.backends import dispatch, philox
 from gptkern.backends.philox import new_seed
-from gptkern.backends.registration import autocast, once_differentiable, register, without_autocast
+from gptkern.backends.registration import Operator, autocast, once_differentiable, without_autocast
 
 _LOG2E = math.log2(math.e)
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+
+
+class Call(NamedTuple):
+    """A checked call: four dimensions where kernels run, one head_dim, scale > 0; is_causal is False beside a mask."""
+
+    query: torch.Tensor  # (batch, heads, length_q, head_dim)
+    key: torch.Tensor  # (batch, kv_heads, length_k, head_dim)
+    value: torch.Tensor  # as key
+    is_causal: bool
+    scale: float
+    attn_mask: torch.Tensor | None = None  # bool or additive, broadcasts to (batch, heads, length_q, length_k)
+    dropout_p: float = 0.0
+    lower_right: bool = False  # of is_causal: query i sees keys j <= i + length_k - length_q
+    seed: torch.Tensor | None = None  # (1,) int64, of the dropout
+
+
+class Gradient(NamedTuple):
+    """What the backward gets besides the call."""
+
+    grad_output: torch.Tensor  # (batch, heads, length_q, head_dim)
+    output: torch.Tensor  # (batch, heads, length_q, head_dim)
+    lse: torch.Tensor  # as the forward returned it
+    need_query: bool
+    need_key: bool
+    need_value: bool
 
 
 @dispatch.twin_of(F.scaled_dot_product_attention)
@@ -111,7 +137,7 @@ def scaled_dot_product_attention(
             mask = _as_autocast_has_it(mask, query)
             _check_mask(mask, *cast[:2])
         factor = 1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else float(scale)
-        choice = dispatch.choose("attention", *cast, causal, factor, mask, dropout_p, lower_right)
+        choice = dispatch.choose("attention", Call(*cast, causal, factor, mask, dropout_p, lower_right))
         if choice.backend != "torch":
             signed_query, factor = _with_positive_scale(cast[0], factor)
             seed = new_seed(query.device) if dropout_p > 0 else None
@@ -270,8 +296,9 @@ LARGEST_HEAD_DIM = 256
 HEAD_DIM_STEP = 8
 
 
-def outside_of_kernels(query, key, value, dtypes) -> str | None:
+def outside_of_kernels(call: Call, dtypes) -> str | None:
     """Why no kernel takes a call of these shapes and dtypes, or None: what the backends' `unsupported` share."""
+    query, key, value = call[:3]
     if not query.dim() == key.dim() == value.dim() == 4:
         return (
             f"query, key and value have {query.dim()}, {key.dim()} and {value.dim()} dimensions; kernels need 4, "
@@ -299,14 +326,13 @@ def outside_of_kernels(query, key, value, dtypes) -> str | None:
 # --- The torch backend: bare launchers in plain PyTorch -------------------------------------------------------------
 
 
-def unsupported(query, key, value, is_causal, scale, attn_mask=None, dropout_p=0.0, lower_right=False):
+def unsupported(call: Call) -> None:
     return None
 
 
-def forward(
-    query, key, value, is_causal, scale, attn_mask=None, dropout_p=0.0, lower_right=False, seed=None
-):  # fmt: skip
+def forward(call: Call):
     """-> output (batch, heads, length_q, head_dim), lse (batch, heads, length_q), or two of them: see the module."""
+    query, key, value, is_causal, scale, attn_mask, dropout_p, lower_right, seed = call
     q, k, v = _grouped(query, key, value)
     scores = _scores(q, k, is_causal, scale, attn_mask, lower_right)
     lse = empty_lse(query, attn_mask)
@@ -327,11 +353,10 @@ def forward(
     return output, lse
 
 
-def backward(
-    grad_output, query, key, value, output, lse, is_causal, scale, need_query, need_key, need_value,
-    attn_mask=None, dropout_p=0.0, lower_right=False, seed=None,
-):  # fmt: skip
+def backward(gradient: Gradient, call: Call):
     """-> dquery, dkey, dvalue of the shapes, dtypes and layouts of query, key, value; what is not needed is empty."""
+    grad_output, output, lse, need_query, need_key, need_value = gradient
+    query, key, value, is_causal, scale, attn_mask, dropout_p, lower_right, seed = call
     q, k, v = _grouped(query, key, value)
     grad, out = (tensor.to(lse.dtype).view(q.shape) for tensor in (grad_output.contiguous(), output.contiguous()))
     probabilities = _probabilities(_scores(q, k, is_causal, scale, attn_mask, lower_right), lse)
@@ -434,36 +459,17 @@ def _statistics_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _forward_fake(query, key, value, is_causal, scale, attn_mask, dropout_p, lower_right, seed, backend):
-    return empty_in_layout_of(query), empty_lse(query, attn_mask)
+def _forward_fake(call: Call):
+    return empty_in_layout_of(call.query), empty_lse(call.query, call.attn_mask)
 
 
-def _backward_fake(
-    grad_output, query, key, value, output, lse, is_causal, scale, need_query, need_key, need_value,
-    attn_mask, dropout_p, lower_right, seed, backend,
-):  # fmt: skip
+def _backward_fake(gradient: Gradient, call: Call):
     return tuple(
-        empty_in_layout_of(tensor) if needed else tensor.new_empty(0)
-        for tensor, needed in ((query, need_query), (key, need_key), (value, need_value))
+        empty_in_layout_of(tensor) if needed else tensor.new_empty(0) for tensor, needed in zip(call[:3], gradient[3:])
     )
 
 
-_EXTRAS = "Tensor? attn_mask, float dropout_p, bool lower_right, Tensor? seed"
-_forward = register(
-    "attention",
-    "forward",
-    f"(Tensor query, Tensor key, Tensor value, bool is_causal, float scale, {_EXTRAS}, str backend)"
-    " -> (Tensor, Tensor)",
-    _forward_fake,
-)
-_backward = register(
-    "attention",
-    "backward",
-    "(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, Tensor lse, bool is_causal,"
-    f" float scale, bool need_query, bool need_key, bool need_value, {_EXTRAS}, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
-    _backward_fake,
-)
+OPERATOR = Operator("attention", Call, 2, _forward_fake, Gradient, 3, _backward_fake)
 
 
 class AttentionFunction(torch.autograd.Function):
@@ -487,11 +493,11 @@ class AttentionFunction(torch.autograd.Function):
     def forward(
         ctx, query, key, value, is_causal, scale, backend, attn_mask=None, dropout_p=0.0, lower_right=False, seed=None
     ):
-        output, lse = _forward(query, key, value, is_causal, scale, attn_mask, dropout_p, lower_right, seed, backend)
+        call = Call(query, key, value, is_causal, scale, attn_mask, dropout_p, lower_right, seed)
+        output, lse = OPERATOR.forward(call, backend)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(query, key, value, output, lse, attn_mask, seed)
-        ctx.call = is_causal, scale
-        ctx.extras = dropout_p, lower_right
+        ctx.options = is_causal, scale, dropout_p, lower_right
         ctx.backend = backend
         return output
 
@@ -503,8 +509,9 @@ class AttentionFunction(torch.autograd.Function):
         query, key, value, output, lse, attn_mask, seed = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         with torch.no_grad():
-            saved = grad_output, query, key, value, output, lse
-            computed = _backward(*saved, *ctx.call, *needs, attn_mask, *ctx.extras, seed, ctx.backend)
+            is_causal, scale, *extras = ctx.options
+            call = Call(query, key, value, is_causal, scale, attn_mask, *extras, seed)
+            computed = OPERATOR.backward(Gradient(grad_output, output, lse, *needs), call, ctx.backend)
         gradients = [gradient if needed else None for gradient, needed in zip(computed, needs)]
         gradients = once_differentiable("attention", gradients, (grad_output, query, key, value))
         return *gradients, *rest

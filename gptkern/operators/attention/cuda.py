@@ -7,27 +7,29 @@ import math
 import torch
 
 from gptkern.backends.cuda import common
-from gptkern.operators.attention.contract import empty_in_layout_of, outside_of_kernels
+from gptkern.operators.attention.contract import Call, Gradient, empty_in_layout_of, outside_of_kernels
 
 _DTYPES = (torch.float16, torch.bfloat16)
 # csrc/attention/forward.cu: heads are the second number of a grid.
 _MOST_HEADS = 65535
 
 
-def unsupported(query, key, value, is_causal, scale, attn_mask=None, dropout_p=0.0, lower_right=False):
-    if attn_mask is not None:
+def unsupported(call: Call) -> str | None:
+    if call.attn_mask is not None:
         return "attn_mask is given, and these kernels have the causal mask alone"
-    if dropout_p != 0.0:
-        return f"dropout_p is {dropout_p}, and these kernels have no dropout"
-    if lower_right:
+    if call.dropout_p != 0.0:
+        return f"dropout_p is {call.dropout_p}, and these kernels have no dropout"
+    if call.lower_right:
         return "the causal mask is aligned to the lower right, and these kernels have the upper left alone"
+    query = call.query
     if query.dim() == 4 and query.shape[1] > _MOST_HEADS:
         return f"query has {query.shape[1]} heads; the CUDA kernels take {_MOST_HEADS}"
-    return outside_of_kernels(query, key, value, _DTYPES)
+    return outside_of_kernels(call, _DTYPES)
 
 
-def forward(query, key, value, is_causal, scale, attn_mask=None, dropout_p=0.0, lower_right=False, seed=None):
+def forward(call: Call):
     """-> output (batch, heads, length_q, head_dim), lse (batch, heads, length_q) float32, in base 2."""
+    query, key, value, is_causal, scale, *_ = call
     output = _empty_like(query)
     lse = torch.empty(*query.shape[:3], dtype=torch.float32, device=query.device)
     if key.numel() == 0:
@@ -36,11 +38,10 @@ def forward(query, key, value, is_causal, scale, attn_mask=None, dropout_p=0.0, 
     return output, lse
 
 
-def backward(
-    grad_output, query, key, value, output, lse, is_causal, scale, need_query, need_key, need_value,
-    attn_mask=None, dropout_p=0.0, lower_right=False, seed=None,
-):  # fmt: skip
+def backward(gradient: Gradient, call: Call):
     """-> dquery, dkey, dvalue of the shapes, dtypes and layouts of query, key, value; what is not needed is empty."""
+    grad_output, output, lse, need_query, need_key, need_value = gradient
+    query, key, value, is_causal, scale, *_ = call
     grad_query = _empty_like(query) if need_query else query.new_empty(0)
     grad_key = _empty_like(key) if need_key else key.new_empty(0)
     grad_value = _empty_like(value) if need_value else value.new_empty(0)

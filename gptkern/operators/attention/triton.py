@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from gptkern.backends.triton.common import CompileCase, cdiv, dot
-from gptkern.operators.attention.contract import empty_in_layout_of, empty_lse, no_key, outside_of_kernels
+from gptkern.operators.attention.contract import Call, empty_in_layout_of, empty_lse, no_key, outside_of_kernels
 from gptkern.operators.attention.triton_backward import backward
 from gptkern.operators.attention.triton_tiles import (
     ADDITIVE_MASK,
@@ -250,17 +250,16 @@ def _forward_kernel(
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def unsupported(query, key, value, is_causal, scale, attn_mask=None, dropout_p=0.0, lower_right=False):
-    return outside_of_kernels(query, key, value, _DTYPES) or unreadable_mask(query, key, attn_mask)
+def unsupported(call: Call) -> str | None:
+    return outside_of_kernels(call, _DTYPES) or unreadable_mask(call.query, call.key, call.attn_mask)
 
 
-def forward(
-    query, key, value, is_causal, scale, attn_mask=None, dropout_p=0.0, lower_right=False, seed=None
-):  # fmt: skip
+def forward(call: Call):
     """-> output (batch, heads, length_q, head_dim), lse (batch, heads, length_q) float32, in base 2.
 
     With an additive mask lse is (2, batch, heads, length_q): see gptkern/operators/attention/contract.py.
     """
+    query, key, value, is_causal, scale, attn_mask, dropout_p, lower_right, seed = call
     batch, heads, length_q, head_dim = query.shape
     length_k = key.shape[2]
     output = empty_in_layout_of(query)

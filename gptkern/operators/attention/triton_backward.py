@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from gptkern.backends.triton.common import CompileCase, cdiv, dot
-from gptkern.operators.attention.contract import empty_in_layout_of
+from gptkern.operators.attention.contract import Call, Gradient, empty_in_layout_of
 from gptkern.operators.attention.triton_tiles import (
     ADDITIVE_MASK,
     BOOL_MASK,
@@ -485,11 +485,10 @@ def _query_kernel(
 # --- Launchers ------------------------------------------------------------------------------------------------------
 
 
-def backward(
-    grad_output, query, key, value, output, lse, is_causal, scale, need_query, need_key, need_value,
-    attn_mask=None, dropout_p=0.0, lower_right=False, seed=None,
-):  # fmt: skip
+def backward(gradient: Gradient, call: Call):
     """-> dquery, dkey, dvalue of the shapes, dtypes and layouts of query, key, value; what is not needed is empty."""
+    grad_output, output, lse, need_query, need_key, need_value = gradient
+    query, key, value, is_causal, scale, attn_mask, dropout_p, lower_right, seed = call
     batch, heads, length_q, head_dim = query.shape
     kv_heads, length_k = key.shape[1:3]
     grad_query, grad_key, grad_value = (

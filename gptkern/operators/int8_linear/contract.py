@@ -11,16 +11,14 @@ Inside gptkern a call is (input, weight, weight_scale, bias, activation, mode), 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from gptkern.backends import dispatch
-from gptkern.backends.registration import autocast, once_differentiable, register, without_autocast
-from gptkern.operators.quantize_int8.contract import forward as _quantized
-from gptkern.operators.quantize_int8.contract import quantize_int8
-
-__all__ = ["Int8LinearFunction", "int8_linear", "quantize_int8"]
+from gptkern.backends.quantization import quantized
+from gptkern.backends.registration import Operator, autocast, once_differentiable, without_autocast
 
 MODES = ("w8a8", "w8a16", "auto")
 # activation -> F.gelu's name of its approximation
@@ -28,6 +26,25 @@ ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}
 # mode="auto" takes w8a16 up to here: one row of the tile of a matrix instruction. Reading the weight is then all
 # the time there is, and quantising the input would only cost accuracy. Reasoned, not measured yet.
 AUTO_W8A16_ROWS = 16
+
+
+class Call(NamedTuple):
+    """A checked call; mode is "w8a8" or "w8a16". In a backward input and bias are None where there is no activation."""
+
+    input: torch.Tensor  # (…, in_features)
+    weight: torch.Tensor  # (out_features, in_features) int8
+    weight_scale: torch.Tensor  # (out_features,) float32
+    bias: torch.Tensor | None  # (out_features,)
+    activation: str | None
+    mode: str
+
+
+class Gradient(NamedTuple):
+    """What the backward gets besides the call."""
+
+    grad_output: torch.Tensor  # (…, out_features)
+    need_input: bool
+    need_bias: bool
 
 
 def int8_linear(
@@ -78,9 +95,9 @@ def int8_linear(
     choice = dispatch.settled(input)
     _check_tensors(input, weight, weight_scale, bias)
     (input,) = autocast("lower", input)
-    call = input, weight, weight_scale, bias, activation, _checked_mode(input, activation, mode)
+    call = Call(input, weight, weight_scale, bias, activation, _checked_mode(input, activation, mode))
     if choice is None:
-        choice = dispatch.choose("int8_linear", *call)
+        choice = dispatch.choose("int8_linear", call)
     if choice.backend == "torch" and not (torch.is_grad_enabled() and _requires_grad(input, bias)):
         with without_autocast(input.device.type):
             return forward(*call)
@@ -154,23 +171,26 @@ INT32_TERMS = (2**31 - 1) // (127 * 128)
 WIDENED_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 
 
-def unsupported(input, weight, weight_scale, bias, activation, mode):
+def unsupported(call: Call) -> None:
     return None
 
 
-def forward(input, weight, weight_scale, bias, activation, mode):
+def forward(call: Call):
     """(…, in_features) -> (…, out_features) in the input's dtype."""
+    input, weight, weight_scale, bias, activation, mode = call
     y = _preactivation(input, weight, weight_scale, bias, mode)
     if activation is not None:
         y = F.gelu(y, approximate=ACTIVATIONS[activation])
     return y.to(input.dtype).view(*input.shape[:-1], weight.shape[0])
 
 
-def backward(grad_output, input, weight, weight_scale, bias, activation, mode, need_input, need_bias):
+def backward(gradient: Gradient, call: Call):
     """-> dinput (…, in_features) in grad_output's dtype, dbias (out_features,) in float32 (float64 for float64).
 
     What is not needed is empty. `input` is None where there is no activation.
     """
+    grad_output, need_input, need_bias = gradient
+    input, weight, weight_scale, bias, activation, mode = call
     dz = rows_of(grad_output).to(_computing_dtype(grad_output))
     if activation is not None:
         # dz = dy * act'(z)
@@ -189,7 +209,7 @@ def _preactivation(input, weight, weight_scale, bias, mode):
     dtype = _computing_dtype(input)
     x = rows_of(input)
     if mode == "w8a8":
-        q, input_scale = _quantized(x, 1)
+        q, input_scale = quantized(x, 1)
         # z = (q @ weight^T) * input_scale * weight_scale + bias
         z = integer_product(q, weight).to(dtype) * input_scale[:, None] * weight_scale
     else:
@@ -237,29 +257,18 @@ def _computing_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _forward_fake(input, weight, weight_scale, bias, activation, mode, backend):
-    return input.new_empty(*input.shape[:-1], weight.shape[0])
+def _forward_fake(call: Call):
+    return call.input.new_empty(*call.input.shape[:-1], call.weight.shape[0])
 
 
-def _backward_fake(grad_output, input, weight, weight_scale, bias, activation, mode, need_input, need_bias, backend):
+def _backward_fake(gradient: Gradient, call: Call):
+    grad_output, need_input, need_bias = gradient
+    weight = call.weight
     dinput = grad_output.new_empty((*grad_output.shape[:-1], weight.shape[1]) if need_input else 0)
     return dinput, grad_output.new_empty(weight.shape[0] if need_bias else 0, dtype=_computing_dtype(grad_output))
 
 
-_forward = register(
-    "int8_linear",
-    "forward",
-    "(Tensor input, Tensor weight, Tensor weight_scale, Tensor? bias, str? activation, str mode, str backend)"
-    " -> Tensor",
-    _forward_fake,
-)
-_backward = register(
-    "int8_linear",
-    "backward",
-    "(Tensor grad_output, Tensor? input, Tensor weight, Tensor weight_scale, Tensor? bias, str? activation, str mode,"
-    " bool need_input, bool need_bias, str backend) -> (Tensor, Tensor)",
-    _backward_fake,
-)
+OPERATOR = Operator("int8_linear", Call, 1, _forward_fake, Gradient, 2, _backward_fake)
 
 
 class Int8LinearFunction(torch.autograd.Function):
@@ -275,7 +284,7 @@ class Int8LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, weight, weight_scale, bias, activation, mode, backend):
-        output = _forward(input, weight, weight_scale, bias, activation, mode, backend)
+        output = OPERATOR.forward(Call(input, weight, weight_scale, bias, activation, mode), backend)
         kept = (None, None) if activation is None else (input, bias)
         ctx.save_for_backward(weight, weight_scale, *kept)
         ctx.options = activation, mode
@@ -288,9 +297,8 @@ class Int8LinearFunction(torch.autograd.Function):
         weight, weight_scale, input, bias = ctx.saved_tensors
         need_input, need_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
         with torch.no_grad():
-            dinput, dbias = _backward(
-                grad_output, input, weight, weight_scale, bias, *ctx.options, need_input, need_bias, ctx.backend
-            )
+            call = Call(input, weight, weight_scale, bias, *ctx.options)
+            dinput, dbias = OPERATOR.backward(Gradient(grad_output, need_input, need_bias), call, ctx.backend)
         gradients = [dinput if need_input else None, dbias.to(ctx.bias_dtype) if need_bias else None]
         dinput, dbias = once_differentiable("int8_linear", gradients, (grad_output, input, bias), remedy="")
         return dinput, None, None, dbias, None, None, None

@@ -11,7 +11,7 @@ import torch
 
 from gptkern.backends.cuda import common
 from gptkern.backends.cuda.common import DTYPES, multiprocessors
-from gptkern.operators.int8_linear.contract import INT32_TERMS
+from gptkern.operators.int8_linear.contract import INT32_TERMS, Call, Gradient
 
 # csrc/device/linear.cuh, enum Activation.
 ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2}
@@ -22,7 +22,8 @@ Q_ALIGNMENT = 16
 _MAX_COUNT = 2**31 - 2**20
 
 
-def unsupported(input, weight, weight_scale, bias, activation, mode):
+def unsupported(call: Call) -> str | None:
+    input, weight, mode = call.input, call.weight, call.mode
     if input.dtype not in DTYPES:
         return f"input is {input.dtype}"
     if mode == "w8a8" and weight.shape[1] > INT32_TERMS:
@@ -35,8 +36,9 @@ def unsupported(input, weight, weight_scale, bias, activation, mode):
     return None
 
 
-def forward(input, weight, weight_scale, bias, activation, mode):
+def forward(call: Call):
     """(…, in_features) -> (…, out_features) in the input's dtype."""
+    input, weight, weight_scale, bias, activation, mode = call
     *rows, K = input.shape
     device = input.device
     y = torch.empty(*rows, weight.shape[0], dtype=input.dtype, device=device)
@@ -50,8 +52,10 @@ def forward(input, weight, weight_scale, bias, activation, mode):
     return y
 
 
-def backward(grad_output, input, weight, weight_scale, bias, activation, mode, need_input, need_bias):
+def backward(gradient: Gradient, call: Call):
     """-> dinput (…, in_features) in grad_output's dtype, dbias (out_features,) in float32, empty where not needed."""
+    grad_output, need_input, need_bias = gradient
+    input, weight, weight_scale, bias, activation, mode = call
     N, K = weight.shape
     *rows, _ = grad_output.shape
     M = math.prod(rows)

@@ -26,8 +26,9 @@ import triton.language as tl
 from gptkern.backends.tables.configurations import Table, descent
 from gptkern.backends.triton.common import INTERPRETED, CompileCase, cdiv, dot, float32_precision
 from gptkern.backends.triton.common import architecture as architecture_of
-from gptkern.operators.int8_linear.contract import INT32_TERMS, rows_of
+from gptkern.operators.int8_linear.contract import INT32_TERMS, Call, Gradient, rows_of
 from gptkern.operators.quantize_int8 import triton as quantize_int8
+from gptkern.operators.quantize_int8.contract import Call as QuantizeCall
 
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
@@ -297,7 +298,8 @@ def compile_cases(architecture: int) -> list[CompileCase]:
 # --- Launchers ------------------------------------------------------------------------------------------------------
 
 
-def unsupported(input, weight, weight_scale, bias, activation, mode):
+def unsupported(call: Call) -> str | None:
+    input, weight, mode = call.input, call.weight, call.mode
     if input.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"input is {input.dtype}"
     if mode == "w8a8" and weight.shape[1] > INT32_TERMS:
@@ -305,14 +307,17 @@ def unsupported(input, weight, weight_scale, bias, activation, mode):
     return None
 
 
-def forward(input, weight, weight_scale, bias, activation, mode):
+def forward(call: Call):
     """(…, in_features) -> (…, out_features) in the input's dtype."""
+    input, weight, weight_scale, bias, activation, mode = call
     y = _product(input, weight, weight_scale, bias, activation, mode, input.dtype)
     return y.view(*input.shape[:-1], weight.shape[0])
 
 
-def backward(grad_output, input, weight, weight_scale, bias, activation, mode, need_input, need_bias):
+def backward(gradient: Gradient, call: Call):
     """-> dinput (…, in_features) in grad_output's dtype, dbias (out_features,) in float32, empty where not needed."""
+    grad_output, need_input, need_bias = gradient
+    input, weight, weight_scale, bias, activation, mode = call
     N, K = weight.shape
     dy = rows_of(grad_output)
     M = dy.shape[0]
@@ -350,7 +355,7 @@ def _product(input, weight, weight_scale, bias, activation, mode, dtype):
     epilogue = dict(HAS_BIAS=bias is not None, ACTIVATION=activation)
     bias = None if bias is None else bias.contiguous()
     if mode == "w8a8":
-        q, input_scale = quantize_int8.forward(x, 1)
+        q, input_scale = quantize_int8.forward(QuantizeCall(x, 1))
         _w8a8_kernel[grid](
             q, weight, input_scale, weight_scale, bias, y, M, N, K, *weight.stride(), weight_scale.stride(0),
             **epilogue, **config._asdict(), GROUP_M=GROUP_M,

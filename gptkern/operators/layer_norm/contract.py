@@ -14,15 +14,41 @@ Inside gptkern a call is (input, residual, weight, bias, eps): the row is the la
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import has_torch_function_variadic
 
 from gptkern.backends import dispatch
-from gptkern.backends.registration import autocast, once_differentiable, register
+from gptkern.backends.registration import Operator, autocast, once_differentiable
 
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+
+
+class Call(NamedTuple):
+    """A checked call: rows are the last dimension, whatever `normalized_shape` was.
+
+    In a backward `input` is what was normalised (input + residual), and residual and bias are None.
+    """
+
+    input: torch.Tensor  # (…, width)
+    residual: torch.Tensor | None  # (…, width)
+    weight: torch.Tensor | None  # (width,)
+    bias: torch.Tensor | None  # (width,)
+    eps: float
+
+
+class Gradient(NamedTuple):
+    """What the backward gets besides the call; grad_summed reaches the sum with the residual by itself."""
+
+    grad_output: torch.Tensor  # (…, width)
+    grad_summed: torch.Tensor | None  # (…, width)
+    mean: torch.Tensor  # (rows,), in the statistics' dtype
+    rstd: torch.Tensor  # (rows,)
+    need_input: bool
+    need_weight: bool
+    need_bias: bool
 
 
 @dispatch.twin_of(F.layer_norm)
@@ -77,7 +103,7 @@ def layer_norm(
             return layer_norm(summed, normalized_shape, weight, bias, eps), summed
         cast = autocast("float32", input, residual, weight, bias)
         call = _flattened(*cast, normalized_shape, eps)
-        choice = dispatch.choose("layer_norm", *call)
+        choice = dispatch.choose("layer_norm", call)
         if choice.backend != "torch":
             output, summed = LayerNormFunction.apply(*call, choice.backend)
             if residual is None:
@@ -163,7 +189,7 @@ def _flattened(input, residual, weight, bias, normalized_shape, eps):
         residual = None if residual is None else residual.reshape(input.shape)
         weight = None if weight is None else weight.reshape(width)
         bias = None if bias is None else bias.reshape(width)
-    return input, residual, weight, bias, float(eps)
+    return Call(input, residual, weight, bias, float(eps))
 
 
 def _check_parameter_dtypes(input, weight, bias):
@@ -191,12 +217,13 @@ def _check_residual(input, residual):
 # --- The torch backend: bare launchers in plain PyTorch -------------------------------------------------------------
 
 
-def unsupported(input, residual, weight, bias, eps):
+def unsupported(call: Call) -> None:
     return None
 
 
-def forward(input, residual, weight, bias, eps):
+def forward(call: Call):
     """(…, width) -> output (…, width), summed (…, width) or empty, mean (rows,), rstd (rows,) in float32."""
+    input, residual, weight, bias, eps = call
     summed = input if residual is None else input + residual
     x = summed.to(_statistics_dtype(summed)).reshape(-1, summed.shape[-1])
     mean = x.mean(1)
@@ -211,12 +238,14 @@ def forward(input, residual, weight, bias, eps):
     return output, (summed.new_empty(0) if residual is None else summed), mean, rstd
 
 
-def backward(grad_output, grad_summed, summed, weight, mean, rstd, need_input, need_weight, need_bias):
+def backward(gradient: Gradient, call: Call):
     """-> dsummed (…, width), dweight (width,), dbias (width,); what is not needed is empty.
 
     dsummed includes grad_summed, the gradient that reaches the sum by itself. dweight and dbias are in the
     statistics' dtype; the autograd.Function rounds them to the parameters'.
     """
+    grad_output, grad_summed, mean, rstd, need_input, need_weight, need_bias = gradient
+    summed, weight = call.input, call.weight
     width = summed.shape[-1]
     x = summed.to(mean.dtype).reshape(-1, width)
     dy = grad_output.to(mean.dtype).reshape(-1, width)
@@ -245,7 +274,8 @@ def _statistics_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _forward_fake(input, residual, weight, bias, eps, backend):
+def _forward_fake(call: Call):
+    input, residual = call.input, call.residual
     dtype = input.dtype if residual is None else torch.result_type(input, residual)
     output = torch.empty(input.shape, dtype=dtype, device=input.device)
     summed = output.new_empty(0) if residual is None else torch.empty_like(output)
@@ -254,26 +284,16 @@ def _forward_fake(input, residual, weight, bias, eps, backend):
     return output, summed, mean, torch.empty_like(mean)
 
 
-def _backward_fake(grad_output, grad_summed, summed, weight, mean, rstd, need_input, need_weight, need_bias, backend):
+def _backward_fake(gradient: Gradient, call: Call):
+    mean, summed = gradient.mean, call.input
     width = summed.shape[-1]
-    dsummed = torch.empty(summed.shape, dtype=summed.dtype, device=summed.device) if need_input else mean.new_empty(0)
-    return dsummed, mean.new_empty(width if need_weight else 0), mean.new_empty(width if need_bias else 0)
+    dsummed = torch.empty(summed.shape, dtype=summed.dtype, device=summed.device)
+    dsummed = dsummed if gradient.need_input else mean.new_empty(0)
+    dweight = mean.new_empty(width if gradient.need_weight else 0)
+    return dsummed, dweight, mean.new_empty(width if gradient.need_bias else 0)
 
 
-_forward = register(
-    "layer_norm",
-    "forward",
-    "(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, float eps, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    _forward_fake,
-)
-_backward = register(
-    "layer_norm",
-    "backward",
-    "(Tensor grad_output, Tensor? grad_summed, Tensor summed, Tensor? weight, Tensor mean, Tensor rstd,"
-    " bool need_input, bool need_weight, bool need_bias, str backend) -> (Tensor, Tensor, Tensor)",
-    _backward_fake,
-)
+OPERATOR = Operator("layer_norm", Call, 4, _forward_fake, Gradient, 3, _backward_fake)
 
 
 class LayerNormFunction(torch.autograd.Function):
@@ -292,7 +312,8 @@ class LayerNormFunction(torch.autograd.Function):
         # Kernels walk the parameters in steps of one element.
         weight = None if weight is None else weight.contiguous()
         bias = None if bias is None else bias.contiguous()
-        output, summed, mean, rstd = _forward(input, residual, weight, bias, eps, backend)
+        call = Call(input, residual, weight, bias, eps)
+        output, summed, mean, rstd = OPERATOR.forward(call, backend)
         # Gradients that nobody computed arrive as None, not as zeros in memory.
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input if residual is None else summed, weight, mean, rstd)
@@ -316,10 +337,11 @@ class LayerNormFunction(torch.autograd.Function):
             dsummed, dweight, dbias = grad_summed, None, None
         else:
             with torch.no_grad():
-                dsummed, dweight, dbias = _backward(
-                    grad_output, grad_summed, summed, weight, mean, rstd,
-                    need_input or need_residual, need_weight, need_bias, ctx.backend,
-                )  # fmt: skip
+                needs = need_input or need_residual, need_weight, need_bias
+                gradient = Gradient(grad_output, grad_summed, mean, rstd, *needs)
+                # eps is in rstd.
+                call = Call(summed, None, weight, None, 0.0)
+                dsummed, dweight, dbias = OPERATOR.backward(gradient, call, ctx.backend)
         gradients = [
             tensor.to(dtype) if needed and tensor is not None else None
             for tensor, dtype, needed in zip((dsummed, dsummed, dweight, dbias), ctx.dtypes, ctx.needs_input_grad)

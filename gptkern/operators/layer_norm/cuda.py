@@ -6,23 +6,26 @@ import torch
 
 from gptkern.backends.cuda import common
 from gptkern.backends.cuda.common import DTYPES, as_read, most_partials
+from gptkern.operators.layer_norm.contract import Call, Gradient
 
 # Columns are 32-bit integers in the kernels, with room for a chunk beyond the row.
 WIDEST = 2**30
 
 
-def unsupported(input, residual, weight, bias, eps) -> str | None:
+def unsupported(call: Call) -> str | None:
     """Why these kernels do not cover a call, or None."""
+    input = call.input
     if input.shape[-1] > WIDEST:
         return f"rows are {input.shape[-1]} wide; the kernel counts columns up to {WIDEST}"
-    for name, tensor in (("input", input), ("residual", residual), ("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype not in DTYPES:
+    for name, tensor in call._asdict().items():
+        if isinstance(tensor, torch.Tensor) and tensor.dtype not in DTYPES:
             return f"{name} is {tensor.dtype}; the kernel is for float16, bfloat16 and float32"
     return None
 
 
-def forward(input, residual, weight, bias, eps):
+def forward(call: Call):
     """(…, width) -> output (…, width), summed (…, width) or empty, mean (rows,), rstd (rows,)."""
+    input, residual, weight, bias, eps = call
     dtype, device = input.dtype, input.device
     if residual is not None:
         dtype = torch.result_type(input, residual)
@@ -35,8 +38,10 @@ def forward(input, residual, weight, bias, eps):
     return output, summed, mean, rstd
 
 
-def backward(grad_output, grad_summed, summed, weight, mean, rstd, need_input, need_weight, need_bias):
+def backward(gradient: Gradient, call: Call):
     """-> dsummed (…, width), dweight (width,), dbias (width,) in float32; what is not needed is empty."""
+    grad_output, grad_summed, mean, rstd, need_input, need_weight, need_bias = gradient
+    summed, weight = call.input, call.weight
     width, device, float32 = summed.shape[-1], summed.device, torch.float32
     rows = mean.numel()
     # What is not needed is a tensor of its own: a registered op may not return one twice.

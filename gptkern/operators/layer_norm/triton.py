@@ -29,6 +29,7 @@ import triton.language as tl
 
 from gptkern.backends.tables.configurations import Table
 from gptkern.backends.triton.common import CompileCase, as_rows, cdiv, programs_of
+from gptkern.operators.layer_norm.contract import Call, Gradient
 
 
 class Tile(NamedTuple):
@@ -345,16 +346,20 @@ def _parameter_gradient_wide_kernel(
 # --- Launchers --------------------------------------------------------------------------------------------------------
 
 
-def unsupported(input, residual, weight, bias, eps) -> str | None:
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def unsupported(call: Call) -> str | None:
     """Why these kernels do not cover a call, or None."""
-    for name, tensor in (("input", input), ("residual", residual), ("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    for name, tensor in call._asdict().items():
+        if isinstance(tensor, torch.Tensor) and tensor.dtype not in _DTYPES:
             return f"{name} is {tensor.dtype}; the kernel is for float16, bfloat16, float32 and float64"
     return None
 
 
-def forward(input, residual, weight, bias, eps):
+def forward(call: Call):
     """(…, width) -> output (…, width), summed (…, width) or empty, mean (rows,), rstd (rows,)."""
+    input, residual, weight, bias, eps = call
     width = input.shape[-1]
     dtype = input.dtype if residual is None else torch.result_type(input, residual)
     statistic = torch.float64 if dtype == torch.float64 else torch.float32
@@ -389,8 +394,10 @@ def forward(input, residual, weight, bias, eps):
     return output, summed, mean, rstd
 
 
-def backward(grad_output, grad_summed, summed, weight, mean, rstd, need_input, need_weight, need_bias):
+def backward(gradient: Gradient, call: Call):
     """-> dsummed (…, width), dweight (width,), dbias (width,) in the statistics' dtype; what is not needed is empty."""
+    grad_output, grad_summed, mean, rstd, need_input, need_weight, need_bias = gradient
+    summed, weight = call.input, call.weight
     width = summed.shape[-1]
     # What is not needed is a tensor of its own: a registered op may not return one twice.
     dsummed = torch.empty(summed.shape, dtype=summed.dtype, device=summed.device) if need_input else mean.new_empty(0)

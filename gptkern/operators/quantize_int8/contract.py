@@ -5,15 +5,20 @@ scale = max|x| / 127        q = clamp(round(x / scale), -127, 127)
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from gptkern.backends import dispatch
-from gptkern.backends.registration import register
+from gptkern.backends.quantization import quantized
+from gptkern.backends.registration import Operator
 
-# -128 is left out, so that the range is symmetric.
-LARGEST = 127
-# The least scale: below it float32 has too few digits for x / scale to stay within ±127.
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+
+class Call(NamedTuple):
+    """A checked call."""
+
+    input: torch.Tensor  # any shape of at least one dimension
+    dim: int  # from 0 on
 
 
 def quantize_int8(input: torch.Tensor, dim: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,47 +53,31 @@ def quantize_int8(input: torch.Tensor, dim: int = -1) -> tuple[torch.Tensor, tor
         raise TypeError(f"quantize_int8: dim is {type(dim).__name__}; it needs an int")
     if not -input.dim() <= dim < input.dim():
         raise IndexError(f"quantize_int8: dim is {dim}; it needs one of the input's {input.dim()} dimensions")
-    call = input.detach(), dim % input.dim()
+    call = Call(input.detach(), dim % input.dim())
     if choice is None:
-        choice = dispatch.choose("quantize_int8", *call)
-    return forward(*call) if choice.backend == "torch" else _forward(*call, choice.backend)
+        choice = dispatch.choose("quantize_int8", call)
+    return forward(call) if choice.backend == "torch" else OPERATOR.forward(call, choice.backend)
 
 
 # --- The torch backend ----------------------------------------------------------------------------------------------
 
 
-def unsupported(input, dim):
+def unsupported(call: Call) -> None:
     return None
 
 
-def forward(input, dim):
+def forward(call: Call):
     """-> q, int8 in the input's shape; scale, float32 in the input's shape without dim."""
-    x = input if input.dtype == torch.float64 else input.float()
-    if input.numel() == 0:
-        return torch.empty(input.shape, dtype=torch.int8, device=input.device), x.new_ones(
-            _without(input.shape, dim), dtype=torch.float32
-        )
-    # scale = max|x| / 127; by a tensor, because on a GPU PyTorch multiplies by a number's reciprocal, an ulp off
-    largest = x.abs().amax(dim, keepdim=True)
-    scale = largest / torch.full_like(largest, LARGEST)
-    scale = scale.clamp_(min=SMALLEST_SCALE).masked_fill_(largest == 0, 1.0).float()
-    # q = round(x / scale); no finite |x| / scale rounds to more than 127, so that there is nothing to clamp
-    q = (x / scale).round_().to(torch.int8)
-    return q.contiguous(), scale.squeeze(dim).contiguous()
+    return quantized(*call)
 
 
 # --- Registration ---------------------------------------------------------------------------------------------------
 
 
-def _without(shape, dim):
-    return [*shape[:dim], *shape[dim + 1 :]]
-
-
-def _forward_fake(input, dim, backend):
+def _forward_fake(call: Call):
+    input, dim = call
     q = torch.empty(input.shape, dtype=torch.int8, device=input.device)
-    return q, q.new_empty(_without(input.shape, dim), dtype=torch.float32)
+    return q, q.new_empty([*input.shape[:dim], *input.shape[dim + 1 :]], dtype=torch.float32)
 
 
-_forward = register(
-    "quantize_int8", "forward", "(Tensor input, int dim, str backend) -> (Tensor, Tensor)", _forward_fake
-)
+OPERATOR = Operator("quantize_int8", Call, 2, _forward_fake)

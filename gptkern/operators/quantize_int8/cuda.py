@@ -6,12 +6,14 @@ import torch
 
 from gptkern.backends.cuda import common
 from gptkern.backends.cuda.common import DTYPES
+from gptkern.operators.quantize_int8.contract import Call
 
 # Rows and widths are counted in 32 bits and run over by less than a block's tile.
 _MAX_COUNT = 2**31 - 2**20
 
 
-def unsupported(input, dim):
+def unsupported(call: Call) -> str | None:
+    input, dim = call
     if input.dtype not in DTYPES:
         return f"input is {input.dtype}"
     width = input.shape[dim]
@@ -20,8 +22,9 @@ def unsupported(input, dim):
     return None
 
 
-def forward(input, dim):
+def forward(call: Call):
     """-> q, int8 in the input's shape; scale, float32 in the input's shape without dim."""
+    input, dim = call
     shape = input.shape
     q = torch.empty_like(input, dtype=torch.int8, memory_format=torch.contiguous_format)
     # A row of no elements has scale 1.

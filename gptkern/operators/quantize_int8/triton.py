@@ -17,9 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
+from gptkern.backends.quantization import LARGEST, SMALLEST_SCALE
 from gptkern.backends.tables.configurations import Table
 from gptkern.backends.triton.common import CompileCase, cdiv, next_power_of_2
-from gptkern.operators.quantize_int8.contract import LARGEST, SMALLEST_SCALE
+from gptkern.operators.quantize_int8.contract import Call
 
 # 1.5 * 2^23: a float32 near it has no fraction bits, so adding it rounds |v| < 2^22 to an integer, halves to even,
 # and leaves that integer in the low bits. Rounding functions of the GPU's library differ under the interpreter.
@@ -153,14 +154,16 @@ def compile_cases(architecture: int) -> list[CompileCase]:
 # --- Launchers ------------------------------------------------------------------------------------------------------
 
 
-def unsupported(input, dim):
+def unsupported(call: Call) -> str | None:
+    input = call.input
     if input.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"input is {input.dtype}"
     return None
 
 
-def forward(input, dim):
+def forward(call: Call):
     """-> q, int8 in the input's shape; scale, float32 in the input's shape without dim."""
+    input, dim = call
     moved = input.movedim(dim, -1)  # (…, width)
     width = moved.shape[-1]
     if input.numel() == 0:

@@ -14,12 +14,30 @@ number. The twin flattens PyTorch's `normalized_shape` to that.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from gptkern.backends import dispatch
-from gptkern.backends.registration import autocast, once_differentiable, register
+from gptkern.backends.registration import Operator, autocast, once_differentiable
+
+
+class Call(NamedTuple):
+    """A checked call: rows are the last dimension, whatever `normalized_shape` was."""
+
+    input: torch.Tensor  # (…, width)
+    weight: torch.Tensor | None  # (width,)
+    eps: float
+
+
+class Gradient(NamedTuple):
+    """What the backward gets besides the call."""
+
+    grad_output: torch.Tensor  # (…, width)
+    rstd: torch.Tensor  # (rows,), in the statistics' dtype
+    need_input: bool
+    need_weight: bool
 
 
 @dispatch.twin_of(F.rms_norm, torch.rms_norm)
@@ -61,7 +79,7 @@ def rms_norm(
     if choice is None:
         _check_types(input, normalized_shape, weight, eps)
         call = _flattened(*autocast("float32", input, weight), normalized_shape, eps)
-        choice = dispatch.choose("rms_norm", *call)
+        choice = dispatch.choose("rms_norm", call)
         if choice.backend != "torch":
             return RMSNormFunction.apply(*call, choice.backend).view(input.shape)
     return F.rms_norm(input, normalized_shape, weight, eps)
@@ -107,18 +125,19 @@ def _flattened(input, weight, normalized_shape, eps):
         width = math.prod(shape)
         input = input.reshape(*input.shape[: -len(shape)], width)
         weight = None if weight is None else weight.reshape(width)
-    return input, weight, torch.finfo(_statistics_dtype(input)).eps if eps is None else float(eps)
+    return Call(input, weight, torch.finfo(_statistics_dtype(input)).eps if eps is None else float(eps))
 
 
 # --- The torch backend: bare launchers in plain PyTorch -------------------------------------------------------------
 
 
-def unsupported(input, weight, eps):
+def unsupported(call: Call) -> None:
     return None
 
 
-def forward(input, weight, eps):
+def forward(call: Call):
     """(…, width) -> output (…, width), rstd (rows,) in float32 (float64 for float64)."""
+    input, weight, eps = call
     x = input.to(_statistics_dtype(input)).reshape(-1, input.shape[-1])
     # rstd = 1 / sqrt(avg(x²) + eps)
     rstd = torch.rsqrt(x.square().mean(1) + eps)
@@ -128,8 +147,10 @@ def forward(input, weight, eps):
     return y.to(input.dtype).view(input.shape), rstd
 
 
-def backward(grad_output, input, weight, rstd, need_input, need_weight):
+def backward(gradient: Gradient, call: Call):
     """-> dinput (…, width), dweight (width,) in the statistics' dtype; what is not needed is empty."""
+    grad_output, rstd, need_input, need_weight = gradient
+    input, weight, _ = call
     width = input.shape[-1]
     x_hat = input.to(rstd.dtype).reshape(-1, width) * rstd[:, None]
     dy = grad_output.to(rstd.dtype).reshape(-1, width)
@@ -152,30 +173,20 @@ def _statistics_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype in (torch.float64, torch.complex128) else torch.float32
 
 
-def _forward_fake(input, weight, eps, backend):
+def _forward_fake(call: Call):
+    input = call.input
     rows = math.prod(input.shape[:-1])
     output = torch.empty(input.shape, dtype=input.dtype, device=input.device)
     return output, torch.empty(rows, dtype=_statistics_dtype(input), device=input.device)
 
 
-def _backward_fake(grad_output, input, weight, rstd, need_input, need_weight, backend):
+def _backward_fake(gradient: Gradient, call: Call):
+    input, rstd, need_input, need_weight = call.input, gradient.rstd, gradient.need_input, gradient.need_weight
     dinput = torch.empty(input.shape, dtype=input.dtype, device=input.device) if need_input else rstd.new_empty(0)
     return dinput, rstd.new_empty(input.shape[-1] if need_weight else 0)
 
 
-_forward = register(
-    "rms_norm",
-    "forward",
-    "(Tensor input, Tensor? weight, float eps, str backend) -> (Tensor, Tensor)",
-    _forward_fake,
-)
-_backward = register(
-    "rms_norm",
-    "backward",
-    "(Tensor grad_output, Tensor input, Tensor? weight, Tensor rstd, bool need_input, bool need_weight, str backend)"
-    " -> (Tensor, Tensor)",
-    _backward_fake,
-)
+OPERATOR = Operator("rms_norm", Call, 2, _forward_fake, Gradient, 2, _backward_fake)
 
 
 class RMSNormFunction(torch.autograd.Function):
@@ -192,7 +203,7 @@ class RMSNormFunction(torch.autograd.Function):
     def forward(ctx, input, weight, eps, backend):
         # Kernels walk the weight in steps of one element.
         weight = None if weight is None else weight.contiguous()
-        output, rstd = _forward(input, weight, eps, backend)
+        output, rstd = OPERATOR.forward(Call(input, weight, eps), backend)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, weight, rstd)
         ctx.backend = backend
@@ -207,6 +218,8 @@ class RMSNormFunction(torch.autograd.Function):
         weight, rstd = None if weight is None else weight.contiguous(), rstd.contiguous()
         need_input, need_weight, *_ = ctx.needs_input_grad
         with torch.no_grad():
-            dinput, dweight = _backward(grad_output, input, weight, rstd, need_input, need_weight, ctx.backend)
+            gradient = Gradient(grad_output, rstd, need_input, need_weight)
+            # eps is in rstd.
+            dinput, dweight = OPERATOR.backward(gradient, Call(input, weight, 0.0), ctx.backend)
         gradients = [dinput if need_input else None, dweight.to(weight.dtype) if need_weight else None]
         return *once_differentiable("rms_norm", gradients, (grad_output, input, weight)), None, None

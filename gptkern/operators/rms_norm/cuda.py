@@ -6,13 +6,15 @@ import torch
 
 from gptkern.backends.cuda import common
 from gptkern.backends.cuda.common import DTYPES, as_read, most_partials
+from gptkern.operators.rms_norm.contract import Call, Gradient
 
 # Columns are 32-bit integers in the kernels, with room for a vector of each thread beyond the row.
 WIDEST = 2**30
 
 
-def unsupported(input, weight, eps) -> str | None:
+def unsupported(call: Call) -> str | None:
     """Why these kernels do not cover a call, or None."""
+    input, weight, _ = call
     if input.shape[-1] > WIDEST:
         return f"rows are {input.shape[-1]} wide; the kernel counts columns up to {WIDEST}"
     for name, tensor in (("input", input), ("weight", weight)):
@@ -21,16 +23,19 @@ def unsupported(input, weight, eps) -> str | None:
     return None
 
 
-def forward(input, weight, eps):
+def forward(call: Call):
     """(…, width) -> output (…, width), rstd (rows,) in float32."""
+    input, weight, eps = call
     output = torch.empty_like(input, memory_format=torch.contiguous_format)
     rstd = torch.empty(input.shape[:-1].numel(), dtype=torch.float32, device=input.device)
     common.start("rms_norm_forward", input, as_read(weight, input.dtype), output, rstd, eps)
     return output, rstd
 
 
-def backward(grad_output, input, weight, rstd, need_input, need_weight):
+def backward(gradient: Gradient, call: Call):
     """-> dinput (…, width), dweight (width,) in float32; what is not needed is empty."""
+    grad_output, rstd, need_input, need_weight = gradient
+    input, weight, _ = call
     width, rows, device = input.shape[-1], rstd.numel(), input.device
     # What is not needed is a tensor of its own: a registered op may not return one twice.
     if need_input:

@@ -29,6 +29,7 @@ import triton.language as tl
 
 from gptkern.backends.tables.configurations import Table
 from gptkern.backends.triton.common import CompileCase, as_rows, cdiv, programs_of
+from gptkern.operators.rms_norm.contract import Call, Gradient
 
 
 class Tile(NamedTuple):
@@ -229,16 +230,18 @@ def _weight_gradient_wide_kernel(
 # --- Launchers --------------------------------------------------------------------------------------------------------
 
 
-def unsupported(input, weight, eps) -> str | None:
+def unsupported(call: Call) -> str | None:
     """Why these kernels do not cover a call, or None."""
+    input, weight, _ = call
     for name, tensor in (("input", input), ("weight", weight)):
         if tensor is not None and tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             return f"{name} is {tensor.dtype}; the kernel is for float16, bfloat16 and float32"
     return None
 
 
-def forward(input, weight, eps):
+def forward(call: Call):
     """(…, width) -> output (…, width), rstd (rows,) in float32."""
+    input, weight, eps = call
     width = input.shape[-1]
     output = torch.empty(input.shape, dtype=input.dtype, device=input.device)
     x = as_rows(input)
@@ -263,8 +266,10 @@ def forward(input, weight, eps):
     return output, rstd
 
 
-def backward(grad_output, input, weight, rstd, need_input, need_weight):
+def backward(gradient: Gradient, call: Call):
     """-> dinput (…, width), dweight (width,) in float32; what is not needed is empty."""
+    grad_output, rstd, need_input, need_weight = gradient
+    input, weight, _ = call
     width = input.shape[-1]
     # What is not needed is a tensor of its own: a registered op may not return one twice.
     dinput = torch.empty(input.shape, dtype=input.dtype, device=input.device) if need_input else rstd.new_empty(0)

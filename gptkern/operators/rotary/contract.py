@@ -21,10 +21,28 @@ rotary_dim / 2, one for each pair, or rotary_dim, both elements of a pair having
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from gptkern.backends import dispatch
-from gptkern.backends.registration import once_differentiable, register, without_autocast
+from gptkern.backends.registration import Operator, once_differentiable, without_autocast
+
+
+class Call(NamedTuple):
+    """A checked call. In a backward, which does not read it, input is None."""
+
+    input: torch.Tensor  # (batch, heads, length, head_dim)
+    cos: torch.Tensor  # (length, width) or (batch or 1, length, width)
+    sin: torch.Tensor  # as cos
+    rotary_dim: int
+    interleaved: bool
+
+
+class Gradient(NamedTuple):
+    """What the backward gets besides the call."""
+
+    grad_output: torch.Tensor  # (batch, heads, length, head_dim)
 
 
 def rotary_embedding(
@@ -75,8 +93,8 @@ def rotary_embedding(
     choice = dispatch.settled(input)
     rotary_dim = _checked_rotary_dim(input, cos, sin, interleaved, rotary_dim)
     if choice is None:
-        call = (input, cos, sin, rotary_dim, interleaved)
-        choice = dispatch.choose("rotary", *call)
+        call = Call(input, cos, sin, rotary_dim, interleaved)
+        choice = dispatch.choose("rotary", call)
         if choice.backend != "torch":
             return RotaryFunction.apply(*call, choice.backend)
     # Autocast would look at the 16-bit parts of the result, and on a CPU refuses float16.
@@ -184,42 +202,35 @@ def _turned(input, cos, sin, rotary_dim, interleaved):
     return y.transpose(1, 2) if heads_inside else y
 
 
-def unsupported(input, cos, sin, rotary_dim, interleaved):
-    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+def unsupported(call: Call) -> str | None:
+    if torch.is_grad_enabled() and (call.cos.requires_grad or call.sin.requires_grad):
         return "cos or sin requires a gradient, which the backward does not compute"
     return None
 
 
-def forward(input, cos, sin, rotary_dim, interleaved):
+def forward(call: Call):
     """-> output (batch, heads, length, head_dim), of the input's dtype and order in memory."""
-    return _turned(input, cos, sin, rotary_dim, interleaved)
+    return _turned(*call)
 
 
-def backward(grad_output, cos, sin, rotary_dim, interleaved):
+def backward(gradient: Gradient, call: Call):
     """-> dx (batch, heads, length, head_dim), of the gradient's dtype and order in memory."""
-    return _turned(grad_output, cos, -sin, rotary_dim, interleaved)
+    _, cos, sin, rotary_dim, interleaved = call
+    return _turned(gradient.grad_output, cos, -sin, rotary_dim, interleaved)
 
 
 # --- Registration and autograd --------------------------------------------------------------------------------------
 
 
-def _fake(input, cos, sin, rotary_dim, interleaved, backend):
+def _in_order_of(input):
     strides = result_strides(input.shape, input.stride())
     return torch.empty_strided(input.shape, strides, dtype=input.dtype, device=input.device)
 
 
-_forward = register(
-    "rotary",
-    "forward",
-    "(Tensor input, Tensor cos, Tensor sin, SymInt rotary_dim, bool interleaved, str backend) -> Tensor",
-    _fake,
-)
-_backward = register(
-    "rotary",
-    "backward",
-    "(Tensor grad_output, Tensor cos, Tensor sin, SymInt rotary_dim, bool interleaved, str backend) -> Tensor",
-    _fake,
-)
+OPERATOR = Operator(
+    "rotary", Call, 1, lambda call: _in_order_of(call.input),
+    Gradient, 1, lambda gradient, call: _in_order_of(gradient.grad_output),
+)  # fmt: skip
 
 
 class RotaryFunction(torch.autograd.Function):
@@ -237,11 +248,12 @@ class RotaryFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, cos, sin, rotary_dim, interleaved, backend):
-        output = _forward(input, cos, sin, rotary_dim, interleaved, backend)
+        output = OPERATOR.forward(Call(input, cos, sin, rotary_dim, interleaved), backend)
         # A gradient that nobody computed arrives as None, not as zeros in memory.
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(cos, sin)
-        ctx.call = rotary_dim, interleaved, backend
+        ctx.options = rotary_dim, interleaved
+        ctx.backend = backend
         return output
 
     @staticmethod
@@ -250,6 +262,6 @@ class RotaryFunction(torch.autograd.Function):
             return None, None, None, None, None, None
         cos, sin = ctx.saved_tensors
         with torch.no_grad():
-            dx = _backward(grad_output, cos, sin, *ctx.call)
+            dx = OPERATOR.backward(Gradient(grad_output), Call(None, cos, sin, *ctx.options), ctx.backend)
         (dx,) = once_differentiable("rotary_embedding", [dx], (grad_output,))
         return dx, None, None, None, None, None

@@ -10,13 +10,14 @@ import torch
 
 from gptkern.backends.cuda import common
 from gptkern.backends.cuda.common import DTYPES
-from gptkern.operators.rotary.contract import result_strides
+from gptkern.operators.rotary.contract import Call, Gradient, result_strides
 
 # A head's positions and elements, and the rows of a tensor, are counted in 32 bits and run over by less than a block.
 _MAX_COUNT = 2**31 - 2**20
 
 
-def unsupported(input, cos, sin, rotary_dim, interleaved) -> str | None:
+def unsupported(call: Call) -> str | None:
+    input, cos, sin, *_ = call
     for name, tensor in (("input", input), ("cos", cos)):
         if tensor.dtype not in DTYPES:
             return f"{name} is {tensor.dtype}; the kernels cover float16, bfloat16 and float32"
@@ -43,11 +44,11 @@ def _empty_like(input):
     return torch.empty_strided(shape, result_strides(shape, input.stride()), dtype=input.dtype, device=input.device)
 
 
-def forward(input, cos, sin, rotary_dim, interleaved):
+def forward(call: Call):
     """-> output (batch, heads, length, head_dim), of the input's dtype and order in memory."""
-    return _launch(input, cos, sin, rotary_dim, interleaved, False)
+    return _launch(*call, False)
 
 
-def backward(grad_output, cos, sin, rotary_dim, interleaved):
+def backward(gradient: Gradient, call: Call):
     """-> dx (batch, heads, length, head_dim), of the gradient's dtype and order in memory."""
-    return _launch(grad_output, cos, sin, rotary_dim, interleaved, True)
+    return _launch(gradient.grad_output, *call[1:], True)

@@ -24,7 +24,7 @@ import triton.language as tl
 
 from gptkern.backends.tables.configurations import Table
 from gptkern.backends.triton.common import CompileCase, cdiv, next_power_of_2
-from gptkern.operators.rotary.contract import result_strides
+from gptkern.operators.rotary.contract import Call, Gradient, result_strides
 
 # --- Forward and backward -------------------------------------------------------------------------------------------
 
@@ -156,7 +156,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_COUNT = 2**31 - 2**20
 
 
-def unsupported(input, cos, sin, rotary_dim, interleaved) -> str | None:
+def unsupported(call: Call) -> str | None:
+    input, cos, sin, *_ = call
     for name, tensor in (("input", input), ("cos", cos)):
         if tensor.dtype not in _DTYPES:
             return f"{name} is {tensor.dtype}; the kernels cover float16, bfloat16, float32 and float64"
@@ -199,14 +200,14 @@ def _launch(input, cos, sin, rotary_dim, interleaved, inverse):
     return output
 
 
-def forward(input, cos, sin, rotary_dim, interleaved):
+def forward(call: Call):
     """-> output (batch, heads, length, head_dim), of the input's dtype and order in memory."""
-    return _launch(input, cos, sin, rotary_dim, interleaved, False)
+    return _launch(*call, False)
 
 
-def backward(grad_output, cos, sin, rotary_dim, interleaved):
+def backward(gradient: Gradient, call: Call):
     """-> dx (batch, heads, length, head_dim), of the gradient's dtype and order in memory."""
-    return _launch(grad_output, cos, sin, rotary_dim, interleaved, True)
+    return _launch(gradient.grad_output, *call[1:], True)
 
 
 # --- Ahead-of-time compilation --------------------------------------------------------------------------------------

@@ -11,11 +11,32 @@ Only y is kept for the backward: it is 0 wherever something was hidden, so neith
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
 from gptkern.backends import dispatch
-from gptkern.backends.registration import once_differentiable, register
+from gptkern.backends.registration import Operator, once_differentiable
+
+
+class Call(NamedTuple):
+    """A checked call. In a backward input, dtype and mask are None: only the output is kept."""
+
+    input: torch.Tensor  # (…)
+    dim: int
+    dtype: torch.dtype | None  # the output's; None: the input's
+    scale: float
+    mask: torch.Tensor | None  # broadcasts to the input
+    is_causal: bool
+
+
+class Gradient(NamedTuple):
+    """What the backward gets besides the call."""
+
+    grad_output: torch.Tensor  # (…)
+    output: torch.Tensor  # (…)
+    dtype: torch.dtype  # the input's
 
 
 @dispatch.twin_of(F.softmax)
@@ -75,8 +96,8 @@ def softmax(
     _check(input, dim, dtype, scale, mask, is_causal)
     if choice is None:
         # Integers are converted here; kernels convert the others as they load.
-        call = (input if input.is_floating_point() else input.to(dtype), dim, dtype, scale, mask, is_causal)
-        choice = dispatch.choose("softmax", *call)
+        call = Call(input if input.is_floating_point() else input.to(dtype), dim, dtype, float(scale), mask, is_causal)
+        choice = dispatch.choose("softmax", call)
         if choice.backend != "torch":
             return SoftmaxFunction.apply(*call, choice.backend)
     return _on_pytorch(input, dim, dtype, scale, mask, is_causal)
@@ -177,14 +198,15 @@ def _empty_rows(z, dim):
 # --- The torch backend: bare launchers in plain PyTorch -------------------------------------------------------------
 
 
-def unsupported(input, dim, dtype, scale, mask, is_causal):
-    if mask is not None and mask.requires_grad and torch.is_grad_enabled():
+def unsupported(call: Call) -> str | None:
+    if call.mask is not None and call.mask.requires_grad and torch.is_grad_enabled():
         return "the mask requires a gradient, which the backward does not compute"
     return None
 
 
-def forward(input, dim, dtype, scale, mask, is_causal):
+def forward(call: Call):
     """(…) -> output (…) of `dtype` or the input's."""
+    input, dim, dtype, scale, mask, is_causal = call
     dtype = dtype or input.dtype
     # z = scale * x (+ mask), -inf where hidden
     z = input.to(dtype).to(_compute_dtype(dtype)) * scale
@@ -205,8 +227,10 @@ def forward(input, dim, dtype, scale, mask, is_causal):
     return (p / total.masked_fill(total == 0.0, 1.0)).to(dtype)
 
 
-def backward(grad_output, output, dim, dtype, scale, is_causal):
+def backward(gradient: Gradient, call: Call):
     """-> dx (…) of `dtype`."""
+    grad_output, output, dtype = gradient
+    dim, scale, is_causal = call.dim, call.scale, call.is_causal
     y = output.to(_compute_dtype(output.dtype))
     dy = grad_output.to(y.dtype)
     if is_causal:
@@ -227,27 +251,15 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _forward_fake(input, dim, dtype, scale, mask, is_causal, backend):
-    return torch.empty(input.shape, dtype=dtype or input.dtype, device=input.device)
+def _forward_fake(call: Call):
+    return torch.empty(call.input.shape, dtype=call.dtype or call.input.dtype, device=call.input.device)
 
 
-def _backward_fake(grad_output, output, dim, dtype, scale, is_causal, backend):
-    return torch.empty(output.shape, dtype=dtype, device=output.device)
+def _backward_fake(gradient: Gradient, call: Call):
+    return torch.empty(gradient.output.shape, dtype=gradient.dtype, device=gradient.output.device)
 
 
-_forward = register(
-    "softmax",
-    "forward",
-    "(Tensor input, int dim, ScalarType? dtype, float scale, Tensor? mask, bool is_causal, str backend) -> Tensor",
-    _forward_fake,
-)
-_backward = register(
-    "softmax",
-    "backward",
-    "(Tensor grad_output, Tensor output, int dim, ScalarType dtype, float scale, bool is_causal, str backend)"
-    " -> Tensor",
-    _backward_fake,
-)
+OPERATOR = Operator("softmax", Call, 1, _forward_fake, Gradient, 1, _backward_fake)
 
 
 class SoftmaxFunction(torch.autograd.Function):
@@ -265,11 +277,12 @@ class SoftmaxFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, dim, dtype, scale, mask, is_causal, backend):
-        output = _forward(input, dim, dtype, scale, mask, is_causal, backend)
+        output = OPERATOR.forward(Call(input, dim, dtype, scale, mask, is_causal), backend)
         # A gradient that nobody computed arrives as None, not as zeros in memory.
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(output)
-        ctx.call = dim, input.dtype, scale, is_causal, backend
+        ctx.options = dim, scale, is_causal
+        ctx.dtype, ctx.backend = input.dtype, backend
         return output
 
     @staticmethod
@@ -278,6 +291,9 @@ class SoftmaxFunction(torch.autograd.Function):
             return None, None, None, None, None, None, None
         (output,) = ctx.saved_tensors
         with torch.no_grad():
-            dx = _backward(grad_output, output, *ctx.call)
+            dim, scale, is_causal = ctx.options
+            # Of a masked element y is 0, and so is its gradient: the mask is not read again.
+            call = Call(None, dim, None, scale, None, is_causal)
+            dx = OPERATOR.backward(Gradient(grad_output, output, ctx.dtype), call, ctx.backend)
         (dx,) = once_differentiable("softmax", [dx], (grad_output, output))
         return dx, None, None, None, None, None, None

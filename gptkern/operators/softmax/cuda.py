@@ -9,6 +9,7 @@ import torch
 
 from gptkern.backends.cuda import common
 from gptkern.backends.cuda.common import DTYPES
+from gptkern.operators.softmax.contract import Call, Gradient
 
 MASK_DTYPES = {*DTYPES, torch.bool}
 
@@ -22,7 +23,8 @@ _MOST_DIMENSIONS = 9
 _MAX_COUNT = 2**31 - 2**20
 
 
-def unsupported(input, dim, dtype, scale, mask, is_causal) -> str | None:
+def unsupported(call: Call) -> str | None:
+    input, dim, dtype, mask = call.input, call.dim, call.dtype, call.mask
     for name, of in (("input", input.dtype), ("dtype", dtype)):
         if of is not None and of not in DTYPES:
             return f"{name} is {of}; the kernels cover float16, bfloat16 and float32"
@@ -39,15 +41,18 @@ def unsupported(input, dim, dtype, scale, mask, is_causal) -> str | None:
     return None
 
 
-def forward(input, dim, dtype, scale, mask, is_causal):
+def forward(call: Call):
     """(…) -> output (…), contiguous, of `dtype` or the input's."""
+    input, dim, dtype, scale, mask, is_causal = call
     output = torch.empty_like(input, dtype=dtype, memory_format=torch.contiguous_format)
     common.start("softmax_forward", input, mask, output, dim, scale, is_causal, ONE_PASS_LIMIT)
     return output
 
 
-def backward(grad_output, output, dim, dtype, scale, is_causal):
+def backward(gradient: Gradient, call: Call):
     """-> dx (…), contiguous, of `dtype`."""
+    grad_output, output, dtype = gradient
+    dim, scale, is_causal = call.dim, call.scale, call.is_causal
     dx = torch.empty_like(output, dtype=dtype, memory_format=torch.contiguous_format)
     common.start("softmax_backward", grad_output, output, dx, dim, scale, is_causal, ONE_PASS_LIMIT)
     return dx

@@ -34,6 +34,7 @@ import triton.language as tl
 from gptkern.backends.tables.configurations import Table
 from gptkern.backends.triton.common import CompileCase, cdiv, next_power_of_2
 from gptkern.backends.triton.strides import Layout, layout
+from gptkern.operators.softmax.contract import Call, Gradient
 
 LOG2E = tl.constexpr(math.log2(math.e))
 # Loads end at the causal limit rounded up to this many elements, and what is past the limit is thrown away: a limit at
@@ -447,7 +448,8 @@ def _compute(dtype: torch.dtype):
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def unsupported(input, dim, dtype, scale, mask, is_causal) -> str | None:
+def unsupported(call: Call) -> str | None:
+    input, dim, dtype, mask = call.input, call.dim, call.dtype, call.mask
     for name, of in (("input", input.dtype), ("dtype", dtype), ("mask", None if mask is None else mask.dtype)):
         if of is not None and of not in _DTYPES and not (name == "mask" and of == torch.bool):
             return f"{name} is {of}; the kernels cover float16, bfloat16, float32 and float64"
@@ -459,8 +461,9 @@ def unsupported(input, dim, dtype, scale, mask, is_causal) -> str | None:
     return None
 
 
-def forward(input, dim, dtype, scale, mask, is_causal):
+def forward(call: Call):
     """(…) -> output (…), contiguous, of `dtype` or the input's."""
+    input, dim, dtype, scale, mask, is_causal = call
     output = torch.empty(input.shape, dtype=dtype or input.dtype, device=input.device)
     if output.numel() == 0:
         return output
@@ -481,8 +484,10 @@ def forward(input, dim, dtype, scale, mask, is_causal):
     return output
 
 
-def backward(grad_output, output, dim, dtype, scale, is_causal):
+def backward(gradient: Gradient, call: Call):
     """-> dx (…), contiguous, of `dtype`."""
+    grad_output, output, dtype = gradient
+    dim, scale, is_causal = call.dim, call.scale, call.is_causal
     dx = torch.empty(output.shape, dtype=dtype, device=output.device)
     if dx.numel() == 0:
         return dx

@@ -1,0 +1,28 @@
+"""Symmetric int8 quantisation in plain PyTorch: what the operators that quantise share.
+
+scale = max|x| / 127        q = clamp(round(x / scale), -127, 127)
+"""
+
+from __future__ import annotations
+
+import torch
+
+# -128 is left out, so that the range is symmetric.
+LARGEST = 127
+# The least scale: below it float32 has too few digits for x / scale to stay within ±127.
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+
+
+def quantized(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> q, int8 in x's shape; scale, float32 in x's shape without dim. dim is from 0 on."""
+    without = [*x.shape[:dim], *x.shape[dim + 1 :]]
+    if x.numel() == 0:
+        return torch.empty(x.shape, dtype=torch.int8, device=x.device), x.new_ones(without, dtype=torch.float32)
+    x = x if x.dtype == torch.float64 else x.float()
+    # scale = max|x| / 127; by a tensor, because on a GPU PyTorch multiplies by a number's reciprocal, an ulp off
+    largest = x.abs().amax(dim, keepdim=True)
+    scale = largest / torch.full_like(largest, LARGEST)
+    scale = scale.clamp_(min=SMALLEST_SCALE).masked_fill_(largest == 0, 1.0).float()
+    # q = round(x / scale); no finite |x| / scale rounds to more than 127, so that there is nothing to clamp
+    q = (x / scale).round_().to(torch.int8)
+    return q.contiguous(), scale.squeeze(dim).contiguous()
