@@ -29,6 +29,7 @@ extern const char SOURCES[];
 PYBIND11_MODULE(GPTKERN_MODULE, module) {
     module.attr("architectures") = GPTKERN_ARCHITECTURES;
     module.attr("compiler") = GPTKERN_COMPILER;
+    module.def("use_tensors_of", &gptkern::dlpack::use_tensors_of);
     for (auto bind : gptkern::Binding::all()) bind(module);
 #ifdef GPTKERN_EMULATED
     gptkern::emulator::bind(module);

@@ -33,15 +33,25 @@ struct ExchangeApi {
     int (*current_stream)(int32_t device_type, int32_t device_id, void** stream);
 };
 
-inline const ExchangeApi* exchange_api(pybind11::handle tensor) {
+// Of the tensors that launchers take: one library's, so all types of them have the same table.
+inline const ExchangeApi* table = nullptr;
+
+// From now on launchers take tensors of this type, and of those with the same table. Returns why they cannot, or null.
+inline const char* use_tensors_of(pybind11::type type) {
     constexpr uint32_t MAJOR = 1;
-    pybind11::object capsule = pybind11::type::of(tensor).attr("__dlpack_c_exchange_api__");
-    auto* api = static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-    if (!api) throw pybind11::error_already_set();
-    if (api->major != MAJOR || !api->tensor_from_object)
-        throw std::runtime_error("gptkern: the CUDA kernels take tensors by DLPack 1.2 or newer of its major version, "
-                                 "which this PyTorch has not");
-    return api;
+    constexpr const char *ATTRIBUTE = "__dlpack_c_exchange_api__", *NAME = "dlpack_exchange_api";
+    if (!pybind11::hasattr(type, ATTRIBUTE))
+        return "the CUDA kernels take tensors by DLPack's table of C functions, which this PyTorch has not: it needs "
+               "PyTorch 2.11 or newer";
+    pybind11::object capsule = type.attr(ATTRIBUTE);
+    auto* api = PyCapsule_IsValid(capsule.ptr(), NAME)
+                    ? static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), NAME))
+                    : nullptr;
+    if (!api || api->major != MAJOR || !api->tensor_from_object)
+        return "the CUDA kernels take tensors by version 1 of DLPack's table of C functions, and this PyTorch has "
+               "another";
+    table = api;
+    return nullptr;
 }
 
 inline Dtype dtype_of(const DLTensor& tensor) {
@@ -66,10 +76,9 @@ struct type_caster<gptkern::Tensor> {
 
     bool load(handle source, bool) {
         if (source.is_none()) return true;
-        // Tensors are of one library: all types of it have the same table.
-        static const gptkern::dlpack::ExchangeApi* api = gptkern::dlpack::exchange_api(source);
+        if (!gptkern::dlpack::table) throw std::logic_error("gptkern: a launcher was called before use_tensors_of");
         gptkern::dlpack::DLTensor tensor;
-        if (api->tensor_from_object(source.ptr(), &tensor) != 0) throw error_already_set();
+        if (gptkern::dlpack::table->tensor_from_object(source.ptr(), &tensor) != 0) throw error_already_set();
         value = {reinterpret_cast<gptkern::Address>(tensor.data) + tensor.byte_offset,
                  tensor.shape,
                  tensor.strides,

@@ -30,8 +30,7 @@ def module_by_swapcontext(name: str) -> ModuleType:
     own = f"test_{name}"
     units = [
         sources.Unit(f"{unit.name}_swapcontext", unit.source, ("GPTKERN_SWAPCONTEXT",))
-        for unit in sources.host_units(sources.folder(), emulated=True)
-        if unit.name != "bindings"
+        for unit in sources.emulator_units(sources.folder())
     ]
     units.append(sources.Unit(name, FOLDER / f"{name}.cu", ()))
     path = emulated.build_units(f"{own}_swapcontext", units, quiet=True)
@@ -43,7 +42,7 @@ def changed_module(operator: str, function: str, old: str, new: str, copy: Path)
     """The emulated module with one expression changed in a copy of csrc/, which is made at `copy`.
 
     Args:
-        operator: its kernels are compiled from the copy, and those of the changed file; the rest are as they were.
+        operator: its room is compiled from the copy, and the changed file; the rest is as it was.
         function: how the definition begins that is changed. It stands once in csrc/, in whichever file.
         old: stands once from there to the next line that begins with a brace. A space is any white space.
     """
@@ -53,7 +52,7 @@ def changed_module(operator: str, function: str, old: str, new: str, copy: Path)
     own = {
         unit.name: unit
         for unit in sources.kernel_units(copy)
-        if (unit.source.resolve() == changed or unit.source.stem == operator)
+        if (unit.source.resolve() == changed or unit.source.parent.name == operator)
         and changed in sources.included(unit.source, copy)
         and all(define.endswith(f"={HEAD_DIM}") for define in unit.defines)
     }
@@ -63,7 +62,7 @@ def changed_module(operator: str, function: str, old: str, new: str, copy: Path)
     units = [*own.values(), *(unit for unit in others if unit.name not in own)]
     path = emulated.build_units(emulated.NAME, units, quiet=True)
     # pybind11 knows modules by their names: of two of one name it gives the first again.
-    return emulated.loaded(f"{path.name.partition('.')[0]}.{emulated.NAME}", path)
+    return emulated.taking_tensors(emulated.loaded(f"{path.name.partition('.')[0]}.{emulated.NAME}", path))
 
 
 def _change(csrc: Path, function: str, old: str, new: str) -> Path:

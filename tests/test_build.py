@@ -621,7 +621,10 @@ def test_pip_is_asked_for_compilers_only_where_they_are_wanted(tree, tmp_path):
 def module(monkeypatch):
     """A compiled module, a driver and a GPU that fit one another."""
     found = types.SimpleNamespace(
-        architectures="80;90a;90+PTX", compiler="nvcc 13.0.88", sources=sources.digest(sources.folder())
+        architectures="80;90a;90+PTX",
+        compiler="nvcc 13.0.88",
+        sources=sources.digest(sources.folder()),
+        use_tensors_of=lambda type: None,
     )
     monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(common, "compiled", lambda: found)
@@ -668,6 +671,13 @@ def test_a_module_that_fits_is_used(module):
 def test_a_gpu_or_driver_that_the_module_is_not_for_is_named(module, driver, capability, words, monkeypatch):
     set_machine(monkeypatch, driver, capability)
     assert (words is None) == (common.unavailable(0) is None) and (words or "") in (common.unavailable(0) or "")
+
+
+def test_a_pytorch_whose_tensors_the_module_cannot_take_is_named_once(module, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "use_tensors_of", lambda type: asked.append(type) or "tensors are of another kind")
+    assert common.unavailable(0) == common.unavailable(0) == "tensors are of another kind"
+    assert asked == [torch.Tensor]
 
 
 def test_a_driver_older_than_nvcc_compiles_none_of_its_ptx(module, monkeypatch):

@@ -539,9 +539,7 @@ void launch(const AttentionBackward& call, void* stream) {
     static_assert(sizeof(Layout<T, D, 1>) <= sizeof(Layout<T, D, 2>));
     static_assert(sizeof(Layout<T, D, 2>) <= SHARED_BYTES_EVERYWHERE);
     auto blocks = [&](int length, int rows, int heads) {
-        int64_t count = int64_t(ceil_div(length, rows)) * call.batch * heads;
-        if (count > INT32_MAX) throw std::runtime_error("gptkern: attention_backward: more than 2^31 blocks");
-        return unsigned(count);
+        return int64_t(ceil_div(length, rows)) * call.batch * heads;
     };
     bool need_query = call.grad_query.address, need_key = call.grad_key.address, need_value = call.grad_value.address;
     if (need_query || need_key) {

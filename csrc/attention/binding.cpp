@@ -4,8 +4,8 @@
 namespace gptkern {
 
 static const Binding BINDING([](pybind11::module_& module) {
-    module.def("attention_forward", &attention_forward);
-    module.def("attention_backward", &attention_backward);
+    bind_launcher(module, "attention_forward", &attention_forward);
+    bind_launcher(module, "attention_backward", &attention_backward);
 });
 
 }  // namespace gptkern

@@ -379,9 +379,9 @@ __global__ void __launch_bounds__(Tiles<T, D>::THREADS, Tiles<T, D>::BLOCKS_OF_A
 template <class T, int D>
 void launch(const AttentionForward& call, int batch, void* stream) {
     using Shape = Tiles<T, D>;
-    LaunchShape shape{.grid_x = unsigned(ceil_div(call.length_q, Shape::BLOCK_M)),
-                      .grid_y = unsigned(call.heads),
-                      .grid_z = unsigned(batch),
+    LaunchShape shape{.grid_x = ceil_div(call.length_q, Shape::BLOCK_M),
+                      .grid_y = call.heads,
+                      .grid_z = batch,
                       .threads = Shape::THREADS,
                       .shared_bytes = sizeof(typename Shape::Shared)};
     GPTKERN_LAUNCH((attention_forward_kernel<T, D>), shape, stream, call);

@@ -1,6 +1,7 @@
 // Starting a kernel, on the host. A launch that fails is an exception with the kernel's name and its configuration.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <stdexcept>
@@ -10,8 +11,9 @@
 
 namespace gptkern {
 
+// The numbers of a grid are counted in 64 bits, so that one beyond CUDA's limits is seen and not cut off.
 struct LaunchShape {
-    unsigned grid_x = 1, grid_y = 1, grid_z = 1;
+    int64_t grid_x = 1, grid_y = 1, grid_z = 1;
     unsigned threads = 1;  // a block's, in one dimension
     size_t shared_bytes = 0;
 };
@@ -38,9 +40,22 @@ const char* kernel_name() {
 
 inline std::string describe(const char* kernel, const LaunchShape& shape) {
     char text[256];
-    std::snprintf(text, sizeof text, "%s, grid (%u, %u, %u), %u threads, %zu bytes of shared memory", kernel,
-                  shape.grid_x, shape.grid_y, shape.grid_z, shape.threads, shape.shared_bytes);
+    std::snprintf(text, sizeof text, "%s, grid (%lld, %lld, %lld), %u threads, %zu bytes of shared memory", kernel,
+                  static_cast<long long>(shape.grid_x), static_cast<long long>(shape.grid_y),
+                  static_cast<long long>(shape.grid_z), shape.threads, shape.shared_bytes);
     return text;
+}
+
+// (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability")
+constexpr int64_t MOST_GRID_X = 0x7fffffff, MOST_GRID_YZ = 65535;
+constexpr unsigned MOST_THREADS = 1024;
+
+inline void check_limits(const char* kernel, const LaunchShape& shape) {
+    if (shape.threads == 0 || shape.threads > MOST_THREADS || shape.grid_x > MOST_GRID_X ||
+        std::max(shape.grid_y, shape.grid_z) > MOST_GRID_YZ ||
+        std::min({shape.grid_x, shape.grid_y, shape.grid_z}) < 0)
+        throw std::runtime_error("gptkern: a launch failed: invalid configuration (" + describe(kernel, shape) +
+                                 "); a grid is at most (2147483647, 65535, 65535) and a block 1024 threads");
 }
 
 #ifndef GPTKERN_EMULATED
@@ -78,16 +93,18 @@ struct Launcher;
 template <class... Parameters, void (*KERNEL)(Parameters...)>
 struct Launcher<KERNEL> {
     static void launch(const LaunchShape& shape, void* stream, Parameters... arguments) {
+        check_limits(kernel_name<KERNEL>(), shape);
         if (shape.grid_x == 0 || shape.grid_y == 0 || shape.grid_z == 0) return;
+        const unsigned grid[3] = {unsigned(shape.grid_x), unsigned(shape.grid_y), unsigned(shape.grid_z)};
 #ifdef GPTKERN_EMULATED
         (void)stream;
         auto call = [&] { KERNEL(arguments...); };
-        emulator::launch(kernel_name<KERNEL>(), {shape.grid_x, shape.grid_y, shape.grid_z}, shape.threads,
+        emulator::launch(kernel_name<KERNEL>(), {grid[0], grid[1], grid[2]}, shape.threads,
                          shape.shared_bytes, [](void* context) { (*static_cast<decltype(call)*>(context))(); }, &call);
 #else
         allow_shared_memory<KERNEL>(kernel_name<KERNEL>(), shape);
         void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
-        check(cudaLaunchKernel(reinterpret_cast<const void*>(KERNEL), dim3(shape.grid_x, shape.grid_y, shape.grid_z),
+        check(cudaLaunchKernel(reinterpret_cast<const void*>(KERNEL), dim3(grid[0], grid[1], grid[2]),
                                dim3(shape.threads), pointers, shape.shared_bytes, static_cast<cudaStream_t>(stream)),
               "a launch", kernel_name<KERNEL>(), shape);
 #endif

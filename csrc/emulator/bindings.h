@@ -37,19 +37,29 @@ inline pybind11::dict to_dict(const KernelCounts& counts) {
 }
 
 inline void bind(pybind11::module_& module) {
-    module.def("set_seed", &set_seed);
-    module.def("seed", &seed);
-    module.def("skip_launches", &skip_launches);
-    module.def("check_races", &check_races);
-    module.def("set_bounds", &set_bounds);
-    module.def("start_counting", [](const std::map<std::string, std::pair<std::uintptr_t, size_t>>& watched) {
-        std::vector<Region> regions;
-        for (const auto& [name, extent] : watched) regions.push_back({name, extent.first, extent.second});
-        start_counting(std::move(regions));
-    });
+    // Each waits until a launch in another thread is over, which may take long: Python goes on meanwhile.
+    using Unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
+    module.def("set_seed", &set_seed, Unlocked());
+    module.def("seed", &seed, Unlocked());
+    module.def("skip_launches", &skip_launches, Unlocked());
+    module.def("check_races", &check_races, Unlocked());
+    module.def("set_bounds", &set_bounds, Unlocked());
+    module.def(
+        "start_counting",
+        [](const std::map<std::string, std::pair<std::uintptr_t, size_t>>& watched) {
+            std::vector<Region> regions;
+            for (const auto& [name, extent] : watched) regions.push_back({name, extent.first, extent.second});
+            start_counting(std::move(regions));
+        },
+        Unlocked());
     module.def("stop_counting", [] {
+        std::map<std::string, KernelCounts> counted;
+        {
+            pybind11::gil_scoped_release unlocked;
+            counted = stop_counting();
+        }
         pybind11::dict kernels;
-        for (const auto& [name, counts] : stop_counting()) kernels[pybind11::str(name)] = to_dict(counts);
+        for (const auto& [name, counts] : counted) kernels[pybind11::str(name)] = to_dict(counts);
         return kernels;
     });
 }

@@ -5,6 +5,7 @@
 #include <array>
 #include <cstring>
 #include <deque>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -71,6 +72,10 @@ struct Warp {
 };
 
 // --- State ------------------------------------------------------------------------------------------------------------
+
+// Held by a launch, and by whatever sets what launches read: there is one block, with its fibers, and Python's lock is
+// not held while it runs (csrc/binding.h).
+extern std::mutex launching;
 
 extern bool checking_races;
 extern std::vector<std::pair<uintptr_t, uintptr_t>> bounds;  // of global memory; none: any may be touched

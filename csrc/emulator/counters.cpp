@@ -6,6 +6,8 @@
 #include <string_view>
 #include <tuple>
 
+#include "block.h"
+
 namespace gptkern::emulator {
 
 bool counting = false;
@@ -80,12 +82,14 @@ std::tuple<std::string_view, uint32_t, uint32_t> key_of(const Site& site) {
 }  // namespace
 
 void start_counting(std::vector<Region> watched) {
+    std::lock_guard lock(running::launching);
     regions = std::move(watched);
     kernels.clear();
     counting = true;
 }
 
 std::map<std::string, KernelCounts> stop_counting() {
+    std::lock_guard lock(running::launching);
     counting = false;
     regions.clear();
     return std::move(kernels);

@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <bit>
 #include <map>
-#include <mutex>
 #include <numeric>
 #include <stdexcept>
 
@@ -249,11 +248,26 @@ using namespace running;
 
 // --- Launching --------------------------------------------------------------------------------------------------------
 
-void set_seed(uint64_t seed) { the_seed = seed; }
-uint64_t seed() { return the_seed; }
-void skip_launches(bool skip) { skipping = skip; }
-void check_races(bool check) { checking_races = check; }
-void set_bounds(std::vector<std::pair<uintptr_t, uintptr_t>> extents) { bounds = std::move(extents); }
+void set_seed(uint64_t seed) {
+    std::lock_guard lock(launching);
+    the_seed = seed;
+}
+uint64_t seed() {
+    std::lock_guard lock(launching);
+    return the_seed;
+}
+void skip_launches(bool skip) {
+    std::lock_guard lock(launching);
+    skipping = skip;
+}
+void check_races(bool check) {
+    std::lock_guard lock(launching);
+    checking_races = check;
+}
+void set_bounds(std::vector<std::pair<uintptr_t, uintptr_t>> extents) {
+    std::lock_guard lock(launching);
+    bounds = std::move(extents);
+}
 
 void launch(const char* kernel, Index grid, unsigned block_threads, size_t bytes, void (*body)(void*), void* context) {
     auto shape = [&] {
@@ -261,12 +275,13 @@ void launch(const char* kernel, Index grid, unsigned block_threads, size_t bytes
                std::to_string(bytes) + " bytes of shared memory";
     };
     constexpr size_t MOST_SHARED = 227 * 1024;
-    if (block_threads == 0 || block_threads > MOST_THREADS || block_threads % WARP || bytes > MOST_SHARED ||
-        grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffffu)
+    // The rest of a GPU's limits: device/launch.cuh.
+    if (block_threads % WARP || bytes > MOST_SHARED)
         throw std::runtime_error("gptkern: a launch failed: invalid configuration (" + shape() +
-                                 "); the emulator takes up to 1024 threads in whole warps");
-    if (skipping) return;
+                                 "); the emulator takes whole warps, and at most " + std::to_string(MOST_SHARED) +
+                                 " bytes");
     std::lock_guard lock(launching);
+    if (skipping) return;
     while (threads.size() < block_threads) threads.emplace_back();
 #ifdef GPTKERN_ADDRESS_SANITIZER
     pthread_attr_t attributes;

@@ -13,7 +13,7 @@
 //                the latest in the wait that covers it. The end of a kernel without that wait fails the launch.
 //   counters     Bytes, sectors, bank conflicts and instructions of each kernel, where asked for.
 //
-// Everything here runs in one thread of the operating system at a time: `launch` holds a lock.
+// One launch runs at a time, whichever threads of the operating system call: `launch` holds a lock.
 #pragma once
 
 #include <cstddef>

@@ -4,8 +4,8 @@
 namespace gptkern {
 
 static const Binding BINDING([](pybind11::module_& module) {
-    module.def("int8_linear_forward", &int8_linear_forward);
-    module.def("int8_linear_backward", &int8_linear_backward);
+    bind_launcher(module, "int8_linear_forward", &int8_linear_forward);
+    bind_launcher(module, "int8_linear_backward", &int8_linear_backward);
 });
 
 }  // namespace gptkern

@@ -506,7 +506,7 @@ __global__ void __launch_bounds__(TILE_THREADS)
 template <class T, int TILES>
 void few_rows(const Operand<T>& x, const Operand<int8_t>& weight, const Epilogue& epilogue, int M, int N, int K,
               void* stream) {
-    LaunchShape shape{.grid_x = unsigned(ceil_div(N, TILES * MMA_M)),
+    LaunchShape shape{.grid_x = ceil_div(N, TILES * MMA_M),
                       .threads = FEW_THREADS,
                       .shared_bytes = sizeof(FewRowsLayout<TILES>)};
     if constexpr (std::is_same_v<T, float>)
@@ -532,7 +532,7 @@ void product(Address x_address, int64_t x_stride_m, int64_t x_stride_k, const We
             few_rows<T, 4>(x, rows, epilogue, M, N, K, stream);
         return;
     }
-    LaunchShape shape{.grid_x = unsigned(ceil_div(M, TILE_M) * ceil_div(N, TILE_N)),
+    LaunchShape shape{.grid_x = int64_t(ceil_div(M, TILE_M)) * ceil_div(N, TILE_N),
                       .threads = TILE_THREADS,
                       .shared_bytes = sizeof(TileLayout)};
     if constexpr (std::is_same_v<T, float>) {

@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(WARPS_M* WARPS_N* WARP)
 template <int TILE_M, int TILE_N, int WARPS_M, int WARPS_N, int STAGES>
 void launch_w8a8(const Operand<int8_t>& q, const Operand<int8_t>& weight, const Epilogue& epilogue, int M, int N, int K,
                  void* stream) {
-    LaunchShape shape{.grid_x = unsigned(ceil_div(M, TILE_M) * ceil_div(N, TILE_N)),
+    LaunchShape shape{.grid_x = int64_t(ceil_div(M, TILE_M)) * ceil_div(N, TILE_N),
                       .threads = WARPS_M * WARPS_N * WARP,
                       .shared_bytes = sizeof(W8a8Layout<TILE_M, TILE_N, STAGES>)};
     GPTKERN_LAUNCH((w8a8_kernel<TILE_M, TILE_N, WARPS_M, WARPS_N, STAGES>), shape, stream, q, weight, epilogue, M, N,
@@ -275,7 +275,7 @@ __global__ void __launch_bounds__(REDUCTION_THREADS)
 template <class T>
 void gradient(Address dy, Address z, Address weight_scale, Address largest, Address scaled, Address partial, int M,
               int N, int64_t dy_stride_m, int64_t dy_stride_n, int64_t scale_stride, int activation, void* stream) {
-    LaunchShape shape{.grid_x = unsigned(ceil_div(M, GRADIENT_ROWS)) * unsigned(ceil_div(N, WARP * VECTOR<T>)),
+    LaunchShape shape{.grid_x = int64_t(ceil_div(M, GRADIENT_ROWS)) * ceil_div(N, WARP * VECTOR<T>),
                       .threads = GRADIENT_WARPS * WARP,
                       .shared_bytes = sizeof(GradientLayout<T>)};
     GPTKERN_LAUNCH((gradient_kernel<T>), shape, stream, operand<T>(dy, N, dy_stride_m, dy_stride_n), at<float>(z),
@@ -359,7 +359,7 @@ Unreadable int8_linear_backward(const Tensor& dy, const Tensor& x, const Tensor&
                int(N), *dy_stride_m, dy.strides[dy.rank - 1], weight_scale.strides[0], activation, at<void>(stream));
     }
     if (dbias.address) {
-        LaunchShape shape{.grid_x = unsigned(ceil_div<int64_t>(N, REDUCTION_THREADS)), .threads = REDUCTION_THREADS};
+        LaunchShape shape{.grid_x = ceil_div<int64_t>(N, REDUCTION_THREADS), .threads = REDUCTION_THREADS};
         GPTKERN_LAUNCH((sum_of_tiles_kernel), shape, at<void>(stream), at<float>(partial.address),
                        at<float>(dbias.address), int(ceil_div<int64_t>(M, GRADIENT_ROWS)), int(N));
     }

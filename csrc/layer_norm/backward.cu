@@ -418,7 +418,7 @@ int launch_backward(Backward& call, int vectors, int most_blocks, void* stream) 
     // Where groups walk on: a step of a multiple of V rows keeps the alignment of ds.
     if (blocks > most_blocks) blocks = call.width % V == 0 ? most_blocks : most_blocks / V * V;
     LaunchShape shape;
-    shape.grid_x = unsigned(blocks);
+    shape.grid_x = blocks;
     shape.threads = unsigned(groups * call.lanes);
     shape.shared_bytes = lay_out_sums(call, V, SLOTS, call.lanes, groups);
     GPTKERN_LAUNCH((layer_norm_backward_kernel<T, SLOTS, WHOLE>), shape, stream, call);
@@ -430,14 +430,14 @@ int launch_wide_backward(Backward& call, int most_blocks, void* stream) {
     constexpr int V = VECTOR<T>;
     LaunchShape shape;
     if (call.ds) {
-        shape.grid_x = unsigned(call.rows);
+        shape.grid_x = call.rows;
         shape.threads = INPUT_GRADIENT_THREADS;
         shape.shared_bytes = sizeof(BackwardShared);
         GPTKERN_LAUNCH((layer_norm_input_gradient_kernel<T, WHOLE>), shape, stream, call);
     }
     if (!call.dweight && !call.dbias) return 0;
-    shape.grid_x = unsigned(ceil_div(call.width, WARP * V));
-    shape.grid_y = unsigned(std::min(ceil_div(call.rows, int64_t(PARAMETER_GRADIENT_WARPS)), int64_t(most_blocks)));
+    shape.grid_x = ceil_div(call.width, WARP * V);
+    shape.grid_y = std::min(ceil_div(call.rows, int64_t(PARAMETER_GRADIENT_WARPS)), int64_t(most_blocks));
     shape.threads = PARAMETER_GRADIENT_WARPS * WARP;
     shape.shared_bytes = lay_out_sums(call, V, 1, WARP, PARAMETER_GRADIENT_WARPS);
     GPTKERN_LAUNCH((layer_norm_parameter_gradient_kernel<T, WHOLE>), shape, stream, call);
@@ -508,7 +508,7 @@ Unreadable layer_norm_backward(const Tensor& dy, const Tensor& incoming, const T
                                     : backward_of<bfloat16>(call, whole, partials, on);
     if (!call.dweight && !call.dbias) return nullptr;
     LaunchShape shape;
-    shape.grid_x = unsigned(ceil_div(width, WARP));
+    shape.grid_x = ceil_div(width, WARP);
     shape.grid_y = 2;
     shape.threads = REDUCE_WARPS * WARP;
     shape.shared_bytes = sizeof(ReduceShared);

@@ -4,8 +4,8 @@
 namespace gptkern {
 
 static const Binding BINDING([](pybind11::module_& module) {
-    module.def("layer_norm_forward", &layer_norm_forward);
-    module.def("layer_norm_backward", &layer_norm_backward);
+    bind_launcher(module, "layer_norm_forward", &layer_norm_forward);
+    bind_launcher(module, "layer_norm_backward", &layer_norm_backward);
 });
 
 }  // namespace gptkern

@@ -187,7 +187,7 @@ void launch_forward(Forward& call, int vectors, void* stream) {
     call.lanes = std::min(lanes_of(vectors, SLOTS), CHUNK_THREADS<WHOLE>);
     int groups = call.lanes <= WARP ? FORWARD_BLOCK / call.lanes : 1;
     LaunchShape shape;
-    shape.grid_x = unsigned(ceil_div(call.rows, int64_t(groups)));
+    shape.grid_x = ceil_div(call.rows, int64_t(groups));
     shape.threads = unsigned(groups * call.lanes);
     shape.shared_bytes = sizeof(ForwardShared);
     GPTKERN_LAUNCH((layer_norm_forward_kernel<T, SLOTS, WHOLE>), shape, stream, call);

@@ -4,7 +4,7 @@
 namespace gptkern {
 
 static const Binding BINDING([](pybind11::module_& module) {
-    module.def("quantize_int8", &quantize_int8);
+    bind_launcher(module, "quantize_int8", &quantize_int8);
 });
 
 }  // namespace gptkern

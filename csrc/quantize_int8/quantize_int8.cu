@@ -169,7 +169,7 @@ void quantize_rows(Address x, Address q, Address scale, int64_t rows, int64_t wi
     while (warps_a_row < ROW_WARPS && chunks > int64_t(warps_a_row) * WARP * CHUNKS_A_LANE) warps_a_row *= 2;
     int rows_a_block = ROW_WARPS / warps_a_row;
     int64_t held = chunks * CHUNK_BYTES * rows_a_block <= ROW_BYTES_HELD ? chunks : ROW_BYTES_HELD / CHUNK_BYTES;
-    LaunchShape shape{.grid_x = unsigned(ceil_div<int64_t>(rows, rows_a_block)),
+    LaunchShape shape{.grid_x = ceil_div<int64_t>(rows, rows_a_block),
                       .threads = ROW_THREADS,
                       .shared_bytes = offsetof(RowLayout, chunks) +
                                       size_t(std::max<int64_t>(held * rows_a_block, 1) * CHUNK_BYTES)};
@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(COLUMN_WARPS* WARP)
 template <class T>
 void quantize_columns(Address x, Address q, Address scale, int64_t outer, int64_t width, int64_t inner,
                       int64_t outer_stride, int64_t width_stride, int64_t inner_stride, void* stream) {
-    LaunchShape shape{.grid_x = unsigned(outer * ceil_div<int64_t>(inner, WARP)),
+    LaunchShape shape{.grid_x = outer * ceil_div<int64_t>(inner, WARP),
                       .threads = COLUMN_WARPS * WARP,
                       .shared_bytes = sizeof(ColumnLayout)};
     GPTKERN_LAUNCH((quantize_columns_kernel<T>), shape, stream, at<T>(x), at<int8_t>(q), at<float>(scale), int(width),

@@ -4,8 +4,8 @@
 namespace gptkern {
 
 static const Binding BINDING([](pybind11::module_& module) {
-    module.def("rms_norm_forward", &rms_norm_forward);
-    module.def("rms_norm_backward", &rms_norm_backward);
+    bind_launcher(module, "rms_norm_forward", &rms_norm_forward);
+    bind_launcher(module, "rms_norm_backward", &rms_norm_backward);
 });
 
 }  // namespace gptkern

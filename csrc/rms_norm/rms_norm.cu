@@ -222,7 +222,8 @@ struct Backward {
     float* partial;      // (blocks, width)   sums of dweight, or null
     int64_t rows;
     int width;
-    int range;  // columns of a block: all where there is dx
+    int range;   // columns of a block: all where there is dx
+    int ranges;  // of them in a row: neighbouring blocks have neighbouring ones
     bool is_half;
     int lanes;         // threads of a group
     int group_pitch;   // of the block's sums in shared memory (see store_partial): from a group to the next
@@ -271,9 +272,11 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, 1) rms_norm_backward_kernel(
     constexpr int V = 16 / BYTES;
     constexpr bool ROOM = SLOTS <= FEW_SLOTS;
     auto& scratch = shared_memory<Scratch>();
-    const int lanes = call.lanes, begin = int(blockIdx.y) * call.range, width = min(call.width - begin, call.range);
+    const int block = int(blockIdx.x) / call.ranges, blocks = int(gridDim.x) / call.ranges;  // of those that share rows
+    const int begin = int(blockIdx.x) % call.ranges * call.range, width = min(call.width - begin, call.range);
+    const int lanes = call.lanes;
     const int groups = int(blockDim.x) / lanes, group = int(threadIdx.x) / lanes;
-    const int64_t step = int64_t(gridDim.x) * groups, first_row = int64_t(blockIdx.x) * groups + group;
+    const int64_t step = int64_t(blocks) * groups, first_row = int64_t(block) * groups + group;
 
     // `step` rows on, dx is aligned alike: these columns are the thread's for good.
     Columns<V> columns{int(threadIdx.x) % lanes, lanes, 0};
@@ -351,7 +354,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, 1) rms_norm_backward_kernel(
     }
     if (call.partial)
         store_partial(dweight, columns, reinterpret_cast<float*>(&scratch + 1), group, groups, width, call,
-                      call.partial + (int64_t(blockIdx.x) * call.width + begin));
+                      call.partial + (int64_t(block) * call.width + begin));
 }
 
 // dx alone, a block a row.
@@ -453,13 +456,13 @@ void forward_of(Forward& call, void* stream) {
     call.lanes = lanes_of(vectors_of(call.y, call.width, V), FORWARD_VALUES / V);
     LaunchShape shape;
     if (call.lanes > FORWARD_THREADS) {
-        shape.grid_x = unsigned(call.rows);
+        shape.grid_x = call.rows;
         shape.threads = LONG_THREADS;
         shape.shared_bytes = sizeof(Scratch) + LONG_STASH;
         return GPTKERN_LAUNCH((rms_norm_forward_long_kernel<BYTES>), shape, stream, call);
     }
     const int groups = groups_of(call.lanes);
-    shape.grid_x = unsigned(ceil_div(call.rows, int64_t(groups)));
+    shape.grid_x = ceil_div(call.rows, int64_t(groups));
     shape.threads = unsigned(groups * call.lanes);
     shape.shared_bytes = sizeof(Scratch);
     GPTKERN_LAUNCH((rms_norm_forward_kernel<BYTES>), shape, stream, call);
@@ -475,8 +478,9 @@ int launch_backward(Backward& call, int vectors, int most_blocks, void* stream) 
     // Where groups walk on: a step of a multiple of V rows keeps the alignment of dx.
     if (blocks > most_blocks) blocks = call.width % V == 0 ? most_blocks : most_blocks / V * V;
     LaunchShape shape;
-    shape.grid_x = unsigned(blocks);
-    shape.grid_y = unsigned(ceil_div(call.width, call.range));
+    // One number for both: a grid's second one ends at 65,535.
+    call.ranges = ceil_div(call.width, call.range);
+    shape.grid_x = blocks * call.ranges;
     shape.threads = unsigned(groups * call.lanes);
     shape.shared_bytes = sizeof(Scratch);
     if (call.partial) {
@@ -502,7 +506,7 @@ int backward_of(Backward call, int most_blocks, void* stream) {
         return launch_backward<BYTES, MANY_SLOTS>(call, vectors, most_blocks, stream);
     if (call.dx) {
         LaunchShape shape;
-        shape.grid_x = unsigned(call.rows);
+        shape.grid_x = call.rows;
         shape.threads = LONG_THREADS;
         shape.shared_bytes = sizeof(Scratch) + LONG_STASH;
         GPTKERN_LAUNCH((rms_norm_backward_long_kernel<BYTES>), shape, stream, call);
@@ -558,7 +562,7 @@ Unreadable rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& we
         x.dtype == FLOAT32 ? backward_of<4>(call, most_blocks, on) : backward_of<2>(call, most_blocks, on);
     if (!call.partial) return nullptr;
     LaunchShape shape;
-    shape.grid_x = unsigned(ceil_div(call.width, WARP));
+    shape.grid_x = ceil_div(call.width, WARP);
     shape.threads = REDUCE_WARPS * WARP;
     shape.shared_bytes = sizeof(ReduceShared);
     GPTKERN_LAUNCH((rms_norm_reduce_kernel), shape, on, call.partial, at<float>(dweight.address), blocks, call.width);

@@ -4,7 +4,7 @@
 namespace gptkern {
 
 static const Binding BINDING([](pybind11::module_& module) {
-    module.def("rotary", &rotary);
+    bind_launcher(module, "rotary", &rotary);
 });
 
 }  // namespace gptkern

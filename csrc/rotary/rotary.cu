@@ -215,7 +215,7 @@ void launch(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor&
               .x = {x.strides[0], x.strides[1], x.strides[2]},
               .y = {y.strides[0], y.strides[1], y.strides[2]}};
     constexpr int PAIRS = WITHIN ? V / 2 : V;
-    LaunchShape shape{.grid_x = unsigned(batch * tiles * groups), .threads = unsigned(threads)};
+    LaunchShape shape{.grid_x = batch * tiles * groups, .threads = unsigned(threads)};
     GPTKERN_LAUNCH((rotary_kernel<T, V, WITHIN>), shape, stream, at<T>(x.address), angles_of(cos, options, PAIRS),
                    angles_of(sin, options, PAIRS), at<T>(y.address), call);
 }

@@ -4,8 +4,8 @@
 namespace gptkern {
 
 static const Binding BINDING([](pybind11::module_& module) {
-    module.def("softmax_forward", &softmax_forward);
-    module.def("softmax_backward", &softmax_backward);
+    bind_launcher(module, "softmax_forward", &softmax_forward);
+    bind_launcher(module, "softmax_backward", &softmax_backward);
 });
 
 }  // namespace gptkern

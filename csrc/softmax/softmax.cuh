@@ -292,7 +292,7 @@ inline Plan plan_of(const Walk& walk, Options& options, int V, int values, int h
         walkers = threads / options.threads;
         options.stashed = room(scratch, threads, int64_t(ceil_div(walk.width, walkers)) * threads,
                                one_pass_limit / walkers);
-        unsigned blocks = walk.rows * unsigned(ceil_div(walk.lanes, options.threads * V));
+        int64_t blocks = int64_t(walk.rows) * ceil_div(walk.lanes, options.threads * V);
         return {Plan::COLUMNS,
                 {.grid_x = blocks, .threads = unsigned(threads),
                  .shared_bytes = scratch + size_t(options.stashed) * threads * held}};
@@ -312,7 +312,7 @@ inline Plan plan_of(const Walk& walk, Options& options, int V, int values, int h
         while (rows / 2 >= std::max<int64_t>(walk.rows, least_rows)) rows /= 2;
         options.threads = int(threads);
         return {Plan::ROWS,
-                {.grid_x = unsigned(ceil_div<int64_t>(walk.rows, rows)), .threads = unsigned(threads * rows),
+                {.grid_x = ceil_div<int64_t>(walk.rows, rows), .threads = unsigned(threads * rows),
                  .shared_bytes = sizeof(TwoScratches)}};
     }
     // Narrow rows come here in tests alone: a thread then walks several vectors all the same.

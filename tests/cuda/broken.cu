@@ -236,7 +236,7 @@ void staged_sum(Address in, Address out, int tiles, int broken) {
 
 void tail(Address in, Address out, int64_t length, int broken) {
     LaunchShape shape = BLOCK;
-    shape.grid_x = unsigned(length / THREADS + 1);
+    shape.grid_x = length / THREADS + 1;
     GPTKERN_LAUNCH((tail_kernel), shape, nullptr, at<float>(in), at<float>(out), length, broken);
 }
 
@@ -281,7 +281,7 @@ void block_total(Address in, Address out, int broken) {
 
 void global_order(Address out, Address total, int blocks, int broken) {
     LaunchShape shape = BLOCK;
-    shape.grid_x = unsigned(blocks);
+    shape.grid_x = blocks;
     GPTKERN_LAUNCH((global_order_kernel), shape, nullptr, at<float>(out), at<float>(total), broken);
 }
 
@@ -289,7 +289,7 @@ void halves(Address out, int broken) {
     GPTKERN_LAUNCH((halves_kernel), with_shared(LANES, sizeof(Bytes)), nullptr, at<uint16_t>(out), broken);
 }
 
-void launched_with(Address out, unsigned grid_x, unsigned grid_y, unsigned threads, int64_t shared_bytes) {
+void launched_with(Address out, int64_t grid_x, int64_t grid_y, unsigned threads, int64_t shared_bytes) {
     LaunchShape shape{grid_x, grid_y, 1, threads, size_t(shared_bytes)};
     GPTKERN_LAUNCH((empty_kernel), shape, nullptr, at<float>(out));
 }

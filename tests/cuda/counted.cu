@@ -93,7 +93,7 @@ void async(Address in, int stride, uint32_t in_range) {
 }
 
 void instructions(Address out, int blocks, int threads, int products, int barriers, int shuffles) {
-    LaunchShape shape{.grid_x = unsigned(blocks), .threads = unsigned(threads)};
+    LaunchShape shape{.grid_x = blocks, .threads = unsigned(threads)};
     GPTKERN_LAUNCH((instructions_kernel), shape, nullptr, at<float>(out), products, barriers, shuffles);
 }
 

@@ -136,7 +136,7 @@ def not_built() -> str | None:
     # Launchers and kernels that differ in their arguments would read wrong memory.
     if csrc is not None and module.sources != sources.digest(csrc):
         return f"the CUDA kernels were not compiled from {csrc} as it is now: install gptkern again"
-    return None
+    return module.use_tensors_of(torch.Tensor)
 
 
 @functools.cache

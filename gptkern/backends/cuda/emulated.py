@@ -30,6 +30,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 from gptkern.backends.cuda import sources
 from gptkern.backends.tables import user
 
@@ -69,6 +71,9 @@ def missing() -> str | None:
         return "Python's own headers are missing: install your system's python3-dev or python3-devel"
     if user.folder() is None:
         return "this system names no folder for caches: set GPTKERN_CACHE"
+    # What the module itself finds out at its first use, and more exactly: building it takes minutes.
+    if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        return "the emulated CUDA kernels need PyTorch 2.11 or newer"
     return None
 
 
@@ -78,8 +83,17 @@ def load() -> ModuleType:
 
     Raises:
         CompilerError: something is missing (see `missing`), or the compiler failed.
+        ImportError: it cannot take this PyTorch's tensors.
     """
-    return loaded(NAME, build(quiet=False))
+    return taking_tensors(loaded(NAME, build(quiet=False)))
+
+
+def taking_tensors(module: ModuleType) -> ModuleType:
+    """The module of csrc/, whose launchers take PyTorch's tensors from now on."""
+    reason = module.use_tensors_of(torch.Tensor)
+    if reason is not None:
+        raise ImportError(reason)
+    return module
 
 
 def loaded(name: str, path: Path) -> ModuleType:
@@ -102,8 +116,9 @@ def build_with(name: str, own: Iterable[Path], *, quiet: bool) -> Path:
 
     One of them defines the Python module `name`.
     """
-    units = [unit for unit in sources.host_units(_csrc(), emulated=True) if unit.name != "bindings"]
-    return build_units(name, [*units, *(sources.Unit(path.stem, path, ()) for path in own)], quiet=quiet)
+    return build_units(
+        name, [*sources.emulator_units(_csrc()), *(sources.Unit(path.stem, path, ()) for path in own)], quiet=quiet
+    )
 
 
 def _csrc() -> Path:

@@ -48,13 +48,17 @@ def kernel_units(csrc: Path) -> Iterator[Unit]:
 
 
 def host_units(csrc: Path, *, emulated: bool) -> Iterator[Unit]:
-    """The .cpp files, which need no nvcc."""
+    """The .cpp files, which need no nvcc: the Python module, what each room binds, and the emulator if asked for."""
     yield Unit("bindings", csrc / "bindings.cpp", ())
     for source in sorted(csrc.glob("*/binding.cpp")):
         yield Unit(f"{source.parent.name}_binding", source, ())
     if emulated:
-        for source in sorted((csrc / "emulator").glob("*.cpp")):
-            yield Unit(f"emulator_{source.stem}", source, ())
+        yield from emulator_units(csrc)
+
+
+def emulator_units(csrc: Path) -> Iterator[Unit]:
+    for source in sorted((csrc / "emulator").glob("*.cpp")):
+        yield Unit(f"emulator_{source.stem}", source, ())
 
 
 def included(source: Path, csrc: Path) -> list[Path]:
