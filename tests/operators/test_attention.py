@@ -737,13 +737,11 @@ def check_registered_ops(name, device, is_causal=True, attn_mask=None, dropout_p
     # As a packed projection hands it over: the strides of the results are part of what the fakes promise.
     query = query.transpose(1, 2).contiguous().transpose(1, 2)
     forward, backward = torch.ops.gptkern.attention_forward.default, torch.ops.gptkern.attention_backward.default
-    extras = attn_mask, dropout_p, lower_right, seed
-    call = query, key, value, is_causal, 0.3, *extras, name
+    call = query, key, value, is_causal, 0.3, attn_mask, dropout_p, lower_right, seed, name
     output, lse = forward(*call)
     torch.library.opcheck(forward, call)
     for needs in ((True, True, True), (False, True, False)):
-        call = torch.randn_like(output), query, key, value, output, lse, is_causal, 0.3, *needs, *extras, name
-        torch.library.opcheck(backward, call)
+        torch.library.opcheck(backward, (torch.randn_like(output), output, lse, *needs, *call))
 
 
 def test_the_registered_ops(kernel_backend, device):

@@ -571,10 +571,10 @@ def test_registered_ops(backend, device):
     for activation, mode, other_bias in cases:
         call = (input, weight, weight_scale, other_bias, activation, mode)
         torch.library.opcheck(ops.int8_linear_forward.default, (*call, backend), **tests)
-        call = (grad, None if activation is None else input, *call[1:])
-        torch.library.opcheck(ops.int8_linear_backward.default, (*call, True, other_bias is not None, backend), **tests)
+        call = (None if activation is None else input, *call[1:], backend)
+        torch.library.opcheck(ops.int8_linear_backward.default, (grad, True, other_bias is not None, *call), **tests)
         tests = {"test_utils": ("test_schema", "test_faketensor")}
-    torch.library.opcheck(ops.int8_linear_backward.default, (*call, False, False, backend), **tests)
+    torch.library.opcheck(ops.int8_linear_backward.default, (grad, False, False, *call), **tests)
     for dim in (0, 1):
         torch.library.opcheck(ops.quantize_int8_forward.default, (input, dim, backend))
 

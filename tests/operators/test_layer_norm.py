@@ -651,10 +651,10 @@ def test_registered_ops(backend, device):
         output, summed, mean, rstd = forward(input, other, weight, bias, 1e-5, backend)
         summed = input if other is None else summed
         grad_output, grad_summed = torch.randn_like(output), None if other is None else torch.randn_like(summed)
-        call = (grad_output, grad_summed, summed, weight, mean, rstd)
-        torch.library.opcheck(backward, (*call, True, weight is not None, bias is not None, backend), **tests)
+        kept, call = (grad_output, grad_summed, mean, rstd), (summed, None, weight, None, 0.0, backend)
+        torch.library.opcheck(backward, (*kept, True, weight is not None, bias is not None, *call), **tests)
         tests = {"test_utils": ("test_schema", "test_faketensor")}
-        torch.library.opcheck(backward, (*call, False, weight is not None, False, backend), **tests)
+        torch.library.opcheck(backward, (*kept, False, weight is not None, False, *call), **tests)
 
 
 @pytest.mark.parametrize("residual", [False, True])

@@ -474,10 +474,10 @@ def test_registered_ops(backend, device):
     for scale in (weight, weight.float(), None):
         torch.library.opcheck(forward, (input, scale, 1e-5, backend), **tests)
         output, rstd = forward(input, scale, 1e-5, backend)
-        call = (torch.randn_like(output), input, scale, rstd)
-        torch.library.opcheck(backward, (*call, True, scale is not None, backend), **tests)
+        kept, call = (torch.randn_like(output), rstd), (input, scale, 0.0, backend)
+        torch.library.opcheck(backward, (*kept, True, scale is not None, *call), **tests)
         tests = {"test_utils": ("test_schema", "test_faketensor")}
-        torch.library.opcheck(backward, (*call, False, scale is not None, backend), **tests)
+        torch.library.opcheck(backward, (*kept, False, scale is not None, *call), **tests)
 
 
 def test_compiles_to_one_graph(backend, device):

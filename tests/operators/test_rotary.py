@@ -526,7 +526,9 @@ def test_the_registered_ops(backend, device):
     cos, sin = angles(5, 4, device=device)
     input = packed(2, 3, 5, 16, device=device, dtype=torch.bfloat16)
     torch.library.opcheck(torch.ops.gptkern.rotary_forward.default, (input, cos, sin, 8, False, backend))
-    torch.library.opcheck(torch.ops.gptkern.rotary_backward.default, (input[..., ::2], cos, sin, 8, True, backend))
+    torch.library.opcheck(
+        torch.ops.gptkern.rotary_backward.default, (input[..., ::2], None, cos, sin, 8, True, backend)
+    )
 
 
 def test_a_packed_projection_compiled_as_eager(backend, device):

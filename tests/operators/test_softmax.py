@@ -795,7 +795,8 @@ def test_the_registered_ops(kernel_backend, device, name, name_of_backend):
     forward, backward = torch.ops.gptkern.softmax_forward.default, torch.ops.gptkern.softmax_backward.default
     torch.library.opcheck(forward, (input, -1, None, scale, mask, is_causal, name_of_backend))
     torch.library.opcheck(forward, (input.half(), 2, torch.float32, scale, mask, is_causal, name_of_backend))
-    call = (torch.randn_like(output), output, -1, torch.float32, scale, is_causal, name_of_backend)
+    gradient = torch.randn_like(output), output, torch.float32
+    call = (*gradient, None, -1, None, scale, None, is_causal, name_of_backend)
     torch.library.opcheck(backward, call)
 
 
