@@ -36,7 +36,7 @@ class Gradient(NamedTuple):
 
     grad_output: torch.Tensor  # (…)
     output: torch.Tensor  # (…)
-    dtype: torch.dtype  # the input's
+    input_dtype: torch.dtype
 
 
 @dispatch.twin_of(F.softmax)
@@ -256,7 +256,7 @@ def _forward_fake(call: Call):
 
 
 def _backward_fake(gradient: Gradient, call: Call):
-    return torch.empty(gradient.output.shape, dtype=gradient.dtype, device=gradient.output.device)
+    return torch.empty(gradient.output.shape, dtype=gradient.input_dtype, device=gradient.output.device)
 
 
 OPERATOR = Operator("softmax", Call, 1, _forward_fake, Gradient, 1, _backward_fake)
