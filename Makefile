@@ -50,9 +50,9 @@ OUT ?= out/gpu
 
 # Sets nothing up: a machine with a GPU often has no network, and its Python has what is needed.
 gpu:  ## on a machine with a GPU: check, test, sanitize and measure, in nine minutes; DRY=1 lists the steps
-	$(PYTHON) bench/gpu.py --out $(OUT) $(if $(DRY),--dry-run)
+	$(PYTHON) bench/gpu.py $(OUT) $(if $(DRY),--dry-run)
 
-figures: $(VENV)/installed  ## the figures of README.md and docs/ from bench/results/
+figures: $(VENV)/installed  ## the figures of docs/ from bench/results/
 	$(BIN)/python bench/publish.py
 
 tables: $(VENV)/cuda  ## docs/cuda_resources.md and docs/cuda_counters.md, from the CUDA kernels

@@ -1,7 +1,7 @@
 """The benchmarks on pytest-benchmark: one test for each cell of gptkern.measuring and each implementation in it.
 
     pytest bench                    the quick cells of all operators; --full all, --smoke tiny ones
-    pytest bench/bench_softmax.py --benchmark-group-by=group --benchmark-json=softmax.json
+    pytest bench -k softmax --benchmark-group-by=group --benchmark-json=softmax.json
 
 All implementations of a cell are checked and timed in turn when its first test runs; each test hands its own samples to
 pytest-benchmark. `gptkern bench` measures the same cells without pytest, with the share of the device's ceiling.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import pytest
 
-from gptkern.measuring import costs, machine, results, runner
+from gptkern.measuring import costs, machine, runner
 
 
 class Clock:
@@ -51,12 +51,12 @@ def _extent(config) -> str:
 def pytest_generate_tests(metafunc):
     kind, extent = machine.kind(), _extent(metafunc.config)
     if "cell" in metafunc.fixturenames:
-        operator = runner.module(metafunc.module.OPERATOR)
-        pairs = [(cell, name) for cell in operator.cells(kind, extent) for name in operator.implementations(cell, kind)]
-        ids = [f"{cell.direction}-{cell.label}-{cell.dtype}-{name}".replace(" ", "_") for cell, name in pairs]
+        cells = runner.cells(kind, extent)
+        pairs = [(cell, name) for cell in cells for name in runner.module(cell.operator).implementations(cell, kind)]
+        ids = [f"{c.operator}-{c.direction}-{c.label}-{c.dtype}-{name}".replace(" ", "_") for c, name in pairs]
         metafunc.parametrize(("cell", "implementation"), pairs, ids=ids)
     if "cost" in metafunc.fixturenames:
-        listed = list(costs.listed(extent))
+        listed = costs.listed(extent)
         metafunc.parametrize("cost", [measure for _, measure in listed], ids=[key for key, _ in listed])
 
 
@@ -76,27 +76,16 @@ def measured(request, benchmark, _measured):
 
     def of(cell, implementation):
         if cell.key not in _measured:
-            extent = _extent(request.config)
-            _measured[cell.key] = runner.measure(cell, machine.kind(), runner.ROUNDS[extent])
+            _measured[cell.key] = runner.measure(cell, machine.kind(), runner.ROUNDS[_extent(request.config)])
         record, samples = _measured[cell.key]
         mine = next(i for i in record["implementations"] if i["name"] == implementation)
-        if implementation == runner.GPTKERN and "skipped" in mine:
-            pytest.fail(mine["skipped"])
         if "skipped" in mine:
-            pytest.skip(mine["skipped"])
+            (pytest.fail if implementation == runner.GPTKERN else pytest.skip)(mine["skipped"])
         benchmark.group = cell.key
         benchmark.extra_info |= {name: record[name] for name in ("sizes", "bytes", "flops", "check", "clocks")} | mine
         clock.replay(benchmark, samples[implementation])
 
     return of
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _identity(request):
-    """Device, versions and commit go into pytest-benchmark's own JSON."""
-    machine_info = getattr(getattr(request.config, "_benchmarksession", None), "machine_info", None)
-    if isinstance(machine_info, dict):
-        machine_info["gptkern"] = machine.identify()
 
 
 @pytest.fixture
@@ -112,5 +101,9 @@ def replayed(benchmark):
     return of
 
 
-def pytest_terminal_summary(terminalreporter):
-    terminalreporter.line(f"gptkern has lost a cell where its ratio to the best peer is over {results.LOST}.")
+@pytest.fixture(scope="session", autouse=True)
+def _identity(request):
+    """Device, versions and commit go into pytest-benchmark's own JSON."""
+    machine_info = getattr(getattr(request.config, "_benchmarksession", None), "machine_info", None)
+    if isinstance(machine_info, dict):
+        machine_info["gptkern"] = machine.identify()

@@ -2,7 +2,7 @@
 
     python bench/cuda_overhead.py           a table in microseconds; needs a C++ compiler and no GPU
 
-For each launcher of gptkern/backends/cuda, on a small call:
+For each CUDA launcher, on the smallest cells of `gptkern bench`:
     whole           the launcher, as the registered op calls it
     bound           the compiled module's functions with the same arguments; the emulator starts no kernel
     allocations     torch.empty of the same sizes, given one by one, which is the fastest way to call it
@@ -29,54 +29,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gptkern
-import gptkern.functional as G
 from gptkern.backends import dispatch
 from gptkern.backends.cuda import common, emulated
-from gptkern.measuring import timing
+from gptkern.measuring import costs, runner, timing
 
 # Microseconds of ours that a launch may cost.
 LIMIT = 4.0
-
-
-def tensor(*shape: int) -> torch.Tensor:
-    return torch.randn(shape).bfloat16().requires_grad_()
-
-
-def layer_norm():
-    return G.layer_norm(tensor(4, 64), (64,), tensor(64), tensor(64))
-
-
-def rms_norm():
-    return G.rms_norm(tensor(4, 64), (64,), tensor(64))
-
-
-def rotary():
-    angles = torch.randn(4, 32)
-    return G.rotary_embedding(tensor(1, 2, 4, 64), angles.cos(), angles.sin())
-
-
-def softmax():
-    return G.softmax(tensor(4, 64), -1)
-
-
-def attention():
-    return G.scaled_dot_product_attention(*(tensor(1, 2, 64, 64) for _ in range(3)), is_causal=True)
-
-
-def int8_linear(rows: int):
-    weight, scale = torch.randint(-127, 128, (64, 64), dtype=torch.int8), torch.rand(64)
-    return G.int8_linear(tensor(rows, 64), weight, scale, torch.randn(64, requires_grad=True))
-
-
-CALLS: dict[str, tuple[str, Callable[[], torch.Tensor]]] = {
-    "layer_norm": ("layer_norm", layer_norm),
-    "rms_norm": ("rms_norm", rms_norm),
-    "rotary": ("rotary", rotary),
-    "softmax": ("softmax", softmax),
-    "attention": ("attention", attention),
-    "int8_linear, w8a8": ("int8_linear", lambda: int8_linear(128)),
-    "int8_linear, w8a16": ("int8_linear", lambda: int8_linear(1)),
-}
 
 
 class Allocations(TorchDispatchMode):
@@ -106,11 +64,12 @@ def launched(operator: str, call: Callable[[], torch.Tensor]) -> dict[str, tuple
 
     with noting("forward", module.forward), noting("backward", module.backward), gptkern.backend("cuda"):
         result = call()
-        result.backward(torch.ones_like(result))
+        if result.requires_grad:
+            result.backward(torch.ones_like(result))
     return found
 
 
-def costs(launcher: Callable, arguments: tuple, rounds: int) -> tuple[float, float, float]:
+def measured(launcher: Callable, arguments: tuple, rounds: int) -> tuple[float, float, float]:
     """(whole, bound, allocations) in microseconds."""
     calls, call = [], common.call
 
@@ -142,20 +101,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1000)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
-    print(f"{'launcher':32} {'whole':>7} {'bound':>7} {'alloc':>7} {'ours':>7}   µs; the limit of ours is {LIMIT}")
+    print(f"{'launcher':44} {'whole':>7} {'bound':>7} {'alloc':>7} {'ours':>7}   µs; the limit of ours is {LIMIT}")
     emulated.load().skip_launches(True)
-    for name, (operator, call) in CALLS.items():
+    operators = [name for name in runner.OPERATORS if name != "model"]
+    cells = {f"{cell.operator} {cell.label}": cell for cell in runner.cells("cuda", "smoke", operators)}
+    for name, cell in cells.items():
+        operator = cell.operator
         try:
-            found = launched(operator, call)
-        except (ImportError, gptkern.backends.dispatch.BackendError) as error:
-            print(f"{name:32} not measured: {error}")
+            found = launched(operator, costs.calls(cell)[0])
+        except (ImportError, gptkern.BackendError) as error:
+            print(f"{name:44} not measured: {error}")
             continue
         for direction, arguments in found.items():
             launcher = getattr(dispatch.load("cuda", operator), direction)
             with torch.no_grad():
-                whole, bound, allocations = costs(launcher, arguments, rounds)
+                whole, bound, allocations = measured(launcher, arguments, rounds)
             ours = whole - bound - allocations
-            print(f"{f'{name} {direction}':32} {whole:7.2f} {bound:7.2f} {allocations:7.2f} {ours:7.2f}")
+            print(f"{f'{name} {direction}':44} {whole:7.2f} {bound:7.2f} {allocations:7.2f} {ours:7.2f}")
 
 
 if __name__ == "__main__":

@@ -1,334 +1,227 @@
-"""Everything that a GPU has to say about this source tree, in one run of at most nine minutes, without a network.
+"""Everything that a GPU has to say about this source tree, step by step, in at most nine minutes, without a network.
 
-    python bench/gpu.py --out FOLDER [--dry-run] [--seconds N]        (make gpu OUT=FOLDER [DRY=1])
+    python bench/gpu.py [FOLDER] [--dry-run]        (make gpu OUT=FOLDER [DRY=1])
 
-The steps, in this order; each is a process of its own with a time of its own, and none stops those that follow:
+Each step is a process of its own with a time of its own; none stops those that follow. FOLDER (out/gpu) holds what each
+printed (<step>.txt), a mark of those that passed (<step>.done), check.json and the bench's results.json. Run again with
+the same sources, steps that passed are not run again and the bench goes on where it was.
 
-    identify    what `gptkern info` and nvidia-smi say; no setting of the card is changed
-    build       the CUDA kernels, for this GPU's architecture alone, in the source tree
-    check       gptkern check: all kernels against float64
-    tests       the test suite, on the GPU
-    sanitizer   compute-sanitizer's memcheck and racecheck of one small forward and backward of each operator
-    quick       gptkern bench --quick
-    costs       what is no kernel, the quickest of it: host time, import
-    bench       gptkern bench, the most important cells first, then the other costs, with the time that is left
-
-How they are run is bench/steps.py.
-
-FOLDER holds, without folders in it: gpu.log (what every step printed), steps.json (what became of each), check.json,
-tests.txt, sanitizer.txt and the bench's results.json. Run again with the same sources on the same machine, the steps
-that came to their end are not run again and the bench goes on where it was.
-
-Exit status: 0; 1 where a step failed; 2 where there is no GPU or PyTorch; 130 after Ctrl-C. Needs what the Python that
-runs it has: gptkern is taken from the source tree, nothing is installed.
+Exit status: 0; 1 where a step failed; 2 where there is no GPU; 130 after Ctrl-C. Nothing is installed and no setting of
+the card is changed: gptkern is taken from the source tree, all else from the Python that runs this.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib.util
-import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
 from pathlib import Path
+from typing import NamedTuple
 
-import steps
-from steps import ROOT, Context, Machine, Step
-
-PYTHON = sys.executable
-
-# Seconds of the whole run.
-SECONDS = 540
-# `gptkern bench --seconds` starts no new cell after so long before the step's end: the last one has to finish.
-BENCH_MARGIN = 25
-# gptkern.measuring.runner.ROUNDS["quick"], which this file cannot import: PyTorch may be missing.
-QUICK_ROUNDS = 20
-CHECK_MARGIN = 10
-# Characters of a failed test's report that are printed at once: its end, where the error is.
-FAILURE_TEXT = 3000
-# Cases of each operator that run under the sanitizer, where everything takes many times as long.
-SANITIZED_CASES = 2
-# GiB of the GPU's memory for each worker of the tests, and how many workers there are at most.
-WORKER_GIBIBYTES, MOST_WORKERS = 4, 12
-
-# The tests of kernels come first, in case that the time does not suffice for all.
-KERNEL_TESTS = ("layer_norm", "rms_norm", "rotary", "softmax", "int8_linear", "attention", "check")
-# What a GPU changes nothing about: compiling ahead of time, the interpreter, packaging, what runs on the CPU alone.
-NOT_FOR_A_GPU = ("build", "compiled_kernels", "bounds", "package", "gpu_script", "demo", "gpt")
-TESTS_NEED = ("pytest", "hypothesis")
+ROOT = Path(__file__).resolve().parents[1]
+# Seconds of the whole run; and of a step's time those in which it is asked to stop, as by Ctrl-C, before it is killed:
+# pytest and the bench then say how far they came.
+SECONDS, GRACE = 540, 10
+# The bench and the check start nothing new so long before their time is over.
+MARGIN = 25
+NO_SANITIZER = "compute-sanitizer, on the PATH or in CUDA_HOME"
+# What a GPU changes nothing about: compiling ahead of time, packaging, what runs on the CPU alone.
+NOT_FOR_A_GPU = {"build", "compiled_kernels", "bounds", "package", "gpu_script", "demo", "gpt"}
 
 
-# --- The steps --------------------------------------------------------------------------------------------------------
+class Step(NamedTuple):
+    name: str
+    seconds: float
+    commands: list[list[str]]
+    environment: dict[str, str] | None = None
+    missing: str = ""  # what it would need and is not here
+    unfinished: bool = False  # keeps what it has found when its time is over: that is no failure, nor its end
 
 
-def _gptkern(*arguments: str) -> list[str]:
-    return [PYTHON, "-m", "gptkern", *arguments]
+def steps(out: Path, source: str) -> list[Step]:
+    gptkern = [sys.executable, "-m", "gptkern"]
+
+    def bench(seconds: float, *options: str) -> list[list[str]]:
+        return [[*gptkern, "bench", *options, "--out", str(out), "--seconds", f"{seconds - MARGIN:g}"]]
+
+    smi = [["nvidia-smi"]] if shutil.which("nvidia-smi") else []
+    found = [
+        Step("info", 25, [[*gptkern, "info", "--json"], *smi]),
+        Step("build", 45, [[sys.executable, "-m", "building"]], {"GPTKERN_CUDA": "1"}),
+        Step("check", 50, [[*gptkern, "check", "--json", f"{out}/check.json", "--seconds", f"{50 - MARGIN}"]]),
+        Step("tests", 145, [tests()], missing="" if has("pytest") and has("hypothesis") else "pytest and hypothesis"),
+        # Every tensor is an allocation of its own: PyTorch's allocator would put another one where a kernel goes wrong.
+        Step(
+            "sanitizer", 75, sanitized(), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, "" if sanitizer() else NO_SANITIZER
+        ),
+        Step("quick", 90, bench(90, "--quick", "--no-costs"), unfinished=True),
+        Step("costs", 40, bench(40, "--quick", "--costs-only"), unfinished=True),
+    ]
+    # The time that is left. As many samples as the quick ones have: these would be measured again with more.
+    left = SECONDS - sum(step.seconds for step in found if not (step.missing or done(step, out, source)))
+    return [*found, Step("bench", left, bench(left, "--no-costs", "--rounds", "20"), unfinished=True)]
 
 
-def _found(module: str) -> bool:
+def has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _identify(context: Context) -> list[list[str]]:
-    query = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
-    commands = [_gptkern("info", "--json")]
-    if shutil.which("nvidia-smi"):
-        commands.append(["nvidia-smi", f"--query-gpu={query}", "--format=csv"])
-    return commands
-
-
-def _build(context: Context) -> list[list[str]]:
-    return [[PYTHON, "-m", "building"]]
-
-
-def _no_build(context: Context) -> str | None:
-    """What is missing for a build is said by the build."""
-    return None if list((ROOT / "csrc").glob("*.cu")) else "there are no CUDA kernels in csrc/"
-
-
-def _check(context: Context) -> list[list[str]]:
-    seconds = max(1, round(context.seconds - CHECK_MARGIN))
-    return [_gptkern("check", "--json", str(context.out / "check.json"), "--seconds", str(seconds))]
-
-
-def _tests(context: Context) -> list[list[str]]:
-    # `-p gpu`: this file, for the hooks at its end.
-    command = [PYTHON, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "gpu"]
-    if not _found("pytest_timeout"):
-        # Without pytest-timeout its `timeout` in pyproject.toml is unknown, which --strict-config takes for an error.
+def tests() -> list[str]:
+    """The kernels' first, in case that the time does not suffice for all."""
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
+    if not has("pytest_timeout"):
+        # Without it `timeout` in pyproject.toml is unknown, which --strict-config takes for an error.
         command += ["-o", "addopts=-ra --strict-markers"]
-    if _found("xdist"):
-        machine = context.machine
-        workers = min(machine.cores, MOST_WORKERS)
-        if machine.gpu is not None:
-            workers = max(1, min(workers, machine.gibibytes // WORKER_GIBIBYTES))
-        # `load` hands tests out in their order, `worksteal` in one piece for each worker.
-        command += ["-n", str(workers), "--dist", "load"]
-    if not _found("expecttest"):
+    if has("xdist"):
+        # Each worker holds a CUDA context and its tensors.
+        command += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "load"]
+    if not has("expecttest"):
         # torch.library.opcheck imports it.
         command += ["-k", "not registered_ops"]
-    return [command + test_files()]
-
-
-def test_files() -> list[str]:
-    """Of the tests that a GPU changes something about, the kernels' first."""
-    names = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
-    first = [name for name in KERNEL_TESTS if name in names]
-    return [f"tests/test_{name}.py" for name in [*first, *sorted(names - {*first, *NOT_FOR_A_GPU})]]
-
-
-def _no_tests(context: Context) -> str | None:
-    missing = [module for module in TESTS_NEED if not _found(module)]
-    return f"the tests need {' and '.join(missing)}, which {PYTHON} does not have" if missing else None
+    others = sorted(path for path in (ROOT / "tests").glob("test_*.py") if path.stem[5:] not in NOT_FOR_A_GPU)
+    return [*command, "tests/operators", *(f"tests/{path.name}" for path in others)]
 
 
 def sanitizer() -> str | None:
     """Where compute-sanitizer is: on the PATH, or in a CUDA toolkit."""
-    toolkits = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    places = [Path(toolkit, folder) for toolkit in toolkits if toolkit for folder in ("bin", "compute-sanitizer")]
-    return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, places)]))
+    toolkits = filter(None, (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"))
+    places = [f"{toolkit}/{folder}" for toolkit in toolkits for folder in ("bin", "compute-sanitizer")]
+    return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *places]))
 
 
-def _sanitizer(context: Context) -> list[list[str]]:
-    calls = [PYTHON, str(Path(__file__).resolve()), "--calls"]
-    # The first run is without: the kernels are compiled in it, which the sanitizer would only slow down.
-    commands = [calls]
-    for tool in ("memcheck", "racecheck"):
-        options = ["--tool", tool, "--target-processes", "all", "--error-exitcode", "1", "--print-limit", "20"]
-        commands.append([sanitizer() or "compute-sanitizer", *options, *calls])
-    return commands
+def sanitized() -> list[list[str]]:
+    """The first run is without: the kernels are compiled in it, which the sanitizer would only slow down."""
+    calls = [sys.executable, str(Path(__file__).resolve()), "--calls"]
+    options = ["--target-processes", "all", "--error-exitcode", "1", "--print-limit", "20"]
+    tool = sanitizer() or "compute-sanitizer"
+    return [calls, *([tool, "--tool", name, *options, *calls] for name in ("memcheck", "racecheck"))]
 
 
-def _no_sanitizer(context: Context) -> str | None:
-    return None if sanitizer() else "compute-sanitizer is not installed: it is neither on the PATH nor in CUDA_HOME"
+def small_calls() -> None:
+    """One small forward and backward of each operator, on every backend with kernels."""
+    import gptkern
+    from gptkern.measuring import costs, machine, runner
 
-
-def _bench(context: Context, *options: str) -> list[list[str]]:
-    seconds = max(1, round(context.seconds - BENCH_MARGIN))
-    return [_gptkern("bench", *options, "--out", str(context.out), "--seconds", str(seconds))]
-
-
-STEPS = [
-    Step("identify", 25, "what this machine is", _identify),
-    Step(
-        "build", 45, "the CUDA kernels, for this GPU alone", _build, _no_build,
-        environment=lambda c: {"GPTKERN_CUDA": "1"},
-    ),
-    Step("check", 50, "all kernels against float64", _check),
-    Step(
-        "tests", 145, "the test suite, on the GPU", _tests, _no_tests, output="tests.txt",
-        environment=lambda c: {"PYTHONPATH": str(Path(__file__).resolve().parent)},
-    ),
-    Step(
-        "sanitizer", 75, "memory errors and races, on small calls", _sanitizer, _no_sanitizer, output="sanitizer.txt",
-        # Every tensor is an allocation of its own: PyTorch's allocator would put another one where a kernel goes wrong.
-        environment=lambda c: {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-    ),
-    Step("quick", 90, "the most telling benchmarks", lambda c: _bench(c, "--quick", "--no-costs"), may_stop=True),
-    Step(
-        "costs", 40, "host time and import, which are no kernels", lambda c: _bench(c, "--quick", "--costs-only"),
-        may_stop=True,
-    ),
-    # Its file says what is measured already; nothing else knows whether all is. As many samples as the quick ones
-    # have: these would be measured again with more.
-    Step(
-        "bench", 70, "all benchmarks, with the time that is left",
-        lambda c: _bench(c, "--no-costs", "--rounds", str(QUICK_ROUNDS)), again=True, may_stop=True,
-    ),
-]  # fmt: skip
-
-
-# --- What is here -----------------------------------------------------------------------------------------------------
-
-# A process of its own: CUDA's context would stay in the GPU's memory while the steps run.
-_PROBE = """
-import json, os
-found = dict(torch=None, gpu=None, architecture=None, gibibytes=0, cores=os.cpu_count() or 1)
-try:
-    import torch
-except ImportError:
-    print(json.dumps(found))
-    raise SystemExit
-found["torch"] = torch.__version__
-if hasattr(os, "sched_getaffinity"):
-    found["cores"] = len(os.sched_getaffinity(0))
-if torch.cuda.is_available() and torch.version.hip is None:
-    properties = torch.cuda.get_device_properties(0)
-    found.update(gpu=properties.name, architecture=f"{properties.major}{properties.minor}",
-                 gibibytes=properties.total_memory >> 30)
-print(json.dumps(found))
-"""
-
-
-def probe() -> Machine:
-    done = subprocess.run([PYTHON, "-c", _PROBE], capture_output=True, text=True)
-    try:
-        return Machine(**json.loads(done.stdout.splitlines()[-1]))
-    except (IndexError, ValueError, TypeError):
-        raise SystemExit(f"gpu.py: PyTorch cannot be asked for its GPU:\n{done.stdout}{done.stderr}") from None
-
-
-def obstacles() -> list[str]:
-    """What is missing that lets every kernel fail: said before the steps, because their errors would not say it."""
-    found = []
-    if not _found("torch"):
-        found.append(f"{PYTHON} cannot import torch: every step needs it (make gpu PYTHON=another)")
-    if not _found("triton"):
-        found.append("triton cannot be imported, so there are no Triton kernels")
-    # Triton compiles the function that starts a kernel with the machine's C compiler.
-    if not os.environ.get("CC") and not any(map(shutil.which, ("cc", "gcc", "clang"))):
-        found.append("Triton needs a C compiler: there is no cc, gcc or clang on the PATH, and CC is not set")
-    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
-        found.append(f"Triton needs Python.h, which is not in {sysconfig.get_path('include')}")
-    return found
+    for cell in runner.cells(machine.kind(), "smoke", [name for name in runner.OPERATORS if name != "model"]):
+        for backend in ("cuda", "triton"):
+            try:
+                with gptkern.backend(backend):
+                    output = costs.calls(cell)[0]()
+                if output.requires_grad:
+                    output.sum().backward()
+                print(f"{cell.key}, {backend}: ran", flush=True)
+            except gptkern.BackendError as error:
+                print(f"{cell.key}, {backend}: not covered, {error}", flush=True)
 
 
 def source_digest() -> str:
     """Of everything that the steps run."""
     digest = hashlib.sha256()
-    for pattern in (
-        "gptkern/**/*.py",
-        "gptkern/**/*.json",
-        "csrc/**/*",
-        "building/*.py",
-        "tests/**/*.py",
-        "bench/*.py",
-        "*.py",
-        "*.toml",
-    ):
-        for path in sorted(path for path in ROOT.glob(pattern) if path.is_file()):
-            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    for folder in ("gptkern", "csrc", "building", "tests", "bench"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".json", ".cu", ".cuh", ".h", ".cpp") and "results" not in path.parts:
+                digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
-# --- What runs under the sanitizer ------------------------------------------------------------------------------------
+# --- Running ----------------------------------------------------------------------------------------------------------
 
 
-def small_calls() -> None:
-    """One small forward and backward of each operator, on every backend with kernels."""
-    import torch
-
-    import gptkern
-    from gptkern.measuring import checking
-    from gptkern.measuring.checking_cases import OPERATORS, cases_of
-
-    device = torch.device(checking.default_device())
-    for operator in OPERATORS:
-        cases = [case for case in cases_of(operator, ("small",)) if case.dtype == torch.bfloat16][:SANITIZED_CASES]
-        for case in cases:
-            problem = case.build(case.dtype, torch.Generator(device).manual_seed(0))
-            for backend in checking.available(device):
-                leaves = [tensor.detach().requires_grad_() for tensor in problem.tensors.values()]
-                try:
-                    with gptkern.backend(backend):
-                        outputs = problem.twin(*leaves)
-                except gptkern.BackendError as error:
-                    print(f"{operator}, {case.shape_class}, {backend}: not covered, {error}", flush=True)
-                    continue
-                output = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
-                if output.requires_grad:
-                    output.backward(torch.randn_like(output))
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                print(f"{operator}, {case.shape_class}, {backend}: ran", flush=True)
+def done(step: Step, out: Path, source: str) -> bool:
+    mark = out / f"{step.name}.done"
+    return mark.exists() and mark.read_text() == source
 
 
-# --- What pytest calls ------------------------------------------------------------------------------------------------
+def run(step: Step, out: Path, source: str) -> str:
+    """Runs a step's commands one after the other, whatever becomes of the first; -> what became of them."""
+    end, failed = time.monotonic() + step.seconds, False
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    # Kernels are to be compiled here, whatever the shell was used for before.
+    environment = {**os.environ, **(step.environment or {}), "PYTHONPATH": paths, "TRITON_INTERPRET": "0"}
+    with open(out / f"{step.name}.txt", "w") as log:
+        for command in step.commands:
+            print(f"$ {shlex.join(command)}", file=log, flush=True)
+            try:
+                exit = _exit_status(command, environment, end - time.monotonic(), log)
+            except OSError as error:
+                print(error, file=log)
+                exit = 1
+            if exit is None:
+                return "its time is over; what it found is kept" if step.unfinished else "FAILED: its time is over"
+            failed |= exit != 0
+    if failed:
+        return "FAILED"
+    (out / f"{step.name}.done").write_text(source)
+    return "passed"
 
 
-def pytest_configure(config) -> None:
-    config.pluginmanager.register(_FailuresAtOnce(config), "failures_at_once")
-
-
-class _FailuresAtOnce:
-    """Prints a failure when it happens: where the tests' time is over before they are, pytest's summary never comes."""
-
-    def __init__(self, config):
-        self.config = config
-
-    def pytest_runtest_logreport(self, report) -> None:
-        terminal = self.config.pluginmanager.get_plugin("terminalreporter")
-        if report.failed and terminal is not None:  # the workers of xdist have none
-            terminal.write_line(f"\nFAILED at {report.when}: {report.nodeid}\n{report.longreprtext[-FAILURE_TEXT:]}")
+def _exit_status(command: list[str], environment: dict[str, str], seconds: float, log) -> int | None:
+    """None where its time is over. Of the process and all that it has started nothing is left."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+        # In the background of a script Ctrl-C is ignored, and children inherit that: a step could not be asked to stop.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    try:
+        try:
+            return process.wait(max(0.0, seconds - GRACE))
+        except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(min(GRACE, seconds))
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            return None
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", metavar="FOLDER", default="out/gpu", help="where everything goes (default: out/gpu)")
+    parser.add_argument("out", nargs="?", metavar="FOLDER", default="out/gpu", help="where everything goes: out/gpu")
     parser.add_argument("--dry-run", action="store_true", help="list the steps and run none; needs no GPU")
-    parser.add_argument(
-        "--seconds", type=float, default=SECONDS, metavar="N", help=f"of all steps (default: {SECONDS})"
-    )
     parser.add_argument("--calls", action="store_true", help="nothing but the small calls that the sanitizer watches")
     args = parser.parse_args(arguments)
     if args.calls:
         small_calls()
         return 0
-    if not args.seconds > 0:
-        parser.error(f"--seconds {args.seconds:g}: it needs to be above 0")
-    start = time.monotonic()
-    machine, out, source = probe(), Path(args.out).resolve(), source_digest()
-    if args.dry_run:
-        steps.dry_run(STEPS, out, machine, args.seconds, source, obstacles())
-        return 0
-    if machine.torch is None:
-        print(f"gpu.py: PyTorch cannot be imported by {PYTHON}", file=sys.stderr)
-        return 2
-    if machine.gpu is None:
-        print("gpu.py: there is no NVIDIA GPU here; --dry-run (make gpu DRY=1) lists what would run", file=sys.stderr)
-        return 2
-    # A shell or a scheduler that ends the run gets the same clean end as Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    return steps.run(STEPS, out, machine, args.seconds - (time.monotonic() - start), source, obstacles())
+    out, source = Path(args.out).resolve(), source_digest()
+    if not args.dry_run:
+        # In a process of its own: CUDA's context would stay in the GPU's memory while the steps run.
+        probe = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+        if subprocess.run([sys.executable, "-c", probe]).returncode:
+            print("gpu.py: PyTorch sees no GPU here; --dry-run (make gpu DRY=1) lists what would run", file=sys.stderr)
+            return 2
+        out.mkdir(parents=True, exist_ok=True)
+    failed = False
+    for step in steps(out, source):
+        state = "passed before, with the same sources" if done(step, out, source) else ""
+        state = f"skipped: it needs {step.missing}" if step.missing else state
+        print(f"{step.name}, {step.seconds:g} s: {state}", flush=True)
+        if args.dry_run:
+            variables = [f"{name}={value}" for name, value in (step.environment or {}).items()]
+            print(*(f"    {' '.join([*variables, shlex.join(command)])}" for command in step.commands), sep="\n")
+        elif not state:
+            start = time.monotonic()
+            state = run(step, out, source)
+            failed |= state.startswith("FAILED")
+            print(f"    {state} after {time.monotonic() - start:.1f} s, {out}/{step.name}.txt", flush=True)
+    return int(failed)
 
 
 if __name__ == "__main__":
+    # A scheduler that ends the run gets the same clean end as Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(main())
     except KeyboardInterrupt:

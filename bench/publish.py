@@ -3,173 +3,83 @@
     python bench/publish.py            (make figures)
     python bench/publish.py --check    exits with 1 and names what is stale
 
-What is written: docs/performance.md and README.md between the lines BEGIN and END, and
-docs/figures/<device>/<operator>.svg. A picture is drawn again when the digest of what it shows changes, or when
-the file is not as it was drawn (measuring.plots); checking draws nothing.
+What is written: docs/performance.md between the lines BEGIN and END, and docs/figures/<device>/<operator>.svg.
 """
 
 from __future__ import annotations
 
-import argparse
+import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from gptkern.measuring import plots, rates, report
+from gptkern.measuring import plots, report
 from gptkern.measuring import results as files
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
-PAGE, README = Path("docs", "performance.md"), Path("README.md")
-RESULTS, FIGURES = Path("bench", "results"), Path("docs", "figures")
+PAGE, RESULTS, FIGURES = Path("docs", "performance.md"), Path("bench", "results"), Path("docs", "figures")
 NO_GPU = "**No GPU has been measured yet"
 ON_CPUS = ".** What follows are CPUs, where no kernel runs: it shows what a call costs, and nothing about the kernels."
 NOTHING = "**, nor is there a `bench/results/<device>/results.json` of a CPU."
+# Points by which a shape may be elsewhere where another processor has laid the same picture out.
+APART = 0.05
 
 
-class PublishError(Exception):
-    """A page has no place for the figures; the message names it."""
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if anything is stale")
-    options = parser.parse_args(arguments)
-    try:
-        changes = stale(ROOT) if options.check else publish(ROOT)
-    except (files.ResultsError, PublishError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    if options.check and changes:
-        print("Stale, `make figures` writes them anew:", *changes, sep="\n  ")
-        return 1
-    if not options.check:
-        print(*changes or ["everything is as the results have it"], sep="\n")
-    return 0
-
-
-def publish(root: Path) -> list[str]:
-    """Writes what is stale under `root`; -> what was written or removed."""
-    done = []
-    for path, text in _pages(root).items():
-        if path.read_text(encoding="utf-8") != text:
-            path.write_text(text, encoding="utf-8")
-            done.append(_name(root, path))
-    pictures = _pictures(root)
-    for path, (results, operator) in pictures.items():
-        if _stale_picture(path, results, operator):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(plots.draw(results, operator), encoding="utf-8")
-            done.append(_name(root, path))
-    for path in _left_over(root, pictures):
-        path.unlink()
-        done.append(f"{_name(root, path)}: removed, no results have it")
-    return done
-
-
-def stale(root: Path) -> list[str]:
-    """What `publish` would write or remove, and why."""
-    found = [
-        f"{_name(root, path)}: its figures are not those of the results"
-        for path, text in _pages(root).items()
-        if path.read_text(encoding="utf-8") != text
-    ]
-    pictures = _pictures(root)
-    for path, (results, operator) in pictures.items():
-        reason = _stale_picture(path, results, operator)
-        if reason:
-            found.append(f"{_name(root, path)}: {reason}")
-    return found + [f"{_name(root, path)}: no results have it" for path in _left_over(root, pictures)]
-
-
-# --- What there should be ---------------------------------------------------------------------------------------------
-
-
-def _measured(root: Path) -> dict[str, dict[str, Any]]:
-    """The name of a device's folder -> its results, GPUs first, samples last."""
+def wanted(root: Path) -> dict[Path, str]:
+    """The page and each picture, as the results have them; GPUs first."""
     found = {path.parent.name: files.load(path) for path in sorted((root / RESULTS).glob(f"*/{files.NAME}"))}
-    return dict(sorted(found.items(), key=lambda item: (item[1]["sample"], item[1]["machine"]["kind"] != "cuda")))
-
-
-def _pages(root: Path) -> dict[Path, str]:
-    """The whole text of each page."""
-    measured = _measured(root)
-    return {
-        root / PAGE: _filled(root / PAGE, _performance(measured)),
-        root / README: _filled(root / README, _readme(measured)),
-    }
-
-
-def _pictures(root: Path) -> dict[Path, tuple[dict[str, Any], str]]:
-    """The path of each picture, and what it is of."""
-    return {
-        root / FIGURES / device / f"{operator}.svg": (results, operator)
-        for device, results in _measured(root).items()
-        for operator in _drawn_operators(results)
-    }
-
-
-def _performance(measured: dict[str, dict[str, Any]]) -> str:
-    parts = [*_without_gpu(measured)]
-    for device, results in measured.items():
-        addresses = {operator: f"figures/{device}/{operator}.svg" for operator in _drawn_operators(results)}
+    found = dict(sorted(found.items(), key=lambda item: item[1]["machine"]["kind"] != "cuda"))
+    kinds = {results["machine"]["kind"] for results in found.values()}
+    parts = [] if "cuda" in kinds else [NO_GPU + (ON_CPUS if kinds else NOTHING)]
+    pictures = {}
+    for device, results in found.items():
+        drawn = plots.draw_all(results)
+        pictures |= {root / FIGURES / device / f"{operator}.svg": svg for operator, svg in drawn.items()}
+        addresses = {operator: f"figures/{device}/{operator}.svg" for operator in drawn}
         parts.append(f'<a id="{device}"></a>\n\n' + report.markdown(results, addresses).strip())
-    return "\n\n".join(parts)
+    page = (root / PAGE).read_text(encoding="utf-8")
+    marked = re.fullmatch(rf"(.*?{BEGIN}\n).*?({END}.*)", page, re.DOTALL)
+    if marked is None:
+        raise files.ResultsError(f"{root / PAGE}: it needs a line {BEGIN} and below it a line {END}")
+    return {root / PAGE: f"{marked[1]}\n" + "\n\n".join(parts) + f"\n\n{marked[2]}", **pictures}
 
 
-def _readme(measured: dict[str, dict[str, Any]]) -> str:
-    page = PAGE.as_posix()
-    parts = [*_without_gpu(measured)]
-    parts += [report.summary(results, f"{page}#{device}") for device, results in measured.items()]
-    if measured:
-        parts.append(
-            "A lead or loss with × is the best peer's time ÷ gptkern's: above 1 gptkern is faster; – where there "
-            f"is none beyond noise. All cells, costs, ceilings and pictures: [{page}]({page})."
-        )
-    return "\n\n".join(parts)
+def stale(root: Path, write: bool = False) -> list[str]:
+    """What is not as the results have it, or is a picture of none; written anew or removed where `write`."""
+    found, texts = [], wanted(root)
+    for path, text in texts.items():
+        if not path.exists() or not _same(path.read_text(encoding="utf-8"), text):
+            found.append(path.relative_to(root).as_posix())
+            if write:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text, encoding="utf-8")
+    for path in sorted(set((root / FIGURES).glob("*/*.svg")) - set(texts)):
+        found.append(f"{path.relative_to(root).as_posix()}: no results have it")
+        if write:
+            path.unlink()
+    return found
 
 
-def _without_gpu(measured: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """What is to be said first while no GPU has been measured."""
-    kinds = {results["machine"]["kind"] for results in measured.values() if not results["sample"]}
-    if "cuda" in kinds:
-        return
-    yield NO_GPU + (ON_CPUS if kinds else NOTHING)
+def _same(one: str, other: str) -> bool:
+    """Whether two texts are equal; two pictures, but for where roundings put their shapes and how these are named."""
+    if not one.startswith("<?xml"):
+        return one == other
+    one, other = (re.sub(r'(id="|#)[mp][0-9a-f]{10}', r"\1", svg) for svg in (one, other))
+    if re.findall(">[^<]+<", one) != re.findall(">[^<]+<", other):
+        return False
+    number = re.compile(r"(?<![\w#])-?\d+\.\d+")
+    pairs = zip(number.findall(one), number.findall(other))
+    return number.sub("", one) == number.sub("", other) and all(abs(float(a) - float(b)) <= APART for a, b in pairs)
 
 
-def _drawn_operators(results: dict[str, Any]) -> list[str]:
-    return [operator for operator in rates.operators(results) if plots.drawn(results, operator)["plots"]]
-
-
-def _filled(path: Path, text: str) -> str:
-    """The page with `text` between its two marks."""
-    page = path.read_text(encoding="utf-8")
-    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
-        raise PublishError(f"{path}: it needs one line {BEGIN} and below it one line {END}")
-    before, after = page[: page.index(BEGIN)], page[page.index(END) :]
-    return f"{before}{BEGIN}\n\n{text}\n\n{after}"
-
-
-def _stale_picture(path: Path, results: dict[str, Any], operator: str) -> str | None:
-    """Why a picture has to be drawn again, or None."""
-    if not path.exists():
-        return "is missing"
-    svg = path.read_text(encoding="utf-8")
-    if plots.embedded_digest(svg) != plots.digest(results, operator):
-        return "shows other results"
-    return None if plots.intact(svg) else "was changed after it was drawn"
-
-
-def _left_over(root: Path, pictures: dict[Path, Any]) -> list[Path]:
-    """Pictures that were drawn here of results that are gone."""
-    drawn = sorted((root / FIGURES).glob("*/*.svg"))
-    return [path for path in drawn if path not in pictures and plots.embedded_digest(path.read_text(encoding="utf-8"))]
-
-
-def _name(root: Path, path: Path) -> str:
-    return path.relative_to(root).as_posix()
+def main(arguments: list[str]) -> int:
+    checking = arguments == ["--check"]
+    if arguments and not checking:
+        sys.exit(__doc__)
+    found = stale(ROOT, write=not checking)
+    print(*found or ["everything is as the results have it"], sep="\n")
+    return int(checking and bool(found))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -8,7 +8,6 @@ import hashlib
 import os
 import platform
 import re
-import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -21,10 +20,7 @@ import gptkern
 
 PACKAGE = Path(gptkern.__file__).parent
 # What is drawn and printed changes no measurement. Of the commands, the model's cells run one.
-_NOT_MEASURED = (
-    "commands/",
-    *(f"measuring/{name}.py" for name in ("rates", "wording", "provenance", "report", "plots")),
-)
+_NOT_MEASURED = ("commands/", "formatting.py", *(f"measuring/{name}.py" for name in ("rates", "report", "plots")))
 _MEASURED = ("commands/training.py",)
 # Seconds that nvidia-smi and git may take.
 _PATIENCE = 20
@@ -67,6 +63,9 @@ def identify() -> dict[str, Any]:
         "source": source_digest(),
         "date": datetime.date.today().isoformat(),
         "peers": peers.versions(),
+        # What changes the choice of a kernel from outside of the sources.
+        "backend": os.environ.get("GPTKERN_BACKEND") or None,
+        "tables": _user_tables(),
     }
 
 
@@ -85,20 +84,17 @@ def clocks(busy: Callable[[], Any] | None = None) -> dict[str, int] | None:
     if kind() != "cuda":
         return None
     device, query = _device_id(), "clocks.sm,clocks.mem"
-    if busy is None:
-        answer = _nvidia_smi(query, device)
-    else:
-        # The calls wait for the GPU, or a queue of long ones would outlast the question by far.
-        end = time.perf_counter() + _RISE_SECONDS
-        while time.perf_counter() < end:
+    # The calls wait for the GPU, or a queue of long ones would outlast the question by far.
+    end = time.perf_counter() + _RISE_SECONDS
+    while busy is not None and time.perf_counter() < end:
+        busy()
+        torch.cuda.synchronize()
+    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
+        asked = thread.submit(_nvidia_smi, query, device)
+        while busy is not None and not asked.done():
             busy()
             torch.cuda.synchronize()
-        with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
-            asked = thread.submit(_nvidia_smi, query, device)
-            while not asked.done():
-                busy()
-                torch.cuda.synchronize()
-        answer = asked.result()
+    answer = asked.result()
     numbers = re.findall(r"\d+", answer or "")
     return {"sm_mhz": int(numbers[0]), "memory_mhz": int(numbers[1])} if len(numbers) == 2 else None
 
@@ -108,26 +104,29 @@ def source_digest(package: Path = PACKAGE) -> str:
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*")):
         name = path.relative_to(package).as_posix()
-        if path.suffix in (".py", ".json", ".so") and is_measured(name):
+        if path.suffix in (".py", ".json", ".so") and (name in _MEASURED or not name.startswith(_NOT_MEASURED)):
             digest.update(name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
-def is_measured(name: str) -> bool:
-    """Whether a measurement depends on this file of the package, "measuring/timing.py" for one."""
-    return name in _MEASURED or not name.startswith(_NOT_MEASURED)
+def _user_tables() -> str | None:
+    """A digest of the user's own tables, where `gptkern tune` has written some for this GPU."""
+    if kind() != "cuda":
+        return None
+    from gptkern.backends.tables import user
+
+    device = user.identify(torch.device("cuda", torch.cuda.current_device()))
+    path = None if device is None else user.path(device)
+    return None if path is None or not path.exists() else hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 def _commit() -> tuple[str | None, bool | None]:
     """(the commit that the package is checked out at, whether the checkout differs from it), or (None, None)."""
-    if not (PACKAGE.parent / ".git").exists() or shutil.which("git") is None:
+    if not (PACKAGE.parent / ".git").exists():
         return None, None
-    try:
-        commit = _output("git", "-C", str(PACKAGE.parent), "rev-parse", "HEAD")
-        changes = _output("git", "-C", str(PACKAGE.parent), "status", "--porcelain", "--", PACKAGE.name)
-    except (OSError, subprocess.SubprocessError):
-        return None, None
-    return commit, bool(changes)
+    git = "git", "-C", str(PACKAGE.parent)
+    commit, changes = _output(*git, "rev-parse", "HEAD"), _output(*git, "status", "--porcelain", "--", PACKAGE.name)
+    return (None, None) if commit is None else (commit, bool(changes))
 
 
 def _device_id() -> str:
@@ -143,14 +142,14 @@ def _device_id() -> str:
 
 def _nvidia_smi(query: str, device: str) -> str | None:
     """Asks for a property of a device; changes no setting."""
+    return _output("nvidia-smi", f"--id={device}", f"--query-gpu={query}", "--format=csv,noheader,nounits")
+
+
+def _output(*command: str) -> str | None:
     try:
-        return _output("nvidia-smi", f"--id={device}", f"--query-gpu={query}", "--format=csv,noheader,nounits")
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=_PATIENCE).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=_PATIENCE).stdout.strip()
 
 
 def _processor() -> str:

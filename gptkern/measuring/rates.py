@@ -1,8 +1,7 @@
-"""What a results file says: rates, shares of the measured ceilings, who is ahead.
+"""What a results file says: rates, shares of the measured ceilings, who is ahead, which promises are broken.
 
-    rate    what a cell's panel counts (tokens, operations or bytes of one call) / time
-    limit   the rate at the measured ceiling: a call cannot take less than flops / ceiling, or bytes / ceiling
-    share   rate / limit
+    rate    what a cell counts (tokens, operations or bytes of one call) / time
+    share   the least time at the measured ceiling (flops / ceiling, or bytes / ceiling) / time: 1 is the ceiling
     lead    the peer's time / gptkern's: above 1 gptkern is faster
 
 Functions of plain dicts, as `results.load` gives them; what cannot be said is None.
@@ -13,12 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from gptkern.measuring import results as files
-
-OPERATORS = ("attention", "layer_norm", "rms_norm", "rotary", "softmax", "int8_linear", "model")
-DIRECTIONS = ("forward", "backward", "both", "training step", "generation")
+# gptkern has lost a cell where its time exceeds the best peer's by more than this factor: less is noise.
+LOST = 1.02
 # How a cell went; see `outcome`.
 FASTEST, LEVEL, BEHIND, ALONE, FAILED = "fastest", "level", "behind", "no peer", "not timed"
+DIRECTIONS = ("forward", "backward", "both")
 
 
 class Panel(NamedTuple):
@@ -36,22 +34,25 @@ class Panel(NamedTuple):
         return self.title if self.dtype in self.title else f"{self.title}, {self.dtype}"
 
 
-def panels(results: dict[str, Any]) -> list[Panel]:
-    """All cells, in the order of OPERATORS, then as the file has the panels, then of DIRECTIONS."""
+def panels(results: dict[str, Any], operator: str | None = None) -> list[Panel]:
+    """The operator's cells, or all: operators and panels as the file has them first, then directions in order."""
     found: dict[tuple, list] = {}
     for cell in results["cells"]:
-        found.setdefault((cell["operator"], cell["panel"], cell.get("dtype") or "", cell["direction"]), []).append(cell)
-    first = {}
-    for operator, title, dtype, _ in found:
-        first.setdefault((operator, title, dtype), len(first))
-    order = sorted(
-        found, key=lambda key: (_place(key[0], OPERATORS), key[0], first[key[:3]], _place(key[3], DIRECTIONS), key[3])
-    )
-    return [Panel(*key, sorted(found[key], key=_x_order)) for key in order]
+        if operator in (None, cell["operator"]):
+            key = (cell["operator"], cell["panel"], cell.get("dtype") or "", cell["direction"])
+            found.setdefault(key, []).append(cell)
+    # dict.fromkeys keeps the order in which they were met.
+    first = {key: place for depth in (1, 3) for place, key in enumerate(dict.fromkeys(key[:depth] for key in found))}
+    order = sorted(found, key=lambda key: (first[key[:1]], first[key[:3]], _direction(key[3])))
+    return [Panel(*key, sorted(found[key], key=lambda cell: x_value(cell) or float("inf"))) for key in order]
+
+
+def _direction(name: str) -> int:
+    return DIRECTIONS.index(name) if name in DIRECTIONS else len(DIRECTIONS)
 
 
 def operators(results: dict[str, Any]) -> list[str]:
-    return list(dict.fromkeys(panel.operator for panel in panels(results)))
+    return list(dict.fromkeys(cell["operator"] for cell in results["cells"]))
 
 
 def x_value(cell: dict[str, Any]) -> float | None:
@@ -60,51 +61,67 @@ def x_value(cell: dict[str, Any]) -> float | None:
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-def names(cells: Sequence[dict[str, Any]], timed: bool = True) -> list[str]:
-    """The implementations of some cells, gptkern first, then in the file's order; by default those with a time."""
-    found = [i["name"] for cell in cells for i in cell["implementations"] if not timed or files.seconds(i)]
+def names(cells: Sequence[dict[str, Any]]) -> list[str]:
+    """The implementations of some cells that were timed, gptkern first, then in the file's order."""
+    found = [i["name"] for cell in cells for i in cell["implementations"] if seconds(i)]
     return sorted(dict.fromkeys(found), key=lambda name: name != "gptkern")
 
 
 def implementation(cell: dict[str, Any], name: str) -> dict[str, Any] | None:
     """An implementation of a cell by name, where it was timed."""
-    return next((i for i in cell["implementations"] if i["name"] == name and files.seconds(i)), None)
+    return next((i for i in cell["implementations"] if i["name"] == name and seconds(i)), None)
+
+
+def ours(cell: dict[str, Any]) -> dict[str, Any] | None:
+    """gptkern's implementation of a cell, or None where it was not timed."""
+    return implementation(cell, "gptkern")
+
+
+def best_peer(cell: dict[str, Any]) -> dict[str, Any] | None:
+    """The fastest implementation of a cell that is not gptkern's, or None."""
+    timed = [i for i in cell["implementations"] if i["name"] != "gptkern" and seconds(i)]
+    return min(timed, key=median, default=None)
+
+
+# --- Times and rates ------------------------------------------------------------------------------------------------
+
+
+def seconds(implementation: dict[str, Any]) -> dict[str, float] | None:
+    """The time that counts and its quartiles: the device's on a GPU, the host's on a CPU; None where it was skipped."""
+    return implementation.get("device_s") or implementation.get("wall_s")
 
 
 def median(implementation: dict[str, Any] | None) -> float | None:
     """The median of the time that counts, in seconds."""
-    return None if implementation is None else files.seconds(implementation)["median"]
+    return None if implementation is None else seconds(implementation)["median"]
 
 
 def spread(implementation: dict[str, Any]) -> float:
     """The distance of the quartiles as a share of the median."""
-    time = files.seconds(implementation)
+    time = seconds(implementation)
     return (time["high"] - time["low"]) / time["median"]
 
 
-# --- Rates and limits -------------------------------------------------------------------------------------------------
-
-
-def counted(cells: Sequence[dict[str, Any]]) -> str | None:
-    """What the rates of some cells count: "tokens", "flops", "ops" (of int8) or "bytes", the same for all of them."""
+def unit(cells: Sequence[dict[str, Any]]) -> str | None:
+    """Of the rates of some cells, the same for all of them: "tokens/s", "FLOP/s", "OP/s" (of int8) or "B/s"."""
     if all(cell.get("tokens") for cell in cells):
-        return "tokens"
-    limited_by_copy = [cell.get("ceiling") == "copy" for cell in cells]
-    if all(cell.get("flops") for cell in cells) and not (
-        all(limited_by_copy) and all(cell.get("bytes") for cell in cells)
-    ):
-        return "ops" if any(cell.get("ceiling") == "int8" for cell in cells) else "flops"
-    return "bytes" if all(cell.get("bytes") for cell in cells) else None
+        return "tokens/s"
+    has_bytes = all(cell.get("bytes") for cell in cells)
+    if has_bytes and all(cell.get("ceiling") == "copy" for cell in cells):
+        return "B/s"
+    if all(cell.get("flops") for cell in cells):
+        return "OP/s" if any(cell.get("ceiling") == "int8" for cell in cells) else "FLOP/s"
+    return "B/s" if has_bytes else None
 
 
-def amount(cell: dict[str, Any], what: str | None) -> float | None:
+def amount(cell: dict[str, Any], unit: str | None) -> float | None:
     """How much of it one call does."""
-    return cell.get({"ops": "flops"}.get(what, what)) if what else None
+    return cell.get({"B/s": "bytes", "tokens/s": "tokens"}.get(unit, "flops")) if unit else None
 
 
 def rate(cell: dict[str, Any], implementation: dict[str, Any] | None) -> float | None:
-    """Of what the cell counts, a second."""
-    taken, work = median(implementation), amount(cell, counted([cell]))
+    """In `unit([cell])`."""
+    taken, work = median(implementation), amount(cell, unit([cell]))
     return work / taken if work and taken else None
 
 
@@ -116,23 +133,22 @@ def least_seconds(cell: dict[str, Any], ceilings: dict[str, Any]) -> float | Non
 
 
 def share(cell: dict[str, Any], implementation: dict[str, Any] | None, ceilings: dict[str, Any]) -> float | None:
-    """rate / limit: 1 is the measured ceiling."""
     least, taken = least_seconds(cell, ceilings), median(implementation)
     return least / taken if least and taken else None
 
 
-# --- Who is ahead -----------------------------------------------------------------------------------------------------
+# --- Who is ahead ---------------------------------------------------------------------------------------------------
 
 
 def lead(cell: dict[str, Any], peer: dict[str, Any] | None = None) -> float | None:
     """The time of a peer (the best one's) / gptkern's: above 1 gptkern is faster."""
-    ratio = files.ratio(cell, peer)
-    return None if ratio is None else 1 / ratio
+    mine, peer = median(ours(cell)), median(peer or best_peer(cell))
+    return peer / mine if mine and peer else None
 
 
 def unclear(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether the quartiles of two implementations' times overlap: their difference may be noise."""
-    one, other = files.seconds(one), files.seconds(other)
+    one, other = seconds(one), seconds(other)
     return one["low"] <= other["high"] and other["low"] <= one["high"]
 
 
@@ -140,20 +156,20 @@ def outcome(cell: dict[str, Any], peer: dict[str, Any] | None = None) -> str:
     """How a cell went against a peer (the best one), by more than noise.
 
     FASTEST    gptkern is faster, and the quartiles of the two do not overlap
-    BEHIND     the peer is faster by more than results.LOST, and the quartiles do not overlap
+    BEHIND     the peer is faster by more than LOST, and the quartiles do not overlap
     LEVEL      neither: the difference is small, or may be noise
     ALONE      no peer was timed
     FAILED     gptkern was not timed
     """
-    mine, peer = files.ours(cell), peer or files.best_peer(cell)
+    mine, peer = ours(cell), peer or best_peer(cell)
     if mine is None:
         return FAILED
     if peer is None:
         return ALONE
-    ratio = files.ratio(cell, peer)
-    if unclear(mine, peer) or 1 <= ratio <= files.LOST:
+    ahead = lead(cell, peer)
+    if unclear(mine, peer) or 1 / LOST <= ahead <= 1:
         return LEVEL
-    return FASTEST if ratio < 1 else BEHIND
+    return FASTEST if ahead > 1 else BEHIND
 
 
 def tally(cells: Sequence[dict[str, Any]]) -> dict[str, int]:
@@ -163,58 +179,37 @@ def tally(cells: Sequence[dict[str, Any]]) -> dict[str, int]:
 
 
 class Promise(NamedTuple):
-    """A promised limit: gptkern's time is at most `limit` times the peer's; `ratio` is what was measured, or None."""
+    """A promised limit: of gptkern's time over the peer's, or where `peer` is None of the value itself, in seconds."""
 
     where: str
-    peer: str
+    peer: str | None
     limit: float
-    ratio: float | None
+    measured: float | None
 
     @property
     def broken(self) -> bool:
-        return self.ratio is not None and self.ratio > self.limit
+        return self.measured is not None and self.measured > self.limit
 
 
-def promises(cell: dict[str, Any]) -> list[Promise]:
-    """The promises of a cell."""
-    where = f"{cell['operator']} {cell['direction']}, {cell.get('label') or cell['key']}"
+def promises(results: dict[str, Any]) -> list[Promise]:
+    """The promises of all cells and costs."""
     found = []
-    for peer, limit in (cell.get("limits") or {}).items():
-        other = implementation(cell, peer)
-        found.append(Promise(where, peer, limit, None if other is None else files.ratio(cell, other)))
+    for cell in results["cells"]:
+        for peer, limit in (cell.get("limits") or {}).items():
+            other = implementation(cell, peer)
+            ahead = other and lead(cell, other)
+            where = f"{cell['operator']} {cell['direction']}, {cell['label']}"
+            found.append(Promise(where, peer, limit, 1 / ahead if ahead else None))
+    for cost in results["costs"]:
+        if cost.get("limit") is not None:
+            mine = cost["gptkern"].get("median")
+            peer = cost.get("limit_to")
+            of = cost["peers"][peer].get("median") if peer else 1
+            found.append(Promise(cost["key"], peer, cost["limit"], mine / of if mine is not None and of else None))
     return found
 
 
-def cost_promise(cost: dict[str, Any]) -> Promise | None:
-    """The promise of a cost; of a limit that is a value, `peer` is "" and `ratio` the value itself."""
-    if cost.get("limit") is None:
-        return None
-    mine = (cost.get("gptkern") or {}).get("median")
-    if cost.get("limit_is") == "value":
-        return Promise(cost["key"], "", cost["limit"], mine)
-    other = (cost.get("peers") or {}).get(cost.get("limit_to"), {}).get("median")
-    ratio = mine / other if mine is not None and other else None
-    return Promise(cost["key"], cost.get("limit_to") or "", cost["limit"], ratio)
-
-
-def all_promises(results: dict[str, Any]) -> list[Promise]:
-    """The promises of all cells and costs."""
-    found = [promise for cell in results["cells"] for promise in promises(cell)]
-    return found + [promise for promise in map(cost_promise, results["costs"]) if promise]
-
-
-def meaningless(results: dict[str, Any], name: str) -> bool:
-    """Whether some of a file's "cells", "ceilings" or "costs" were measured in a smoke run, on tiny sizes."""
-    entries = results[name]
-    if name == "ceilings":
-        entries = entries.values()
-    return any(entry.get("extent") == "smoke" or "--smoke" in (entry.get("options") or ()) for entry in entries)
-
-
-def _place(name: str, order: Sequence[str]) -> int:
-    return order.index(name) if name in order else len(order)
-
-
-def _x_order(cell: dict[str, Any]) -> float:
-    value = x_value(cell)
-    return float("inf") if value is None else value
+def meaningless(results: dict[str, Any]) -> list[str]:
+    """Which of "cells", "ceilings" and "costs" hold numbers of a smoke run, on tiny sizes."""
+    parts = {"cells": results["cells"], "ceilings": results["ceilings"].values(), "costs": results["costs"]}
+    return [name for name, entries in parts.items() if any(entry.get("extent") == "smoke" for entry in entries)]

@@ -1,6 +1,6 @@
 """The file that measurements are kept in: FOLDER/results.json.
 
-    {"format": 1, "sample": false, "machine": {...}, "ceilings": {...}, "cells": [...], "costs": [...]}
+    {"format": 1, "machine": {...}, "ceilings": {...}, "cells": [...], "costs": [...]}
 
     machine     measuring.machine.identify(): device, versions, commit, digest of the sources
     ceilings    measuring.ceilings.measure()
@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gptkern.measuring import rates
+
 try:
     import fcntl
 except ImportError:  # Windows: two runs at once are not told apart
@@ -34,8 +36,6 @@ SAME = (
 )  # fmt: skip
 # A smaller measurement does not stand for a larger one.
 EXTENTS = ("smoke", "quick", "full")
-# gptkern has lost a cell where its time exceeds the best peer's by more than this factor: less is noise.
-LOST = 1.02
 
 
 class ResultsError(Exception):
@@ -66,54 +66,17 @@ def invalid(results: Any) -> str | None:
     """What is wrong with results as `load` reads them, or None."""
     if not isinstance(results, dict) or results.get("format") != FORMAT:
         return f"its format is {results.get('format') if isinstance(results, dict) else None!r}; it needs {FORMAT}"
-    for name, kind in (("sample", bool), ("machine", dict), ("ceilings", dict), ("cells", list), ("costs", list)):
+    for name, kind in (("machine", dict), ("ceilings", dict), ("cells", list), ("costs", list)):
         if not isinstance(results.get(name), kind):
             return f"{name} is {type(results.get(name)).__name__}; it needs to be a {kind.__name__}"
     for number, cell in enumerate(results["cells"]):
-        if not isinstance(cell, dict):
-            return f"cell {number} is no object"
         missing = [n for n in ("key", "operator", "direction", "sizes", "panel", "implementations") if n not in cell]
         if missing:
             return f"cell {number} ({cell.get('key')}) has no {missing[0]}"
         for implementation in cell["implementations"]:
-            timed = any(implementation.get(name) for name in ("device_s", "wall_s"))
-            if "name" not in implementation or not (timed or "skipped" in implementation):
+            if "name" not in implementation or not (rates.seconds(implementation) or "skipped" in implementation):
                 return f"cell {cell['key']}: an implementation has neither a time nor a reason"
     return None
-
-
-def seconds(implementation: dict[str, Any]) -> dict[str, float] | None:
-    """The time that counts and its quartiles: the device's on a GPU, the host's on a CPU; None where it was skipped."""
-    return implementation.get("device_s") or implementation.get("wall_s")
-
-
-def ours(cell: dict[str, Any]) -> dict[str, Any] | None:
-    """gptkern's implementation of a cell, or None where it was not timed."""
-    return next((i for i in cell["implementations"] if i["name"] == "gptkern" and seconds(i)), None)
-
-
-def best_peer(cell: dict[str, Any]) -> dict[str, Any] | None:
-    """The fastest implementation of a cell that is not gptkern's, or None."""
-    timed = [i for i in cell["implementations"] if i["name"] != "gptkern" and seconds(i)]
-    return min(timed, key=lambda i: seconds(i)["median"], default=None)
-
-
-def ratio(cell: dict[str, Any], peer: dict[str, Any] | None = None) -> float | None:
-    """gptkern's time over a peer's (the best one's): below 1 gptkern is faster. None where one is missing."""
-    mine, peer = ours(cell), peer or best_peer(cell)
-    if mine is None or peer is None:
-        return None
-    return seconds(mine)["median"] / seconds(peer)["median"]
-
-
-def lost(cell: dict[str, Any]) -> bool:
-    """Whether a peer is faster than gptkern, by more than noise."""
-    against_best = ratio(cell)
-    return against_best is not None and against_best > LOST
-
-
-def _reaches(record: dict[str, Any], extent: str) -> bool:
-    return EXTENTS.index(record.get("extent", "full")) >= EXTENTS.index(extent)
 
 
 @contextlib.contextmanager
@@ -124,23 +87,20 @@ def locked(folder: str | Path):
         ResultsError: another run is writing there, or the folder cannot be made.
     """
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(0, "permission denied")
-        handle = None if fcntl is None else os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise ResultsError(f"{folder} cannot be written: {error.strerror}") from error
-    try:
-        if handle is not None:
-            try:
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(0, "permission denied")
+            if fcntl is not None:
+                handle = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, handle)
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise ResultsError(f"{folder}: another gptkern bench is writing there") from error
+        except BlockingIOError as error:
+            raise ResultsError(f"{folder}: another gptkern bench is writing there") from error
+        except OSError as error:
+            raise ResultsError(f"{folder} cannot be written: {error.strerror}") from error
         yield
-    finally:
-        if handle is not None:
-            os.close(handle)
 
 
 class Recorder:
@@ -151,26 +111,22 @@ class Recorder:
     """
 
     def __init__(self, folder: str | Path, machine: dict[str, Any]):
-        self.folder = Path(folder)
-        self.path = self.folder / NAME
+        self.path = Path(folder) / NAME
         self.moved: Path | None = None
-        self.results = {
-            "format": FORMAT, "sample": False, "machine": machine, "ceilings": {}, "cells": [], "costs": [],
-        }  # fmt: skip
+        self.results = {"format": FORMAT, "machine": machine, "ceilings": {}, "cells": [], "costs": []}
         if self.path.exists():
             before = load(self.path)
             if all(before["machine"].get(name) == machine.get(name) for name in SAME):
                 self.results |= {name: before[name] for name in ("ceilings", "cells", "costs")}
             else:
-                self.moved = self._set_aside(before)
+                self.moved = self._set_aside(before["machine"])
 
-    def _set_aside(self, before: dict[str, Any]) -> Path:
-        machine = before["machine"]
+    def _set_aside(self, machine: dict[str, Any]) -> Path:
         name = (machine.get("commit") or machine.get("source") or "before")[:12]
-        target, number = self.folder / f"results-{name}.json", 1
+        target, number = self.path.with_name(f"results-{name}.json"), 1
         while target.exists():
             number += 1
-            target = self.folder / f"results-{name}-{number}.json"
+            target = self.path.with_name(f"results-{name}-{number}.json")
         os.replace(self.path, target)
         return target
 
@@ -181,45 +137,33 @@ class Recorder:
             asked = cell.get("peers_asked")
             return asked is None or (peers is not None and set(peers) <= set(asked))
 
-        return any(
-            cell["key"] == key and cell["rounds"] >= rounds and enough(cell) and ours(cell)
-            for cell in self.results["cells"]
-        )
+        found = (cell for cell in self.results["cells"] if cell["key"] == key)
+        return any(cell["rounds"] >= rounds and enough(cell) and rates.ours(cell) for cell in found)
 
     def has_cost(self, key: str, extent: str) -> bool:
         return any(cost["key"] == key and _reaches(cost, extent) for cost in self.results["costs"])
 
     def has_ceilings(self, extent: str) -> bool:
-        """The sizes of "quick" and "full" are the same."""
+        # The sizes of "quick" and "full" are the same.
+        extent = min(extent, "quick", key=EXTENTS.index)
         ceilings = self.results["ceilings"].values()
-        return bool(ceilings) and all(
-            _reaches(ceiling, min(extent, "quick", key=EXTENTS.index)) for ceiling in ceilings
-        )
-
-    def add_cell(self, record: dict[str, Any]) -> None:
-        self._put("cells", record)
-
-    def add_cost(self, record: dict[str, Any]) -> None:
-        self._put("costs", record)
+        return bool(ceilings) and all(_reaches(ceiling, extent) for ceiling in ceilings)
 
     def set_ceilings(self, ceilings: dict[str, dict[str, Any]], extent: str) -> None:
         self.results["ceilings"] = {name: ceiling | {"extent": extent} for name, ceiling in ceilings.items()}
-        self.save()
+        self._save()
 
-    def _put(self, name: str, record: dict[str, Any]) -> None:
-        """In the place of the record of the same key, else at the end."""
-        records = self.results[name]
-        places = [place for place, other in enumerate(records) if other["key"] == record["key"]]
-        if places:
-            records[places[0]] = record
-        else:
-            records.append(record)
-        self.save()
+    def add(self, kind: str, record: dict[str, Any]) -> None:
+        """Puts one of the "cells" or "costs" in the place of that of the same key, else at the end."""
+        records = self.results[kind]
+        place = next((place for place, other in enumerate(records) if other["key"] == record["key"]), len(records))
+        records[place : place + 1] = [record]
+        self._save()
 
-    def save(self) -> None:
+    def _save(self) -> None:
         """The whole file or nothing: written beside it, then put in its place."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self.folder, prefix=".results-", suffix=".json")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=".results-", suffix=".json")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 json.dump(self.results, file, indent=1, ensure_ascii=False, allow_nan=False)
@@ -230,3 +174,7 @@ class Recorder:
             with contextlib.suppress(OSError):
                 os.unlink(name)
             raise
+
+
+def _reaches(record: dict[str, Any], extent: str) -> bool:
+    return EXTENTS.index(record.get("extent", "full")) >= EXTENTS.index(extent)

@@ -1,7 +1,0 @@
-"""rotary against plain PyTorch and torch.compile."""
-
-OPERATOR = "rotary"
-
-
-def test_rotary(cell, implementation, measured):
-    measured(cell, implementation)
