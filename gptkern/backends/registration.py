@@ -104,6 +104,9 @@ class Operator:
     def _registered(self, direction: str, arguments: list[str], results: int, records: tuple, fake: Callable):
         """Registers an op. `Library.define` and `impl`, not the `custom_op` decorator: half the host time of a call."""
         operator, name = self.name, f"{self.name}_{direction}"
+        names = [argument.split()[-1] for argument in arguments]
+        if len(set(names)) < len(names):
+            raise TypeError(f"{name}: the records' fields are {', '.join(names)}; each needs a name of its own")
         returned = {0: "()", 1: "Tensor"}.get(results, f"({', '.join(['Tensor'] * results)})")
         _library.define(f"{name}({', '.join([*arguments, 'str backend'])}) -> {returned}")
         sizes = [len(record._fields) for record in records]
