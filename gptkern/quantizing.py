@@ -23,7 +23,7 @@ from gptkern import functional as F
 from gptkern.backends.dispatch import explain
 from gptkern.nn import Int8Linear
 from gptkern.operators.int8_linear.contract import check_options
-from gptkern.swapping import rerouting
+from gptkern.swapping import reading
 
 _logger = logging.getLogger("gptkern")
 
@@ -441,8 +441,8 @@ def _read_by_modules(model: torch.nn.Module) -> set[torch.nn.Module]:
 def _weights_read(cls: type) -> set[tuple[str, ...]]:
     """("fc",) for each self.fc.weight in the code of a class's forward, or of a method that is called from there."""
     found = set()
-    for function in rerouting._reachable(cls, lambda function: None):
-        for this, *attributes in rerouting._attribute_chains(function.__code__):
+    for function in reading.followed(cls):
+        for this, *attributes in reading.chains(function.__code__):
             if "weight" in attributes[1:] and function.__code__.co_varnames[:1] == (this,):
                 end = attributes.index("weight", 1)
                 if not _SAME_FOR_INT8 & set(attributes[end + 1 : end + 2]):

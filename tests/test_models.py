@@ -9,7 +9,7 @@ from model_zoo import CASES, IGNORED, LAYERS, PADDING, PARAMETERS, VOCABULARY, C
 
 import gptkern
 from gptkern.backends import dispatch
-from gptkern.swapping.swapping import SWAPPABLE
+from gptkern.swapping.twins import SWAPPABLE
 
 LENGTH = 12
 PADDED = 4  # tokens of the first row

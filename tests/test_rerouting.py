@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from torch.nn.functional import softmax
 
 import gptkern
 from gptkern.backends import dispatch
-from gptkern.swapping.rerouting import CannotReroute, Replacement, Rerouted, calls
+from gptkern.swapping.reading import calls
+from gptkern.swapping.rerouting import CannotReroute, Rerouted
+from gptkern.swapping.twins import Replacement
 
 SCALE = 2.0
 COUNTER = 0
@@ -37,10 +40,8 @@ def counting(monkeypatch):
 
 
 def run(cls, *args):
-    """The rerouted forward on a new module."""
-    rerouted = Rerouted(cls, find)
-    module = type("Module", (cls,), rerouted.methods)()
-    return module(*args), rerouted, module
+    """What the rerouted forward gives on a new module."""
+    return type("Module", (cls,), Rerouted(cls, find).methods)()(*args)
 
 
 def helper(x):
@@ -123,6 +124,41 @@ class Closure(torch.nn.Module):
     forward = _make(F.softmax)
 
 
+def even(x, depth):
+    return softmax(x, dim=-1) if depth == 0 else odd(x, depth - 1)
+
+
+def odd(x, depth):
+    return even(x, depth - 1)
+
+
+class Mutual(torch.nn.Module):
+    def forward(self, x):
+        return odd(x, 3)
+
+
+class Shadows(torch.nn.Module):
+    def forward(self, x):
+        helper = x + 1
+        return helper.sum()
+
+
+def noted(function):
+    function.note = function.__name__
+    return function
+
+
+class Described(torch.nn.Module):
+    @noted
+    def forward(self, x: torch.Tensor, *, dim: int = -1) -> torch.Tensor:
+        """Of x."""
+        return F.softmax(self.attend(x), dim=dim)
+
+    @noted
+    def attend(self, x, scale: float = 1.0):
+        return F.softmax(x * scale, dim=-1)
+
+
 class Super(Alias):
     def forward(self, x):
         return F.softmax(super().forward(x), dim=-1)
@@ -147,8 +183,7 @@ class Super(Alias):
 def test_forms_of_calls(cls, expected):
     x = torch.rand(3, 4)
     stock = cls()(x)
-    actual, _, _ = run(cls, x)
-    torch.testing.assert_close(actual, expected(torch.softmax(x, dim=-1)))
+    torch.testing.assert_close(run(cls, x), expected(torch.softmax(x, dim=-1)))
     # The class itself, and everybody else who calls these functions, sees nothing of it.
     assert torch.equal(cls()(x), stock)
     assert calls(cls, find).operators == {"softmax"}
@@ -159,34 +194,40 @@ def test_nothing_to_replace_gives_nothing():
 
 
 def test_globals_are_as_the_module_has_them_now(monkeypatch):
-    x = torch.rand(2, 3)
-    before, rerouted, module = run(Alias, x)
-    monkeypatch.setitem(globals(), "SCALE", 3.0)
-    assert torch.equal(module(x), before)
-    rerouted.refresh()
-    torch.testing.assert_close(module(x), before * 3 / 2)
-    _, rerouted, module = run(Helper, x)
-    monkeypatch.setitem(globals(), "other_helper", lambda x: x + 5)
-    monkeypatch.setitem(globals(), "helper", lambda x: 0 * x)
-    rerouted.refresh()
-    assert torch.equal(module(x), torch.full((2, 3), 5.0))
-    # Not there yet when the forward is made anew: found once it is.
-    with monkeypatch.context() as patch:
-        patch.delitem(globals(), "SCALE")
-        rerouted = Rerouted(Alias, find)
-        module = type("Module", (Alias,), rerouted.methods)()
-        with pytest.raises(NameError, match="SCALE"):
-            module(x)
-    rerouted.refresh()
-    torch.testing.assert_close(module(x), before * 3 / 2)
-
-
-def test_the_swapped_forward_brings_itself_up_to_date(monkeypatch):
     model, x = Alias(), torch.rand(2, 3)
     gptkern.swap(model)
     before = model(x)
-    monkeypatch.setitem(globals(), "SCALE", 4.0)
-    torch.testing.assert_close(model(x), 2 * before)
+    monkeypatch.setitem(globals(), "SCALE", 3.0)
+    with counting(monkeypatch) as count:
+        torch.testing.assert_close(model(x), before * 3 / 2)
+        assert len(count) == 1
+    with monkeypatch.context() as patch:
+        patch.delitem(globals(), "SCALE")
+        with pytest.raises(NameError, match="SCALE"):
+            model(x)
+    torch.testing.assert_close(model(x), before * 3 / 2)
+
+
+def test_globals_that_are_not_there_yet_are_found_once_they_are(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.delitem(globals(), "SCALE")
+        model = Alias()
+        gptkern.swap(model)
+    torch.testing.assert_close(model(torch.zeros(1, 2)), torch.ones(1, 2))
+
+
+def test_functions_that_were_replaced_in_the_globals_are_routed_again(monkeypatch):
+    model, x = Helper(), torch.rand(2, 3)
+    gptkern.swap(model)
+    monkeypatch.setitem(globals(), "other_helper", lambda x: x + 5)
+    monkeypatch.setitem(globals(), "helper", lambda x: 2 * softmax(x, dim=-1))
+    with counting(monkeypatch) as count:
+        torch.testing.assert_close(model(x), 2 * torch.softmax(x, -1) + 5)
+        assert len(count) == 1
+    monkeypatch.setitem(globals(), "helper", lambda x: 0 * x)
+    with counting(monkeypatch) as count:
+        assert torch.equal(model(x), torch.full((2, 3), 5.0))
+        assert len(count) == 0
 
 
 class Writes(torch.nn.Module):
@@ -290,15 +331,60 @@ def test_closure_variables_stay_shared():
     assert Counted.forward.calls() == 2
 
 
-def test_a_replaced_function_in_a_closure_is_as_it_is_now():
+def test_a_replaced_function_in_a_closure_is_as_it_is_now(monkeypatch):
     function = F.softmax
 
     class Local(torch.nn.Module):
         def forward(self, x):
             return function(x, dim=-1)
 
-    x = torch.rand(2, 3)
-    _, rerouted, module = run(Local, x)
+    model, x = Local(), torch.rand(2, 3)
+    gptkern.swap(model)
+    with counting(monkeypatch) as count:
+        model(x)
+        assert len(count) == 1
     function = F.log_softmax
-    rerouted.refresh()
-    assert torch.equal(module(x), F.log_softmax(x, dim=-1))
+    assert torch.equal(model(x), F.log_softmax(x, dim=-1))
+
+
+def long_forward(names):
+    """forward of a module with so many other names in front of its softmax."""
+    lines = [f"    x = x + NAMES.name_{i}" for i in range(names)]
+    scope = {"F": F, "NAMES": type("Names", (), {f"name_{i}": 0.0 for i in range(names)})}
+    exec("\n".join(["def forward(self, x):", *lines, "    return F.softmax(x, dim=-1)"]), scope)
+    return scope["forward"]
+
+
+@pytest.mark.parametrize("names", [100, 130, 300])
+def test_a_forward_of_many_names(names):
+    """The index of a name that does not fit into a byte has an instruction of its own in front."""
+    cls = type("Long", (torch.nn.Module,), {"forward": long_forward(names)})
+    x = torch.rand(2, 3)
+    torch.testing.assert_close(run(cls, x), 2 * torch.softmax(x, dim=-1))
+
+
+def test_a_relative_import_in_a_forward():
+    scope = {"F": F, "__package__": "gptkern.models"}
+    exec("def forward(self, x):\n    from .gpt import GPTConfig\n    return F.softmax(x, dim=-1)", scope)
+    cls = type("Imports", (torch.nn.Module,), {"forward": scope["forward"]})
+    x = torch.rand(2, 3)
+    torch.testing.assert_close(run(cls, x), 2 * torch.softmax(x, dim=-1))
+
+
+def test_two_functions_that_call_each_other():
+    x = torch.rand(2, 3)
+    torch.testing.assert_close(run(Mutual, x), 2 * torch.softmax(x, dim=-1))
+
+
+def test_a_local_of_the_name_of_a_function_is_not_that_function():
+    assert calls(Shadows, find).operators == set()
+
+
+def test_signatures_and_attributes_are_kept():
+    rerouted = Rerouted(Described, find)
+    for name in ("forward", "attend"):
+        made, own = rerouted.methods[name], vars(Described)[name]
+        assert inspect.signature(made) == inspect.signature(own) and made is not own
+        assert (made.__name__, made.__qualname__, made.__module__, made.__doc__, made.note) == (
+            own.__name__, own.__qualname__, own.__module__, own.__doc__, own.note
+        )  # fmt: skip

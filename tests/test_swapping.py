@@ -16,7 +16,8 @@ import gptkern
 from gptkern.backends import dispatch
 from gptkern.models import GPT, GPTConfig
 from gptkern.swapping.report import Skipped, SwapReport, where
-from gptkern.swapping.swapping import SWAPPABLE, _calls
+from gptkern.swapping.routed_classes import calls as _calls
+from gptkern.swapping.twins import SWAPPABLE
 
 SMALL = dict(vocab_size=61, context=24, layers=2, width=32, heads=2)
 

@@ -1,7 +1,10 @@
 """Kernels put into models that exist: swap, unswap, kernels.
 
 swapping.py        what is swapped, and back
+twins.py           what takes the place of what: the one map of operators
+reading.py         what a class's forward calls, read off its bytecode
 rerouting.py       a class's forward again, with some of the functions that it calls replaced
+routed_classes.py  the subclass of a module's class that has such a forward
 transformers.py    attention by name in Hugging Face's models; imported only where transformers is in use
 report.py          what a swap did, as data and as a table
 """

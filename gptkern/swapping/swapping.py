@@ -14,51 +14,23 @@ and config are noted in its `__dict__`, from where `unswap` takes them back. No 
 
 from __future__ import annotations
 
-import copyreg
-import functools
-import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from gptkern import nn
-from gptkern.backends.dispatch import TWINS
+from gptkern.swapping import routed_classes
+from gptkern.swapping.reading import Calls
 from gptkern.swapping.report import Replaced, Skipped, SwapReport
-from gptkern.swapping.rerouting import FAST_PATHS, Calls, CannotReroute, Replacement, Rerouted, calls
+from gptkern.swapping.twins import MODULES, ROUTED_MODULES, SWAPPABLE, written_out
 
 _logger = logging.getLogger("gptkern")
 
-
-def _operator_of(function: Callable) -> str:
-    """The operator that a PyTorch function's twin belongs to: the basename of its module."""
-    return TWINS[function].__module__.rpartition(".")[2]
-
-
-# PyTorch has no function for the rotary embedding: models bring their own.
-SWAPPABLE = tuple(sorted({_operator_of(function) for function in TWINS} | {"rotary"}))
-
-# Exact type -> (its twin, the operator that the twin runs on).
-_MODULE_TWINS: dict[type, tuple[type, str]] = {
-    torch.nn.LayerNorm: (nn.LayerNorm, "layer_norm"),
-    torch.nn.RMSNorm: (nn.RMSNorm, "rms_norm"),
-    torch.nn.Softmax: (nn.Softmax, "softmax"),
-}
-# PyTorch's own modules whose forward is rerouted as that of a model's is, and what they run on. In eval mode the two
-# encoders bypass their submodules, LayerNorms included.
-_REROUTED_TORCH_MODULES: dict[type, tuple[str, ...]] = {
-    torch.nn.MultiheadAttention: ("attention", "softmax"),
-    torch.nn.TransformerEncoderLayer: ("attention", "layer_norm"),
-    torch.nn.TransformerEncoder: ("attention", "layer_norm"),
-}
 # Where a swapped module's `__dict__` keeps its original class, and the configs that stood under its attributes.
 _ORIGINAL = "_gptkern_original"
 _CONFIGS = "_gptkern_configs"
-# Where a routed class keeps the operators that it routes, and its `_RoutedCode`.
-_ROUTED = "_gptkern_routed"
-_CODE = "_gptkern_code"
 
 
 def swap(model: torch.nn.Module, ops: Iterable[str] | None = None, strict: bool = False) -> SwapReport:
@@ -150,17 +122,7 @@ def kernels(ops: Iterable[str] | None = None) -> TorchFunctionMode:
     Raises:
         TypeError: ops is a string. ValueError: ops names an unknown operator.
     """
-    return _Routing(_checked_operators(ops))
-
-
-class _Routing(TorchFunctionMode):
-    def __init__(self, operators: tuple[str, ...]):
-        super().__init__()
-        self.routes = {function: twin for function, twin in TWINS.items() if _operator_of(function) in operators}
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        # PyTorch has popped this mode for the duration of the call: a twin may call the function that it replaces.
-        return self.routes.get(function, function)(*args, **(kwargs or {}))
+    return routed_classes.Routing(_checked_operators(ops))
 
 
 def _checked_operators(ops: Iterable[str] | None) -> tuple[str, ...]:
@@ -189,7 +151,7 @@ class _Plan:
         # Found out once per swap, and not kept: a class's methods may be patched at any time.
         self.found: dict[type, Calls] = {}
         self.made: dict[tuple[type, tuple[str, ...]], type | str] = {}
-        transformers = _transformers()
+        transformers = routed_classes.transformers()
         self.attention = transformers.Attention(model, _original_class, _noted_configs) if transformers else None
 
     def decide(self, name: str, module: torch.nn.Module) -> None:
@@ -199,13 +161,13 @@ class _Plan:
             self.skip(name, type(module), "its class was changed after it was swapped")
             return
         by_name, refused = self.decide_attention(name, module, original)
-        twin, operator = _MODULE_TWINS.get(original, (None, ""))
+        twin, operator = MODULES.get(original, (None, ""))
         if twin is not None:
             replacement, wanted = twin, (operator,) if operator in self.operators else ()
             shown = f"gptkern.nn.{twin.__name__}"
         else:
             # What an earlier call routed stays routed.
-            before = current.__dict__.get(_ROUTED, ())
+            before = routed_classes.routed_operators(current)
             asked_for = tuple(o for o in SWAPPABLE if o in self.operators or o in before)
             wanted = tuple(o for o in asked_for if o in self.calls_of(original).operators and o not in refused)
             replacement = self.routed(original, wanted) if wanted and "forward" not in module.__dict__ else None
@@ -235,40 +197,43 @@ class _Plan:
 
     def calls_of(self, cls: type) -> Calls:
         if cls not in self.found:
-            self.found[cls] = _calls(cls)
+            self.found[cls] = routed_classes.calls(cls)
         return self.found[cls]
 
     def routed(self, cls: type, operators: tuple[str, ...]) -> type | str:
         """The routed class, or why there can be none."""
         if (cls, operators) not in self.made:
             try:
-                self.made[cls, operators] = _routed(cls, operators)
+                self.made[cls, operators] = routed_classes.routed(cls, operators)
             except Exception as error:  # of the user's own __init_subclass__ or metaclass
                 self.made[cls, operators] = f"no subclass of it can be made: {type(error).__name__}: {error}"
         return self.made[cls, operators]
 
     def decide_attention(self, name: str, module: torch.nn.Module, original: type) -> tuple[tuple, tuple]:
-        """-> ("attention",), () where the module's attention comes by a name in its config; (), ("attention",) where it
+        """-> (attention,), () where the module's attention comes by a name in its config; (), (attention,) where it
         would and cannot."""
-        if self.attention is None or "attention" not in self.operators or not _takes_attention_by_name(original):
+        if self.attention is None or not routed_classes.takes_attention_by_name(original):
             return (), ()
-        reason = self.attention.reason_against(module)
+        wanted = tuple(operator for operator in (self.attention.operator,) if operator in self.operators)
+        reason = self.attention.reason_against(module) if wanted else None
         if reason is not None:
             self.skip(name, original, reason)
-            return (), ("attention",)
-        self.attention.want(module)
-        return ("attention",), ()
+            return (), wanted
+        if wanted:
+            self.attention.want(module)
+        return wanted, ()
 
     def name_what_is_written_out(self, name: str, module: torch.nn.Module, original: type) -> None:
         found = self.calls_of(original)
-        has_softmax = any(isinstance(child, torch.nn.Softmax) for child in module.children())
-        explicit_attention = found.explicit_attention or (found.two_products and has_softmax)
-        if explicit_attention and "attention" in self.operators:
-            self.skip(name, original, "its attention is written out as matrix products around a softmax")
-        if found.explicit_norm and "rms_norm" in self.operators:
-            self.skip(name, original, "its norm is written out in Python")
-        if "rotary" in self.operators and _brings_its_own_rotary(original):
-            self.skip(name, original, "its rotary embedding is of a form of its own")
+        if any(isinstance(child, torch.nn.Softmax) for child in module.children()):
+            found = found._replace(names=found.names | {"Softmax"})
+        reasons = written_out(found)
+        integration = routed_classes.integration(original)
+        if integration is not None:
+            reasons |= integration.written_out(original)
+        for operator, reason in reasons.items():
+            if operator in self.operators:
+                self.skip(name, original, reason)
 
     def skip(self, name: str, cls: type, reason: str) -> None:
         self.report.skipped.append(Skipped(name, cls.__name__, reason))
@@ -303,8 +268,8 @@ def _noted_configs(module: torch.nn.Module) -> dict:
 
 def _reason_to_skip(cls: type, operators: tuple[str, ...]) -> str | None:
     """Why a module that one of the operators might serve is left alone, or None where none would."""
-    bases = {base: ((operator,), twin) for base, (twin, operator) in _MODULE_TWINS.items()}
-    bases |= {base: (of, base) for base, of in _REROUTED_TORCH_MODULES.items()}
+    bases = {base: ((operator,), twin) for base, (twin, operator) in MODULES.items()}
+    bases |= {base: (of, base) for base, of in ROUTED_MODULES.items()}
     for base, (of, twin) in bases.items():
         if set(of) & set(operators) and issubclass(cls, base) and cls not in (base, twin):
             if cls.forward is base.forward:
@@ -317,7 +282,7 @@ def _reason_to_skip(cls: type, operators: tuple[str, ...]) -> str | None:
 
 def _is_replacement(cls: type, original: type) -> bool:
     """Whether `cls` is what a swap makes of `original`."""
-    return cls is _MODULE_TWINS.get(original, (None,))[0] or (_ROUTED in cls.__dict__ and cls.__base__ is original)
+    return cls is MODULES.get(original, (None,))[0] or routed_classes.is_routed(cls, original)
 
 
 # --- fully_shard, where it is in use ----------------------------------------------------------------------------------
@@ -345,188 +310,3 @@ def _in_place_of(cls: type, replacement: type) -> type:
     # its __deepcopy__, which says that there is none
     own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
     return type(cls.__name__, bases, own)
-
-
-# --- transformers, where it is in use ---------------------------------------------------------------------------------
-
-
-def _transformers():
-    """The integration, where the process has loaded what a model of transformers is made of; None otherwise."""
-    if "transformers.modeling_utils" not in sys.modules:
-        return None
-    from gptkern.swapping import transformers
-
-    return transformers
-
-
-def _is_from_transformers(cls: type) -> bool:
-    # A model's code need not be in the package: it may come with a checkpoint.
-    return _transformers() is not None and not cls.__module__.startswith("torch.")
-
-
-def _takes_attention_by_name(cls: type) -> bool:
-    return _is_from_transformers(cls) and (
-        _transformers().calls_interface(cls) or "attention" in _overridden_operators(cls)
-    )
-
-
-def _brings_its_own_rotary(cls: type) -> bool:
-    return _is_from_transformers(cls) and _transformers().names_other_rotary(cls)
-
-
-def _overrides(cls: type) -> dict[str, Replacement]:
-    return _transformers().overrides(cls) if _is_from_transformers(cls) else {}
-
-
-def _overridden_operators(cls: type) -> set[str]:
-    return {replacement.operator for replacement in _overrides(cls).values()}
-
-
-# --- Modules that call an operator inline -----------------------------------------------------------------------------
-
-
-def _find(operators: tuple[str, ...], function: Callable) -> Replacement | None:
-    """What takes the place of a function that a forward calls."""
-    try:
-        if function in FAST_PATHS:
-            return FAST_PATHS[function]
-        twin = TWINS.get(function)
-    except TypeError:  # not hashable
-        return None
-    if twin is None or _operator_of(function) not in operators:
-        return None
-    return Replacement(_operator_of(function), twin)
-
-
-def _find_for(cls: type, operators: tuple[str, ...]) -> Callable[[Callable], Replacement | None]:
-    if not _takes_attention_by_name(cls):
-        return functools.partial(_find, operators)
-    # The softmax that its code names is that of another implementation than the one chosen.
-    return _transformers().find if "rotary" in operators else lambda function: None
-
-
-def _calls(cls: type) -> Calls:
-    """The operators that the class's forward runs on, as far as it can be rerouted."""
-    if cls.__module__.startswith("torch.nn.") and cls not in _REROUTED_TORCH_MODULES:
-        return Calls(frozenset())
-    if issubclass(cls, torch.jit.ScriptModule):
-        return Calls(frozenset())
-    if cls in _REROUTED_TORCH_MODULES:
-        return Calls(frozenset(_REROUTED_TORCH_MODULES[cls]))
-    found, overridden = calls(cls, _find_for(cls, SWAPPABLE)), _overridden_operators(cls)
-    by_name = _takes_attention_by_name(cls)
-    return found._replace(
-        operators=found.operators | overridden,
-        explicit_attention=found.explicit_attention and not by_name,
-        two_products=found.two_products and not by_name,
-        explicit_norm=found.explicit_norm and "rms_norm" not in overridden,
-    )
-
-
-def _routed(cls: type, operators: tuple[str, ...]) -> type:
-    """A subclass of `cls` whose forward is the same with the operators' calls routed to gptkern.
-
-    One that is in use is taken again. Nothing here keeps it alive: Python itself knows a class's subclasses.
-
-    Raises:
-        Exception: whatever the class's own `__init_subclass__`, or its metaclass, raises.
-    """
-    for known in type.__subclasses__(cls):
-        if known.__dict__.get(_ROUTED) == operators:
-            if known.__dict__[_CODE].is_outdated():
-                known.__dict__[_CODE].make()
-            return known
-
-    def __reduce_ex__(self, protocol):
-        # The class is made here and not found by its name: pickle and deepcopy make it again.
-        reduced = cls.__reduce_ex__(self, protocol)
-        if reduced[0] is copyreg.__newobj__:
-            return (_new_routed, (cls, operators), *reduced[2:])
-        return reduced
-
-    routed = type(
-        cls.__name__,
-        (cls,),
-        {
-            "__module__": cls.__module__,
-            "__qualname__": cls.__qualname__,
-            "__doc__": cls.__doc__,
-            _ROUTED: operators,
-            "__reduce_ex__": __reduce_ex__,
-        },
-    )
-    type.__setattr__(routed, _CODE, _RoutedCode(routed, cls, operators))
-    return routed
-
-
-class _RoutedCode:
-    """The methods of a routed class, and what they were made from: a class's methods may be patched at any time."""
-
-    def __init__(self, routed: type, cls: type, operators: tuple[str, ...]):
-        self.routed, self.cls, self.operators = routed, cls, operators
-        self.members: dict[str, object] = {}
-        self.make()
-
-    def make(self) -> None:
-        """Gives the routed class the methods that its original class now calls for."""
-        cls = self.cls
-        methods = {name: r.function for name, r in _overrides(cls).items() if r.operator in self.operators}
-        self.rerouted = None
-        if "forward" not in methods:
-            methods = {**self.rerouted_methods(), **methods}
-        names = {"forward", *methods, *(self.rerouted.names if self.rerouted else ())}
-        sources = {name: getattr(cls, name, None) for name in names}
-        # What a descriptor makes anew each time it is asked says nothing.
-        self.sources = tuple((name, f) for name, f in sources.items() if getattr(cls, name, None) is f)
-        members = {**methods, "forward": self.forward(methods.get("forward", cls.forward))}
-        for name in self.members.keys() - members.keys():
-            type.__delattr__(self.routed, name)
-        for name, member in members.items():
-            type.__setattr__(self.routed, name, member)
-        self.members = members
-
-    def rerouted_methods(self) -> dict[str, object]:
-        """forward, and the methods that it calls, where these change."""
-        cls = self.cls
-        try:
-            self.rerouted = Rerouted(cls, _find_for(cls, self.operators))
-            return self.rerouted.methods
-        except CannotReroute as reason:
-            _logger.debug("swap: %s: a TorchFunctionMode routes its calls", reason)
-        routing = _Routing(self.operators)
-
-        def routed_forward(*args, **kwargs):
-            with routing:
-                return cls.forward(*args, **kwargs)
-
-        return {"forward": routed_forward}
-
-    def forward(self, inner: Callable | staticmethod) -> Callable | staticmethod:
-        """`inner`, after a look at whether it still is what the class's forward calls for."""
-        cls, routed, rerouted, sources = self.cls, self.routed, self.rerouted, self.sources
-        is_static = isinstance(inspect.getattr_static(cls, "forward"), staticmethod)
-        inner = inner.__func__ if isinstance(inner, staticmethod) else inner
-
-        @functools.wraps(cls.forward)
-        def forward(*args, **kwargs):
-            # torch.compile keeps what it has traced; in eager mode the class and the globals may have changed.
-            if not torch.compiler.is_compiling():
-                for name, source in sources:
-                    if getattr(cls, name, None) is not source:
-                        self.make()
-                        return routed.forward(*args, **kwargs)
-                if rerouted is not None:
-                    rerouted.refresh()
-            return inner(*args, **kwargs)
-
-        return staticmethod(forward) if is_static else forward
-
-    def is_outdated(self) -> bool:
-        if any(getattr(self.cls, name, None) is not source for name, source in self.sources):
-            return True
-        return self.rerouted is not None and self.rerouted.is_outdated()
-
-
-def _new_routed(cls: type, operators: tuple[str, ...]) -> torch.nn.Module:
-    routed = _routed(cls, operators)
-    return routed.__new__(routed)

@@ -48,7 +48,8 @@ from transformers.utils import logging
 
 from gptkern import functional as F
 from gptkern.backends import dispatch
-from gptkern.swapping.rerouting import Replacement, names_in
+from gptkern.swapping.reading import names_in
+from gptkern.swapping.twins import ATTENTION, RMS_NORM, ROTARY, Replacement
 
 # Without the word "flash", by which transformers tells kernels that build their masks themselves.
 NAME = "gptkern"
@@ -132,21 +133,21 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 # --- What swap asks ---------------------------------------------------------------------------------------------------
 
 
-def calls_interface(cls: type) -> bool:
-    """Whether a module's class takes its attention from AttentionInterface."""
-    return _INTERFACE in names_in(cls)
+def takes_attention_by_name(cls: type) -> bool:
+    """Whether a module's class takes its attention from AttentionInterface, or chooses it by the config itself."""
+    return _INTERFACE in names_in(cls) or any(replaced.operator == ATTENTION for replaced in overrides(cls).values())
 
 
 def overrides(cls: type) -> dict[str, Replacement]:
     """The methods of a class that compute an operator in Python, and what takes their place."""
     gptj = sys.modules.get("transformers.models.gptj.modeling_gptj")
     if gptj is not None and cls is gptj.GPTJAttention:
-        return {"_attn": Replacement("attention", _gptj_attention)}
+        return {"_attn": Replacement(ATTENTION, _gptj_attention)}
     if {"rsqrt", "variance_epsilon"} <= names_in(cls):
         from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
         if _same_code(cls.forward, LlamaRMSNorm.forward):
-            return {"forward": Replacement("rms_norm", _rms_norm)}
+            return {"forward": Replacement(RMS_NORM, _rms_norm)}
     return {}
 
 
@@ -194,7 +195,7 @@ def find(function: Callable) -> Replacement | None:
 def _rotary(function: types.FunctionType) -> Replacement | None:
     for module, replaced in _ROTARY_FORMS.items():
         if _same_code(function, getattr(importlib.import_module(f"transformers.models.{module}"), _ROTARY)):
-            return Replacement("rotary", replaced(function))
+            return Replacement(ROTARY, replaced(function))
     return None
 
 
@@ -231,11 +232,13 @@ _ROTARY_FORMS = {
 }
 
 
-def names_other_rotary(cls: type) -> bool:
-    """Whether a class's forward calls a rotary embedding whose code is none of these."""
+def written_out(cls: type) -> dict[str, str]:
+    """Operator -> the reason why a class that computes it in Python is left alone: a rotary embedding of other code."""
     forward = inspect.unwrap(cls.forward)
     function = getattr(forward, "__globals__", {}).get(_ROTARY)
-    return _ROTARY in names_in(cls) and find(function) is None
+    if _ROTARY in names_in(cls) and find(function) is None:
+        return {ROTARY: "its rotary embedding is of a form of its own"}
+    return {}
 
 
 def _rms_norm(self, hidden_states):
@@ -298,6 +301,8 @@ class Attention:
         original_class: the class that a module had before it was swapped.
         noted: attribute -> its SwappedConfig, of a module that was swapped.
     """
+
+    operator = ATTENTION
 
     def __init__(
         self,

@@ -1,0 +1,207 @@
+"""The class of a module whose forward is rerouted: a subclass of its own, made for it and for nobody else.
+
+    cls                     the module's class, whose forward calls F.softmax
+    routed(cls, ops)        a subclass with the same name; its forward, and the methods that this calls, are cls's with
+                            those calls rerouted (gptkern.swapping.rerouting)
+
+Python knows a class's subclasses, so that one in use is found again, and one that no module has goes away. Methods of
+`cls` may be patched at any time: the forward looks, at each eager call, whether it still is what `cls` calls for.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import inspect
+import logging
+import sys
+import types
+from collections.abc import Callable
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from gptkern.swapping import reading, twins
+from gptkern.swapping.reading import Calls
+from gptkern.swapping.rerouting import CannotReroute, Rerouted
+from gptkern.swapping.twins import Replacement
+
+_logger = logging.getLogger("gptkern")
+
+# Where a routed class keeps the operators that it routes, and its `_RoutedCode`.
+_ROUTED = "_gptkern_routed"
+_CODE = "_gptkern_code"
+
+
+class Routing(TorchFunctionMode):
+    """Sends the calls of PyTorch's functions made inside it to the operators' twins."""
+
+    def __init__(self, operators: tuple[str, ...]):
+        super().__init__()
+        self.routes = twins.replacements(operators)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        # PyTorch has popped this mode for the duration of the call: a twin may call the function that it replaces.
+        return self.routes.get(function, function)(*args, **(kwargs or {}))
+
+
+def transformers() -> types.ModuleType | None:
+    """gptkern.swapping.transformers, where the process has loaded what a model of transformers is made of."""
+    if "transformers.modeling_utils" not in sys.modules:
+        return None
+    from gptkern.swapping import transformers
+
+    return transformers
+
+
+def integration(cls: type) -> types.ModuleType | None:
+    """The same, for a class that may be of a model of transformers."""
+    # A model's code need not be in the package: it may come with a checkpoint.
+    return None if cls.__module__.startswith("torch.") else transformers()
+
+
+def takes_attention_by_name(cls: type) -> bool:
+    """Whether the class calls what a config of transformers names."""
+    known = integration(cls)
+    return known is not None and known.takes_attention_by_name(cls)
+
+
+def calls(cls: type) -> Calls:
+    """The operators that the class's forward runs on, as far as it can be rerouted."""
+    if cls in twins.ROUTED_MODULES:
+        return Calls(frozenset(twins.ROUTED_MODULES[cls]))
+    if cls.__module__.startswith("torch.nn.") or issubclass(cls, torch.jit.ScriptModule):
+        return Calls(frozenset())
+    found = reading.calls(cls, _find_for(cls, twins.SWAPPABLE))
+    if takes_attention_by_name(cls):
+        # What it has of products is that of another implementation than the one chosen.
+        found = found._replace(products=0)
+    return found._replace(operators=found.operators | {r.operator for r in _overrides(cls).values()})
+
+
+def _overrides(cls: type) -> dict[str, Replacement]:
+    known = integration(cls)
+    return {} if known is None else known.overrides(cls)
+
+
+def _find_for(cls: type, operators: tuple[str, ...]) -> Callable[[Callable], Replacement | None]:
+    # Where attention comes by name, the softmax in the code is that of another implementation than the one chosen.
+    find = transformers().find if takes_attention_by_name(cls) else twins.find
+
+    def find_wanted(function: Callable) -> Replacement | None:
+        found = find(function)
+        return found if found is not None and found.operator in ("", *operators) else None
+
+    return find_wanted
+
+
+def is_routed(cls: type, original: type) -> bool:
+    """Whether `cls` is a routed class made of `original`."""
+    return _ROUTED in cls.__dict__ and cls.__base__ is original
+
+
+def routed_operators(cls: type) -> tuple[str, ...]:
+    """What a routed class routes; nothing where it is none."""
+    return cls.__dict__.get(_ROUTED, ())
+
+
+def routed(cls: type, operators: tuple[str, ...]) -> type:
+    """A subclass of `cls` whose forward is the same with the operators' calls routed to gptkern.
+
+    One that is in use is taken again. Nothing here keeps it alive: Python itself knows a class's subclasses.
+
+    Raises:
+        Exception: whatever the class's own `__init_subclass__`, or its metaclass, raises.
+    """
+    for known in type.__subclasses__(cls):
+        if routed_operators(known) == operators:
+            if known.__dict__[_CODE].is_outdated():
+                known.__dict__[_CODE].make()
+            return known
+
+    def __reduce_ex__(self, protocol):
+        # The class is made here and not found by its name: pickle and deepcopy make it again.
+        reduced = cls.__reduce_ex__(self, protocol)
+        if reduced[0] is copyreg.__newobj__:
+            return (_new_routed, (cls, operators), *reduced[2:])
+        return reduced
+
+    members = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    made = type(cls.__name__, (cls,), {**members, _ROUTED: operators, "__reduce_ex__": __reduce_ex__})
+    type.__setattr__(made, _CODE, _RoutedCode(made, cls, operators))
+    return made
+
+
+class _RoutedCode:
+    """The methods of a routed class, and what they were made from: a class's methods may be patched at any time."""
+
+    def __init__(self, routed: type, cls: type, operators: tuple[str, ...]):
+        self.routed, self.cls, self.operators = routed, cls, operators
+        self.members: dict[str, object] = {}
+        self.make()
+
+    def make(self) -> None:
+        """Gives the routed class the methods that its original class now calls for."""
+        cls = self.cls
+        methods = {name: r.function for name, r in _overrides(cls).items() if r.operator in self.operators}
+        self.rerouted: Rerouted | None = None
+        if "forward" not in methods:
+            methods = {**self.rerouted_methods(), **methods}
+        names = {"forward", *methods, *(self.rerouted.names if self.rerouted else ())}
+        sources = {name: getattr(cls, name, None) for name in names}
+        # What a descriptor makes anew each time it is asked says nothing.
+        self.sources = tuple((name, f) for name, f in sources.items() if getattr(cls, name, None) is f)
+        members = {**methods, "forward": self.forward(methods.get("forward", cls.forward))}
+        for name in self.members.keys() - members.keys():
+            type.__delattr__(self.routed, name)
+        for name, member in members.items():
+            type.__setattr__(self.routed, name, member)
+        self.members = members
+
+    def rerouted_methods(self) -> dict[str, object]:
+        """forward, and the methods that it calls, where these change."""
+        cls = self.cls
+        try:
+            self.rerouted = Rerouted(cls, _find_for(cls, self.operators))
+            return self.rerouted.methods
+        except CannotReroute as reason:
+            _logger.debug("swap: %s: a TorchFunctionMode routes its calls", reason)
+        routing = Routing(self.operators)
+
+        def routed_forward(*args, **kwargs):
+            with routing:
+                return cls.forward(*args, **kwargs)
+
+        return {"forward": routed_forward}
+
+    def forward(self, inner: Callable | staticmethod) -> Callable | staticmethod:
+        """`inner`, after a look at whether it still is what the class's forward calls for."""
+        cls, routed = self.cls, self.routed
+        is_static = isinstance(inspect.getattr_static(cls, "forward"), staticmethod)
+        inner = inner.__func__ if isinstance(inner, staticmethod) else inner
+
+        @functools.wraps(cls.forward)
+        def forward(*args, **kwargs):
+            # torch.compile keeps what it has traced; in eager mode the class and the globals may have changed.
+            if not torch.compiler.is_compiling() and not self.is_current():
+                self.make()
+                return routed.forward(*args, **kwargs)
+            return inner(*args, **kwargs)
+
+        return staticmethod(forward) if is_static else forward
+
+    def is_current(self) -> bool:
+        """Whether the class's methods, and what they call that is replaced, are what they were: asked at each call."""
+        for name, source in self.sources:
+            if getattr(self.cls, name, None) is not source:
+                return False
+        return self.rerouted is None or self.rerouted.refresh()
+
+    def is_outdated(self) -> bool:
+        """Whether the class's code, read again, calls something else: asked at each swap."""
+        return not self.is_current() or (self.rerouted is not None and self.rerouted.is_outdated())
+
+
+def _new_routed(cls: type, operators: tuple[str, ...]) -> torch.nn.Module:
+    made = routed(cls, operators)
+    return made.__new__(made)
