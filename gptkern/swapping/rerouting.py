@@ -88,7 +88,7 @@ class Rerouted:
                     return False
                 scope.seen[name] = value
                 if value is _MISSING:
-                    del scope.new[name]
+                    scope.new.pop(name, None)  # another thread may have been faster
                 else:
                     scope.new[name] = value
         return True
@@ -102,7 +102,9 @@ class Rerouted:
         return {
             chain: target
             for chain, target in self._links[function].items()
-            if not is_method(function, chain) and (self._find(target) or target in self._changed)
+            # What is no function may have no hash.
+            if not is_method(function, chain)
+            and (self._find(target) or (isinstance(target, types.FunctionType) and target in self._changed))
         }
 
     def _again(self, function: types.FunctionType) -> types.FunctionType:
