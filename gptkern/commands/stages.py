@@ -295,7 +295,7 @@ class Demo:
 
     def write(self) -> None:
         """The report, the figures as JSON, and the verdict on the terminal."""
-        from gptkern.commands.report import render
+        from gptkern.commands.demo_report import render
 
         findings = self.findings
         self.out.mkdir(parents=True, exist_ok=True)

@@ -100,7 +100,7 @@ def int8_linear(
         choice = dispatch.choose("int8_linear", call)
     if choice.backend == "torch" and not (torch.is_grad_enabled() and _requires_grad(input, bias)):
         with without_autocast(input.device.type):
-            return forward(*call)
+            return forward(call)
     return Int8LinearFunction.apply(*call, choice.backend)
 
 
