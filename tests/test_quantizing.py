@@ -18,7 +18,7 @@ from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gptkern
-from gptkern import quantizing
+from gptkern.quantizing import report as quantize_report
 from gptkern.models import GPT, GPTConfig
 from gptkern.nn import Int8Linear
 
@@ -190,7 +190,7 @@ def test_the_report_is_a_table():
      (7_500_000_000, "7.50 GB"), (2_000_000_000_000, "2000.00 GB")],
 )  # fmt: skip
 def test_sizes_are_shown_in_units(count, shown):
-    assert quantizing._size(count) == shown
+    assert quantize_report._size(count) == shown
 
 
 def test_the_report_is_logged(caplog):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 
@@ -48,7 +48,7 @@ class SwapReport:
                     (r.name, (r.original, r.operator, r.replacement)) for r in self.replaced
                 ).items()
             ]
-            lines += _table(("replaced", "module", "operator", "runs on", "where"), rows)
+            lines += ["", *table(("replaced", "module", "operator", "runs on", "where"), rows)]
         if self.skipped:
             rows = [
                 (str(len(names)), original, reason, where(names))
@@ -56,7 +56,7 @@ class SwapReport:
                     (s.name, (s.original, s.reason)) for s in self.skipped
                 ).items()
             ]
-            lines += _table(("skipped", "module", "reason", "where"), rows)
+            lines += ["", *table(("skipped", "module", "reason", "where"), rows)]
         return "\n".join(lines)
 
 
@@ -90,10 +90,10 @@ def _grouped(entries: Iterable[tuple[str, tuple]]) -> dict[tuple, list[str]]:
     return groups
 
 
-def _table(heading: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def table(heading: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     rows = [heading, *rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["", *("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 
 
 def _count(number: int, noun: str) -> str:

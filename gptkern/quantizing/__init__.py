@@ -1,0 +1,14 @@
+"""int8 linear layers in a model that was trained without them: quantize, load_quantized.
+
+quantizing.py   quantize: a model's linear layers one after another
+choosing.py     which layers become int8, and why the others do not
+layers.py       where a model holds its layers, and how one takes the place of another
+loading.py      load_quantized
+report.py       what quantize did, as data and as a table
+"""
+
+from gptkern.quantizing.loading import load_quantized
+from gptkern.quantizing.quantizing import quantize
+from gptkern.quantizing.report import QuantizeReport
+
+__all__ = ["QuantizeReport", "load_quantized", "quantize"]
