@@ -10,7 +10,7 @@ ifeq ($(GPU),)
 test: export GPTKERN_CUDA_ARCHS ?= 80;90a
 endif
 
-.PHONY: demo test emulator lint bench gpu figures tables clean
+.PHONY: demo test emulator lint bench gpu figures tables docs clean
 
 # Why no environment can be made, in one line; nothing where one can.
 obstacle = $(shell $(PYTHON) building/obstacle.py 2>/dev/null || echo it cannot be run)
@@ -57,6 +57,10 @@ figures: $(VENV)/installed  ## the figures of docs/ from bench/results/
 
 tables: $(VENV)/cuda  ## docs/cuda_resources.md and docs/cuda_counters.md, from the CUDA kernels
 	$(BIN)/python bench/cuda_tables.py
+
+docs: $(VENV)/installed  ## docs/api/ from the docstrings, and what README.md says of the kernels from docs/cuda_*.md
+	$(BIN)/python docs/api_pages.py
+	$(BIN)/python docs/kernel_facts.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info out gptkern/_cuda.*.so gptkern/backends/cuda/not_built.txt
