@@ -1,17 +1,17 @@
-"""The benchmarks on pytest-benchmark: one test for each cell of gptkern.measuring and each implementation in it.
+"""The cells of `gptkern bench` on pytest-benchmark: one test for each cell and each implementation in it.
 
     pytest bench                    the quick cells of all operators; --full all, --smoke tiny ones
     pytest bench -k softmax --benchmark-group-by=group --benchmark-json=softmax.json
 
 All implementations of a cell are checked and timed in turn when its first test runs; each test hands its own samples to
-pytest-benchmark. `gptkern bench` measures the same cells without pytest, with the share of the device's ceiling.
+pytest-benchmark.
 """
 
 from __future__ import annotations
 
 import pytest
 
-from gptkern.measuring import costs, machine, runner
+from gptkern.measuring import machine, runner
 
 
 class Clock:
@@ -49,15 +49,11 @@ def _extent(config) -> str:
 
 
 def pytest_generate_tests(metafunc):
-    kind, extent = machine.kind(), _extent(metafunc.config)
-    if "cell" in metafunc.fixturenames:
-        cells = runner.cells(kind, extent)
-        pairs = [(cell, name) for cell in cells for name in runner.module(cell.operator).implementations(cell, kind)]
-        ids = [f"{c.operator}-{c.direction}-{c.label}-{c.dtype}-{name}".replace(" ", "_") for c, name in pairs]
-        metafunc.parametrize(("cell", "implementation"), pairs, ids=ids)
-    if "cost" in metafunc.fixturenames:
-        listed = costs.listed(extent)
-        metafunc.parametrize("cost", [measure for _, measure in listed], ids=[key for key, _ in listed])
+    kind = machine.kind()
+    cells = runner.cells(kind, _extent(metafunc.config))
+    pairs = [(cell, name) for cell in cells for name in runner.module(cell.operator).implementations(cell, kind)]
+    ids = [f"{c.operator}-{c.direction}-{c.label}-{c.dtype}-{name}".replace(" ", "_") for c, name in pairs]
+    metafunc.parametrize(("cell", "implementation"), pairs, ids=ids)
 
 
 def pytest_collection_modifyitems(items):
@@ -66,7 +62,11 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def _measured():
+def _measured(request):
+    # Device, versions and commit go into pytest-benchmark's own JSON.
+    machine_info = getattr(getattr(request.config, "_benchmarksession", None), "machine_info", None)
+    if isinstance(machine_info, dict):
+        machine_info["gptkern"] = machine.identify()
     return {}
 
 
@@ -86,24 +86,3 @@ def measured(request, benchmark, _measured):
         clock.replay(benchmark, samples[implementation])
 
     return of
-
-
-@pytest.fixture
-def replayed(benchmark):
-    """Hands the median of a cost that was measured to pytest-benchmark; costs in bytes have no time."""
-
-    def of(record):
-        benchmark.extra_info |= record
-        if record["unit"] != "s":
-            pytest.skip(f"{record['key']} is {record['gptkern']['median']:.0f} {record['unit']}, no time")
-        clock.replay(benchmark, [record["gptkern"]["median"]])
-
-    return of
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _identity(request):
-    """Device, versions and commit go into pytest-benchmark's own JSON."""
-    machine_info = getattr(getattr(request.config, "_benchmarksession", None), "machine_info", None)
-    if isinstance(machine_info, dict):
-        machine_info["gptkern"] = machine.identify()

@@ -525,5 +525,5 @@ def test_the_bench_of_a_swapped_step_runs(capsys, monkeypatch):
     for limit, status in ((float("inf"), 0), (0.0, 1)):
         monkeypatch.setattr(bench, "LIMIT", limit)
         assert bench.main() == status
-    assert len(seen) == 4 and all(value > 0 for found in seen for by in found for value in by)
+    assert len(seen) == 4 and all(value > 0 for found in seen for value in found)
     assert "2 x 8" in capsys.readouterr().out

@@ -140,37 +140,27 @@ class Findings:
         if not self.steps_done:
             sentences.append("Nothing was trained.")
         else:
-            seen = self.steps_done * self.tokens_per_step
             sentences.append(
-                f"A GPT of {self.parameters:,} parameters was trained twice on {self.text}, "
-                f"{self.steps_done:,} steps and {seen:,} bytes each: once as it is, on PyTorch's operators, and once "
-                "after gptkern.swap(model), from the same first weights on the same batches."
+                f"A GPT of {self.parameters:,} parameters was trained twice on {self.text}, {self.steps_done:,} steps "
+                f"each, from the same first weights on the same batches: once on PyTorch's operators, and once after "
+                f"gptkern.swap(model). The two loss curves differ by at most {self.largest_difference:.2g} nats a byte."
             )
-            difference = self.largest_difference
-            if difference == 0:
-                sentences.append("The two loss curves are equal to the last bit.")
-            else:
-                sentences.append(f"The two loss curves differ by at most {difference:.2g} nats per byte.")
             if self.swapped.final is not None:
                 sentences.append(f"Validation loss: {nats(self.swapped.final)}.")
             if self.backends == ["torch"]:
-                sentences.append(
-                    "No kernels ran in the swapped model here (the table of modules says why): it used PyTorch's own "
-                    "operators too, so equal curves and a speed ratio near 1 are what to expect."
-                )
+                sentences.append("No kernels ran in the swapped model here (the table of modules says why).")
             elif self.speed_up:
                 sentences.append(f"The swapped model trained at {self.speed_up:.2f} times the stock model's speed.")
         if self.int8:
+            smaller = self.int8.model_bytes / self.int8.model_bytes_int8
+            change = signed(self.int8.change)
             sentences.append(
-                f"With int8 linear layers the model takes {self.int8.model_bytes / self.int8.model_bytes_int8:.2f} "
-                f"times fewer bytes, and its validation loss changes by {signed(self.int8.change)}."
+                f"With int8 linear layers it is {smaller:.2f} times smaller, its loss changes by {change}."
             )
         check = self.kernel_check
         if check and (check.passed or check.failed):
-            sentences.append(
-                f"The kernels were checked against float64 {check.note}: {check.passed} of "
-                f"{check.passed + check.failed} comparisons passed in {check.seconds:.0f} s."
-            )
+            compared = check.passed + check.failed
+            sentences.append(f"Kernels against float64, {check.note}: {check.passed} of {compared} comparisons passed.")
         if self.interrupted:
             sentences.append(f"The run was interrupted ({self.interrupted}); this is what was done until then.")
         return " ".join(sentences)

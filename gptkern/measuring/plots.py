@@ -1,8 +1,8 @@
 """Pictures of a results file: one SVG an operator, one small plot for each panel and direction.
 
-A plot shows the rate of gptkern and of each peer over the panel's size, and the rate at the measured ceiling as a
-dashed line. Where the ceiling changes along the panel, from bytes to operations, it shows the rate's share of the
-ceiling in percent. Where a panel has one size alone, or one size twice, its plot has bars.
+A plot shows the rate of gptkern and of each peer over the panel's cells, with its quartiles, and the rate at the
+measured ceiling as a dashed line. Where the ceiling changes along the panel, from bytes to operations, it shows the
+rate's share of the ceiling in percent.
 """
 
 from __future__ import annotations
@@ -51,11 +51,12 @@ _RC = {
     "grid.color": "#e3e6ea",
     "legend.frameon": False,
 }
-_DASHES = {"color": "#20242b", "linestyle": (0, (5, 3)), "linewidth": 1}
+_DASHES = {"color": "#20242b", "linestyle": "--", "linewidth": 1}
+PERCENT = "% of the ceiling"
 # A ceiling this many times above the best rate is written and not drawn: it would press the lines flat.
 _FAR = 3.0
-# Inches of one plot and of one bar; plots beside one another; letters of a plot's title.
-_WIDTH, _HEIGHT, _BAR, _COLUMNS, _LETTERS = 4.5, 2.9, 0.24, 3, 46
+# Inches of one plot; plots beside one another; letters of a plot's title.
+_WIDTH, _HEIGHT, _COLUMNS, _LETTERS = 4.5, 2.9, 3, 46
 
 
 def draw_all(results: dict[str, Any]) -> dict[str, str]:
@@ -81,7 +82,7 @@ def _plot(panel: rates.Panel, ceilings: dict[str, Any]) -> dict[str, Any] | None
     least = [rates.least_seconds(cell, ceilings) for cell in cells]
     kinds = list(dict.fromkeys(cell["ceiling"] for cell, seconds in zip(cells, least) if seconds))
     if all(least) and len(kinds) > 1:
-        unit, amounts = "% of the ceiling", [100 * seconds for seconds in least]
+        unit, amounts = PERCENT, [100 * seconds for seconds in least]
     series: dict[str, list] = {name: [] for name in rates.names(cells)}
     for place, cell in enumerate(cells):
         for name in rates.names([cell]):
@@ -92,11 +93,9 @@ def _plot(panel: rates.Panel, ceilings: dict[str, Any]) -> dict[str, Any] | None
         "title": f"{panel.name.removeprefix(f'{panel.operator}, ')}: {panel.direction}",
         "unit": unit,
         "x": cells[0].get("x"),
-        "xs": xs,
-        "labels": [cell["label"] for cell in cells],
-        # Over one size alone there is no line to draw, and with a size twice none that could be read.
-        "bars": None in xs or len(set(xs)) < max(2, len(xs)),
-        # name -> (place in xs, rate, the rate at the upper quartile's time, at the lower one's)
+        # One size twice, or none: the whole shape tells the cells apart.
+        "ticks": [cell["label"] for cell in cells] if None in xs or len(set(xs)) < len(xs) else [f"{x:g}" for x in xs],
+        # name -> (place among the ticks, rate, the rate at the upper quartile's time, at the lower one's)
         "series": series,
         "limits": {place: amounts[place] / seconds for place, seconds in enumerate(least) if seconds},
         "ceiling": " and ".join(kinds),
@@ -114,15 +113,14 @@ def _draw(title: str, plots: list[dict[str, Any]]) -> str:
     names = list(dict.fromkeys(name for plot in plots for name in plot["series"]))
     columns = 2 if len(plots) == 4 else min(_COLUMNS, len(plots))
     rows = [plots[start : start + columns] for start in range(0, len(plots), columns)]
-    heights = [max(map(_height, row)) for row in rows]
     with matplotlib.rc_context(_RC):
         legend = -(-len(names) // (2 * columns)) * 0.22
-        figure = Figure(figsize=(_WIDTH * columns, sum(heights) + legend + 0.5), layout="constrained")
-        grid = figure.add_gridspec(len(rows), columns, height_ratios=heights)
+        figure = Figure(figsize=(_WIDTH * columns, _HEIGHT * len(rows) + legend + 0.5), layout="constrained")
+        grid = figure.add_gridspec(len(rows), columns)
         for place, plot in enumerate(plots):
             axes = figure.add_subplot(grid[divmod(place, columns)])
             axes.set_title(textwrap.fill(plot["title"], _LETTERS), loc="left", fontsize=9, fontweight="bold")
-            (_bars if plot["bars"] else _lines)(axes, plot, names)
+            _lines(axes, plot, names)
         figure.suptitle(title, fontsize=11.5, fontweight="bold")
         handles = [Line2D([], [], label=name, **_style(name, names)) for name in names]
         figure.legend(handles=handles, loc="outside lower center", ncols=2 * columns)
@@ -133,51 +131,28 @@ def _draw(title: str, plots: list[dict[str, Any]]) -> str:
     return re.sub(r"[ \t]+$", "", svg, flags=re.MULTILINE)
 
 
-def _height(plot: dict) -> float:
-    return max(_HEIGHT, _BAR * len(_bar_rows(plot)) + 1.1) if plot["bars"] else _HEIGHT
-
-
 def _lines(axes, plot: dict, names: list[str]) -> None:
-    xs, (scale, unit) = plot["xs"], _scale(plot)
-    for name, points in plot["series"].items():
-        style = _style(name, names)
-        at = [xs[place] for place, *_ in points]
-        values, lows, highs = ([rate / scale for rate in part] for part in list(zip(*points))[1:])
-        axes.fill_between(at, lows, highs, color=style["color"], alpha=0.15, linewidth=0)
-        axes.plot(at, values, zorder=4 if name == "gptkern" else 3, **style)
-    near = {xs[place]: limit / scale for place, limit in plot["limits"].items() if limit <= _FAR * _best(plot)}
-    if near:
-        axes.plot(near.keys(), near.values(), zorder=2, **_DASHES)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(xs, [f"{x / 1024:g}K" if x % 1024 == 0 else f"{x:g}" for x in xs], rotation=45, fontsize=8)
-    axes.minorticks_off()
-    axes.set_ylim(0, 1.08 * max([_best(plot) / scale, *near.values()]))
+    best = max(point[3] for points in plot["series"].values() for point in points)
+    scale, prefix = 1.0, ""
+    if plot["unit"] not in ("tokens/s", PERCENT):
+        scale, prefix = (1e12, "T") if best >= 1e12 and plot["unit"] != "B/s" else (1e9, "G")
+    count = len(plot["series"])
+    for number, (name, points) in enumerate(plot["series"].items()):
+        places, *rest = zip(*points)
+        # Over a single cell the points stand beside one another.
+        moved = 0.7 * (number + 0.5) / count - 0.35 if len(plot["ticks"]) == 1 else 0.0
+        values, lows, highs = ([rate / scale for rate in part] for part in rest)
+        off = [[v - low for v, low in zip(values, lows)], [high - v for v, high in zip(values, highs)]]
+        order = 4 if name == "gptkern" else 3
+        axes.errorbar([p + moved for p in places], values, off, elinewidth=1, zorder=order, **_style(name, names))
+    near = {place: limit / scale for place, limit in plot["limits"].items() if limit <= _FAR * best}
+    axes.hlines(near.values(), [place - 0.4 for place in near], [place + 0.4 for place in near], **_DASHES)
+    slanted = {"rotation": 20, "ha": "right"} if max(map(len, plot["ticks"])) > 6 else {}
+    axes.set_xticks(range(len(plot["ticks"])), plot["ticks"], fontsize=8, **slanted)
+    axes.set_xlim(-0.4, len(plot["ticks"]) - 0.6)
+    axes.set_ylim(0, 1.08 * max([best / scale, *near.values()]))
     axes.set_xlabel(f"{plot['x']}    {_ceiling(plot)}")
-    axes.set_ylabel(unit)
-
-
-def _bar_rows(plot: dict) -> list[tuple[int, str]]:
-    """(place of the cell, name) of each bar from the top."""
-    places = range(len(plot["xs"]))
-    return [(at, name) for at in places for name, points in plot["series"].items() if at in {p[0] for p in points}]
-
-
-def _bars(axes, plot: dict, names: list[str]) -> None:
-    (scale, unit), rows = _scale(plot), _bar_rows(plot)
-    for at, (place, name) in enumerate(rows):
-        value, low, high = (rate / scale for rate in next(p for p in plot["series"][name] if p[0] == place)[1:])
-        quartiles = {"xerr": [[value - low], [high - value]], "error_kw": {"elinewidth": 1}}
-        axes.barh(at, value, height=0.72, color=_style(name, names)["color"], **quartiles)
-        axes.annotate(form.three(value), (high, at), (3, 0), textcoords="offset points", va="center", fontsize=8)
-        limit = plot["limits"].get(place)
-        if limit and limit <= _FAR * _best(plot):
-            axes.plot([limit / scale] * 2, [at - 0.5, at + 0.5], **_DASHES)
-    several = len(plot["xs"]) > 1
-    axes.set_yticks(range(len(rows)), [f"{plot['labels'][at]}  {name}" if several else name for at, name in rows])
-    axes.grid(False, axis="y")
-    axes.set_ylim(max(len(rows), 3) - 0.4, -0.6)
-    axes.margins(x=0.15)
-    axes.set_xlabel(f"{unit}    {_ceiling(plot)}" if several else f"{unit}, {plot['labels'][0]}    {_ceiling(plot)}")
+    axes.set_ylabel(prefix + plot["unit"])
 
 
 def _ceiling(plot: dict) -> str:
@@ -185,7 +160,7 @@ def _ceiling(plot: dict) -> str:
     values = set(plot["limits"].values())
     if not values:
         return ""
-    known = "" if plot["unit"].startswith("%") else f" {form.rate(min(values), plot['unit'])}"
+    known = "" if plot["unit"] == PERCENT else f" {form.rate(min(values), plot['unit'])}"
     return f"- - {plot['ceiling']} ceiling" + (known if max(values) < 1.001 * min(values) else "")
 
 
@@ -194,15 +169,3 @@ def _style(name: str, names: list[str]) -> dict[str, Any]:
     colour, marker = STYLES[name] if name in STYLES else OTHER_STYLES[others.index(name) % len(OTHER_STYLES)]
     ours = name == "gptkern"
     return {"color": colour, "marker": marker, "linewidth": 2.4 if ours else 1.2, "markersize": 6.5 if ours else 5}
-
-
-def _best(plot: dict) -> float:
-    return max(point[3] for points in plot["series"].values() for point in points)
-
-
-def _scale(plot: dict) -> tuple[float, str]:
-    """(what to divide rates by, their unit)."""
-    if plot["unit"] in ("tokens/s", "% of the ceiling"):
-        return 1.0, plot["unit"]
-    scale, prefix = (1e12, "T") if _best(plot) >= 1e12 and plot["unit"] != "B/s" else (1e9, "G")
-    return scale, prefix + plot["unit"]

@@ -15,7 +15,7 @@ from gptkern.measuring import plots, rates
 from gptkern.measuring import results as files
 
 NAME = "report.md"
-SMOKE = "SMOKE RUN: some {} are of tiny sizes or of few samples, and mean nothing."
+SMOKE = "SMOKE RUN: of tiny sizes or few samples, and without meaning, are some "
 LOST_MARK, BROKEN_MARK, EVENTS_MARK, UNCLEAR_MARK = "▼", "✗", "†", "≈"
 # A reason in the list of what was not measured is cut here, in letters.
 LONGEST_REASON = 240
@@ -58,7 +58,7 @@ def markdown(results: dict[str, Any], pictures: Mapping[str, str], level: int = 
     """
     device = results["machine"]["device"]
     parts = [f"{'#' * level} {device}"]
-    parts += [f"> **{SMOKE.format(name)}**" for name in rates.meaningless(results)]
+    parts += [f"> **{line}**" for line in _warnings(results)]
     parts += [_provenance(results), _ceilings(results), _summary(results), _legend(results)]
     deeper = "#" * (level + 1)
     for operator in rates.operators(results):
@@ -75,6 +75,11 @@ def markdown(results: dict[str, Any], pictures: Mapping[str, str], level: int = 
     ends = {"What is no kernel": _costs, "Promised limits": _promises, "Not measured": _skipped}
     parts += [f"{deeper} {title}, on {device}\n\n{text}" for title, make in ends.items() if (text := make(results))]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _warnings(results: dict[str, Any]) -> list[str]:
+    parts = rates.meaningless(results)
+    return [SMOKE + ", ".join(parts)] if parts else []
 
 
 # --- Where the numbers come from --------------------------------------------------------------------------------------
@@ -210,7 +215,7 @@ def _summary(results: dict[str, Any]) -> str:
 def _extreme(cell: dict[str, Any] | None) -> str:
     if cell is None:
         return form.NONE
-    return f"{form.times(rates.lead(cell))} {form.escaped(rates.best_peer(cell)['name'])}, {_shape(cell)}"
+    return form.escaped(f"{form.times(rates.lead(cell))} {rates.best_peer(cell)['name']}, {cell['label']}")
 
 
 def _legend(results: dict[str, Any]) -> str:
@@ -366,7 +371,7 @@ def terminal(results: dict[str, Any]) -> str:
     """One table an operator; cells that are lost by more than noise say so."""
     words = {rates.FASTEST: "ahead", rates.LEVEL: "level", rates.BEHIND: "LOST", rates.FAILED: "FAILED"}
     headings = ("direction", "shape", "dtype", ">time", ">rate", ">of ceiling", "best peer", ">its time / ours", "")
-    parts = [SMOKE.format(name) for name in rates.meaningless(results)]
+    parts = _warnings(results)
     for operator in rates.operators(results):
         rows = []
         for cell in (cell for panel in rates.panels(results, operator) for cell in panel.cells):
