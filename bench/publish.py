@@ -48,7 +48,7 @@ def stale(root: Path, write: bool = False) -> list[str]:
     """What is not as the results have it, or is a picture of none; written anew or removed where `write`."""
     found, texts = [], wanted(root)
     for path, text in texts.items():
-        if not path.exists() or not _same(path.read_text(encoding="utf-8"), text):
+        if not path.exists() or not same(path.read_text(encoding="utf-8"), text):
             found.append(path.relative_to(root).as_posix())
             if write:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def stale(root: Path, write: bool = False) -> list[str]:
     return found
 
 
-def _same(one: str, other: str) -> bool:
+def same(one: str, other: str) -> bool:
     """Whether two texts are equal; two pictures, but for where roundings put their shapes and how these are named."""
     if not one.startswith("<?xml"):
         return one == other
