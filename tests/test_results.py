@@ -12,11 +12,11 @@ MACHINE = {
     "device": "A device", "slug": "a-device", "kind": "cpu", "source": "0123", "gptkern": "0.1.0", "torch": "2.13.0",
     "triton": None, "threads": 2, "commit": "abcdef0123456789",
 }  # fmt: skip
+CEILINGS = {"copy": {"value": 1e9, "unit": "B/s", "how": "x"}}
 
 
-def timed(name, seconds, **more):
-    spread = {"median": seconds, "low": seconds, "high": seconds, "n": 3}
-    return {"name": name, "device_s": None, "wall_s": spread} | more
+def timed(name, seconds):
+    return {"name": name, "device_s": None, "wall_s": {"median": seconds, "low": seconds, "high": seconds, "n": 3}}
 
 
 def cell(key="a cell", rounds=5, implementations=None):
@@ -26,53 +26,64 @@ def cell(key="a cell", rounds=5, implementations=None):
     }  # fmt: skip
 
 
+def recorded(folder, *cells, **machine):
+    recorder = results.Recorder(folder, MACHINE | machine)
+    for record in cells:
+        recorder.add("cells", record)
+    return recorder
+
+
 def test_what_is_recorded_is_loaded(tmp_path):
-    recorder = results.Recorder(tmp_path / "new" / "folder", MACHINE)
-    recorder.add_cell(cell())
-    recorder.set_ceilings({"copy": {"value": 1e9, "unit": "B/s", "how": "x"}}, "full")
-    recorder.add_cost({"key": "import"})
-    found = results.load(tmp_path / "new" / "folder")
+    folder = tmp_path / "new" / "folder"
+    recorder = recorded(folder, cell())
+    recorder.set_ceilings(CEILINGS, "full")
+    recorder.add("costs", {"key": "import"})
+    found = results.load(folder)
     assert [c["key"] for c in found["cells"]] == ["a cell"] and found["ceilings"]["copy"]["value"] == 1e9
-    assert found["costs"] == [{"key": "import"}] and found["machine"] == MACHINE and found["sample"] is False
-    assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == ["results.json"]
+    assert found["costs"] == [{"key": "import"}] and found["machine"] == MACHINE
+    assert [path.name for path in folder.iterdir()] == ["results.json"]
 
 
 def test_a_run_goes_on_where_the_last_one_ended(tmp_path):
-    results.Recorder(tmp_path, MACHINE).add_cell(cell(rounds=5))
-    again = results.Recorder(tmp_path, MACHINE | {"date": "another day"})
+    recorded(tmp_path, cell(rounds=5), cell("other"))
+    again = recorded(tmp_path, date="another day")
     assert again.done("a cell", 5) and again.moved is None
     assert not again.done("a cell", 6), "fewer rounds than wanted"
     assert not again.done("another cell", 1)
-    again.add_cell(cell(rounds=9))
-    assert [c["rounds"] for c in results.load(tmp_path)["cells"]] == [9], "measured anew, in its place"
+    again.add("cells", cell(rounds=9))
+    found = [(c["key"], c["rounds"]) for c in results.load(tmp_path)["cells"]]
+    assert found == [("a cell", 9), ("other", 5)], "measured anew, in its place"
+
+
+def test_a_cell_where_gptkern_failed_is_measured_again(tmp_path):
+    wrong = cell(implementations=[{"name": "gptkern", "skipped": "wrong"}, timed("eager", 1.0)])
+    assert not recorded(tmp_path, wrong).done("a cell", 1)
 
 
 def test_fewer_peers_do_not_stand_for_more(tmp_path):
-    recorder = results.Recorder(tmp_path, MACHINE)
-    recorder.add_cell(cell() | {"peers_asked": ["compile", "eager"]})
+    recorder = recorded(tmp_path, cell() | {"peers_asked": ["compile", "eager"]})
     assert recorder.done("a cell", 1, ["eager"]) and recorder.done("a cell", 1, ["compile", "eager"])
     assert not recorder.done("a cell", 1, ["quack"]) and not recorder.done("a cell", 1), "all peers were not asked"
-    recorder.add_cell(cell() | {"peers_asked": None})
+    recorder.add("cells", cell() | {"peers_asked": None})
     assert recorder.done("a cell", 1) and recorder.done("a cell", 1, ["quack"])
 
 
 def test_a_smoke_run_does_not_stand_for_a_real_one(tmp_path):
-    recorder = results.Recorder(tmp_path, MACHINE)
+    recorder = recorded(tmp_path)
     assert not recorder.has_ceilings("smoke") and not recorder.has_cost("import", "smoke")
     for extent, reached in (("smoke", ["smoke"]), ("quick", ["smoke", "quick", "full"])):
-        recorder.set_ceilings({"copy": {"value": 1e9, "unit": "B/s", "how": "x"}}, extent)
+        recorder.set_ceilings(CEILINGS, extent)
         assert [e for e in results.EXTENTS if recorder.has_ceilings(e)] == reached, "quick and full are the same"
     for extent, reached in (("smoke", 1), ("quick", 2), ("full", 3)):
-        recorder.add_cost({"key": "import", "extent": extent})
+        recorder.add("costs", {"key": "import", "extent": extent})
         assert [e for e in results.EXTENTS if recorder.has_cost("import", e)] == list(results.EXTENTS[:reached])
 
 
 @pytest.mark.skipif(results.fcntl is None, reason="this system has no flock")
 def test_a_second_run_is_kept_out(tmp_path):
     with results.locked(tmp_path / "new"):
-        second = results.locked(tmp_path / "new")
         with pytest.raises(results.ResultsError, match="another gptkern bench is writing there"):
-            second.__enter__()
+            results.locked(tmp_path / "new").__enter__()
         with results.locked(tmp_path / "other"):
             pass
     with results.locked(tmp_path / "new"):
@@ -82,32 +93,27 @@ def test_a_second_run_is_kept_out(tmp_path):
         pass
 
 
-def test_a_cell_where_gptkern_failed_is_measured_again(tmp_path):
-    recorder = results.Recorder(tmp_path, MACHINE)
-    recorder.add_cell(cell(implementations=[{"name": "gptkern", "skipped": "wrong"}, timed("eager", 1.0)]))
-    assert not recorder.done("a cell", 1)
-
-
 @pytest.mark.parametrize("name", results.SAME)
 def test_results_of_other_sources_or_devices_are_moved_aside(tmp_path, name):
-    results.Recorder(tmp_path, MACHINE).add_cell(cell())
-    other = results.Recorder(tmp_path, MACHINE | {name: "other"})
+    recorded(tmp_path, cell())
+    other = recorded(tmp_path, **{name: "other"})
     assert not other.done("a cell", 1)
     assert other.moved == tmp_path / "results-abcdef012345.json"
     assert results.load(other.moved)["cells"][0]["key"] == "a cell"
-    other.add_cell(cell("new"))
-    third = results.Recorder(tmp_path, MACHINE)
-    assert third.moved == tmp_path / "results-abcdef012345-2.json", "what was moved before is kept"
+    other.add("cells", cell("new"))
+    assert recorded(tmp_path).moved == tmp_path / "results-abcdef012345-2.json", "what was moved before is kept"
 
 
 def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path):
-    recorder = results.Recorder(tmp_path, MACHINE)
-    recorder.add_cell(cell())
+    recorder = recorded(tmp_path, cell())
     before = (tmp_path / "results.json").read_text()
     with pytest.raises(ValueError):
-        recorder.add_cost({"key": "x", "gptkern": float("nan")})
+        recorder.add("costs", {"key": "x", "gptkern": float("nan")})
     assert (tmp_path / "results.json").read_text() == before
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+EMPTY = {"format": 1, "machine": {}, "ceilings": {}, "cells": [], "costs": []}
 
 
 @pytest.mark.parametrize(
@@ -116,47 +122,18 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path):
         ("not json", "Expecting value"),
         ("[]", "format"),
         ('{"format": 2}', "format is 2"),
-        ('{"format": 1, "sample": false, "machine": {}, "ceilings": {}, "cells": {}, "costs": []}', "cells is dict"),
-        (
-            json.dumps({"format": 1, "sample": False, "machine": {}, "ceilings": {}, "costs": [],
-                        "cells": [{"key": "k"}]}),
-            r"cell 0 \(k\) has no operator",
-        ),
-        (
-            json.dumps({"format": 1, "sample": False, "machine": {}, "ceilings": {}, "costs": [],
-                        "cells": [cell(implementations=[{"name": "x"}])]}),
-            "neither a time nor a reason",
-        ),
+        (json.dumps(EMPTY | {"cells": {}}), "cells is dict"),
+        (json.dumps(EMPTY | {"cells": [{"key": "k"}]}), r"cell 0 \(k\) has no operator"),
+        (json.dumps(EMPTY | {"cells": [cell(implementations=[{"name": "x"}])]}), "neither a time nor a reason"),
     ],
-)  # fmt: skip
-def test_what_is_no_results_file_is_named(tmp_path, content, says):
-    (tmp_path / "results.json").write_text(content)
-    with pytest.raises(results.ResultsError, match=says) as error:
-        results.load(tmp_path)
-    assert str(tmp_path / "results.json") in str(error.value)
-    with pytest.raises(results.ResultsError):
-        results.Recorder(tmp_path, MACHINE)
-    assert (tmp_path / "results.json").read_text() == content
-
-
-def test_an_absent_file_is_named(tmp_path):
+)
+def test_what_is_no_results_file_is_named_and_left_alone(tmp_path, content, says):
+    path = tmp_path / "results.json"
+    path.write_text(content)
+    for read in (lambda: results.load(tmp_path), lambda: recorded(tmp_path)):
+        with pytest.raises(results.ResultsError, match=says) as error:
+            read()
+        assert str(path) in str(error.value)
+    assert path.read_text() == content
     with pytest.raises(results.ResultsError, match=r"absent.*No such file"):
         results.load(tmp_path / "absent")
-
-
-def test_the_best_peer_and_what_is_lost():
-    mine, slow, fast = timed("gptkern", 1.0), timed("eager", 2.0), timed("compile", 0.8)
-    record = cell(implementations=[mine, slow, {"name": "quack", "skipped": "absent"}, fast])
-    assert results.best_peer(record)["name"] == "compile"
-    assert results.ratio(record) == pytest.approx(1.25) and results.ratio(record, slow) == 0.5
-    assert results.lost(record)
-    assert not results.lost(cell(implementations=[timed("gptkern", 1.019), timed("eager", 1.0)])), "noise"
-    assert not results.lost(cell(implementations=[timed("gptkern", 1.0)])), "nobody to lose to"
-    # On a GPU the device's time counts, not the host's.
-    device = {"median": 3.0, "low": 3.0, "high": 3.0, "n": 3}
-    assert (
-        results.ratio(
-            cell(implementations=[timed("gptkern", 1.0, device_s=device), timed("eager", 9.0, device_s=device)])
-        )
-        == 1
-    )
