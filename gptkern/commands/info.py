@@ -16,16 +16,6 @@ SUMMARY = "what this machine has: versions, device, backends, and why one is mis
 # The variables that change what runs.
 VARIABLES = ("GPTKERN_BACKEND", "GPTKERN_CACHE", "TRITON_INTERPRET", "GPTKERN_EMULATE_CUDA", "CUDA_VISIBLE_DEVICES")
 
-# What the kernels cover, as the contracts of gptkern.functional say; other calls run on PyTorch.
-COVERAGE = {
-    "attention": "float16, bfloat16, float32 (triton alone); head_dim a multiple of 8 to 256; mask, dropout: triton",
-    "layer_norm": "float16, bfloat16, float32, float64 (triton alone); any width",
-    "rms_norm": "float16, bfloat16, float32; any width",
-    "rotary": "float16, bfloat16, float32, float64 (triton alone); any head_dim; cos and sin without gradient",
-    "softmax": "float16, bfloat16, float32, float64 (triton alone); any dim, any width; a mask without gradient",
-    "int8_linear": "float16, bfloat16, float32 activations; int8 weight",
-}
-
 GIBIBYTE = 1024**3
 
 
@@ -46,7 +36,7 @@ def gathered() -> dict[str, Any]:
     """What `gptkern info --json` prints."""
     import torch
 
-    from gptkern.backends import dispatch
+    from gptkern.operators import NAMES, problem
 
     devices = [_device(torch.device("cpu"))]
     devices += [_device(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
@@ -58,7 +48,7 @@ def gathered() -> dict[str, Any]:
         "cuda_kernels": _cuda_kernels(),
         "cuda_emulator": _cuda_emulator(),
         "forced_backend": os.environ.get("GPTKERN_BACKEND") or None,
-        "operators": {operator: COVERAGE.get(operator, "") for operator in dispatch.OPERATORS},
+        "operators": {operator: problem(operator).coverage for operator in NAMES},
         "devices": devices,
     }
 
@@ -144,25 +134,24 @@ def _tables(device) -> str:
 
 
 def _backends(device) -> dict[str, dict[str, str | None]]:
-    """operator -> backend -> None where it can run, else the reason."""
+    """operator -> backend or variant that it has -> None where that can run, else the reason."""
     from gptkern.backends import dispatch
+    from gptkern.backends.tables import orders
+    from gptkern.operators import NAMES
 
     return {
-        operator: {name: _reason(name, operator, device) for name in dispatch.BACKENDS}
-        for operator in dispatch.OPERATORS
+        operator: {
+            name: dispatch.missing(name, operator, device) for name in _in_order(dispatch.orders.names(operator))
+        }
+        for operator in NAMES
     }
 
 
-def _reason(backend: str, operator: str, device) -> str | None:
+def _in_order(names) -> list[str]:
+    """The backends as everywhere, the variants of each behind it."""
     from gptkern.backends import dispatch
 
-    reason = dispatch.unavailable(backend, device)
-    if reason is None:
-        try:
-            dispatch.load(backend, operator)
-        except ImportError as error:
-            reason = f"{type(error).__name__}: {error}"
-    return reason
+    return sorted(names, key=lambda name: (dispatch.BACKENDS.index(name.partition(":")[0]), name))
 
 
 def _show(facts: dict[str, Any]) -> None:
@@ -187,9 +176,9 @@ def _show(facts: dict[str, Any]) -> None:
             print(f"{name}={value}")
     for device in facts["devices"]:
         print()
-        backends = list(next(iter(device["backends"].values())))
+        backends = _in_order({name for reasons in device["backends"].values() for name in reasons})
         rows = [
-            [operator, *("no" if reasons[name] else "yes" for name in backends), facts["operators"][operator]]
+            [operator, *(_word(reasons, name) for name in backends), facts["operators"][operator]]
             for operator, reasons in device["backends"].items()
         ]
         tables.show(f"Backends on {device['name']}", ("operator", *backends, "what the kernels cover"), rows)
@@ -197,14 +186,20 @@ def _show(facts: dict[str, Any]) -> None:
             print(f"  not {backend}: {reason}")
 
 
+def _word(reasons: dict[str, str | None], backend: str) -> str:
+    """ "yes", "no", or "-" of a variant that the operator does not have."""
+    return "-" if backend not in reasons else "no" if reasons[backend] else "yes"
+
+
 def _reasons(backends: dict[str, dict[str, str | None]]) -> dict[str, str]:
-    """backend -> why it cannot run; with the operators' names where not all have the same reason."""
+    """backend -> why it cannot run; with the operators' names where not all that have it have the same reason."""
     told = {}
-    for name in next(iter(backends.values())):
-        reasons = {operator: reasons[name] for operator, reasons in backends.items() if reasons[name]}
+    for name in _in_order({name for reasons in backends.values() for name in reasons}):
+        having = {operator: reasons[name] for operator, reasons in backends.items() if name in reasons}
+        reasons = {operator: reason for operator, reason in having.items() if reason}
         if not reasons:
             continue
-        if len(set(reasons.values())) == 1 and len(reasons) == len(backends):
+        if len(set(reasons.values())) == 1 and len(reasons) == len(having):
             told[name] = next(iter(reasons.values()))
         else:
             told[name] = "; ".join(f"{operator}: {reason}" for operator, reason in reasons.items())

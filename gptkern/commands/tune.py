@@ -38,19 +38,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _operator(name: str) -> str:
     # Looked up when one is given: `--help` does not wait for PyTorch.
-    from gptkern.measuring.tuning_tasks import OPERATORS
+    from gptkern.operators import NAMES
 
-    if name not in OPERATORS:
-        raise argparse.ArgumentTypeError(f"invalid choice: {name!r} (choose from {', '.join(OPERATORS)})")
+    if name not in NAMES:
+        raise argparse.ArgumentTypeError(f"invalid choice: {name!r} (choose from {', '.join(NAMES)})")
     return name
 
 
 def run(args: argparse.Namespace) -> int:
-    from gptkern.measuring.tuning_tasks import OPERATORS
+    from gptkern.operators import NAMES
 
     if args.architecture is not None and args.architecture < OLDEST:
         raise UserError(f"--architecture {args.architecture}: it needs {OLDEST} or more, as the kernels do")
-    operators = tuple(dict.fromkeys(args.op or OPERATORS))
+    operators = tuple(dict.fromkeys(args.op or NAMES))
     device = _gpu(args.device)
     if args.dry_run:
         return _dry_run(operators, device, args.architecture)
@@ -94,7 +94,7 @@ def _tune(operators: tuple[str, ...], device, args: argparse.Namespace) -> int:
 
     found = user.identify(device)
     keep = tuning.keep_shipped(found) if args.shipped else tuning.keep_for_user(found)
-    place = files.FOLDER if args.shipped else user.path(found)
+    place = files.PACKAGE if args.shipped else user.path(found)
     if place is None:
         raise UserError("this system names no folder for caches: set GPTKERN_CACHE")
     _say_ignored(found)
@@ -151,8 +151,8 @@ def _text(candidate: Any) -> str:
 # --- Without measuring ------------------------------------------------------------------------------------------------
 
 
-def _rows(operators, device, architecture) -> dict[str, dict]:
-    """operator -> the rows of its table: those in force on the GPU, or an architecture's defaults."""
+def _rows(operators, device, architecture) -> list[tuple[Any, dict]]:
+    """(table, its rows: those in force on the GPU, or an architecture's defaults) for each of the operators' tables."""
     from gptkern.measuring.tuning_tasks import tables as tables_of
 
     try:
@@ -160,8 +160,8 @@ def _rows(operators, device, architecture) -> dict[str, dict]:
     except ImportError as error:
         raise UserError(f"there are no kernels to tune: {error}") from error
     if device is not None and architecture is None:
-        return {operator: table.in_force(device) for operator, table in found.items()}
-    return {operator: table.defaults(architecture or ARCHITECTURE) for operator, table in found.items()}
+        return [(table, table.in_force(device)) for table in found]
+    return [(table, table.defaults(architecture or ARCHITECTURE)) for table in found]
 
 
 def _place(device, architecture) -> tuple[Any, int]:
@@ -177,22 +177,23 @@ def _dry_run(operators, device, architecture) -> int:
 
     _, of = _place(device, architecture)
     count = 0
-    for operator, rows in _rows(operators, device, architecture).items():
-        for task in row_tasks(operator, of, rows):
-            print(f"{task.name}: {task.direction} of {task.on}\n  present  {_text(task.present)}")
+    for table, rows in _rows(operators, device, architecture):
+        for task in row_tasks(table, of, rows):
+            print(f"{task.name}: {task.tuned.direction} of {task.on}\n  present  {_text(task.present)}")
             for candidate in task.candidates:
                 print(f"  against  {_text(candidate)}")
             count += len(task.candidates)
     classes = [task for operator in operators for task in class_tasks(operator)]
     for task in classes:
-        print(f"{task.name}: the backends against each other, {task.direction} of {task.on}")
+        print(f"{task.name}: the backends against each other, {task.tuned.direction} of {task.on}")
     print(f"sm_{of}: {count} configurations and {len(classes)} classes of calls; nothing was measured")
     return PASSED
 
 
 def _show(operators, device, architecture) -> int:
-    from gptkern.backends.tables import backends, shape_classes, user
+    from gptkern.backends.tables import orders, user
     from gptkern.backends.tables.configurations import described
+    from gptkern.operators import problem
 
     found, of = _place(device, architecture)
     print(f"{found.name}, sm_{of}" if found else f"No GPU is asked for: the defaults of sm_{of}")
@@ -200,29 +201,23 @@ def _show(operators, device, architecture) -> int:
         _say_ignored(found)
     for path in user.written():
         print(f"your file: {path}")
-    for operator, rows in _rows(operators, device, architecture).items():
+    for table, rows in _rows(operators, device, architecture):
         print()
-        names = list(_tables()[operator].key)
         lines = [
-            [described(names, key), _text(row.configuration), f"{row.source}{_gain(row.measured)}"]
+            [described(table.key, key), _text(row.configuration), f"{row.source}{_gain(row.measured)}"]
             for key, row in rows.items()
         ]
-        tables.show(operator, ("row", "configuration", "where it comes from"), lines)
+        tables.show(f"{table.operator} on {table.backend}", ("row", "configuration", "where it comes from"), lines)
     print()
-    shipped = backends.shipped()
-    lines = [["all calls", ", ".join(shipped.default), shipped.source]]
+    lines = []
     for operator in operators:
-        for key, preference in backends.preferences(operator, found).items():
-            call = f"{operator}, {shape_classes.described(operator, key)}"
+        default = orders.default(operator, found or user.Device("", of))
+        lines.append([f"{operator}, all calls", ", ".join(default.order), default.reason])
+        for key, preference in orders.preferences(operator, found).items():
+            call = f"{operator}, {problem(operator).classes.described(key)}"
             lines.append([call, ", ".join(preference.order), preference.reason])
     tables.show("backends, in the order in which they are tried", ("calls", "order", "where it comes from"), lines)
     return PASSED
-
-
-def _tables() -> dict:
-    from gptkern.backends.tables.configurations import TABLES
-
-    return TABLES
 
 
 def _gain(measured: dict[str, Any]) -> str:

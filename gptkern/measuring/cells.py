@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 
@@ -12,7 +12,7 @@ class Cell:
     """One operator in one direction on one shape: gptkern and its peers are timed on it in one run.
 
     Args:
-        operator: "attention", "layer_norm", "rms_norm", "rotary", "softmax", "int8_linear" or "model".
+        operator: of gptkern.operators.NAMES, or "model".
         direction: "forward", "backward" or "both"; for "model" what one call does, "training step" or "generation".
         dtype: of the inputs, "bfloat16".
         sizes: (("rows", 32768), ("width", 1024)), in the order in which they are read.
@@ -22,6 +22,7 @@ class Cell:
         ceiling: the measured rate that this cell's is a share of: "copy", "float32", "bfloat16" or "int8".
         tokens: for "model", how many one call trains on or generates.
         limits: (peer, the ratio of gptkern's time to the peer's that is promised).
+        of: the sizes as the operator's problem has them.
     """
 
     operator: str
@@ -35,6 +36,7 @@ class Cell:
     ceiling: str | None = None
     tokens: int | None = None
     limits: tuple[tuple[str, float], ...] = ()
+    of: Any = field(default=None, compare=False, repr=False)
 
     def size(self, name: str) -> Any:
         return dict(self.sizes)[name]
@@ -55,7 +57,7 @@ class Cell:
     def record(self) -> dict[str, Any]:
         """The cell's own part of a results file."""
         return {
-            **asdict(self),
+            **{part.name: getattr(self, part.name) for part in fields(self) if part.name != "of"},
             "key": self.key,
             "label": self.label,
             "sizes": dict(self.sizes),

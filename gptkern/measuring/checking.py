@@ -1,8 +1,8 @@
 """Runs this machine's kernels against plain mathematics in float64: what `gptkern check` prints.
 
-A case is an operator on one shape and dtype (checking_cases.py). Its result and every gradient are judged by the rule
-of tolerance.py: the reference is the operator as plain PyTorch in float64, differentiated by PyTorch's autograd; the
-yardstick is the same lines in float32. int8 values of quantize_int8 have to be equal.
+A case is an operator on one shape and dtype, of its room's `checks`. Its result and every gradient are judged by the
+rule of tolerance.py: the reference is the operator as plain PyTorch in float64, differentiated by PyTorch's autograd;
+the yardstick is the same lines in float32. int8 values have to be equal.
 """
 
 from __future__ import annotations
@@ -12,16 +12,31 @@ import itertools
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
+from gptkern import operators as rooms
 from gptkern.backends import dispatch
+from gptkern.backends.dispatch import LAUNCHERS
+from gptkern.backends.problem import Inputs
 from gptkern.measuring import tolerance
-from gptkern.measuring.checking_cases import OPERATORS, SIZES, Case, Problem, cases_of
 
-# The launchers in plain PyTorch. Backend "torch" itself is not checked: there a twin calls PyTorch's own operator.
-LAUNCHERS = "torch launchers"
+SIZES = ("small", "realistic")
 KERNELS = tuple(name for name in dispatch.BACKENDS if name != "torch")
+
+
+class Case(NamedTuple):
+    """An operator on one shape and dtype."""
+
+    operator: str
+    shape_class: str
+    dtype: torch.dtype
+    sizes: Any  # as the operator's problem has them
+
+    @property
+    def shape(self) -> str:
+        return rooms.problem(self.operator).label(self.sizes)
 
 
 @dataclass(frozen=True)
@@ -41,6 +56,17 @@ class Result:
     seconds: float = 0.0  # of the whole case
 
 
+def cases_of(operator: str, sizes: Iterable[str] = SIZES[:1]) -> list[Case]:
+    """The cases of an operator, of these of SIZES."""
+    checks = rooms.problem(operator).checks()
+    return [
+        Case(operator, name, dtype, check.sizes)
+        for size in sizes
+        for name, check in checks[size].items()
+        for dtype in check.dtypes
+    ]
+
+
 def run(
     operators: Iterable[str] | None = None,
     *,
@@ -49,27 +75,29 @@ def run(
     sizes: Iterable[str] | None = None,
     dtypes: Iterable[torch.dtype] | None = None,
     seconds: float | None = None,
+    seed: int = 0,
 ) -> Iterator[Result]:
     """Check the kernels, and yield each result as soon as it is there.
 
     Args:
-        operators: names in OPERATORS; all by default.
+        operators: names in gptkern.operators.NAMES; all by default.
         device: the current GPU where there is one, else the CPU.
-        backends: of KERNELS, or LAUNCHERS; by default what `available(device)` says.
+        backends: of KERNELS, variants of theirs, or LAUNCHERS; by default what `available(device)` says.
         sizes: of SIZES; by default the small shapes, and on a GPU the realistic ones too.
         dtypes: only the cases of these dtypes.
         seconds: starts no new case after so long; the cases left out are yielded with ok=None.
+        seed: of the random tensors.
 
     Raises:
         ValueError: a name that does not exist.
     """
     device = torch.device(default_device() if device is None else device)
-    operators = OPERATORS if operators is None else tuple(operators)
+    operators = rooms.NAMES if operators is None else tuple(operators)
     backends = available(device) if backends is None else tuple(backends)
     sizes = (SIZES if device.type == "cuda" else SIZES[:1]) if sizes is None else tuple(sizes)
     for name, given, known in (
-        ("operators", operators, OPERATORS),
-        ("backends", backends, (*KERNELS, LAUNCHERS)),
+        ("operators", operators, rooms.NAMES),
+        ("backends", backends, (*KERNELS, *dispatch.orders.variants(), LAUNCHERS)),
         ("sizes", sizes, SIZES),
     ):
         unknown = [value for value in given if value not in known]
@@ -79,29 +107,35 @@ def run(
     wanted = None if dtypes is None else set(dtypes)
     for case in _interleaved([cases_of(operator, sizes) for operator in operators]):
         for backend in backends:
-            if wanted is not None and case.dtype not in wanted:
+            if (wanted is not None and case.dtype not in wanted) or not _has(case.operator, backend):
                 continue
             if seconds is not None and time.monotonic() - start > seconds:
                 yield _result(case, backend, "all", ok=None, note=f"left out: {seconds:g} s were over")
                 continue
-            yield from check(case, backend, device)
+            yield from check(case, backend, device, seed=seed)
 
 
 def available(device: torch.device) -> tuple[str, ...]:
-    """The backends with kernels for a device; where there is none, the launchers in plain PyTorch."""
-    return tuple(name for name in KERNELS if dispatch.unavailable(name, device) is None) or (LAUNCHERS,)
+    """The backends and variants with kernels for a device; where there is none, the launchers in plain PyTorch."""
+    names = (*KERNELS, *dispatch.orders.variants()) if device.type == "cuda" else KERNELS
+    return tuple(name for name in names if dispatch.unavailable(name, device) is None) or (LAUNCHERS,)
+
+
+def _has(operator: str, backend: str) -> bool:
+    """A variant is one of some operators alone."""
+    return backend == LAUNCHERS or ":" not in backend or backend in dispatch.orders.names(operator)
 
 
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def check(case: Case, backend: str, device: torch.device) -> Iterator[Result]:
+def check(case: Case, backend: str, device: torch.device, *, seed: int = 0) -> Iterator[Result]:
     """One case on one backend: a result for each output and each gradient."""
     start = time.monotonic()
     try:
-        with _plain_numerics(device):
-            comparisons = list(_compared(case, backend, device))
+        with dispatch.backend(backend):
+            comparisons = list(compared(case, device, seed=seed))
     except dispatch.BackendError as error:
         yield _result(case, backend, "all", ok=None, note=f"not covered: {error}")
     except torch.cuda.OutOfMemoryError:
@@ -119,47 +153,48 @@ def _result(case: Case, backend: str, direction: str, **values) -> Result:
     return Result(case.operator, direction, backend, dtype, case.shape_class, case.shape, **values)
 
 
-def _compared(case: Case, backend: str, device: torch.device) -> Iterator[tuple[str, float, float]]:
-    """(direction, worst error, bound) of every output and gradient."""
-    generator = torch.Generator(device).manual_seed(0)
-    problem = case.build(case.dtype, generator)
-    if backend == LAUNCHERS:
-        function, forced = problem.launch, contextlib.nullcontext()
-    else:
-        function, forced = problem.twin, dispatch.backend(backend)
-    gradients = None
-    with forced:
-        outputs, leaves = _outputs(function, problem.tensors, None)
+def compared(case: Case, device: torch.device, *, seed: int = 0) -> Iterator[tuple[str, float, float]]:
+    """(direction, worst error, bound) of every output and gradient of the twin, on the backend that it then chooses."""
+    generator = torch.Generator(device).manual_seed(seed)
+    with _plain_numerics(device):
+        inputs = rooms.problem(case.operator).inputs(case.sizes, case.dtype, generator)
+        twin = rooms.contract(case.operator).TWIN
+
+        def function(*tensors):
+            return twin(**dict(zip(inputs.tensors, tensors)), **inputs.constants, **inputs.options)
+
+        gradients = None
+        outputs, leaves = _outputs(function, inputs, None)
         if outputs[0].requires_grad:
             gradients = [
                 torch.randn(output.shape, generator=generator, device=device).to(output.dtype) for output in outputs
             ]
             actual = torch.autograd.grad(outputs, leaves, gradients)
-    (reference, reference_gradients), (yardstick, yardstick_gradients) = (
-        _evaluated(problem, precision, gradients) for precision in (torch.float64, torch.float32)
-    )
+        (reference, reference_gradients), (yardstick, yardstick_gradients) = (
+            _evaluated(inputs, precision, gradients) for precision in (torch.float64, torch.float32)
+        )
     for index, (output, right, plain) in enumerate(zip(outputs, reference, yardstick)):
         name = "forward" if index == 0 else f"forward, result {index + 1}"
-        exact = problem.exact and index == 0
+        exact = inputs.exact and index == 0
         bound = 0.0 if exact else tolerance.bound(right, plain, output.dtype)
         yield name, tolerance.worst_error(output, right), bound
     if gradients is not None:
-        for name, gradient, right, plain in zip(problem.tensors, actual, reference_gradients, yardstick_gradients):
+        for name, gradient, right, plain in zip(inputs.tensors, actual, reference_gradients, yardstick_gradients):
             bound = tolerance.bound(right, plain, gradient.dtype, tolerance.GRADIENT_FACTOR)
             yield f"grad {name}", tolerance.worst_error(gradient, right), bound
 
 
-def _evaluated(problem: Problem, precision: torch.dtype, gradients):
+def _evaluated(inputs: Inputs, precision: torch.dtype, gradients):
     """The reference's outputs and gradients, in a precision."""
-    outputs, leaves = _outputs(problem.reference, problem.tensors, precision)
+    outputs, leaves = _outputs(inputs.reference, inputs, precision)
     if gradients is None:
         return outputs, ()
     return outputs, torch.autograd.grad(outputs, leaves, [gradient.to(precision) for gradient in gradients])
 
 
-def _outputs(function, tensors: dict[str, torch.Tensor], precision: torch.dtype | None):
+def _outputs(function, inputs: Inputs, precision: torch.dtype | None):
     """(the tuple of outputs, the leaves that they were computed from)"""
-    leaves = [tensor.detach().to(precision or tensor.dtype).requires_grad_() for tensor in tensors.values()]
+    leaves = [tensor.detach().to(precision or tensor.dtype).requires_grad_() for tensor in inputs.tensors.values()]
     with torch.enable_grad():
         outputs = function(*leaves)
     return (outputs,) if isinstance(outputs, torch.Tensor) else outputs, leaves

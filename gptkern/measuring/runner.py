@@ -9,6 +9,7 @@ is wrong gets no time.
 from __future__ import annotations
 
 import datetime
+import functools
 import gc
 import importlib
 from collections.abc import Callable, Sequence
@@ -17,12 +18,15 @@ from typing import Any
 import torch
 from torch._functorch import config as functorch_config
 
+from gptkern import operators
 from gptkern.backends import dispatch
 from gptkern.measuring import machine, timing, tolerance
 from gptkern.measuring.cells import Cell, Implementation, Missing
+from gptkern.measuring.rooms import GPTKERN, Room
 
-OPERATORS = ("attention", "layer_norm", "rms_norm", "rotary", "softmax", "int8_linear", "model")
-GPTKERN = "gptkern"
+MODEL = "model"
+# What is measured: every operator that has cells, and the whole model.
+OPERATORS = (*(name for name in operators.NAMES if operators.problem(name).cells("cpu", "smoke")), MODEL)
 # Samples of each implementation: many and short, so that the median is one that nothing interrupted.
 ROUNDS = {"smoke": 2, "quick": 20, "full": 50}
 # ‖result − first peer's‖ / ‖first peer's‖ at full size. int8 products of random inputs differ from exact ones by
@@ -36,9 +40,10 @@ CELL_SECONDS = 20.0
 _BACKWARD, _BOTH = "backward", "both"
 
 
+@functools.cache
 def module(operator: str):
-    """gptkern.measuring.operators.<operator>: its cells, inputs, implementations and reference."""
-    return importlib.import_module(f"gptkern.measuring.operators.{operator}")
+    """An operator's cells, inputs, implementations and reference, as rooms.py says; of "model" the module."""
+    return importlib.import_module("gptkern.measuring.model") if operator == MODEL else Room(operator)
 
 
 def cells(kind: str, extent: str, operators: Sequence[str] = OPERATORS) -> list[Cell]:

@@ -19,24 +19,17 @@ from typing import Any, NamedTuple
 
 import torch
 
+from gptkern import operators as rooms
 from gptkern.backends import dispatch
-from gptkern.backends.tables import backends, configurations, files, shape_classes, user
-from gptkern.measuring import checking, checking_cases, timing
-from gptkern.measuring.tuning_tasks import (
-    BACKWARD,
-    FORWARD,
-    ClassTask,
-    RowTask,
-    Task,
-    class_tasks,
-    row_tasks,
-    tables,
-)
+from gptkern.backends.problem import BACKWARD, FORWARD, Inputs
+from gptkern.backends.tables import configurations, files, orders, user
+from gptkern.measuring import checking, timing
+from gptkern.measuring.tuning_tasks import ClassTask, RowTask, Task, class_tasks, row_tasks, tables
 
 # timer(functions, inputs, rounds) -> seconds of one call of each function, `rounds` samples each; measuring.timing's.
 Timer = Callable[[Sequence[Callable], Sequence[tuple], int], list[list[float]]]
-# keep(part, operator, row, key): writes a row of "configurations" or "backends".
-Keep = Callable[[str, str, dict[str, Any], tuple[str, ...]], None]
+# keep(task, row, key): writes a row of the table that a task is about.
+Keep = Callable[[Task, dict[str, Any], tuple[str, ...]], None]
 
 # Samples of each candidate.
 ROUNDS = 30
@@ -84,10 +77,10 @@ def plan(operators: Sequence[str], device: torch.device) -> list[Task]:
     found = user.identify(device)
     architecture = 80 if found is None else found.architecture
     tasks: list[Task] = []
-    for operator, table in tables(tuple(operators)).items():
-        tasks += row_tasks(operator, architecture, table.in_force(device))
+    for table in tables(tuple(operators)):
+        tasks += row_tasks(table, architecture, table.in_force(device))
     for operator in operators:
-        tasks += class_tasks(operator, set(backends.preferences(operator, found)))
+        tasks += class_tasks(operator, set(orders.preferences(operator, found)))
     return sorted(tasks, key=lambda task: task.known)
 
 
@@ -118,11 +111,11 @@ def tune(
                 measured = {"on": task.on}
                 if isinstance(task, RowTask):
                     row = task.table.row(task.key, outcome.chosen, {"gain": round(outcome.gain, 3)} | measured)
-                    keep("configurations", task.operator, row, tuple(task.table.key))
+                    keep(task, row, tuple(task.table.key))
                 else:
-                    parts = shape_classes.CLASSES[task.operator].parts
+                    parts = rooms.problem(task.operator).classes.parts
                     ratio = {"order": list(outcome.chosen), "ratio": round(outcome.gain, 3)}
-                    keep("backends", task.operator, dict(zip(parts, task.key)) | ratio | measured, tuple(parts))
+                    keep(task, dict(zip(parts, task.key)) | ratio | measured, tuple(parts))
                 dispatch.forget()
             yield outcome
 
@@ -137,11 +130,12 @@ def _on(device: torch.device):
 def _row(task: RowTask, device: torch.device, rounds: int, timer: Timer) -> Outcome:
     def runs_with(configuration) -> Callable[[], Any]:
         return lambda: _stack(
-            dispatch.backend("triton"), configurations.override(task.operator, task.key, configuration)
+            dispatch.backend(task.backend),
+            configurations.override(task.operator, task.key, configuration, task.backend),
         )
 
     variants = [Variant(task, candidate, runs_with(candidate)) for candidate in (task.present, *task.candidates)]
-    samples, dropped = _measured(task, variants, {"triton"}, device, rounds, timer)
+    samples, dropped = _measured(task, variants, {task.backend}, device, rounds, timer)
     spreads = {candidate: timing.spread(values) for candidate, values in samples.items()}
     medians = {candidate: spread.median for candidate, spread in spreads.items()}
     if task.present not in spreads:
@@ -154,9 +148,8 @@ def _row(task: RowTask, device: torch.device, rounds: int, timer: Timer) -> Outc
 
 
 def _class(task: ClassTask, device: torch.device, rounds: int, timer: Timer) -> Outcome:
-    names = [
-        name for name in backends.shipped().default if name == "torch" or dispatch.unavailable(name, device) is None
-    ]
+    order = orders.default(task.operator, user.identify(device)).order
+    names = [name for name in order if name == "torch" or dispatch.missing(name, task.operator, device) is None]
     variants = [Variant(task, name, lambda name=name: _stack(dispatch.backend(name))) for name in names]
     samples, dropped = _measured(task, variants, set(names) - {"torch"}, device, rounds, timer)
     spreads = {name: timing.spread(values) for name, values in samples.items()}
@@ -191,34 +184,39 @@ class Variant:
     def __init__(self, task: Task, candidate: Any, forcing: Callable[[], Any]):
         self.task, self.candidate, self.forcing = task, candidate, forcing
 
-    def __call__(self, problem: checking_cases.Problem, outputs: int, *tensors: torch.Tensor) -> Any:
-        if self.task.direction == FORWARD:
+    def __call__(self, made: Inputs, outputs: int, *tensors: torch.Tensor) -> Any:
+        direction = self.task.tuned.direction
+        if direction == FORWARD:
             with self.forcing(), torch.no_grad():
-                return problem.twin(*tensors)
-        if self.task.direction == BACKWARD:
+                return self._call(made, tensors)
+        if direction == BACKWARD:
             results, gradients, leaves = tensors[:outputs], tensors[outputs : 2 * outputs], tensors[2 * outputs :]
             with self.forcing():
                 wanted = [leaf for leaf in leaves if leaf.requires_grad]
                 return torch.autograd.grad(results, wanted, gradients, retain_graph=True)
         gradients, leaves = tensors[:outputs], tensors[outputs:]
         with self.forcing(), torch.enable_grad():
-            return torch.autograd.grad(_tuple(problem.twin(*leaves)), leaves, gradients)
+            return torch.autograd.grad(_tuple(self._call(made, leaves)), leaves, gradients)
+
+    def _call(self, made: Inputs, tensors) -> Any:
+        twin = rooms.contract(self.task.operator).TWIN
+        return twin(**dict(zip(made.tensors, tensors)), **made.constants, **made.options)
 
     def inputs(self, generator: torch.Generator) -> tuple:
-        """(problem, the number of its outputs, tensors…) as `__call__` takes them, new and random."""
-        task = self.task
-        problem = task.timed.build(generator)
-        if task.direction == FORWARD:
-            return problem, 1, *problem.tensors.values()
-        wrt = tuple(problem.tensors) if task.wrt is None else task.wrt
-        leaves = [tensor.detach().requires_grad_(name in wrt) for name, tensor in problem.tensors.items()]
-        with self.forcing(), torch.set_grad_enabled(task.direction == BACKWARD):
-            results = _tuple(problem.twin(*leaves))
+        """(the call, the number of its outputs, tensors…) as `__call__` takes them, new and random."""
+        tuned = self.task.tuned
+        made = rooms.problem(self.task.operator).inputs(tuned.timed, tuned.dtype, generator)
+        if tuned.direction == FORWARD:
+            return made, 1, *made.tensors.values()
+        wrt = tuple(made.tensors) if tuned.wrt is None else tuned.wrt
+        leaves = [tensor.detach().requires_grad_(name in wrt) for name, tensor in made.tensors.items()]
+        with self.forcing(), torch.set_grad_enabled(tuned.direction == BACKWARD):
+            results = _tuple(self._call(made, leaves))
         gradients = [
             torch.randn(result.shape, generator=generator, device=result.device).to(result.dtype) for result in results
         ]
-        kept = results if task.direction == BACKWARD else ()
-        return problem, len(results), *kept, *gradients, *leaves
+        kept = results if tuned.direction == BACKWARD else ()
+        return made, len(results), *kept, *gradients, *leaves
 
 
 def _tuple(results: Any) -> tuple:
@@ -240,7 +238,7 @@ def _measured(
     dropped = []
     right = []
     for variant in variants:
-        backend = "triton" if isinstance(task, RowTask) else variant.candidate
+        backend = task.backend if isinstance(task, RowTask) else variant.candidate
         reason = wrong(variant, backend, device) if backend in kernels else None
         if reason is None:
             right.append(variant)
@@ -270,12 +268,9 @@ def _measured(
 
 
 def wrong(variant: Variant, backend: str, device: torch.device) -> str | None:
-    """What the rule of gptkern.measuring.tolerance says against a variant on the task's small shape, or None."""
-    task = variant.task
-    shape = task.checked
-    case = checking_cases.Case(
-        task.operator, "tune", "x".join(map(str, shape.sizes)), shape.dtype, lambda _, generator: shape.build(generator)
-    )
+    """What the rule of tolerance.py says against a variant on the task's small shape, or None."""
+    tuned = variant.task.tuned
+    case = checking.Case(variant.task.operator, "tune", tuned.dtype, tuned.checked)
     with variant.forcing():
         for result in checking.check(case, backend, device):
             if not result.ok:
@@ -298,8 +293,11 @@ def today() -> str:
 def keep_for_user(device: user.Device) -> Keep:
     """Into the user's file of the device."""
 
-    def keep(part: str, operator: str, row: dict[str, Any], key: tuple[str, ...]) -> None:
-        user.put(device, part, operator, row, key, today())
+    def keep(task: Task, row: dict[str, Any], key: tuple[str, ...]) -> None:
+        if isinstance(task, RowTask):
+            user.put(device, "configurations", f"{task.operator}, {task.backend}", row, key, today())
+        else:
+            user.put(device, "backends", task.operator, row, key, today())
 
     return keep
 
@@ -307,23 +305,22 @@ def keep_for_user(device: user.Device) -> Keep:
 def keep_shipped(device: user.Device) -> Keep:
     """Into the files of this package: what others get with the next version."""
 
-    def keep(part: str, operator: str, row: dict[str, Any], key: tuple[str, ...]) -> None:
-        path = files.shipped("backends" if part == "backends" else operator)
-        content = files.read(path)
-        entry = _entry(content["entries"], device, {} if part == "backends" else [])
-        rows = entry["rows"].setdefault(operator, []) if part == "backends" else entry["rows"]
-        user.replace_row(rows, row, key)
-        files.write(path, content)
-        if part == "configurations":
-            configurations.TABLES[operator].read_again()
+    def keep(task: Task, row: dict[str, Any], key: tuple[str, ...]) -> None:
+        path = task.table.path if isinstance(task, RowTask) else orders.path(task.operator)
+        with files.locked(path):
+            content = files.read(path)
+            user.replace_row(_entry(content["entries"], device)["rows"], row, key)
+            files.write(path, content)
+        if isinstance(task, RowTask):
+            task.table.read_again()
 
     return keep
 
 
-def _entry(entries: list[dict[str, Any]], device: user.Device, rows: Any) -> dict[str, Any]:
+def _entry(entries: list[dict[str, Any]], device: user.Device) -> dict[str, Any]:
     """The device's entry, at today's date; what was measured with other versions is not kept beside this."""
     fresh = {"device": device.name, "architecture": device.architecture, "date": today(), "versions": user.versions()}
-    fresh |= {"source": "measured by gptkern tune", "rows": rows}
+    fresh |= {"source": "measured by gptkern tune", "rows": []}
     for place, entry in enumerate(entries):
         if (entry.get("device"), entry["architecture"]) == tuple(device):
             if entry["versions"] == fresh["versions"]:

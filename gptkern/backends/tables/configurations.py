@@ -1,14 +1,15 @@
-"""The configurations of the Triton kernels: tiles, warps and stages, by what is launched and on what.
+"""The configurations of kernels: tiles, warps and stages, by what is launched and on what.
 
-A file <operator>.json:
+A file <backend>.json in an operator's room:
 
     {"operator": …, "why": [sentences],
      "entries": [
       {"architecture": 80, "source": "…", "rows": [{"kernel": "forward", "head_dim": 64, "block_m": 128, …}, …]},
       {"architecture": 90, "device": "NVIDIA H200", "date": …, "versions": {…}, "source": "measured …", "rows": […]}]}
 
-A row is its key (which kernel, which dtype, and last a size) and its configuration. The size is the largest that the
-row serves, or null: any. An entry without a device is an architecture's default, and holds only what differs from the
+A row is its key (which kernel, which dtype, and last one size or several: rows and width) and its configuration. A
+size is the largest that the row serves, or null: any. A call takes the first row that serves all of its sizes, in the
+order of the sizes. An entry without a device is an architecture's default, and holds only what differs from the
 default of the architecture below. An entry with a device was measured there and changes rows for that device alone.
 """
 
@@ -16,6 +17,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable, Iterable
+from operator import le
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,10 +33,10 @@ BIG_SHARED_MEMORY = 90
 # Where there is no GPU kernels are interpreted, and any row is as good.
 INTERPRETED_ARCHITECTURE = 80
 
-# A kernel's module registers its table here, by operator.
-TABLES: dict[str, Table] = {}
-# (operator, key) -> the configuration that `override` puts in the place of the tables'.
-_overrides: dict[tuple[str, tuple], Any] = {}
+# A kernel's module registers its table here, by operator and backend.
+TABLES: dict[tuple[str, str], Table] = {}
+# (operator, backend, key) -> the configuration that `override` puts in the place of the tables'.
+_overrides: dict[tuple[str, str, tuple], Any] = {}
 
 
 class Row(NamedTuple):
@@ -60,13 +63,14 @@ class Entry(NamedTuple):
 
 
 class Table:
-    """The table of one operator.
+    """The table of one operator's kernels on one backend.
 
     Args:
-        operator: the name of the file, and of the kernels' module.
-        key: {name of a part of a row's key: the values that it may have}, the size (None: any number) last.
-        configuration: a NamedTuple class; every field is a power of two, save `counts`, which are any number from 1 up,
-            and `optional`, which may be None.
+        operator: the room. backend: "triton", "cuda" or a variant: the name of the file.
+        key: {name of a part of a row's key: the values that it may have}, the sizes (None: any number) last.
+        instances: instances(*key) -> the configurations that were compiled, where a kernel has no others.
+        configuration: a NamedTuple class. On Triton every field is a power of two, save `counts`, which are any number
+            from 1 up; elsewhere all are any number from 1 up. `optional` ones may be None.
     """
 
     def __init__(
@@ -75,35 +79,43 @@ class Table:
         key: dict[str, tuple | None],
         configuration: type,
         *,
+        backend: str = "triton",
+        instances: Callable[..., Iterable] | None = None,
         counts: tuple[str, ...] = ("num_stages",),
         optional: tuple[str, ...] = (),
         path: Path | None = None,
     ):
-        self.operator, self.key, self.configuration = operator, key, configuration
-        self._counts, self._optional = counts, optional
+        self.operator, self.backend, self.key, self.configuration = operator, backend, key, configuration
+        self._sizes = sum(values is None for values in key.values())
+        self.instances, self._counts, self._optional = instances, counts, optional
         # In a file they are in lower case; where they are handed to a kernel as they are, they are BLOCK_M.
         self._names = tuple(name.lower() for name in configuration._fields)
-        self.path = path or files.shipped(operator, "triton")
+        self.path = path or files.shipped(operator, backend.replace(":", "_"))
         self.entries: list[Entry] = []
-        # index of a GPU, or None for a CPU -> the key without its size -> (size, configuration), the least size first
-        self._steps: dict[int | None, dict[tuple, tuple[tuple[int | float, Any], ...]]] = {}
+        # index of a GPU, or None for a CPU -> the key without its sizes -> (sizes, configuration), the least first
+        self._steps: dict[int | None, dict[tuple, tuple[tuple[tuple, Any], ...]]] = {}
         self.read_again()
-        TABLES[operator] = self
+        TABLES[operator, backend] = self
 
     def read_again(self) -> None:
         """Reads the file, at the beginning and after it was written."""
         self.entries = self._entries(files.read(self.path))
         self._steps.clear()
 
-    def find(self, device: torch.device, size: float, *key) -> Any:
-        """The configuration for a call: the one of the least size that is not below `size`."""
+    def find(self, device: torch.device, size: float | tuple[float, ...], *key) -> Any:
+        """The configuration for a call: of the rows none of whose sizes is below the call's, the least.
+
+        Args:
+            size: one number, or one for each of the key's sizes.
+        """
         steps = self._steps.get(device.index)
         if steps is None:
-            steps = self._steps[device.index] = stepped(self.in_force(device))
+            steps = self._steps[device.index] = stepped(self.in_force(device), self._sizes)
+        sizes = size if type(size) is tuple else (size,)
         for most, configuration in steps[key]:
-            if size <= most:
+            if all(map(le, sizes, most)):
                 return configuration
-        raise LookupError(f"{self.path.name} has no row of {key} for {size}")
+        raise LookupError(f"{self.path} has no row of {key} for {size}")
 
     def in_force(self, device: torch.device) -> dict[tuple, Row]:
         """key -> row, for a device: the user's measurements, then gptkern's own on this device, then the defaults."""
@@ -117,8 +129,8 @@ class Table:
             rows |= self._users(found)
         rows |= {
             key: Row(configuration, "overridden in this process", {})
-            for (operator, key), configuration in _overrides.items()
-            if operator == self.operator
+            for (*table, key), configuration in _overrides.items()
+            if table == [self.operator, self.backend]
         }
         return rows
 
@@ -161,12 +173,13 @@ class Table:
 
     def _users(self, device: user.Device) -> dict[tuple, Row]:
         file = user.read(device)
-        listed = (file.content or {}).get("configurations", {}).get(self.operator)
+        part = f"{self.operator}, {self.backend}"
+        listed = (file.content or {}).get("configurations", {}).get(part)
         if not listed:
             return {}
         try:
             source = f"measured by you on {file.content['date']}"
-            rows = self._rows(f"{file.path}: configurations.{self.operator}", listed, source)
+            rows = self._rows(f"{file.path}: configurations.{part}", listed, source)
             self._known_only(str(file.path), rows, self.defaults(device.architecture))
         except files.TableError as error:
             user.warn(file.path, str(error))
@@ -239,9 +252,10 @@ class Table:
     def _check_number(self, place: str, name: str, value: Any) -> None:
         if value is None and name in self._optional:
             return
-        needs = "a number from 1 up" if name in self._counts else "a power of two"
+        any_number = name in self._counts or not self.backend.startswith("triton")
+        needs = "a number from 1 up" if any_number else "a power of two"
         files.wanted(place, name, value, int, needs)
-        if value < 1 or (name not in self._counts and value & (value - 1)):
+        if value < 1 or (not any_number and value & (value - 1)):
             raise files.TableError(f"{place}: {name} is {value!r}; it needs {needs}")
 
     def _known_only(self, where: str, rows: dict[tuple, Row], known: dict[tuple, Row]) -> None:
@@ -253,9 +267,10 @@ class Table:
 
 def described(names: Any, key: tuple) -> str:
     """ "forward, bits 16, head_dim 128": a row's key in words."""
-    *parts, size = zip(names, key)
-    words = [value if isinstance(value, str) else f"{name} {value}" for name, value in parts]
-    return ", ".join([*words, f"any larger {size[0]}" if size[1] is None else f"{size[0]} {size[1]}"])
+    return ", ".join(
+        value if isinstance(value, str) else f"any larger {name}" if value is None else f"{name} {value}"
+        for name, value in zip(names, key)
+    )
 
 
 def descent(architecture: int, known: tuple[int, ...]) -> list[int]:
@@ -268,31 +283,37 @@ def descent(architecture: int, known: tuple[int, ...]) -> list[int]:
     return found or [min(known)]
 
 
-def stepped(rows: dict[tuple, Row]) -> dict[tuple, tuple[tuple[int | float, Any], ...]]:
-    """The key without its size -> (size, configuration), the least size first; any size is infinity."""
+def stepped(rows: dict[tuple, Row], sizes: int = 1) -> dict[tuple, tuple[tuple[tuple, Any], ...]]:
+    """The key without its sizes -> (sizes, configuration), the least first; any size is infinity."""
     steps: dict[tuple, list] = {}
-    for (*key, most), row in rows.items():
-        steps.setdefault(tuple(key), []).append((math.inf if most is None else most, row.configuration))
+    for key, row in rows.items():
+        most = tuple(math.inf if size is None else size for size in key[len(key) - sizes :])
+        steps.setdefault(key[: len(key) - sizes], []).append((most, row.configuration))
     return {key: tuple(sorted(listed, key=lambda step: step[0])) for key, listed in steps.items()}
 
 
 @contextlib.contextmanager
-def override(operator: str, key: tuple, configuration: Any):
+def override(operator: str, key: tuple, configuration: Any, backend: str = "triton"):
     """Inside the `with` block, in every thread, the row of this key has this configuration: for tuning and tests."""
-    table = TABLES[operator]
+    table, place = TABLES[operator, backend], (operator, backend, key)
     if key not in table.defaults(INTERPRETED_ARCHITECTURE):
-        raise LookupError(f"{operator} has no row of {described(table.key, key)}")
-    before = _overrides.get((operator, key))
-    _overrides[operator, key] = configuration
+        raise LookupError(f"{operator} has no row of {described(table.key, key)} on {backend}")
+    before = _overrides.get(place)
+    _overrides[place] = configuration
     table._steps.clear()
     try:
         yield
     finally:
         if before is None:
-            del _overrides[operator, key]
+            del _overrides[place]
         else:
-            _overrides[operator, key] = before
+            _overrides[place] = before
         table._steps.clear()
+
+
+def has_table(operator: str, backend: str) -> bool:
+    """Whether the operator's kernels on a backend have a table; nothing is imported."""
+    return files.shipped(operator, backend.replace(":", "_")).is_file()
 
 
 def forget() -> None:

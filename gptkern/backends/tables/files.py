@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,22 @@ def write(path: Path, content: dict[str, Any]) -> None:
     except BaseException:
         os.unlink(name)
         raise
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keeps other processes out of a file that is read, changed and written: two that do so at once lose nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f"{path.name}.lock")
+    with open(lock, "w") as file:
+        try:
+            import fcntl
+        except ImportError:  # not on this system
+            yield
+            return
+        # Not removed afterwards: who waits for the file that was there would not see who opens a new one.
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def text(content: Any) -> str:

@@ -1,8 +1,8 @@
 """The file of a user who ran `gptkern tune`: what was measured on one device, with one set of versions.
 
     <folder>/tables/<device>-sm_<architecture>.json
-    {"format": 1, "device": …, "architecture": …, "versions": {…}, "date": …,
-     "configurations": {operator: rows}, "backends": {operator: rows}}
+    {"format": 2, "device": …, "architecture": …, "versions": {…}, "date": …,
+     "configurations": {"<operator>, <backend>": rows}, "backends": {operator: rows}}
 
 The folder is GPTKERN_CACHE, else the system's place for caches. The rows are those of the shipped files. A file of
 other versions is ignored: another compiler may spill where this one did not. So is one that cannot be read, with one
@@ -23,7 +23,7 @@ import torch
 from gptkern.backends.tables import files
 from gptkern.version import __version__
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Device(NamedTuple):
@@ -156,8 +156,11 @@ def warn(where: Path | None, reason: str) -> None:
         )
 
 
-def put(device: Device, part: str, operator: str, row: dict[str, Any], key: tuple[str, ...], date: str) -> None:
+def put(device: Device, part: str, table: str, row: dict[str, Any], key: tuple[str, ...], date: str) -> None:
     """Adds a row to the device's file, or replaces the one of the same key; a file of other versions is begun anew.
+
+    Args:
+        part: "configurations", whose tables are "<operator>, <backend>", or "backends", whose are operators.
 
     Raises:
         OSError: it cannot be written, or the system names no place for it.
@@ -165,16 +168,17 @@ def put(device: Device, part: str, operator: str, row: dict[str, Any], key: tupl
     where = path(device)
     if where is None:
         raise OSError("this system names no folder for caches: set GPTKERN_CACHE")
-    try:
-        content = _checked(where, device).content
-    except files.TableError:
-        content = None
-    if content is None:
-        content = {"format": FORMAT, "device": device.name, "architecture": device.architecture, "versions": versions()}
-        content |= {"date": date, "configurations": {}, "backends": {}}
-    content["date"] = date
-    replace_row(content[part].setdefault(operator, []), row, key)
-    files.write(where, content)
+    with files.locked(where):
+        try:
+            content = _checked(where, device).content
+        except files.TableError:
+            content = None
+        if content is None:
+            content = {"format": FORMAT, "device": device.name, "architecture": device.architecture}
+            content |= {"versions": versions(), "date": date, "configurations": {}, "backends": {}}
+        content["date"] = date
+        replace_row(content[part].setdefault(table, []), row, key)
+        files.write(where, content)
     _read.pop(device, None)
 
 

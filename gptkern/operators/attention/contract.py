@@ -138,6 +138,9 @@ def scaled_dot_product_attention(
             _check_mask(mask, *cast[:2])
         factor = 1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else float(scale)
         choice = dispatch.choose("attention", Call(*cast, causal, factor, mask, dropout_p, lower_right))
+        if choice.backend == "torch:cudnn":
+            cudnn = dispatch.load(choice.backend, "attention")
+            return cudnn.attention(query, key, value, mask, dropout_p, causal, scale, enable_gqa)
         if choice.backend != "torch":
             signed_query, factor = _with_positive_scale(cast[0], factor)
             seed = new_seed(query.device) if dropout_p > 0 else None
@@ -469,6 +472,7 @@ def _backward_fake(gradient: Gradient, call: Call):
     )
 
 
+TWIN = scaled_dot_product_attention
 OPERATOR = Operator("attention", Call, 2, _forward_fake, Gradient, 3, _backward_fake)
 
 

@@ -1,4 +1,4 @@
-"""attention's forward on Triton, after FlashAttention-2; the backward is in attention_backward.py.
+"""attention's forward on Triton, after FlashAttention-2; the backward is in triton_backward.py.
 
     S = log2(e) * scale * Q @ K^T          P = softmax(scale * Q @ K^T) = 2^(S - lse)
     O = P @ V                              lse = log2(sum over the keys of 2^S)
@@ -26,28 +26,32 @@ import triton
 import triton.language as tl
 
 from gptkern.backends.triton.common import CompileCase, cdiv, dot
+from gptkern.operators.attention import triton_backward
 from gptkern.operators.attention.contract import Call, empty_in_layout_of, empty_lse, no_key, outside_of_kernels
-from gptkern.operators.attention.triton_backward import backward
-from gptkern.operators.attention.triton_tiles import (
-    ADDITIVE_MASK,
-    LOG2_OF_E,
+from gptkern.operators.attention.triton_launch import (
     LOG2E,
-    NO_MASK,
     TABLE,
     compile_case,
     constants_of,
     extra_cases,
     extras_of,
     forced_tiles,
-    kept_tile,
-    load_mask,
-    load_tile,
     padded_head_dim,
     readable,
     shipped_tiles,
-    store_tile,
     tiles_of,
     unreadable_mask,
+)
+from gptkern.operators.attention.triton_tiles import (
+    ADDITIVE_MASK,
+    LOG2_OF_E,
+    NO_MASK,
+    kept_tile,
+    key_range,
+    load_mask,
+    load_tile,
+    scores_of,
+    store_tile,
 )
 
 __all__ = ["TABLE", "backward", "compile_cases", "forced_tiles", "forward", "unsupported"]
@@ -75,24 +79,18 @@ def _forward_tiles(
     drop_below,
     batch_head,
     start_m,
-    last_seen,  # (BLOCK_M,) number of the last key that each query sees, where CAUSAL
     start,
     stop,
     length_q,
     length_k,
     score_scale,
-    CAUSAL: tl.constexpr,
-    TAIL: tl.constexpr,
-    MASK: tl.constexpr,
-    MASK_BY_KEY: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
+    CAUSAL: tl.constexpr, LOWER_RIGHT: tl.constexpr,
+    PARTIAL: tl.constexpr,  # whether the tiles are seen in part, or cut short
+    MASK: tl.constexpr, MASK_BY_KEY: tl.constexpr, DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    rows = start_m + tl.arange(0, BLOCK_M)
     if DROPOUT:
         seed = tl.load(seed_ptr)
     for start_n in tl.range(start, stop, BLOCK_N):
@@ -100,24 +98,20 @@ def _forward_tiles(
         columns = start_n + tl.arange(0, BLOCK_N)
         first = tl.cast(start_n, tl.int64)
         k = load_tile(
-            key_ptr + first * key_row_stride, key_row_stride, columns, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, TAIL
+            key_ptr + first * key_row_stride, key_row_stride, columns, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, PARTIAL
         )
-        scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), INPUT_PRECISION, WIDEN)
+        products = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), INPUT_PRECISION, WIDEN)
+        mask = None
         if MASK != NO_MASK:
-            tile = load_mask(
+            mask = load_mask(
                 mask_ptr + first * mask_column_stride, mask_row_stride, mask_column_stride,
                 tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :],
-                length_q - start_m, length_k - start_n, MASK_BY_KEY, True, TAIL,
+                length_q - start_m, length_k - start_n, MASK_BY_KEY, True, PARTIAL,
             )  # fmt: skip
-            if MASK == ADDITIVE_MASK:
-                scores = scores * score_scale + tile.to(tl.float32)
-            else:
-                scores = tl.where(tile != 0, scores, float("-inf"))
-        if TAIL:
-            seen = columns[None, :] < length_k
-            if CAUSAL:
-                seen = seen & (columns[None, :] <= last_seen[:, None])
-            scores = tl.where(seen, scores, float("-inf"))
+        scores = scores_of(
+            products, mask, rows[:, None], columns[None, :], length_q, length_k, score_scale,
+            CAUSAL, LOWER_RIGHT, PARTIAL, True, MASK,
+        )  # fmt: skip
         if MASK == ADDITIVE_MASK:
             # As below in base e: a mask of -3e38, which hides as well as -inf does, would overflow in base 2.
             new_max = tl.maximum(row_max, tl.max(scores, 1))
@@ -139,7 +133,7 @@ def _forward_tiles(
         accumulator = accumulator * correction[:, None]
         v = load_tile(
             value_ptr + first * value_row_stride,
-            value_row_stride, columns, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, TAIL,
+            value_row_stride, columns, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, PARTIAL,
         )  # fmt: skip
         accumulator = dot(p.to(v.dtype), v, accumulator, INPUT_PRECISION, WIDEN)
         row_max = new_max
@@ -163,19 +157,12 @@ def _forward_kernel(
     mask_batch_stride, mask_head_stride, mask_row_stride, mask_column_stride,
     heads, group, length_q, length_k,
     score_scale,  # scale * log2(e); scale where MASK is ADDITIVE_MASK
-    drop_below,  # int32, see attention_tiles.py
+    drop_below,  # int32, see triton_tiles.py
     keep_scale,  # 1 / (1 - dropout_p)
-    CAUSAL: tl.constexpr,
-    LOWER_RIGHT: tl.constexpr,
-    MASK: tl.constexpr,
-    MASK_BY_KEY: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
+    CAUSAL: tl.constexpr, LOWER_RIGHT: tl.constexpr,
+    MASK: tl.constexpr, MASK_BY_KEY: tl.constexpr, DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(length_q, BLOCK_M)
     # Neighbouring programs share a head's keys in the L2 cache; within a head the heaviest causal block comes first.
@@ -197,32 +184,16 @@ def _forward_kernel(
     row_max = tl.full((BLOCK_M,), float("-inf") if MASK == ADDITIVE_MASK else LOWEST, tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
 
-    # [0, full) are keys that every query of this block sees, in whole tiles; [full, stop) are seen by some.
-    stop = length_k
-    seen_by_all = length_k
-    last_seen = rows
-    if CAUSAL:
-        if LOWER_RIGHT:
-            offset = length_k - length_q
-            last_seen = rows + offset
-            stop = tl.minimum(length_k, tl.maximum(start_m + offset + BLOCK_M, 0))
-            seen_by_all = tl.minimum(length_k, tl.maximum(start_m + offset + 1, 0))
-        else:
-            stop = tl.minimum(length_k, start_m + BLOCK_M)
-            seen_by_all = tl.minimum(length_k, start_m + 1)
-    full = seen_by_all // BLOCK_N * BLOCK_N
-    accumulator, row_max, row_sum = _forward_tiles(
-        accumulator, row_max, row_sum, q, key_ptr, value_ptr, key_row_stride, value_row_stride,
-        mask_ptr, mask_row_stride, mask_column_stride, seed_ptr, drop_below, batch_head, start_m, last_seen, full, stop,
-        length_q, length_k, score_scale, CAUSAL, True, MASK, MASK_BY_KEY, DROPOUT,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, INPUT_PRECISION, WIDEN,
-    )  # fmt: skip
-    accumulator, row_max, row_sum = _forward_tiles(
-        accumulator, row_max, row_sum, q, key_ptr, value_ptr, key_row_stride, value_row_stride,
-        mask_ptr, mask_row_stride, mask_column_stride, seed_ptr, drop_below, batch_head, start_m, last_seen, 0, full,
-        length_q, length_k, score_scale, CAUSAL, False, MASK, MASK_BY_KEY, DROPOUT,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, INPUT_PRECISION, WIDEN,
-    )  # fmt: skip
+    full, stop = key_range(start_m, length_q, length_k, CAUSAL, LOWER_RIGHT, BLOCK_M, BLOCK_N)
+    # Twice the same, first of the tiles that are seen in part.
+    for whole in tl.static_range(2):
+        accumulator, row_max, row_sum = _forward_tiles(
+            accumulator, row_max, row_sum, q, key_ptr, value_ptr, key_row_stride, value_row_stride,
+            mask_ptr, mask_row_stride, mask_column_stride, seed_ptr, drop_below, batch_head, start_m,
+            0 if whole else full, full if whole else stop,
+            length_q, length_k, score_scale, CAUSAL, LOWER_RIGHT, whole == 0, MASK, MASK_BY_KEY, DROPOUT,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, INPUT_PRECISION, WIDEN,
+        )  # fmt: skip
 
     inside = rows < length_q
     # O = A / l; a query that sees no key gives 0
@@ -248,6 +219,7 @@ def _forward_kernel(
 # --- Launchers ------------------------------------------------------------------------------------------------------
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+backward = triton_backward.backward
 
 
 def unsupported(call: Call) -> str | None:
@@ -295,5 +267,8 @@ def compile_cases(architecture: int) -> list[CompileCase]:
         for tiles, device, dtype, head_dim in shipped_tiles(architecture, "forward")
         if causal or (dtype, head_dim) == ("bf16", 64)
     ]
-    extra = extra_cases(architecture, "forward")
-    return plain + [compile_case(_forward_kernel, "forward", *row, variant) for variant, *row in extra]
+    extra = [
+        compile_case(_forward_kernel, "forward", *row, variant)
+        for variant, *row in extra_cases(architecture, "forward")
+    ]
+    return [*plain, *extra, *triton_backward.compile_cases(architecture)]

@@ -1,4 +1,4 @@
-"""attention's backward on Triton, after FlashAttention-2; the letters are those of attention.py.
+"""attention's backward on Triton, after FlashAttention-2; the letters are those of triton.py.
 
 With delta = sum over head_dim of dO * O:
     dV = P^T @ dO            dP = dO @ V^T
@@ -18,25 +18,30 @@ import triton.language as tl
 
 from gptkern.backends.triton.common import CompileCase, cdiv, dot
 from gptkern.operators.attention.contract import Call, Gradient, empty_in_layout_of
-from gptkern.operators.attention.triton_tiles import (
-    ADDITIVE_MASK,
-    BOOL_MASK,
-    LOG2_OF_E,
+from gptkern.operators.attention.triton_launch import (
     LOG2E,
-    NO_MASK,
     compile_case,
     constants_of,
     extra_cases,
     extras_of,
-    kept_tile,
-    load_mask,
-    load_tile,
     padded_head_dim,
     readable,
     shipped_tiles,
     signature,
-    store_tile,
     tiles_of,
+)
+from gptkern.operators.attention.triton_tiles import (
+    ADDITIVE_MASK,
+    NO_MASK,
+    kept_tile,
+    key_range,
+    load_lse,
+    load_mask,
+    load_tile,
+    probabilities_of,
+    query_range,
+    scores_of,
+    store_tile,
 )
 
 # Above it dK and dV together spill with all the tiles tried (8 to 1456 bytes on sm_90), and get a launch each.
@@ -95,74 +100,58 @@ def _key_value_tiles(
     mask_column_stride,
     batch_head,  # of the queries
     start_n,
-    first_seen_by,  # (BLOCK_N,) number of the first query that sees each key, where CAUSAL
     tile,  # the first tile of queries
     count,  # how many tiles
     diagonal_stop,
-    tail,  # the tile that follows the last one of the diagonal, where TAIL
+    tail,  # the tile that follows the last one of the diagonal, where PARTIAL
     length_q,
     length_k,
     score_scale,
     drop_below,
     keep_scale,
-    CAUSAL: tl.constexpr,
-    LOWER_RIGHT: tl.constexpr,
-    TAIL: tl.constexpr,
-    MASK: tl.constexpr,
-    MASK_BY_KEY: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    NEED_KEY: tl.constexpr,
-    NEED_VALUE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
+    CAUSAL: tl.constexpr, LOWER_RIGHT: tl.constexpr,
+    PARTIAL: tl.constexpr,  # whether the tiles see the keys in part, or are cut short
+    MASK: tl.constexpr, MASK_BY_KEY: tl.constexpr, DROPOUT: tl.constexpr,
+    NEED_KEY: tl.constexpr, NEED_VALUE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    columns = start_n + tl.arange(0, BLOCK_N)
     if DROPOUT:
         seed = tl.load(seed_ptr)
     for index in tl.range(0, count):
         tile_m = tile + index
-        if TAIL:
+        if PARTIAL:
             tile_m = tl.where(tile_m < diagonal_stop, tile_m, tail)
         start_m = tile_m * BLOCK_M
         rows = start_m + tl.arange(0, BLOCK_M)
         first = tl.cast(start_m, tl.int64)
         q = load_tile(
             query_ptr + first * query_row_stride,
-            query_row_stride, rows, length_q, BLOCK_M, HEAD_DIM, BLOCK_D, TAIL,
+            query_row_stride, rows, length_q, BLOCK_M, HEAD_DIM, BLOCK_D, PARTIAL,
         )  # fmt: skip
         grad = load_tile(
             grad_output_ptr + first * grad_output_row_stride,
-            grad_output_row_stride, rows, length_q, BLOCK_M, HEAD_DIM, BLOCK_D, TAIL,
+            grad_output_row_stride, rows, length_q, BLOCK_M, HEAD_DIM, BLOCK_D, PARTIAL,
         )  # fmt: skip
-        if TAIL:
-            # 2^(S - inf) = 0 beyond the last query
-            lse = tl.load(lse_ptr + rows, mask=rows < length_q, other=float("inf"))
-        else:
-            lse = tl.load(lse_ptr + rows)
-        if MASK != NO_MASK or LOWER_RIGHT:
-            # 2^(S - inf) = 0 too for a query that sees no key, whose lse is -inf
-            lse = tl.where(lse == float("-inf"), float("inf"), lse)
-        # P^T = 2^(S - lse)^T
-        scores = dot(k, tl.trans(q), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), INPUT_PRECISION, WIDEN)
+        lse = load_lse(lse_ptr, rows, length_q, PARTIAL, MASK, LOWER_RIGHT)
+        row_max = None
+        if MASK == ADDITIVE_MASK:
+            row_max = tl.load(row_max_ptr + rows, mask=rows < length_q, other=0.0)[None, :]
+        products = dot(k, tl.trans(q), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), INPUT_PRECISION, WIDEN)
+        mask = None
         if MASK != NO_MASK:
             mask = load_mask(
                 mask_ptr + first * mask_row_stride, mask_row_stride, mask_column_stride,
                 tl.arange(0, BLOCK_M)[None, :], tl.arange(0, BLOCK_N)[:, None],
-                length_q - start_m, length_k - start_n, MASK_BY_KEY, TAIL, True,
+                length_q - start_m, length_k - start_n, MASK_BY_KEY, PARTIAL, True,
             )  # fmt: skip
-        if MASK == ADDITIVE_MASK:
-            row_max = tl.load(row_max_ptr + rows, mask=rows < length_q, other=0.0)
-            scores = scores * score_scale + mask.to(tl.float32)
-            p = tl.exp2((scores - row_max[None, :]) * LOG2_OF_E - lse[None, :])
-        else:
-            p = tl.exp2(scores * score_scale - lse[None, :])
-        if MASK == BOOL_MASK:
-            p = tl.where(mask != 0, p, 0.0)
-        if TAIL and CAUSAL:
-            p = tl.where(first_seen_by[:, None] <= rows[None, :], p, 0.0)
+        # Of keys beyond the last one nothing is stored: they need not be hidden.
+        scores = scores_of(
+            products, mask, rows[None, :], columns[:, None], length_q, length_k, score_scale,
+            CAUSAL, LOWER_RIGHT, PARTIAL, False, MASK,
+        )  # fmt: skip
+        p = probabilities_of(scores, lse[None, :], row_max, score_scale, MASK)
         if DROPOUT:
             # The sign of p says whether it is kept: used twice, the mask would be made twice, for two layouts.
             kept = kept_tile(seed, batch_head, start_m, start_n, drop_below, BLOCK_M, BLOCK_N, True)
@@ -174,7 +163,7 @@ def _key_value_tiles(
                 weights = tl.maximum(p, 0.0)
             grad_value = dot(weights.to(grad.dtype), grad, grad_value, INPUT_PRECISION, WIDEN)
         if NEED_KEY:
-            if TAIL:
+            if PARTIAL:
                 delta = tl.load(delta_ptr + rows, mask=rows < length_q, other=0.0)
             else:
                 delta = tl.load(delta_ptr + rows)
@@ -212,21 +201,13 @@ def _key_value_kernel(
     kv_heads, group, length_q, length_k,
     scale,
     score_scale,  # scale * log2(e); scale where MASK is ADDITIVE_MASK
-    drop_below,  # int32, see attention_tiles.py
+    drop_below,  # int32, see triton_tiles.py
     keep_scale,  # 1 / (1 - dropout_p)
-    CAUSAL: tl.constexpr,
-    LOWER_RIGHT: tl.constexpr,
-    MASK: tl.constexpr,
-    MASK_BY_KEY: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    NEED_KEY: tl.constexpr,
-    NEED_VALUE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
+    CAUSAL: tl.constexpr, LOWER_RIGHT: tl.constexpr,
+    MASK: tl.constexpr, MASK_BY_KEY: tl.constexpr, DROPOUT: tl.constexpr,
+    NEED_KEY: tl.constexpr, NEED_VALUE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(length_k, BLOCK_N)
     # The first block of keys is seen by the most queries: it comes first.
@@ -242,26 +223,9 @@ def _key_value_kernel(
     k = load_tile(key_ptr, key_row_stride, columns, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, True)
     v = load_tile(value_ptr, value_row_stride, columns, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, True)
 
-    # Tiles of queries: [diagonal, diagonal_stop) hold queries that see some of these keys, [diagonal_stop, whole)
-    # are seen whole, and a last one may be cut short by length_q.
-    tiles = tl.cdiv(length_q, BLOCK_M)
-    whole = length_q // BLOCK_M
-    diagonal = 0
-    diagonal_stop = 0
-    first_seen_by = columns
-    if CAUSAL:
-        if LOWER_RIGHT:
-            offset = length_k - length_q
-            first_seen_by = columns - offset
-            diagonal = tl.maximum(start_n - offset, 0) // BLOCK_M
-            diagonal_stop = tl.minimum(tiles, tl.cdiv(tl.maximum(start_n - offset + BLOCK_N - 1, 0), BLOCK_M))
-        else:
-            diagonal = start_n // BLOCK_M
-            diagonal_stop = tl.minimum(tiles, tl.cdiv(start_n + BLOCK_N - 1, BLOCK_M))
-    masked_tiles = tl.maximum(diagonal_stop - diagonal, 0)
-    if tl.maximum(diagonal_stop, whole) < tiles:
-        masked_tiles += 1
-
+    partial, diagonal_stop, whole, count = query_range(
+        start_n, length_q, length_k, CAUSAL, LOWER_RIGHT, BLOCK_M, BLOCK_N
+    )
     grad_key = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     grad_value = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for member in range(0, group):
@@ -276,22 +240,17 @@ def _key_value_kernel(
         head_row_max_ptr = row_max_ptr
         if MASK == ADDITIVE_MASK:
             head_row_max_ptr += row_base
-        grad_key, grad_value = _key_value_tiles(
-            grad_key, grad_value, k, v, head_query_ptr, head_grad_ptr, lse_ptr + row_base, delta_ptr + row_base,
-            head_row_max_ptr, head_mask_ptr, seed_ptr, query_row_stride, grad_output_row_stride,
-            mask_row_stride, mask_column_stride, query_batch_head, start_n, first_seen_by,
-            diagonal, masked_tiles, diagonal_stop, whole, length_q, length_k, score_scale, drop_below, keep_scale,
-            CAUSAL, LOWER_RIGHT, True, MASK, MASK_BY_KEY, DROPOUT, NEED_KEY, NEED_VALUE,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, INPUT_PRECISION, WIDEN,
-        )  # fmt: skip
-        grad_key, grad_value = _key_value_tiles(
-            grad_key, grad_value, k, v, head_query_ptr, head_grad_ptr, lse_ptr + row_base, delta_ptr + row_base,
-            head_row_max_ptr, head_mask_ptr, seed_ptr, query_row_stride, grad_output_row_stride,
-            mask_row_stride, mask_column_stride, query_batch_head, start_n, first_seen_by,
-            diagonal_stop, whole - diagonal_stop, 0, 0, length_q, length_k, score_scale, drop_below, keep_scale,
-            CAUSAL, LOWER_RIGHT, False, MASK, MASK_BY_KEY, DROPOUT, NEED_KEY, NEED_VALUE,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, INPUT_PRECISION, WIDEN,
-        )  # fmt: skip
+        # Twice the same, first of the tiles that see the keys in part.
+        for full in tl.static_range(2):
+            grad_key, grad_value = _key_value_tiles(
+                grad_key, grad_value, k, v, head_query_ptr, head_grad_ptr, lse_ptr + row_base, delta_ptr + row_base,
+                head_row_max_ptr, head_mask_ptr, seed_ptr, query_row_stride, grad_output_row_stride,
+                mask_row_stride, mask_column_stride, query_batch_head, start_n,
+                diagonal_stop if full else partial, whole - diagonal_stop if full else count, diagonal_stop, whole,
+                length_q, length_k, score_scale, drop_below, keep_scale,
+                CAUSAL, LOWER_RIGHT, full == 0, MASK, MASK_BY_KEY, DROPOUT, NEED_KEY, NEED_VALUE,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, INPUT_PRECISION, WIDEN,
+            )  # fmt: skip
 
     if NEED_KEY:
         grad_key_ptr += batch * grad_key_batch_stride + kv_head * grad_key_head_stride + first * grad_key_row_stride
@@ -312,7 +271,7 @@ def _query_tiles(
     grad,  # (BLOCK_M, BLOCK_D)
     lse,  # (BLOCK_M,) float32
     delta,  # (BLOCK_M,) float32
-    row_max,  # (BLOCK_M,) float32, where MASK is ADDITIVE_MASK
+    row_max,  # (BLOCK_M, 1) float32, where MASK is ADDITIVE_MASK
     key_ptr,  # this head's keys
     value_ptr,
     mask_ptr,  # this head's mask from the first of these queries on; None where MASK is NO_MASK
@@ -323,7 +282,6 @@ def _query_tiles(
     mask_column_stride,
     batch_head,
     start_m,
-    last_seen,  # (BLOCK_M,) number of the last key that each query sees, where CAUSAL
     start,
     stop,
     length_q,
@@ -331,18 +289,13 @@ def _query_tiles(
     score_scale,
     drop_below,
     keep_scale,
-    CAUSAL: tl.constexpr,
-    TAIL: tl.constexpr,
-    MASK: tl.constexpr,
-    MASK_BY_KEY: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
+    CAUSAL: tl.constexpr, LOWER_RIGHT: tl.constexpr,
+    PARTIAL: tl.constexpr,  # whether the tiles are seen in part, or cut short
+    MASK: tl.constexpr, MASK_BY_KEY: tl.constexpr, DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    rows = start_m + tl.arange(0, BLOCK_M)
     if DROPOUT:
         seed = tl.load(seed_ptr)
     for start_n in tl.range(start, stop, BLOCK_N):
@@ -350,32 +303,25 @@ def _query_tiles(
         columns = start_n + tl.arange(0, BLOCK_N)
         first = tl.cast(start_n, tl.int64)
         k = load_tile(
-            key_ptr + first * key_row_stride, key_row_stride, columns, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, TAIL
+            key_ptr + first * key_row_stride, key_row_stride, columns, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, PARTIAL
         )
         v = load_tile(
             value_ptr + first * value_row_stride,
-            value_row_stride, columns, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, TAIL,
+            value_row_stride, columns, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, PARTIAL,
         )  # fmt: skip
-        # P = 2^(S - lse)
-        scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), INPUT_PRECISION, WIDEN)
+        products = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), INPUT_PRECISION, WIDEN)
+        mask = None
         if MASK != NO_MASK:
             mask = load_mask(
                 mask_ptr + first * mask_column_stride, mask_row_stride, mask_column_stride,
                 tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :],
-                length_q - start_m, length_k - start_n, MASK_BY_KEY, True, TAIL,
+                length_q - start_m, length_k - start_n, MASK_BY_KEY, True, PARTIAL,
             )  # fmt: skip
-        if MASK == ADDITIVE_MASK:
-            scores = scores * score_scale + mask.to(tl.float32)
-            p = tl.exp2((scores - row_max[:, None]) * LOG2_OF_E - lse[:, None])
-        else:
-            p = tl.exp2(scores * score_scale - lse[:, None])
-        if MASK == BOOL_MASK:
-            p = tl.where(mask != 0, p, 0.0)
-        if TAIL:
-            seen = columns[None, :] < length_k
-            if CAUSAL:
-                seen = seen & (columns[None, :] <= last_seen[:, None])
-            p = tl.where(seen, p, 0.0)
+        scores = scores_of(
+            products, mask, rows[:, None], columns[None, :], length_q, length_k, score_scale,
+            CAUSAL, LOWER_RIGHT, PARTIAL, True, MASK,
+        )  # fmt: skip
+        p = probabilities_of(scores, lse[:, None], row_max, score_scale, MASK)
         # dS = P * (dP - delta),  dP = dO @ V^T
         dp = dot(grad, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), INPUT_PRECISION, WIDEN)
         if DROPOUT:
@@ -408,19 +354,12 @@ def _query_kernel(
     heads, group, length_q, length_k,
     scale,
     score_scale,  # scale * log2(e); scale where MASK is ADDITIVE_MASK
-    drop_below,  # int32, see attention_tiles.py
+    drop_below,  # int32, see triton_tiles.py
     keep_scale,  # 1 / (1 - dropout_p)
-    CAUSAL: tl.constexpr,
-    LOWER_RIGHT: tl.constexpr,
-    MASK: tl.constexpr,
-    MASK_BY_KEY: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
+    CAUSAL: tl.constexpr, LOWER_RIGHT: tl.constexpr,
+    MASK: tl.constexpr, MASK_BY_KEY: tl.constexpr, DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(length_q, BLOCK_M)
     start_m = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
@@ -438,46 +377,26 @@ def _query_kernel(
     q = load_tile(query_ptr, query_row_stride, rows, length_q, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     grad = load_tile(grad_output_ptr, grad_output_row_stride, rows, length_q, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     inside = rows < length_q
-    lse = tl.load(lse_ptr + batch_head * length_q + rows, mask=inside, other=0.0)
-    delta = tl.load(delta_ptr + batch_head * length_q + rows, mask=inside, other=0.0)
-
-    row_max = lse
+    row_base = batch_head * length_q
+    lse = load_lse(lse_ptr + row_base, rows, length_q, True, MASK, LOWER_RIGHT)
+    delta = tl.load(delta_ptr + row_base + rows, mask=inside, other=0.0)
+    row_max = None
     if MASK == ADDITIVE_MASK:
-        row_max = tl.load(row_max_ptr + batch_head * length_q + rows, mask=inside, other=0.0)
+        row_max = tl.load(row_max_ptr + row_base + rows, mask=inside, other=0.0)[:, None]
     if MASK != NO_MASK:
         mask_ptr += batch * mask_batch_stride + head * mask_head_stride + first * mask_row_stride
-    if MASK != NO_MASK or LOWER_RIGHT:
-        # 2^(S - inf) = 0 for a query that sees no key, whose lse is -inf
-        lse = tl.where(lse == float("-inf"), float("inf"), lse)
 
-    stop = length_k
-    seen_by_all = length_k
-    last_seen = rows
-    if CAUSAL:
-        if LOWER_RIGHT:
-            offset = length_k - length_q
-            last_seen = rows + offset
-            stop = tl.minimum(length_k, tl.maximum(start_m + offset + BLOCK_M, 0))
-            seen_by_all = tl.minimum(length_k, tl.maximum(start_m + offset + 1, 0))
-        else:
-            stop = tl.minimum(length_k, start_m + BLOCK_M)
-            seen_by_all = tl.minimum(length_k, start_m + 1)
-    full = seen_by_all // BLOCK_N * BLOCK_N
+    full, stop = key_range(start_m, length_q, length_k, CAUSAL, LOWER_RIGHT, BLOCK_M, BLOCK_N)
     grad_query = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    grad_query = _query_tiles(
-        grad_query, q, grad, lse, delta, row_max, key_ptr, value_ptr, mask_ptr, seed_ptr,
-        key_row_stride, value_row_stride, mask_row_stride, mask_column_stride,
-        batch_head, start_m, last_seen, full, stop,
-        length_q, length_k, score_scale, drop_below, keep_scale, CAUSAL, True, MASK, MASK_BY_KEY, DROPOUT,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, INPUT_PRECISION, WIDEN,
-    )  # fmt: skip
-    grad_query = _query_tiles(
-        grad_query, q, grad, lse, delta, row_max, key_ptr, value_ptr, mask_ptr, seed_ptr,
-        key_row_stride, value_row_stride, mask_row_stride, mask_column_stride,
-        batch_head, start_m, last_seen, 0, full,
-        length_q, length_k, score_scale, drop_below, keep_scale, CAUSAL, False, MASK, MASK_BY_KEY, DROPOUT,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, INPUT_PRECISION, WIDEN,
-    )  # fmt: skip
+    for whole in tl.static_range(2):
+        grad_query = _query_tiles(
+            grad_query, q, grad, lse, delta, row_max, key_ptr, value_ptr, mask_ptr, seed_ptr,
+            key_row_stride, value_row_stride, mask_row_stride, mask_column_stride, batch_head, start_m,
+            0 if whole else full, full if whole else stop,
+            length_q, length_k, score_scale, drop_below, keep_scale,
+            CAUSAL, LOWER_RIGHT, whole == 0, MASK, MASK_BY_KEY, DROPOUT,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, INPUT_PRECISION, WIDEN,
+        )  # fmt: skip
     grad_query_ptr += batch * grad_query_batch_stride + head * grad_query_head_stride + first * grad_query_row_stride
     store_tile(grad_query_ptr, grad_query_row_stride, rows, length_q, grad_query * scale, BLOCK_M, HEAD_DIM, BLOCK_D)
 

@@ -1,4 +1,11 @@
-"""What attention's forward and backward share on Triton: tiles in memory, masks, dropout, and configurations.
+"""What the kernels of attention share on Triton: tiles in memory, which tiles meet, S, P, and dropout.
+
+The forward, dK/dV and dQ agree on what a query sees because they ask the same functions. Beside a causal limit query i
+sees the keys up to i + offset (`causal_offset`):
+
+    key_range      the tiles of keys that a tile of queries sees, whole or in part
+    query_range    the tiles of queries that see a tile of keys
+    scores_of      S of two tiles, -inf where a query does not see a key
 
 Dropout keeps the probability of (batch, head, row, column) where its word of Philox4x32-10 is not below a threshold:
 
@@ -11,21 +18,12 @@ counter because Philox gives four words, and its 20 wide products cost more than
 
 from __future__ import annotations
 
-import contextlib
 import math
-from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
-from gptkern.backends.tables.configurations import Table
-from gptkern.backends.triton.common import INTERPRETED, CompileCase, float32_precision, next_power_of_2
-
-LOG2E = math.log2(math.e)
-LOG2_OF_E = tl.constexpr(LOG2E)
-_LARGEST_BLOCK = 256
-_INT32_RANGE = 2**31
+LOG2_OF_E = tl.constexpr(math.log2(math.e))
 
 # --- Tiles of a sequence --------------------------------------------------------------------------------------------
 
@@ -113,6 +111,140 @@ def load_mask(
             return tl.load(pointers)
 
 
+# --- Which tiles meet ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def causal_offset(length_q, length_k, LOWER_RIGHT: tl.constexpr):
+    """Beside a causal limit query i sees the keys up to i + offset."""
+    if LOWER_RIGHT:
+        return length_k - length_q
+    else:
+        return 0
+
+
+@triton.jit
+def key_range(
+    start_m,
+    length_q,
+    length_k,
+    CAUSAL: tl.constexpr,
+    LOWER_RIGHT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """(full, stop): every query of the tile sees the keys [0, full), whole tiles; some see those of [full, stop)."""
+    stop = length_k
+    seen_by_all = length_k
+    if CAUSAL:
+        stop = start_m + causal_offset(length_q, length_k, LOWER_RIGHT) + BLOCK_M
+        seen_by_all = start_m + causal_offset(length_q, length_k, LOWER_RIGHT) + 1
+        if LOWER_RIGHT:
+            stop, seen_by_all = tl.maximum(stop, 0), tl.maximum(seen_by_all, 0)
+        stop, seen_by_all = tl.minimum(length_k, stop), tl.minimum(length_k, seen_by_all)
+    return seen_by_all // BLOCK_N * BLOCK_N, stop
+
+
+@triton.jit
+def query_range(
+    start_n,
+    length_q,
+    length_k,
+    CAUSAL: tl.constexpr,
+    LOWER_RIGHT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """(partial, diagonal_stop, whole, count), in tiles of queries.
+
+    Queries of [partial, diagonal_stop) see some of the keys, those of [diagonal_stop, whole) see all of them, and a
+    last tile may be cut short by length_q. count: how many tiles are not whole or not seen whole.
+    """
+    tiles = tl.cdiv(length_q, BLOCK_M)
+    whole = length_q // BLOCK_M
+    partial = 0
+    diagonal_stop = 0
+    if CAUSAL:
+        # The first query that sees the first of the keys, and the first that sees the last one.
+        first = start_n - causal_offset(length_q, length_k, LOWER_RIGHT)
+        last = first + BLOCK_N - 1
+        if LOWER_RIGHT:
+            first, last = tl.maximum(first, 0), tl.maximum(last, 0)
+        partial = first // BLOCK_M
+        diagonal_stop = tl.minimum(tiles, tl.cdiv(last, BLOCK_M))
+    count = tl.maximum(diagonal_stop - partial, 0)
+    if tl.maximum(diagonal_stop, whole) < tiles:
+        count += 1
+    return partial, diagonal_stop, whole, count
+
+
+# --- S and P --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def scores_of(
+    products,  # Q @ K^T of two tiles, float32: (BLOCK_M, BLOCK_N), or (BLOCK_N, BLOCK_M)
+    mask,  # the same of the mask; None where MASK is NO_MASK
+    queries,  # (BLOCK_M, 1) or (1, BLOCK_M): numbers within the sequence
+    keys,  # (1, BLOCK_N) or (BLOCK_N, 1)
+    length_q,
+    length_k,
+    scale,  # where MASK is ADDITIVE_MASK
+    CAUSAL: tl.constexpr,
+    LOWER_RIGHT: tl.constexpr,
+    PARTIAL: tl.constexpr,  # whether the tile has queries that do not see all of its keys, by the limits of the ranges
+    CHECK_KEYS: tl.constexpr,  # whether keys beyond the last one have to be hidden, in such a tile
+    MASK: tl.constexpr,
+):
+    """scale * Q @ K^T + mask where MASK is ADDITIVE_MASK, else Q @ K^T, which exponents scale; -inf where hidden."""
+    if MASK == ADDITIVE_MASK:
+        scores = products * scale + mask.to(tl.float32)
+    elif MASK == BOOL_MASK:
+        scores = tl.where(mask != 0, products, float("-inf"))
+    else:
+        scores = products
+    if PARTIAL and (CHECK_KEYS or CAUSAL):
+        if CHECK_KEYS:
+            seen = keys < length_k
+            if CAUSAL:
+                seen = seen & (keys <= queries + causal_offset(length_q, length_k, LOWER_RIGHT))
+        else:
+            seen = keys <= queries + causal_offset(length_q, length_k, LOWER_RIGHT)
+        scores = tl.where(seen, scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def load_lse(lse_ptr, rows, length_q, CHECK_ROWS: tl.constexpr, MASK: tl.constexpr, LOWER_RIGHT: tl.constexpr):
+    """lse of a tile of queries; inf beyond the last one and where no key is seen: 2^(S - inf) = 0."""
+    if CHECK_ROWS:
+        lse = tl.load(lse_ptr + rows, mask=rows < length_q, other=float("inf"))
+    else:
+        lse = tl.load(lse_ptr + rows)
+    if MASK != NO_MASK or LOWER_RIGHT:
+        lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    return lse
+
+
+@triton.jit
+def probabilities_of(
+    scores,  # of scores_of
+    lse,  # (BLOCK_M, 1) or (1, BLOCK_M), of load_lse
+    row_max,  # the same, where MASK is ADDITIVE_MASK
+    score_scale,  # scale * log2(e), where it is not
+    MASK: tl.constexpr,
+):
+    """P, which the backward computes anew."""
+    if MASK == ADDITIVE_MASK:
+        return tl.exp2((scores - row_max) * LOG2_OF_E - lse)
+    else:
+        # P = 2^(S - lse)
+        return tl.exp2(scores * score_scale - lse)
+
+
+# --- Dropout --------------------------------------------------------------------------------------------------------
+
+
 @triton.jit
 def kept_tile(
     seed,  # int64
@@ -144,241 +276,3 @@ def kept_tile(
         return tl.reshape(tl.permute(kept, (0, 2, 3, 1)), (BLOCK_N, BLOCK_M))
     else:
         return tl.reshape(kept, (BLOCK_M, BLOCK_N))
-
-
-# --- Configurations -------------------------------------------------------------------------------------------------
-
-
-class Tiles(NamedTuple):
-    """BLOCK_M queries by BLOCK_N keys at a time, by a program of num_warps, loads num_stages tiles ahead."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-_KERNELS = ("forward", "key_value", "query")
-# kernel, bits of an element, the largest padded head_dim -> tiles, from attention.json. With a mask or dropout, which
-# take registers, a kernel has the rows of masked_…
-TABLE = Table(
-    "attention", {"kernel": (*_KERNELS, *(f"masked_{name}" for name in _KERNELS)), "bits": (16, 32), "head_dim": None},
-    Tiles,
-)  # fmt: skip
-_forced_tiles: Tiles | None = None
-
-
-@contextlib.contextmanager
-def forced_tiles(block_m: int, block_n: int, num_warps: int = 4, num_stages: int = 1):
-    """For tests: every attention kernel started inside the `with` block uses these tiles.
-
-    Small ones (16 at least: tl.dot's least) bring many tiles, diagonals and tails out of short sequences.
-    """
-    global _forced_tiles
-    before, _forced_tiles = _forced_tiles, Tiles(block_m, block_n, num_warps, num_stages)
-    try:
-        yield
-    finally:
-        _forced_tiles = before
-
-
-def tiles_of(kernel: str, query: torch.Tensor, block_d: int, extras: Extras) -> Tiles:
-    if _forced_tiles is not None:
-        return _forced_tiles
-    kernel = kernel if extras is _NO_EXTRAS else f"masked_{kernel}"
-    return TABLE.find(query.device, block_d, kernel, 8 * query.element_size())
-
-
-def padded_head_dim(head_dim: int) -> int:
-    """The power of two that holds head_dim, 16 at least: tl.dot's least."""
-    return max(16, next_power_of_2(head_dim))
-
-
-# --- What a launch needs --------------------------------------------------------------------------------------------
-
-
-class Extras(NamedTuple):
-    """What mask and dropout hand to a kernel; None where there is none."""
-
-    constants: dict[str, int]
-    mask: torch.Tensor | None = None  # (batch, heads, length_q, length_k), uint8 or floating point
-    mask_strides: tuple = (None, None, None, None)
-    seed: torch.Tensor | None = None
-    drop_below: int | None = None
-    keep_scale: float | None = None
-
-    @property
-    def is_additive(self) -> bool:
-        return self.constants["MASK"] == ADDITIVE_MASK.value
-
-
-_NO_EXTRAS = Extras({"MASK": NO_MASK.value, "MASK_BY_KEY": False, "DROPOUT": False})
-
-
-def extras_of(query, key, attn_mask, dropout_p, seed) -> Extras:
-    if attn_mask is None and seed is None:
-        return _NO_EXTRAS
-    kind, mask, strides = NO_MASK.value, None, (None, None, None, None)
-    if attn_mask is not None:
-        mask = _broadcast(attn_mask, (*query.shape[:3], key.shape[2]))
-        strides = mask.stride()
-        kind = BOOL_MASK.value if mask.dtype == torch.bool else ADDITIVE_MASK.value
-        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-    constants = {"MASK": kind, "MASK_BY_KEY": strides[2] == 0, "DROPOUT": seed is not None}
-    if seed is None:
-        return Extras(constants, mask, strides)
-    # All is dropped at 1: 1 / (1 - dropout_p) has no use, and the threshold no int32.
-    drop_below = min(round(dropout_p * 2**32), 2**32 - 1) - 2**31
-    return Extras(constants, mask, strides, seed, drop_below, 1 / (1 - dropout_p) if dropout_p < 1 else 0.0)
-
-
-def _broadcast(mask, shape):
-    """The mask in four dimensions, by strides of 0; a copy of what it holds where a tile would pass the int32 range.
-
-    A tile lies in one batch and head, whose offset is 64 bits wide: rows and columns alone decide.
-    """
-    if max(mask.stride()[-2:]) * _LARGEST_BLOCK >= _INT32_RANGE:
-        for dim, stride in enumerate(mask.stride()):
-            mask = mask.narrow(dim, 0, 1) if stride == 0 else mask
-        mask = mask.contiguous()
-    return mask.expand(shape)
-
-
-def unreadable_mask(query, key, mask) -> str | None:
-    """Why the kernels cannot take an attn_mask, or None."""
-    if mask is None:
-        return None
-    if mask.requires_grad and torch.is_grad_enabled():
-        return "attn_mask requires a gradient, which the kernels do not compute"
-    if not 2 <= mask.dim() <= 4:
-        return f"attn_mask has {mask.dim()} dimensions; kernels need 2 to 4"
-    wanted = (*query.shape[:3], key.shape[2])
-    if any(size not in (1, whole) for size, whole in zip(reversed(mask.shape), reversed(wanted))):
-        return f"attn_mask has shape {tuple(mask.shape)}; kernels need one that broadcasts to {wanted}"
-    return None
-
-
-def readable(tensor):
-    """The tensor itself, or a copy where its head_dim is not contiguous or a tile would pass the int32 range."""
-    if tensor.stride(3) == 1 and tensor.stride(2) * _LARGEST_BLOCK < _INT32_RANGE:
-        return tensor
-    return tensor.contiguous()
-
-
-def constants_of(query, head_dim, block_d, tiles):
-    return {
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": block_d,
-        "BLOCK_M": tiles.block_m,
-        "BLOCK_N": tiles.block_n,
-        # IEEE for 16 bits: the option is for float32 operands alone.
-        "INPUT_PRECISION": float32_precision() if query.dtype == torch.float32 else "ieee",
-        "WIDEN": INTERPRETED,
-        "num_warps": tiles.num_warps,
-        "num_stages": tiles.num_stages,
-    }
-
-
-# --- What ships, for the compile tests ------------------------------------------------------------------------------
-
-
-def shipped_tiles(architecture: int, kernel: str) -> list[tuple[Tiles, str, str, int]]:
-    """(tiles, the device that they were measured on or "", dtype, head_dim) of every row that serves an architecture.
-
-    The one table of float32 is compiled whole for 80: its products are the same scalar instructions on every part.
-    """
-    found = []
-    for device, rows in TABLE.shipped(architecture):
-        # 80 fills 128 columns with masked ones, which costs registers: its rows are the 128s.
-        shapes = [("bf16", head_dim) for head_dim in (64, 80, 128, 256)] + [("fp32", 64)]
-        if architecture == 80 or device:
-            shapes += [("fp32", 128), ("fp32", 256)]
-        for dtype, head_dim in shapes:
-            row = rows.get((kernel, 16 if dtype == "bf16" else 32, max(padded_head_dim(head_dim), 64)))
-            if row is not None:
-                found.append((row.configuration, device, dtype, head_dim))
-    return found
-
-
-# What a kernel is compiled with beside the plain causal case, and how that is called.
-VARIANTS = {
-    "": {},
-    " lower-right": {"LOWER_RIGHT": True},
-    " bool mask": {"MASK": BOOL_MASK.value},
-    " bool mask by key": {"MASK": BOOL_MASK.value, "MASK_BY_KEY": True},
-    " additive mask": {"MASK": ADDITIVE_MASK.value},
-    " additive mask by key": {"MASK": ADDITIVE_MASK.value, "MASK_BY_KEY": True},
-    " dropout": {"DROPOUT": True},
-    " additive mask dropout": {"MASK": ADDITIVE_MASK.value, "DROPOUT": True},
-}
-
-
-def compile_case(
-    function, name, tiles, device, dtype, head_dim, variant="", rows="queries", **constants
-) -> CompileCase:  # fmt: skip
-    """The case of a kernel with these tiles, "*bf16" or "*fp32" being its tensors; rows: of its first product.
-
-    Causal; with a mask not, since the two exclude one another. What a case does not use is None, as in a launch.
-    """
-    constants = {
-        "CAUSAL": "mask" not in variant,
-        "LOWER_RIGHT": False,
-        "MASK": NO_MASK.value,
-        "MASK_BY_KEY": False,
-        "DROPOUT": False,
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": padded_head_dim(head_dim),
-        "BLOCK_M": tiles.block_m,
-        "BLOCK_N": tiles.block_n,
-        "INPUT_PRECISION": "ieee",
-        "WIDEN": False,
-    } | VARIANTS[variant] | constants  # fmt: skip
-    unused = []
-    if constants["MASK"] == NO_MASK.value:
-        unused += [argument for argument in function.arg_names if argument.startswith("mask_")]
-    if constants["MASK"] != ADDITIVE_MASK.value:
-        unused.append("row_max_ptr")
-    if not constants["DROPOUT"]:
-        unused += ["seed_ptr", "drop_below", "keep_scale"]
-    constants = dict.fromkeys(unused) | constants
-    types, aligned = signature(function, dtype, constants)
-    if constants["MASK"] != NO_MASK.value:
-        # A row of the mask is dense: a stride of 1 is a constant, as Triton specialises it.
-        types["mask_ptr"] = "*u8" if constants["MASK"] == BOOL_MASK.value else "*fp32"
-        constants["mask_column_stride"], types["mask_column_stride"] = 1, "constexpr"
-    causal = " causal" if constants["CAUSAL"] else ""
-    return CompileCase(
-        f"{name} hd{head_dim}{causal}{variant} {dtype}{device}", function, types, constants,
-        tiles.num_warps, tiles.num_stages, tuple(name for name in aligned if types[name] != "constexpr"),
-        # Below 64 rows the products are mma.sync on every part.
-        matrix_product=dtype == "bf16" and (tiles.block_m if rows == "queries" else tiles.block_n) >= 64,
-    )  # fmt: skip
-
-
-def extra_cases(architecture: int, kernel: str) -> list[tuple[str, Tiles, str, str, int]]:
-    """(variant, then as shipped_tiles) of the kernel with mask, dropout and the other alignment.
-
-    Every row is compiled with what takes the most registers, all else at head_dim 64. Masks of float32 take the most.
-    """
-    found = [
-        (" lower-right", *row) for row in shipped_tiles(architecture, kernel) if row[2:] == ("bf16", 64) and not row[1]
-    ]
-    for row in shipped_tiles(architecture, f"masked_{kernel}"):
-        *_, device, dtype, head_dim = row
-        if head_dim == 80 or (dtype == "fp32" and architecture != 80):
-            continue
-        found.append((" additive mask dropout", *row))
-        if (dtype, head_dim, architecture, device) == ("bf16", 64, 90, ""):
-            found += [(variant, *row) for variant in (" bool mask", " additive mask by key", " dropout")]
-    return found
-
-
-def signature(kernel, dtype, constants):
-    """The types of a kernel's arguments by their names, and which of them are multiples of 16: the strides."""
-    types = {"lse_ptr": "*fp32", "row_max_ptr": "*fp32", "delta_ptr": "*fp32", "seed_ptr": "*i64"}
-    types |= dict.fromkeys(("scale", "score_scale", "keep_scale"), "fp32")
-    found = {
-        name: "constexpr" if name in constants else types.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
-        for name in kernel.arg_names
-    }
-    return found, tuple(name for name in kernel.arg_names if name.endswith("_stride"))

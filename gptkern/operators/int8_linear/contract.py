@@ -268,6 +268,7 @@ def _backward_fake(gradient: Gradient, call: Call):
     return dinput, grad_output.new_empty(weight.shape[0] if need_bias else 0, dtype=_computing_dtype(grad_output))
 
 
+TWIN = int8_linear
 OPERATOR = Operator("int8_linear", Call, 1, _forward_fake, Gradient, 2, _backward_fake)
 
 

@@ -293,6 +293,7 @@ def _backward_fake(gradient: Gradient, call: Call):
     return dsummed, dweight, mean.new_empty(width if gradient.need_bias else 0)
 
 
+TWIN = layer_norm
 OPERATOR = Operator("layer_norm", Call, 4, _forward_fake, Gradient, 3, _backward_fake)
 
 

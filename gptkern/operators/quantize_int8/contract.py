@@ -80,4 +80,5 @@ def _forward_fake(call: Call):
     return q, q.new_empty([*input.shape[:dim], *input.shape[dim + 1 :]], dtype=torch.float32)
 
 
+TWIN = quantize_int8
 OPERATOR = Operator("quantize_int8", Call, 2, _forward_fake)

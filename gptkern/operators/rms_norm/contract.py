@@ -186,6 +186,7 @@ def _backward_fake(gradient: Gradient, call: Call):
     return dinput, rstd.new_empty(input.shape[-1] if need_weight else 0)
 
 
+TWIN = rms_norm
 OPERATOR = Operator("rms_norm", Call, 2, _forward_fake, Gradient, 2, _backward_fake)
 
 

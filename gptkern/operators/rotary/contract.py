@@ -227,6 +227,7 @@ def _in_order_of(input):
     return torch.empty_strided(input.shape, strides, dtype=input.dtype, device=input.device)
 
 
+TWIN = rotary_embedding
 OPERATOR = Operator(
     "rotary", Call, 1, lambda call: _in_order_of(call.input),
     Gradient, 1, lambda gradient, call: _in_order_of(gradient.grad_output),

@@ -259,6 +259,7 @@ def _backward_fake(gradient: Gradient, call: Call):
     return torch.empty(gradient.output.shape, dtype=gradient.input_dtype, device=gradient.output.device)
 
 
+TWIN = softmax
 OPERATOR = Operator("softmax", Call, 1, _forward_fake, Gradient, 1, _backward_fake)
 
 

@@ -1,1 +1,0 @@
-"""For each operator: its cells, inputs, implementations and reference."""
