@@ -140,9 +140,7 @@ def _backends(device) -> dict[str, dict[str, str | None]]:
     from gptkern.operators import NAMES
 
     return {
-        operator: {
-            name: dispatch.missing(name, operator, device) for name in _in_order(dispatch.orders.names(operator))
-        }
+        operator: {name: dispatch.missing(name, operator, device) for name in _in_order(orders.names(operator))}
         for operator in NAMES
     }
 
