@@ -1,6 +1,6 @@
-"""Trains the reference GPT on all ranks of a process group, in each order of wrapping and swapping, for test_around.py.
+"""Trains the reference GPT on all ranks of a process group, in each order of wrapping and swapping.
 
-    python tests/distributed_training.py RANK RANKS FOLDER
+    python tests/distributed_training.py RANK RANKS FOLDER              # test_distributed.py runs it
 
 Rank 0 writes FOLDER/results.pt: {way: {"losses": the ranks' average, "parameters": whole, "calls": of gptkern's
 operators in one forward, "classes": of each module, or "error": what it raised}}.

@@ -319,14 +319,21 @@ CASES = [
     ),
 ]  # fmt: skip
 
-# What a test is parametrised with.
-PARAMETERS = [
-    pytest.param(
-        case,
-        id=case.name,
-        marks=[pytest.mark.skipif(transformers is None, reason="transformers is not installed")]
-        if case.is_transformers
-        else [],
-    )
-    for case in CASES
-]
+
+def parameters(fast: tuple[str, ...]) -> list:
+    """What a test is parametrised with: all models; those that are not named run in make test-deep alone."""
+    missing = pytest.mark.skipif(transformers is None, reason="transformers is not installed")
+    return [
+        pytest.param(
+            case,
+            id=case.name,
+            marks=[missing] * case.is_transformers + [pytest.mark.deep] * (case.name not in fast),
+        )
+        for case in CASES
+    ]
+
+
+PARAMETERS = parameters(fast=tuple(case.name for case in CASES))
+# One model of each way in which swap gets at an operator: a module's twin and an inline call, softmax alone, PyTorch's
+# encoder, attention by name, a method that is replaced, grouped heads with norm and rotary embedding of known code.
+EACH_WAY = parameters(fast=("gpt", "mingpt", "encoder", "gpt2", "gptj", "llama"))

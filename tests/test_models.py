@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from checking import Watched
-from model_zoo import CASES, IGNORED, LAYERS, PADDING, PARAMETERS, VOCABULARY, Case
+from model_zoo import CASES, EACH_WAY, IGNORED, LAYERS, PADDING, PARAMETERS, VOCABULARY, Case, parameters
 
 import gptkern
 from gptkern.backends import dispatch
@@ -269,7 +269,7 @@ def test_strict_leaves_a_model_with_something_to_skip_untouched(case):
 # --- Kernels ----------------------------------------------------------------------------------------------------------
 
 
-@cases
+@pytest.mark.parametrize("case", EACH_WAY)
 def test_kernels_agree(case, kernel_backend, device):
     """One small forward and backward: the kernels of every operator ran, as often as they should.
 
@@ -294,7 +294,7 @@ def test_kernels_agree(case, kernel_backend, device):
     assert {operator: watched.names.count(f"{operator}_backward") for operator in case.calls} == case.calls
 
 
-@pytest.mark.parametrize("case", [p for p in PARAMETERS if p.values[0].padding])
+@pytest.mark.parametrize("case", [p for p in parameters(fast=("gpt2", "llama")) if p.values[0].padding])
 def test_kernels_agree_on_a_padded_batch(case, triton_backend, device):
     """The mask is read inside the kernels of attention."""
     call = [part.to(device) for part in batch(rows=2, length=6, side=case.padding)]

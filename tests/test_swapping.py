@@ -3,50 +3,18 @@
 from __future__ import annotations
 
 import copy
-import gc
 import pickle
 import threading
-import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
+from swapped_models import BiaslessNorm, CausalAttention, batch, calls_of_twins, class_names, gpt
 
 import gptkern
-from gptkern.backends import dispatch
-from gptkern.models import GPT, GPTConfig
 from gptkern.swapping.report import Skipped, SwapReport, where
-from gptkern.swapping.routed_classes import calls as _calls
+from gptkern.swapping.routed_classes import calls
 from gptkern.swapping.twins import SWAPPABLE
-
-SMALL = dict(vocab_size=61, context=24, layers=2, width=32, heads=2)
-
-
-class CausalAttention(torch.nn.Module):
-    """Attention through a method and a module alias, as people write it."""
-
-    def __init__(self):
-        super().__init__()
-        self.mix = torch.nn.Linear(8, 24)
-        self.softmax = torch.nn.Softmax(dim=-1)
-
-    def forward(self, x):
-        return self.attend(x)
-
-    def attend(self, x):
-        query, key, value = (part.unsqueeze(1) for part in self.mix(x).split(8, dim=-1))
-        return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).squeeze(1)
-
-
-class BiaslessNorm(torch.nn.Module):
-    """A norm of the model's own, with the function called inline."""
-
-    def __init__(self, width=8):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(width))
-
-    def forward(self, x):
-        return F.layer_norm(x, self.weight.shape, self.weight, None, 1e-5)
 
 
 class ExplicitAttention(torch.nn.Module):
@@ -74,21 +42,6 @@ class CallsNothing(torch.nn.Module):
 
     def softmax(self, x):
         return x
-
-
-def gpt(**changes):
-    torch.manual_seed(1)
-    return GPT(GPTConfig(**SMALL | changes))
-
-
-def batch(rows=3, length=24):
-    generator = torch.Generator().manual_seed(2)
-    ids = torch.randint(0, 61, (rows, length + 1), generator=generator)
-    return ids[:, :-1], ids[:, 1:]
-
-
-def class_names(model):
-    return {name: type(module) for name, module in model.named_modules()}
 
 
 def test_swap_reports_each_module():
@@ -156,10 +109,10 @@ def test_only_the_operators_asked_for(ops):
 
 
 def test_inline_calls_are_found_by_what_they_resolve_to():
-    assert _calls(CausalAttention).operators == {"attention"}
-    assert _calls(BiaslessNorm).operators == {"layer_norm"}
-    assert _calls(ExplicitAttention).operators == {"softmax"}
-    assert _calls(CallsNothing).operators == set()
+    assert calls(CausalAttention).operators == {"attention"}
+    assert calls(BiaslessNorm).operators == {"layer_norm"}
+    assert calls(ExplicitAttention).operators == {"softmax"}
+    assert calls(CallsNothing).operators == set()
 
 
 def test_styles_of_models():
@@ -322,16 +275,6 @@ def test_copies_stay_swapped_and_can_be_unswapped(copied):
     assert type(model.final_norm) is gptkern.nn.LayerNorm
 
 
-def calls_of_twins(monkeypatch, action):
-    """How often each operator of gptkern is called while `action` runs."""
-    counts = {}
-    settled = dispatch.settled
-    monkeypatch.setattr(dispatch, "settled", lambda tensor: counts.update(n=counts.get("n", 0) + 1) or settled(tensor))
-    action()
-    monkeypatch.setattr(dispatch, "settled", settled)
-    return counts.get("n", 0)
-
-
 def test_swapped_modules_call_the_operators(monkeypatch):
     model = gpt()
     assert calls_of_twins(monkeypatch, lambda: model(*batch())) == 0
@@ -383,115 +326,9 @@ def test_what_can_be_swapped():
     assert SWAPPABLE == ("attention", "layer_norm", "rms_norm", "rotary", "softmax")
 
 
-def train(model, steps, learning_rate=1e-2):
-    """The losses of some AdamW steps on arithmetic progressions, each batch its own."""
-    optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate)
-    generator = torch.Generator().manual_seed(3)
-    losses = []
-    device = model.final_norm.weight.device
-    for _ in range(steps):
-        start, step = (
-            torch.randint(0, 61, (2, 1), generator=generator),
-            torch.randint(1, 4, (2, 1), generator=generator),
-        )
-        ids = ((start + step * torch.arange(13)) % 61).to(device)
-        loss = model(ids[:, :-1], ids[:, 1:])[1]
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        losses.append(loss.item())
-    return torch.tensor(losses)
-
-
-def needs_float32_attention(backend):
-    if backend == "cuda":
-        pytest.skip("the model's attention is in float32, which the CUDA kernels leave to Triton")
-
-
-def test_a_swapped_model_agrees(backend, device):
-    """Logits, loss and every parameter's gradient, within float32's rounding through two layers."""
-    needs_float32_attention(backend)
-    stock, swapped = gpt().to(device), gpt().to(device)
-    gptkern.swap(swapped)
-    ids, targets = (part.to(device) for part in batch())
-    results = []
-    for model in (stock, swapped):
-        logits, loss = model(ids, targets)
-        loss.backward()
-        results.append((logits, loss, {name: p.grad for name, p in model.named_parameters()}))
-    (logits, loss, gradients), (other_logits, other_loss, other_gradients) = results
-    torch.testing.assert_close(other_logits, logits, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(other_loss, loss, rtol=1e-5, atol=1e-6)
-    assert other_gradients.keys() == gradients.keys()
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(
-            other_gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
-        )
-
-
-def test_a_training_curve_agrees(backend, device):
-    """50 AdamW steps: the curves lie on top of each other, and fall."""
-    needs_float32_attention(backend)
-    tiny = dict(context=12, layers=1, heads=1)
-    stock = train(gpt(**tiny).to(device), 50)
-    model = gpt(**tiny).to(device)
-    gptkern.swap(model)
-    swapped = train(model, 50)
-    assert stock[-1] < stock[0] - 0.5
-    torch.testing.assert_close(swapped, stock, rtol=0, atol=2e-3)
-
-
-def test_frozen_parameters_get_no_gradient(backend, device):
-    needs_float32_attention(backend)
-    model = gpt().to(device)
-    model.blocks[0].attention_norm.weight.requires_grad_(False)
-    gptkern.swap(model)
-    ids, targets = (part.to(device) for part in batch(rows=1))
-    model(ids, targets)[1].backward()
-    assert model.blocks[0].attention_norm.weight.grad is None
-    assert model.blocks[0].attention_norm.bias.grad is not None
-
-
-def test_compiles_without_a_graph_break(backend, device):
-    needs_float32_attention(backend)
-    model = gpt(layers=1).to(device)
-    gptkern.swap(model)
-    ids, targets = (part.to(device) for part in batch(rows=1, length=8))
-    expected = model(ids, targets)[1]
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    loss = compiled(ids, targets)[1]
-    loss.backward()
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-    assert model.final_norm.weight.grad is not None
-
-
-def test_dropout_in_training_stays_dropout():
-    model = gpt(dropout=0.5)
-    gptkern.swap(model)
-    ids, targets = batch()
-    model.train()
-    assert model(ids, targets)[1] != model(ids, targets)[1]
-    model.eval()
-    assert model(ids, targets)[1] == model(ids, targets)[1]
-
-
-def attend(x):
-    return F.scaled_dot_product_attention(x, x, x, is_causal=True)
-
-
-class CallsAFunction(torch.nn.Module):
-    def forward(self, x):
-        return attend(x)
-
-
 class CallsTwo(torch.nn.Module):
     def forward(self, x):
         return F.softmax(F.layer_norm(x, x.shape[-1:]), dim=-1)
-
-
-def test_calls_in_functions_of_the_same_package_are_found():
-    assert _calls(CallsAFunction).operators == {"attention"}
 
 
 def test_a_second_swap_adds_to_the_first(monkeypatch):
@@ -517,121 +354,6 @@ def test_a_class_that_changed_after_the_swap_is_left_alone():
     assert torch.equal(model(torch.ones(1, 4)), expected)
     torch.nn.utils.parametrize.remove_parametrizations(model[0], "weight")
     assert type(gptkern.unswap(model)[0]) is torch.nn.LayerNorm
-
-
-# --- Classes that change, refuse, or go away --------------------------------------------------------------------------
-
-
-def zeros(self, x):
-    return torch.zeros_like(x)
-
-
-def test_a_forward_that_is_patched_after_a_swap_counts(monkeypatch):
-    model, x = BiaslessNorm(), torch.randn(2, 8)
-    gptkern.swap(model)
-    expected = model(x)
-    with monkeypatch.context() as patch:
-        patch.setattr(BiaslessNorm, "forward", zeros)
-        assert torch.equal(model(x), torch.zeros_like(x))
-        fresh = BiaslessNorm()
-        assert gptkern.swap(fresh).replaced == []
-        assert torch.equal(fresh(x), torch.zeros_like(x))
-        patch.setattr(BiaslessNorm, "forward", lambda self, x: 2 * F.layer_norm(x, (8,)))
-        assert calls_of_twins(monkeypatch, lambda: model(x)) == 1
-        torch.testing.assert_close(model(x), 2 * expected)
-    assert calls_of_twins(monkeypatch, lambda: model(x)) == 1
-    assert torch.equal(model(x), expected)
-    assert type(gptkern.unswap(model)) is BiaslessNorm
-
-
-def test_a_method_that_is_patched_after_a_swap_counts(monkeypatch):
-    model, x = CausalAttention(), torch.randn(2, 5, 8)
-    gptkern.swap(model)
-    with monkeypatch.context() as patch:
-        patch.setattr(CausalAttention, "attend", zeros)
-        assert torch.equal(model(x), torch.zeros_like(x))
-    assert calls_of_twins(monkeypatch, lambda: model(x)) == 1
-
-
-def test_a_function_that_is_patched_between_two_swaps_is_found(monkeypatch):
-    first, x = CallsAFunction(), torch.randn(1, 2, 5, 8)
-    gptkern.swap(first)
-    with monkeypatch.context() as patch:
-        patch.setitem(globals(), "attend", lambda x: 2 * F.scaled_dot_product_attention(x, x, x))
-        second = CallsAFunction()
-        gptkern.swap(second)
-        assert calls_of_twins(monkeypatch, lambda: second(x)) == 1
-        assert torch.equal(second(x), 2 * F.scaled_dot_product_attention(x, x, x))
-
-
-def test_a_swapped_class_does_not_outlive_its_models():
-    class Local(BiaslessNorm):
-        def forward(self, x):
-            return F.layer_norm(x, (8,))
-
-    model = Local()
-    gptkern.swap(model)
-    model(torch.randn(2, 8))
-    gptkern.unswap(model)
-    alive = weakref.ref(Local)
-    del model, Local
-    gc.collect()
-    assert alive() is None
-
-
-class StaticForward(torch.nn.Module):
-    @staticmethod
-    def forward(x):
-        return F.softmax(x, dim=-1)
-
-
-def test_a_static_forward_stays_static(monkeypatch):
-    model, x = StaticForward(), torch.randn(2, 8)
-    expected = model(x)
-    gptkern.swap(model)
-    assert calls_of_twins(monkeypatch, lambda: model(x)) == 1
-    assert torch.equal(model(x), expected)
-
-
-class Refuses(BiaslessNorm):
-    def __setattr__(self, name, value):
-        if name == "__class__":
-            raise TypeError("no other class")
-        super().__setattr__(name, value)
-
-
-def test_a_module_that_refuses_its_class_leaves_the_model_unchanged():
-    model = torch.nn.Sequential(BiaslessNorm(), torch.nn.LayerNorm(8), Refuses())
-    before = class_names(model), [list(module.__dict__) for module in model]
-    with pytest.raises(TypeError, match="no other class"):
-        gptkern.swap(model)
-    assert (class_names(model), [list(module.__dict__) for module in model]) == before
-
-
-def test_a_class_that_refuses_subclasses_is_skipped_with_the_reason():
-    class Final(BiaslessNorm):
-        def __init_subclass__(cls, **kwargs):
-            raise TypeError("final")
-
-    model = torch.nn.Sequential(Final(), BiaslessNorm())
-    report = gptkern.swap(model)
-    assert type(model[0]) is Final
-    assert [(entry.name, entry.reason) for entry in report.skipped] == [
-        ("0", "no subclass of it can be made: TypeError: final")
-    ]
-
-
-class ReducesItself(BiaslessNorm):
-    def __reduce__(self):
-        return ReducesItself, (), self.__dict__
-
-
-def test_a_copy_that_is_made_by_the_class_itself_can_be_unswapped():
-    model = ReducesItself()
-    gptkern.swap(model)
-    twin = copy.deepcopy(model)
-    keys = list(ReducesItself().__dict__)
-    assert type(gptkern.unswap(twin)) is ReducesItself and list(twin.__dict__) == keys
 
 
 class WrittenOut(torch.nn.Module):

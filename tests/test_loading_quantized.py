@@ -1,0 +1,231 @@
+"""load_quantized: the way of a quantised model through a file."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from quantized_models import Pair, gpt, ids, int8_names, logits, on_meta, read, saved
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gptkern
+from gptkern.nn import Int8Linear
+
+
+class Made(TorchDispatchMode):
+    """The tensors off the meta device that operators gave inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensors = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+                self.tensors.append(tensor)
+        return result
+
+
+def test_meta_quantise_and_load_state_dict_in_pytorch_s_own_words(tmp_path):
+    from safetensors.torch import save_file
+
+    model = Pair()
+    gptkern.quantize(model)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    fresh = on_meta(Pair)
+    report = gptkern.quantize(fresh)
+    assert [layer.error for layer in report.quantized] == [None, None]
+    assert {tensor.device.type for tensor in fresh.state_dict().values()} == {"meta"}
+    fresh.load_state_dict(read(tmp_path / "model.safetensors"), assign=True)
+    x = torch.randn(3, 8)
+    assert torch.equal(fresh(x), model(x))
+
+
+@pytest.mark.parametrize("quantise_first", [False, True])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_gpt_comes_back_bit_for_bit_and_its_float_weights_never_exist(tmp_path, swapped, quantise_first):
+    def make():
+        return gpt(vocab_size=29)  # an embedding smaller than the smallest linear layer's weight, of 32 x 32
+
+    model, tokens = make(), ids() % 29
+    gptkern.quantize(model)
+    path = saved(model, tmp_path / "model.safetensors")
+    fresh = on_meta(make)
+    with Made() as made:
+        if swapped:
+            gptkern.swap(fresh)
+        if quantise_first:
+            gptkern.quantize(fresh)
+        assert gptkern.load_quantized(fresh, read(path)) is fresh
+    assert max(tensor.numel() for tensor in made.tensors if tensor.is_floating_point()) < 32 * 32
+    assert int8_names(fresh) == int8_names(model)
+    assert fresh.lm_head.weight is fresh.token_embedding.weight
+    assert list(fresh.state_dict()) == list(model.state_dict())
+    assert all(p.requires_grad for p in fresh.parameters())
+    if swapped:
+        gptkern.swap(model)
+    assert torch.equal(logits(fresh, tokens), logits(model, tokens))
+    assert torch.equal(fresh.generate(tokens, 8, temperature=0), model.generate(tokens, 8, temperature=0))
+
+
+def test_loading_allocates_nothing(tmp_path):
+    model = gpt()
+    gptkern.quantize(model)
+    state = read(saved(model, tmp_path / "model.safetensors"))
+    fresh = on_meta(gpt)
+    with Made() as made:
+        gptkern.load_quantized(fresh, state)
+    pointers = {tensor.data_ptr() for tensor in state.values()}
+    assert {tensor.data_ptr() for tensor in made.tensors} <= pointers
+    assert {tensor.data_ptr() for tensor in fresh.state_dict().values()} == pointers
+
+
+def state_dict_hooks(layer, seen):
+    """One of each kind -> their handles."""
+    return [
+        layer._register_state_dict_hook(lambda module, *_: seen.append(("saved", type(module)))),
+        layer.register_state_dict_pre_hook(lambda module, *_: seen.append(("saving", type(module)))),
+        layer.register_load_state_dict_pre_hook(lambda module, *_: seen.append(("loading", type(module)))),
+        layer._register_load_state_dict_pre_hook(
+            lambda state_dict, *_: seen.append(("loading it", "first.weight" in state_dict))
+        ),
+        layer.register_load_state_dict_post_hook(lambda module, _: seen.append(("loaded", type(module)))),
+    ]
+
+
+def test_state_dict_hooks_are_kept_and_can_still_be_removed():
+    model, seen = Pair(), []
+    handles = state_dict_hooks(model.first, seen)
+    gptkern.quantize(model)
+    gc.collect()
+    state = model.state_dict()
+    assert seen == [("saving", Int8Linear), ("saved", Int8Linear)]
+    model.load_state_dict(state)
+    assert seen[2:] == [("loading", Int8Linear), ("loading it", True), ("loaded", Int8Linear)]
+    for handle in handles[1:]:
+        handle.remove()
+    del seen[:]
+    model.load_state_dict(model.state_dict())
+    assert [event for event, _ in seen] == ["saved"]
+
+    fresh, seen = Pair(), []
+    state_dict_hooks(fresh.first, seen)
+    with pytest.raises(RuntimeError):
+        gptkern.load_quantized(fresh, state | {"more": torch.ones(1)})
+    del seen[:]
+    gc.collect()
+    fresh.load_state_dict(Pair().state_dict())
+    assert [kind for event, kind in seen if event != "loading it"] == [torch.nn.Linear] * 2
+    gptkern.load_quantized(fresh, state)
+    assert [kind for event, kind in seen[3:] if event != "loading it"] == [Int8Linear] * 2
+
+
+def test_a_model_with_weights_loses_them_and_keeps_the_rest():
+    model = gpt()
+    gptkern.quantize(model, "w8a16")
+    fresh = gpt(dropout=0.1)
+    fresh.blocks[0].attention.qkv.bias.requires_grad_(False)
+    weights = [StorageWeakRef(block.attention.qkv.weight.untyped_storage()) for block in fresh.blocks]
+    gptkern.load_quantized(fresh, model.state_dict(), "w8a16")
+    assert all(weight.expired() for weight in weights)
+    assert not fresh.blocks[0].attention.qkv.bias.requires_grad
+    assert {fresh.get_submodule(name).mode for name in int8_names(fresh)} == {"w8a16"}
+    assert torch.equal(logits(fresh), logits(model))
+
+
+def test_what_was_skipped_is_float_again(tmp_path):
+    model = gpt()
+    gptkern.quantize(model, skip=["lm_head", "blocks.1"])
+    fresh = gptkern.load_quantized(on_meta(gpt), read(saved(model, tmp_path / "model.safetensors")))
+    assert int8_names(fresh) == int8_names(model) and len(int8_names(fresh)) == 4
+    assert torch.equal(logits(fresh), logits(model))
+
+
+def test_shared_layers_come_back_shared(tmp_path):
+    def make():
+        shared = torch.nn.Linear(6, 6)
+        return torch.nn.Sequential(shared, torch.nn.Linear(6, 6), shared)
+
+    model = make()
+    gptkern.quantize(model)
+    fresh = gptkern.load_quantized(on_meta(make), read(saved(model, tmp_path / "model.safetensors")))
+    x = torch.randn(3, 6)
+    assert fresh[0] is fresh[2] and torch.equal(fresh(x), model(x))
+
+
+def test_another_dtype_is_the_file_s(tmp_path):
+    model = gpt()
+    gptkern.quantize(model)
+    model.bfloat16()
+    fresh = gptkern.load_quantized(on_meta(gpt), read(saved(model, tmp_path / "model.safetensors")))
+    assert fresh.final_norm.weight.dtype == torch.bfloat16
+    assert fresh.blocks[0].attention.qkv.weight_scale.dtype == torch.float32
+    assert torch.equal(logits(fresh), logits(model))
+
+
+def state_of_gpt(**changes):
+    model = gpt()
+    gptkern.quantize(model)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return {name: tensor for name, tensor in (state | changes).items() if tensor is not None}
+
+
+def quantised_pair():
+    model = Pair()
+    gptkern.quantize(model)
+    return model
+
+
+class WithBuffer(Pair):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.arange(5.0), persistent=False)
+
+
+REFUSED = {
+    "model": (lambda: ("gpt", {}), TypeError, "model is a str"),
+    "no mapping": (lambda: (gpt(), "model.safetensors"), TypeError, "state_dict is a str.*load_file"),
+    "mode": (lambda: (gpt(), {}, "w4"), ValueError, "mode is 'w4'"),
+    "a key too few": (lambda: (gpt(), state_of_gpt(**{"final_norm.bias": None})), RuntimeError, "final_norm.bias"),
+    "a key too many": (lambda: (gpt(), state_of_gpt(more=torch.ones(1))), RuntimeError, "more"),
+    "another shape": (lambda: (gpt(width=64), state_of_gpt()), RuntimeError, "size mismatch"),
+    "no scales": (
+        lambda: (gpt(), state_of_gpt(**{"blocks.0.attention.qkv.weight_scale": None})), RuntimeError, "weight_scale",
+    ),
+    "scales of 16 bits": (
+        lambda: (gpt(), state_of_gpt(**{"blocks.0.attention.qkv.weight_scale": torch.ones(96).half()})),
+        TypeError, "blocks.0.attention.qkv.weight_scale is torch.float16.*needs torch.float32",
+    ),
+    "a float weight for an int8 layer": (
+        lambda: (quantised_pair(), {**quantised_pair().state_dict(), "second.weight": torch.zeros(5, 6)}),
+        TypeError, "second.weight is torch.float32.*needs torch.int8",
+    ),
+    "no linear layer": (
+        lambda: (Pair(torch.nn.Sequential()), {"first.weight": torch.zeros(2, 2, dtype=torch.int8)}),
+        TypeError, "first, which is a Sequential",
+    ),
+    "ties that differ": (
+        lambda: (gpt(), state_of_gpt(**{"lm_head.weight": torch.zeros(61, 32)})), ValueError, "the model ties",
+    ),
+    "a buffer on meta": (
+        lambda: (on_meta(WithBuffer), Pair().state_dict()), RuntimeError, "table would stay on the meta device",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_does_not_fit_is_refused_and_changes_nothing(what):
+    make, error, message = REFUSED[what]
+    model, *arguments = make()
+    before = model
+    if isinstance(model, torch.nn.Module):
+        before = [(id(module), {**module._parameters, **module._buffers}) for module in model.modules()]
+        before = [(key, {name: id(tensor) for name, tensor in tensors.items()}) for key, tensors in before]
+    with pytest.raises(error, match=message):
+        gptkern.load_quantized(model, *arguments)
+    if isinstance(model, torch.nn.Module):
+        after = [(id(module), {**module._parameters, **module._buffers}) for module in model.modules()]
+        assert [(key, {name: id(tensor) for name, tensor in tensors.items()}) for key, tensors in after] == before
