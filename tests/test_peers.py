@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from gptkern.measuring import peers
-from gptkern.measuring.cells import Implementation, Missing
+from gptkern.measuring.cells import Missing
 
 BF16 = torch.bfloat16
 LIBRARIES = ("liger_kernel", "flash_attn", "flash_attn_interface", "quack", "torchao", "bitsandbytes", "cutlass")
@@ -30,21 +30,6 @@ def test_importing_the_adapters_imports_no_library():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-
-
-def test_versions(monkeypatch):
-    installed = {"liger-kernel": "1.2", "torchao": "3.4"}
-
-    def version(name):
-        if name not in installed:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return installed[name]
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
-    found = peers.versions()
-    assert found["liger-kernel"] == "1.2" and found["torchao"] == "3.4"
-    assert found["flash-attn"] is found["bitsandbytes"] is found["quack-kernels"] is None
-    assert tuple(found) == peers.DISTRIBUTIONS
 
 
 # --- Reasons --------------------------------------------------------------------------------------------------------
@@ -89,17 +74,15 @@ def any_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("module", ADAPTERS)
-@pytest.mark.parametrize("error", [ImportError("undefined symbol: x\nmore"), RuntimeError("no CUDA"), OSError("lib")])
-def test_a_library_that_cannot_be_imported(monkeypatch, module, error):
+def test_a_library_that_cannot_be_imported(monkeypatch, module):
     def import_module(name):
         assert name == module
-        raise error
+        # A library that is built for another PyTorch raises almost anything.
+        raise OSError("undefined symbol: x\nmore")
 
     monkeypatch.setattr(importlib, "import_module", import_module)
     for adapter in ADAPTERS[module]:
-        found = adapter()
-        first_line = str(error).splitlines()[0]
-        assert found == Missing(f"{module} cannot be imported: {type(error).__name__}: {first_line}")
+        assert adapter() == Missing(f"{module} cannot be imported: OSError: undefined symbol: x")
 
 
 @pytest.mark.parametrize(
@@ -107,22 +90,13 @@ def test_a_library_that_cannot_be_imported(monkeypatch, module, error):
     [
         (lambda: attention(dtype=torch.float32), "float16 and bfloat16 alone, not float32"),
         (lambda: attention(head_dim=264), "head_dim up to 256 in steps of 8, not 264"),
-        (lambda: attention(head_dim=60), "not 60"),
         (lambda: attention(square=False), "causal limit at the last key"),
-        (lambda: attention(kind="cpu"), "needs a GPU"),
-        (lambda: sdpa(kind="cpu"), "GPUs"),
         (lambda: sdpa(dtype=torch.float32), "not float32"),
-        (lambda: sdpa("cudnn", dtype=torch.float32), "not float32"),
-        (lambda: sdpa("cudnn", head_dim=60), "multiple of 8, not 60"),
-        (lambda: sdpa(head_dim=264), "up to 256, not 264"),
+        (lambda: sdpa(head_dim=264), "up to 256 in steps of 8, not 264"),
         (lambda: sdpa("efficient", grouped=True), "no grouped heads"),
         (lambda: sdpa("flash", square=False), "equal lengths alone"),
-        (lambda: peers.flex_attention("cpu", 8, 8, 16, True, False), "GPUs alone"),
         (lambda: peers.flex_attention("cuda", 8, 8, 8, True, False), "at least 16, not 8"),
         (lambda: peers.liger_layer_norm("cuda", 1e-5, residual=True), "no layer_norm with a residual"),
-        (lambda: peers.liger_layer_norm("cpu", 1e-5), "needs a GPU"),
-        (lambda: peers.liger_rms_norm("cpu", 1e-6), "needs a GPU"),
-        (lambda: peers.quack_rms_norm("cpu", 1e-6), "needs a GPU"),
         (lambda: peers.liger_softmax("cuda", True), "no causal softmax"),
         (lambda: peers.quack_layer_norm("cuda", 1e-5, "backward"), "autograd"),
         (lambda: peers.quack_layer_norm("cuda", 1e-5, "forward", residual=True), "residual"),
@@ -130,10 +104,6 @@ def test_a_library_that_cannot_be_imported(monkeypatch, module, error):
         (lambda: peers.int_mm("cuda", "w8a16", 64, 64, 64), "no w8a16"),
         (lambda: peers.int_mm("cuda", "w8a8", 16, 64, 64), "more than 16 rows on a GPU, not 16"),
         (lambda: peers.int_mm("cuda", "w8a8", 17, 60, 64), "multiples of 8"),
-        (lambda: peers.int_mm("cuda", "w8a8", 17, 64, 60), "multiples of 8"),
-        (lambda: peers.compiled_int8("cuda", "w8a8", 16, 64, 64), "more than 16 rows"),
-        (lambda: peers.torchao("cpu", "w8a8"), "GPUs alone"),
-        (lambda: peers.bitsandbytes("cpu", "w8a8"), "GPUs alone"),
         (lambda: peers.bitsandbytes("cuda", "w8a16"), "no w8a16"),
         (lambda: peers.compiled_max_autotune(torch.neg, "cpu"), "GPUs alone"),
     ],
@@ -141,14 +111,6 @@ def test_a_library_that_cannot_be_imported(monkeypatch, module, error):
 def test_reasons(found, reason):
     result = found()
     assert isinstance(result, Missing) and reason in result.reason
-
-
-def test_what_runs_has_no_reason():
-    assert isinstance(peers.int_mm("cuda", "w8a8", 17, 64, 64), Implementation)
-    assert isinstance(peers.int_mm("cpu", "w8a8", 1, 60, 60), Implementation)
-    assert isinstance(peers.compiled_int8("cuda", "w8a16", 1, 60, 60), Implementation)
-    assert isinstance(sdpa("efficient", dtype=torch.float32, head_dim=60, square=False), Implementation)
-    assert isinstance(sdpa("cudnn", grouped=True), Implementation)
 
 
 def test_compile_without_a_compiler(monkeypatch):
@@ -198,11 +160,6 @@ def test_flash_attn_gets_its_own_layout(monkeypatch, generation, pair, causal):
     output = attention(generation, causal=causal).call(query, key, value)
     expected = F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
     torch.testing.assert_close(output, expected)
-
-
-def test_flash_attn_without_its_function(monkeypatch):
-    library(monkeypatch, "flash_attn")
-    assert attention(2) == Missing("flash_attn has no flash_attn_func")
 
 
 @pytest.mark.parametrize("backend", ["flash", "efficient", "cudnn"])
@@ -296,18 +253,13 @@ def assert_near(output, input, weight, bias):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
-def test_int_mm(dtype):
+def test_products_of_operators(dtype):
     inputs = int8_inputs(dtype)
     peer = peers.int_mm("cpu", "w8a8", 24, 64, 48)
     prepared = peer.prepare(*inputs)
     assert prepared[1].dtype == torch.int8 and prepared[2].shape == (48,)
     assert_near(peer.call(*prepared), *inputs)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, BF16])
-def test_widened_weight(dtype):
-    inputs = int8_inputs(dtype)
-    assert_near(peers.w8a16_of_operators(*peers._prepare_int8(*inputs)), *inputs)
+    assert_near(peers.w8a16_of_operators(*prepared), *inputs)
 
 
 def test_quantised():
@@ -315,11 +267,6 @@ def test_quantised():
     q, scale = peers.quantised(x)
     assert q.tolist() == [[-127, 64, 0], [127, 64, 25]]
     assert scale.flatten().tolist() == pytest.approx([2 / 127, 0.5 / 127])
-
-
-def test_unquantised():
-    input, weight, bias = int8_inputs(torch.float32)
-    torch.testing.assert_close(peers.linear_unquantised().call(input, weight, bias), input @ weight.t() + bias)
 
 
 @pytest.mark.parametrize("mode", ["w8a8", "w8a16"])
@@ -339,7 +286,7 @@ def test_torchao_model(monkeypatch):
     """The real library, not compiled: all linear layers but the output's."""
     pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
-    from gptkern.measuring.operators.model import SMALL
+    from gptkern.measuring.model import SMALL
     from gptkern.models.gpt import GPT
 
     changes = []

@@ -15,6 +15,7 @@ PyTorch finds no engine for) is an error of the call, which the runner reports.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
@@ -51,19 +52,9 @@ NAMES = (
 
 # The distributions whose versions a measurement depends on, beside torch and triton.
 DISTRIBUTIONS = (
-    "liger-kernel",
-    "flash-attn",
-    "flash-attn-3",
-    "flash-attn-4",
-    "quack-kernels",
-    "nvidia-cutlass-dsl",
-    "torchao",
-    "bitsandbytes",
-    "nvidia-cudnn-cu12",
-    "nvidia-cudnn-cu13",
-    "nvidia-cublas",
-    "nvidia-cublas-cu12",
-)
+    "liger-kernel", "flash-attn", "flash-attn-3", "flash-attn-4", "quack-kernels", "nvidia-cutlass-dsl", "torchao",
+    "bitsandbytes", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "nvidia-cublas", "nvidia-cublas-cu12",
+)  # fmt: skip
 
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 # The mode searches tiles and kernels; CUDA graphs are the runner's own.
@@ -72,12 +63,10 @@ _MAX_AUTOTUNE = {"mode": "max-autotune-no-cudagraphs"}
 
 def versions() -> dict[str, str | None]:
     """Distribution -> its installed version, or None."""
-    found: dict[str, str | None] = {}
+    found: dict[str, str | None] = dict.fromkeys(DISTRIBUTIONS)
     for name in DISTRIBUTIONS:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
     return found
 
 
@@ -117,6 +106,10 @@ def _compared_on_gpus(kind: str) -> None:
 
 def _need_sixteen_bits(dtype: torch.dtype) -> None:
     _need(dtype in _SIXTEEN_BITS, f"has float16 and bfloat16 alone, not {str(dtype)[6:]}")
+
+
+def _need_head_dim(head_dim: int) -> None:
+    _need(head_dim % 8 == 0 and head_dim <= 256, f"has head_dim up to 256 in steps of 8, not {head_dim}")
 
 
 def _need_architecture(*majors: int) -> None:
@@ -198,20 +191,15 @@ def sdpa(
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     _need(kind == "cuda", "is a kernel for GPUs; on a CPU eager is PyTorch's only fused one")
-    if backend != "efficient":
-        _need_sixteen_bits(dtype)
-        _need_architecture(8, 9, 10, 11, 12)
-        _need(head_dim % 8 == 0, f"needs a head_dim that is a multiple of 8, not {head_dim}")
-        _need(head_dim <= 256, f"has head_dim up to 256, not {head_dim}")
     if backend == "efficient":
         _need(not grouped, "has no grouped heads")
+    else:
+        _need_sixteen_bits(dtype)
+        _need_architecture(8, 9, 10, 11, 12)
+        _need_head_dim(head_dim)
     if backend == "flash":
         _need(square or not causal, "has a causal limit for equal lengths alone")
-    forced = {
-        "flash": SDPBackend.FLASH_ATTENTION,
-        "efficient": SDPBackend.EFFICIENT_ATTENTION,
-        "cudnn": SDPBackend.CUDNN_ATTENTION,
-    }[backend]
+    forced = getattr(SDPBackend, f"{backend.upper()}_ATTENTION")
 
     def call(query, key, value):
         with sdpa_kernel(forced):
@@ -253,7 +241,7 @@ def flash_attn(
     """The flash-attn packages: 2 (Ampere and later), 3 (Hopper), 4 (CuTe DSL; Hopper and later)."""
     _need_gpu(kind)
     _need_sixteen_bits(dtype)
-    _need(head_dim % 8 == 0 and head_dim <= 256, f"has head_dim up to 256 in steps of 8, not {head_dim}")
+    _need_head_dim(head_dim)
     _need(square or not causal, "puts the causal limit at the last key, PyTorch at the first")
     if generation == 3:
         _need_architecture(9)
@@ -274,29 +262,33 @@ def flash_attn(
 # --- layer_norm, rms_norm, softmax ----------------------------------------------------------------------------------
 
 
+def _liger(name: str) -> Callable:
+    return getattr(_imported("liger_kernel.transformers.functional"), name)
+
+
 @_adapter
 def liger_layer_norm(kind: str, eps: float, residual: bool = False) -> Implementation:
     """Liger-Kernel's layer_norm, on Triton."""
     _need_gpu(kind)
     _need(not residual, "has no layer_norm with a residual")
-    function = _imported("liger_kernel.transformers.functional").liger_layer_norm
+    function = _liger("liger_layer_norm")
     return Implementation(lambda x, weight, bias: function(x, weight, bias, eps))
 
 
 @_adapter
 def liger_rms_norm(kind: str, eps: float) -> Implementation:
-    """Liger-Kernel's rms_norm, on Triton: in float32 inside ("gemma"), and into new memory, as the others."""
+    """Liger-Kernel's rms_norm: in float32 inside ("gemma"), and into new memory, as the others."""
     _need_gpu(kind)
-    function = _imported("liger_kernel.transformers.functional").liger_rms_norm
+    function = _liger("liger_rms_norm")
     return Implementation(lambda x, weight: function(x, weight, eps, casting_mode="gemma", in_place=False))
 
 
 @_adapter
 def liger_softmax(kind: str, causal: bool) -> Implementation:
-    """Liger-Kernel's softmax, on Triton."""
+    """Liger-Kernel's softmax."""
     _need_gpu(kind)
     _need(not causal, "has no causal softmax")
-    return Implementation(_imported("liger_kernel.transformers.functional").liger_softmax)
+    return Implementation(_liger("liger_softmax"))
 
 
 @_adapter
@@ -314,7 +306,7 @@ def quack_layer_norm(kind: str, eps: float, direction: str, residual: bool = Fal
 
 @_adapter
 def quack_rms_norm(kind: str, eps: float) -> Implementation:
-    """quack's rms_norm, on the CuTe DSL."""
+    """quack's rms_norm."""
     _need_gpu(kind)
     function = _imported("quack.rmsnorm").rmsnorm
     return Implementation(lambda x, weight: function(x, weight, eps=eps))
@@ -322,7 +314,7 @@ def quack_rms_norm(kind: str, eps: float) -> Implementation:
 
 @_adapter
 def quack_softmax(kind: str, causal: bool) -> Implementation:
-    """quack's softmax, on the CuTe DSL."""
+    """quack's softmax."""
     _need_gpu(kind)
     _need(not causal, "has no causal softmax")
     return Implementation(_imported("quack.softmax").softmax)
