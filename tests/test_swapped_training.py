@@ -58,9 +58,7 @@ def test_a_swapped_model_agrees(backend, device):
         )
 
 
-@pytest.mark.parametrize(
-    "backend", ["torch", pytest.param(*TRITON.values, marks=[*TRITON.marks, pytest.mark.deep])], indirect=True
-)
+@without_cuda(pytest.mark.deep)
 def test_a_training_curve_agrees(backend, device):
     """50 AdamW steps: the curves lie on top of each other, and fall."""
     tiny = dict(context=12, layers=1, heads=1)
