@@ -42,10 +42,11 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from gptkern.measuring import checking
+    from gptkern.operators import NAMES
 
-    unknown = [name for name in args.op or () if name not in checking.OPERATORS]
+    unknown = [name for name in args.op or () if name not in NAMES]
     if unknown:
-        raise UserError(f"--op {unknown[0]}: there is no such operator; there are {', '.join(checking.OPERATORS)}")
+        raise UserError(f"--op {unknown[0]}: there is no such operator; there are {', '.join(NAMES)}")
     device = torch.device("cpu" if args.interpret else checking.default_device())
     if args.interpret and importlib.util.find_spec("triton") is None:
         raise UserError("--interpret: triton is not installed")
