@@ -27,9 +27,9 @@ import torch
 import gptkern
 from gptkern import formatting
 from gptkern.backends import dispatch
-from gptkern.commands import training
 from gptkern.measuring import timing
 from gptkern.models import GPT, GPTConfig
+from gptkern.training.optimizers import optimizer_of
 
 # A swapped step may take so many times a stock one.
 LIMIT = 1.05
@@ -42,7 +42,7 @@ WARM_UPS = 3
 
 def sampler(model: GPT, rows: int, length: int, steps: int) -> Callable[[], float]:
     """Gives the seconds of CPU time that a step takes."""
-    optimizer = training.optimizer_of(model, lr=0.0)
+    optimizer = optimizer_of(model, lr=0.0)
     ids, targets = torch.randint(VOCABULARY, (2, rows, length)).unbind()
 
     def sample(count: int = steps) -> float:

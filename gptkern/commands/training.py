@@ -16,9 +16,8 @@ import torch
 
 from gptkern.commands import UserError, text
 from gptkern.models.gpt import GPT, GPTConfig
+from gptkern.training.optimizers import optimizer_of
 
-BETAS = (0.9, 0.95)  # GPT-3, appendix B
-WEIGHT_DECAY = 0.1  # GPT-3, appendix B
 GRADIENT_NORM = 1.0  # GPT-3, appendix B
 FINAL_LR = 0.1  # of the peak; GPT-3, appendix B
 WARMUP = 0.1  # of the steps
@@ -81,16 +80,6 @@ def new_model(config: GPTConfig, recipe: Recipe) -> GPT:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         return GPT(config).to(recipe.device)
-
-
-def optimizer_of(model: torch.nn.Module, lr: float) -> torch.optim.AdamW:
-    """AdamW that decays matrices only: biases and the parameters of LayerNorm keep their size."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in parameters if parameter.dim() >= 2], "weight_decay": WEIGHT_DECAY},
-        {"params": [parameter for parameter in parameters if parameter.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True)
 
 
 class Trainer:

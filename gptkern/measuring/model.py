@@ -17,10 +17,10 @@ import contextlib
 import torch
 
 import gptkern
-from gptkern.commands import training
 from gptkern.measuring import conventions, peers
 from gptkern.measuring.cells import Cell, Implementation, Missing
 from gptkern.models.gpt import BYTES, GPT, PRESETS, GPTConfig
+from gptkern.training.optimizers import optimizer_of
 
 # Sets of inputs: the weights and activations are far larger than any L2 cache, the tokens need not be.
 SETS = 2
@@ -223,7 +223,7 @@ class _Training(_Run):
     def make(self, device):
         self.stock = new_model(_config(self.cell.size("model")), device, torch.float32).train()
         self.model = self.change(self.stock)
-        self.optimizer = training.optimizer_of(self.stock, lr=0.0)
+        self.optimizer = optimizer_of(self.stock, lr=0.0)
 
     def call(self, ids, targets):
         """-> the gradient of the position embedding (context, width), and the loss."""

@@ -1,0 +1,1 @@
+"""Training as a library: what the commands and the bench share."""
