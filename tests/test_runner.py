@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from gptkern.measuring import results, runner, timing
+from gptkern.measuring import rates, results, runner, timing
 from gptkern.measuring.cells import Cell, Implementation, Missing
 
 
@@ -67,7 +67,7 @@ def test_every_implementation_is_timed_in_one_run(measure, direction):
         assert implementation["device_s"] is None and implementation["timed"] == "wall"
     assert record["key"] == cell(direction).key and record["rounds"] == 3 and record["sizes"] == {"rows": 6, "width": 4}
     assert record["check"]["error"] <= record["check"]["bound"]
-    recorded = {"format": 1, "sample": False, "machine": {}, "ceilings": {}, "cells": [record], "costs": []}
+    recorded = {"format": 1, "machine": {}, "ceilings": {}, "cells": [record], "costs": []}
     assert results.invalid(recorded) is None
 
 
@@ -75,7 +75,7 @@ def test_a_wrong_result_gets_no_time(measure):
     record, samples = measure(gptkern=Implementation(lambda x, w: 3 * x * w + 1e-4), eager=Implementation(right))
     assert "worst error is 1.0" in by_name(record)["gptkern"]["skipped"]
     assert "wall_s" not in by_name(record)["gptkern"] and "gptkern" not in samples
-    assert results.ours(record) is None and by_name(record)["eager"]["wall_s"]
+    assert rates.ours(record) is None and by_name(record)["eager"]["wall_s"]
 
 
 class _WrongGradient(torch.autograd.Function):
@@ -161,35 +161,23 @@ def test_every_set_has_a_gradient_of_its_own(measure, monkeypatch, direction):
     assert len(set(seen)) == len(seen) and len(seen) == 2 * timing.CPU_SETS, "outputs or inputs, and gradients"
 
 
-def test_what_fails_while_it_is_made_ready_is_a_reason(measure, monkeypatch):
+def test_failures_and_absences_keep_their_reason(measure, monkeypatch):
     def fails(*_):
-        raise RuntimeError("out of memory")
-
-    record, _ = measure(gptkern=Implementation(right, prepare=fails), eager=Implementation(right))
-    assert by_name(record)["gptkern"]["skipped"] == "failed: RuntimeError: out of memory"
-    assert by_name(record)["eager"]["wall_s"]
-    monkeypatch.setattr(timing, "in_turn", fails)
-    record, samples = measure(gptkern=Implementation(right))
-    assert (
-        by_name(record)["gptkern"]["skipped"] == "while sampling, failed: RuntimeError: out of memory" and not samples
-    )
-    monkeypatch.setattr(timing, "sets_of_inputs", fails)
-    record, _ = measure(gptkern=Implementation(right), eager=Implementation(right))
-    assert {entry["skipped"] for entry in by_name(record).values()} == {"failed: RuntimeError: out of memory"}
-
-
-def test_failures_and_absences_keep_their_reason(measure):
-    def fails(x, w):
         raise RuntimeError("no kernel image\nand more")
 
+    reason = "failed: RuntimeError: no kernel image"
     record, samples = measure(
-        gptkern=Implementation(right), absent=Missing("it is not installed"), broken=Implementation(fails)
-    )
+        gptkern=Implementation(right), absent=Missing("it is not installed"), broken=Implementation(fails),
+        unprepared=Implementation(right, prepare=fails),
+    )  # fmt: skip
     assert by_name(record)["absent"] == {"name": "absent", "skipped": "it is not installed"}
-    assert by_name(record)["broken"]["skipped"] == "failed: RuntimeError: no kernel image"
+    assert by_name(record)["broken"]["skipped"] == by_name(record)["unprepared"]["skipped"] == reason
     assert set(samples) == {"gptkern"}
-    record, _ = measure(gptkern=Implementation(fails))
-    assert by_name(record)["gptkern"]["skipped"] == "failed: RuntimeError: no kernel image"
+    record, _ = measure(gptkern=Implementation(fails), eager=Implementation(right))
+    assert by_name(record)["gptkern"]["skipped"] == reason and by_name(record)["eager"]["wall_s"]
+    monkeypatch.setattr(timing, "in_turn", fails)
+    record, samples = measure(gptkern=Implementation(right))
+    assert by_name(record)["gptkern"]["skipped"] == f"while sampling, {reason}" and not samples
 
 
 def test_peers_are_narrowed(measure):
@@ -214,12 +202,12 @@ def test_what_is_prepared_is_what_is_called(measure):
 
 
 def test_directions_time_what_they_say(measure):
-    grad, forwards = [], []
+    grad, forwards, modes = [], [], []
 
     class Spied(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, w):
-            forwards.append(torch.is_grad_enabled())
+            forwards.append(1)
             ctx.save_for_backward(x, w)
             return 3 * x * w
 
@@ -229,26 +217,19 @@ def test_directions_time_what_they_say(measure):
             grad.append(1)
             return 3 * dy * w, (3 * dy * x).sum(0)
 
+    def call(x, w):
+        modes.append(torch.is_grad_enabled())
+        return Spied.apply(x, w)
+
     counts = {}
     for direction in ("forward", "backward", "both"):
         for rounds in (1, 11):
             grad.clear(), forwards.clear()
-            measure(direction, rounds=rounds, gptkern=Implementation(lambda x, w: Spied.apply(x, w)))
+            measure(direction, rounds=rounds, gptkern=Implementation(call))
             counts[direction, rounds] = len(forwards), len(grad)
+        assert modes[-1] is (direction != "forward"), "only a forward is timed without gradients"
     added = {d: tuple(b - a for a, b in zip(counts[d, 1], counts[d, 11])) for d in ("forward", "backward", "both")}
     assert added == {"forward": (10, 0), "backward": (0, 10), "both": (10, 10)}
-
-
-@pytest.mark.parametrize(("direction", "enabled"), [("forward", False), ("both", True)])
-def test_only_a_forward_is_timed_without_gradients(measure, direction, enabled):
-    seen = []
-
-    def call(x, w):
-        seen.append(torch.is_grad_enabled())
-        return 3 * x * w
-
-    measure(direction, gptkern=Implementation(call))
-    assert seen[-1] is enabled
 
 
 def test_cells_are_ordered_by_importance(monkeypatch):
@@ -258,11 +239,9 @@ def test_cells_are_ordered_by_importance(monkeypatch):
 
 
 def test_labels_and_keys():
-    attention = Cell(
-        "attention", "forward", "bfloat16", (("batch", 4), ("head_dim", 64), ("causal", True)), "p", "batch"
+    causal, full = (
+        Cell("attention", "forward", "bfloat16", (("batch", 4), ("head_dim", 64), ("causal", value)), "p", "batch")
+        for value in (True, False)
     )
-    assert attention.label == "4x64 causal"
-    full = Cell("attention", "forward", "bfloat16", (("batch", 4), ("head_dim", 64), ("causal", False)), "p", "batch")
-    assert full.label == "4x64" and full.key != attention.key
-    assert cell("forward").key != cell("backward").key
-    assert attention.size("head_dim") == 64
+    assert (causal.label, full.label) == ("4x64 causal", "4x64")
+    assert len({causal.key, full.key, cell("forward").key, cell("backward").key}) == 4
