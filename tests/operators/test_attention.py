@@ -764,6 +764,37 @@ def test_the_log_sum_exp_is_the_same_on_every_backend(kernel_backend, device):
         torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("mask", [None, "bool", "additive"])
+def test_parts_of_the_keys_combine_by_the_log_sum_exp(backend, device, mask):
+    if mask is not None and backend == "cuda":
+        pytest.skip("masks are Triton's: the CUDA kernels refuse them")
+    query, key, value = random_call(Shape(2, 4, 2, 17, 67, 16), device)
+    if mask == "additive":
+        mask = torch.randn(2, 1, 17, 67, device=device) * 3
+    elif mask == "bool":
+        mask = torch.rand(2, 1, 17, 67, device=device) < 0.5
+        mask[:, :, 0, :31] = False  # a query that sees no key of the first part
+        mask[:, :, 1] = False  # and one that sees none at all
+
+    def part(first, last):
+        seen = None if mask is None else mask[..., first:last]
+        keys = key[:, :, first:last], value[:, :, first:last]
+        return AttentionFunction.apply(query, *keys, False, 0.3, backend, seen, 0.0, False, None, True)
+
+    whole, lse = part(0, 67)
+    scores = 0.3 * query.double() @ key.double().repeat_interleave(2, 1).mT
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    assert lse.shape == query.shape[:3] and lse.dtype == torch.float32 and not lse.requires_grad
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-6, atol=1e-5)
+    (first, lse_1), (second, lse_2) = part(0, 31), part(31, 67)
+    torch.testing.assert_close(torch.logaddexp(lse_1, lse_2), lse, rtol=1e-6, atol=1e-5)
+    weights = [torch.exp(each - lse).nan_to_num(0.0)[..., None] for each in (lse_1, lse_2)]
+    combined = weights[0] * first + weights[1] * second
+    each = 4 * torch.finfo(whole.dtype).eps  # three results of this dtype, and their sum
+    torch.testing.assert_close(combined, whole.float(), rtol=each, atol=max(each, 1e-5))
+
+
 # --- torch.compile and any shape ------------------------------------------------------------------------------------
 
 

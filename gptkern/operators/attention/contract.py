@@ -458,6 +458,20 @@ def no_key(lse: torch.Tensor) -> torch.Tensor:
     return lse.fill_(-math.inf)
 
 
+def log_sum_exp(kept: torch.Tensor) -> torch.Tensor:
+    """The log-sum-exp of scale * Q @ K^T + mask over the keys: natural, (batch, heads, length_q), -inf without a key.
+
+    The one form in which it leaves this room, whatever a kernel keeps for its backward. Results over parts of the keys
+    combine by it: lse = logaddexp(lse_1, lse_2), output = sum over the parts of exp(lse_i - lse) * output_i.
+
+    Args:
+        kept: what a forward launcher returned beside the output.
+    """
+    if kept.dim() == 4:
+        return torch.add(kept[1], kept[0], alpha=math.log(2))
+    return kept * math.log(2)
+
+
 def _statistics_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
@@ -479,8 +493,9 @@ OPERATOR = Operator("attention", Call, 2, _forward_fake, Gradient, 3, _backward_
 class AttentionFunction(torch.autograd.Function):
     """The autograd.Function of attention in four dimensions.
 
-    `apply(query, key, value, is_causal, scale, backend, attn_mask=None, dropout_p=0.0, lower_right=False, seed=None)`
-    -> output. The arguments are trusted: gptkern.functional.scaled_dot_product_attention checks them.
+    `apply(query, key, value, is_causal, scale, backend, attn_mask=None, dropout_p=0.0, lower_right=False, seed=None,
+    return_lse=False)` -> output, or with return_lse the pair (output, lse). The arguments are trusted:
+    gptkern.functional.scaled_dot_product_attention checks them.
 
     Args:
         query: (batch, heads, length_q, head_dim). key, value: (batch, kv_heads, length_k, head_dim), where
@@ -491,23 +506,30 @@ class AttentionFunction(torch.autograd.Function):
             gets no gradient.
         dropout_p: in [0, 1]; above 0 with seed, (1,) int64 on the query's device, which decides what is dropped.
         lower_right: with is_causal, query i sees the keys j <= i + length_k - length_q.
+        return_lse: also return the natural log-sum-exp of the scores, (batch, heads, length_q), float32 (float64 for
+            float64 input), which has no gradient.
     """
 
     @staticmethod
     def forward(
-        ctx, query, key, value, is_causal, scale, backend, attn_mask=None, dropout_p=0.0, lower_right=False, seed=None
-    ):
+        ctx, query, key, value, is_causal, scale, backend, attn_mask=None, dropout_p=0.0, lower_right=False, seed=None,
+        return_lse=False,
+    ):  # fmt: skip
         call = Call(query, key, value, is_causal, scale, attn_mask, dropout_p, lower_right, seed)
         output, lse = OPERATOR.forward(call, backend)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(query, key, value, output, lse, attn_mask, seed)
         ctx.options = is_causal, scale, dropout_p, lower_right
         ctx.backend = backend
-        return output
+        if not return_lse:
+            return output
+        natural = log_sum_exp(lse)
+        ctx.mark_non_differentiable(natural)
+        return output, natural
 
     @staticmethod
-    def backward(ctx, grad_output):
-        rest = (None,) * 7
+    def backward(ctx, grad_output, _=None):
+        rest = (None,) * 8
         if grad_output is None:
             return None, None, None, *rest
         query, key, value, output, lse, attn_mask, seed = ctx.saved_tensors
