@@ -59,6 +59,19 @@ def test_a_forward_that_is_patched_after_a_swap_counts(monkeypatch):
     assert type(gptkern.unswap(model)) is BiaslessNorm
 
 
+def test_a_forward_that_somebody_holds_sees_a_patch(monkeypatch):
+    """As functools.partial(checkpoint, block.forward) does, at each call and not at the first alone."""
+    model, x = BiaslessNorm(), torch.randn(2, 8)
+    gptkern.swap(model)
+    forward, expected = model.forward, model(x)
+    with monkeypatch.context() as patch:
+        patch.setattr(BiaslessNorm, "forward", zeros)
+        for _ in range(2):
+            assert torch.equal(forward(x), torch.zeros_like(x))
+    for _ in range(2):
+        assert torch.equal(forward(x), expected)
+
+
 def test_a_method_that_is_patched_after_a_swap_counts(monkeypatch):
     model, x = CausalAttention(), torch.randn(2, 5, 8)
     gptkern.swap(model)

@@ -77,8 +77,9 @@ class Rerouted:
     def refresh(self) -> bool:
         """Take over what has changed in the functions' globals; False where what was replaced is another thing now, and
         all has to be made again."""
-        if any(contents(cell) is not before for cell, before in self._cells):
-            return False
+        for cell, before in self._cells:
+            if contents(cell) is not before:
+                return False
         for scope in self._scopes:
             for name, before in scope.seen.items():
                 value = scope.own.get(name, _MISSING)

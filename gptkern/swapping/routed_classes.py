@@ -178,14 +178,16 @@ class _RoutedCode:
         """`inner`, after a look at whether it still is what the class's forward calls for."""
         cls, routed = self.cls, self.routed
         is_static = isinstance(inspect.getattr_static(cls, "forward"), staticmethod)
-        inner = inner.__func__ if isinstance(inner, staticmethod) else inner
+        inner = self.inner = inner.__func__ if isinstance(inner, staticmethod) else inner
 
         @functools.wraps(cls.forward)
         def forward(*args, **kwargs):
             # torch.compile keeps what it has traced; in eager mode the class and the globals may have changed.
-            if not torch.compiler.is_compiling() and not self.is_current():
-                self.make()
-                return routed.forward(*args, **kwargs)
+            if not torch.compiler.is_compiling():
+                if not self.is_current():
+                    self.make()
+                if self.inner is not inner:
+                    return routed.forward(*args, **kwargs)
             return inner(*args, **kwargs)
 
         return staticmethod(forward) if is_static else forward
