@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from oracles import ORACLE, YARDSTICK, gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gptkern.measuring.rounding import noise
 from gptkern.measuring.tolerance import FORWARD_FACTOR, GRADIENT_FACTOR, assert_close, worst_error
 
 
@@ -28,25 +30,28 @@ def check(
         tensors: the floating-point arguments that gradients are taken of, as they are: strides are kept.
         grad_output: random by default.
         need: which of the tensors require a gradient; all by default.
-        floor: an absolute error that passes in any case. For results that are the small difference of large terms
-            (the exact gradient is 0, say): the rule compares with the error of one other rounding of these terms.
+        floor: an absolute error that passes in any case, for what the oracle's operations do not have: a log-sum-exp
+            that is kept in float32, an exp that PyTorch approximates.
     """
     need = (True,) * len(tensors) if need is None else need
     leaves = [tensor.detach().requires_grad_(needed) for tensor, needed in zip(tensors, need)]
     before = [tensor.clone() for tensor in tensors]
     output = twin(*leaves)
     reference, yardstick = (oracle(*before, precision=precision) for precision in (ORACLE, YARDSTICK))
-    _judge("forward", output, reference, yardstick, FORWARD_FACTOR, floor)
+    noises = functools.cache(lambda: noise(lambda: (oracle(*before, precision=ORACLE),)))
+    _judge("forward", output, reference, yardstick, FORWARD_FACTOR, floor, lambda: noises()[0])
 
     if grad_output is None:
         grad_output = torch.randn(output.shape, device=output.device).to(output.dtype)
     grad_before = grad_output.clone()
     if any(need):
         output.backward(grad_output)
-        references, yardsticks = (
-            gradients(lambda *t: oracle(*t, precision=precision), before, grad_before, precision)  # noqa: B023
-            for precision in (ORACLE, YARDSTICK)
-        )
+
+        def evaluated(precision):
+            return gradients(lambda *t: oracle(*t, precision=precision), before, grad_before, precision)
+
+        references, yardsticks = evaluated(ORACLE), evaluated(YARDSTICK)
+        of_gradients = functools.cache(lambda: noise(lambda: evaluated(ORACLE)))
         for index, leaf in enumerate(leaves):
             if not need[index]:
                 assert leaf.grad is None, f"tensor {index} requires no gradient and got one"
@@ -54,16 +59,19 @@ def check(
             assert leaf.grad is not None, f"tensor {index} requires a gradient and got none"
             assert leaf.grad.dtype == leaf.dtype
             name = f"gradient of tensor {index}"
-            _judge(name, leaf.grad, references[index], yardsticks[index], GRADIENT_FACTOR, floor)
+            _judge(
+                name, leaf.grad, references[index], yardsticks[index], GRADIENT_FACTOR, floor,
+                lambda index=index: of_gradients()[index],
+            )  # fmt: skip
     same_bits("the incoming gradient", grad_output, grad_before)
     for index, (tensor, copy) in enumerate(zip(tensors, before)):
         same_bits(f"tensor {index}", tensor, copy)
     return output
 
 
-def _judge(name, actual, reference, yardstick, factor, floor):
+def _judge(name, actual, reference, yardstick, factor, floor, noise):
     if floor == 0 or not worst_error(actual, reference) <= floor:
-        assert_close(name, actual, reference, yardstick, factor)
+        assert_close(name, actual, reference, yardstick, factor, noise)
 
 
 def same_bits(name: str, actual: torch.Tensor, expected: torch.Tensor) -> None:

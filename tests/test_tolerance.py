@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from gptkern.measuring.tolerance import FORWARD_FACTOR, GRADIENT_FACTOR, assert_close, bound, worst_error
+from gptkern.measuring.tolerance import FORWARD_FACTOR, GRADIENT_FACTOR, assert_close, bound, verdict, worst_error
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -70,6 +70,49 @@ def test_the_yardsticks_error_is_allowed_times_the_factor(dtype):
         assert_close("y", (reference + factor * 2.0**-4).to(dtype), reference, yardstick, factor)
         with pytest.raises(AssertionError):
             assert_close("y", (reference + (factor + 1) * 2.0**-4).to(dtype), reference, yardstick, factor)
+
+
+@dtypes
+def test_the_last_rounding_passes_beside_a_yardstick_without_error(dtype):
+    # 0.75 + 0.3 - 0.3 is exact in every dtype, or nearly so: what the dtype may round is not left to that chance.
+    eps = torch.finfo(dtype).eps
+    reference = torch.tensor([0.75 + eps / 4], dtype=torch.float64)  # half-way between two numbers of the dtype
+    for actual in (0.75, 0.75 + eps / 2):
+        assert_close("y", torch.tensor([actual], dtype=dtype), reference, reference)
+    assert bound(torch.tensor([2.0**-3], dtype=torch.float64), torch.tensor([2.0**-3]), dtype) >= eps / 16
+
+
+@dtypes
+def test_the_noise_is_allowed_times_the_factor_where_the_yardstick_is_better(dtype):
+    reference = torch.zeros(8, dtype=torch.float64)
+    rounding = bound(reference, reference, dtype)
+    for factor in (FORWARD_FACTOR, GRADIENT_FACTOR):
+        assert bound(reference, reference, dtype, factor, noise=2.0**-4) == factor * 2.0**-4 + rounding
+        # not in addition: a yardstick that is as wrong as the noise is allows no more
+        assert bound(reference, reference + 2.0**-4, dtype, factor, noise=2.0**-4) == factor * 2.0**-4 + rounding
+        assert bound(reference, reference + 2.0**-3, dtype, factor, noise=2.0**-4) == factor * 2.0**-3 + rounding
+
+
+def test_the_noise_is_asked_for_where_the_yardstick_does_not_do():
+    reference = torch.zeros(8, dtype=torch.float64)
+    asked = []
+
+    def noise():
+        asked.append(1)
+        return 1.0
+
+    assert verdict(reference.float(), reference, reference, noise=noise) == (
+        0.0,
+        bound(reference, reference, torch.float32),
+    )
+    assert_close("y", (reference + 1).float(), reference, reference + 1, noise=noise)
+    assert not asked
+    assert verdict((reference + 2).float(), reference, reference, noise=noise) == (2.0, 2.0)
+    assert_close("y", (reference + 2).float(), reference, reference, noise=noise)
+    with pytest.raises(AssertionError, match=r"worst error 3\.000e\+00 in torch\.float32; the rule allows 2\.000e\+00"):
+        assert_close("y", (reference + 3).float(), reference, reference, noise=noise)
+    # a NaN is wrong whatever the noise
+    assert verdict(reference.float() * math.nan, reference, reference, noise=lambda: math.inf)[1] < math.inf
 
 
 @dtypes

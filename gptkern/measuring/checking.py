@@ -8,6 +8,7 @@ the yardstick is the same lines in float32. int8 values have to be equal.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import time
 from collections.abc import Iterable, Iterator
@@ -20,7 +21,7 @@ from gptkern import operators as rooms
 from gptkern.backends import dispatch
 from gptkern.backends.dispatch import LAUNCHERS
 from gptkern.backends.problem import Inputs
-from gptkern.measuring import tolerance
+from gptkern.measuring import rounding, tolerance
 
 SIZES = ("small", "realistic")
 KERNELS = tuple(name for name in dispatch.BACKENDS if name != "torch")
@@ -76,6 +77,7 @@ def run(
     dtypes: Iterable[torch.dtype] | None = None,
     seconds: float | None = None,
     seed: int = 0,
+    elements: int | None = None,
 ) -> Iterator[Result]:
     """Check the kernels, and yield each result as soon as it is there.
 
@@ -87,6 +89,7 @@ def run(
         dtypes: only the cases of these dtypes.
         seconds: starts no new case after so long; the cases left out are yielded with ok=None.
         seed: of the random tensors.
+        elements: only the cases whose tensors have at most so many each.
 
     Raises:
         ValueError: a name that does not exist.
@@ -109,6 +112,8 @@ def run(
         for backend in backends:
             if (wanted is not None and case.dtype not in wanted) or not _has(case.operator, backend):
                 continue
+            if elements is not None and _most_elements(case, device) > elements:
+                continue
             if seconds is not None and time.monotonic() - start > seconds:
                 yield _result(case, backend, "all", ok=None, note=f"left out: {seconds:g} s were over")
                 continue
@@ -124,6 +129,11 @@ def available(device: torch.device) -> tuple[str, ...]:
 def _has(operator: str, backend: str) -> bool:
     """A variant is one of some operators alone."""
     return backend == LAUNCHERS or ":" not in backend or backend in dispatch.orders.names(operator)
+
+
+def _most_elements(case: Case, device: torch.device) -> int:
+    inputs = rooms.problem(case.operator).inputs(case.sizes, case.dtype, torch.Generator(device))
+    return max(tensor.numel() for tensor in inputs.tensors.values())
 
 
 def default_device() -> str:
@@ -173,15 +183,26 @@ def compared(case: Case, device: torch.device, *, seed: int = 0) -> Iterator[tup
         (reference, reference_gradients), (yardstick, yardstick_gradients) = (
             _evaluated(inputs, precision, gradients) for precision in (torch.float64, torch.float32)
         )
+
+    @functools.cache
+    def noises() -> tuple[float, ...]:
+        """Of the outputs and then of the gradients."""
+        return rounding.noise(lambda: [*itertools.chain(*_evaluated(inputs, torch.float64, gradients))])
+
     for index, (output, right, plain) in enumerate(zip(outputs, reference, yardstick)):
         name = "forward" if index == 0 else f"forward, result {index + 1}"
-        exact = inputs.exact and index == 0
-        bound = 0.0 if exact else tolerance.bound(right, plain, output.dtype)
-        yield name, tolerance.worst_error(output, right), bound
+        if inputs.exact and index == 0:
+            error, bound = tolerance.worst_error(output, right), 0.0
+        else:
+            error, bound = tolerance.verdict(output, right, plain, noise=lambda index=index: noises()[index])
+        yield name, error, bound
     if gradients is not None:
-        for name, gradient, right, plain in zip(inputs.tensors, actual, reference_gradients, yardstick_gradients):
-            bound = tolerance.bound(right, plain, gradient.dtype, tolerance.GRADIENT_FACTOR)
-            yield f"grad {name}", tolerance.worst_error(gradient, right), bound
+        judged = zip(inputs.tensors, actual, reference_gradients, yardstick_gradients)
+        for index, (name, gradient, right, plain) in enumerate(judged, len(outputs)):
+            error, bound = tolerance.verdict(
+                gradient, right, plain, tolerance.GRADIENT_FACTOR, lambda index=index: noises()[index]
+            )
+            yield f"grad {name}", error, bound
 
 
 def _evaluated(inputs: Inputs, precision: torch.dtype, gradients):

@@ -89,6 +89,9 @@ class LayerNorm(Problem):
         def reference(*given):
             x, weight, bias, other = _named(sizes, given)
             s = x if other is None else x + other
+            if other is not None and s.dtype == torch.float32:
+                # The yardstick: y is the normalised s as it is returned, rounded to the inputs' dtype.
+                s = s + (s.to(dtype).float() - s).detach()
             centred = s - s.mean(1, keepdim=True)
             # y = (s - mean) / sqrt(var + eps) * weight + bias
             y = centred / torch.sqrt(centred.square().mean(1, keepdim=True) + EPS)
