@@ -9,21 +9,22 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
-import types
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
+import gptkern
 from gptkern.backends import dispatch
 from gptkern.backends.tables import configurations
 from gptkern.measuring import checking
-from gptkern.measuring.checking_cases import cases_of
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
-KERNELS = Path(dispatch.__file__).parents[1] / "operators"
+PACKAGE = Path(gptkern.__file__).parent
+SHARED = PACKAGE / "backends" / "triton"
 
 
 class Mutation(NamedTuple):
@@ -32,26 +33,70 @@ class Mutation(NamedTuple):
     function: str  # the kernel or helper that is changed
     old: str  # a regular expression that matches once in the function; a space matches any white space
     new: str
-    shape_class: str  # of gptkern.measuring.checking_cases
+    shape_class: str  # of the small checks of the operator's problem.py
     direction: str  # the result that has to fail
     dtype: torch.dtype = torch.float32
 
 
 MUTATIONS = [
     Mutation(
-        "the causal mask is shifted by one", "attention", "_forward_tiles",
-        r"columns\[None, :\] <= last_seen\[:, None\]", "columns[None, :] <= last_seen[:, None] + 1",
+        "the causal limit is shifted by one", "attention", "scores_of",
+        r"scores = tl\.where\(\(keys < length_k\) & \(keys <= queries\)",
+        "scores = tl.where((keys < length_k) & (keys <= queries + 1)",
         "grouped heads", "forward", torch.float16,
+    ),
+    Mutation(
+        "the causal limit of the queries' gradient is shifted by one", "attention", "scores_of",
+        r"scores = tl\.where\(\(keys < length_k\) & \(keys <= queries\)",
+        "scores = tl.where((keys < length_k) & (keys <= queries + 1)",
+        "grouped heads", "grad query", torch.float16,
+    ),
+    Mutation(
+        "the causal limit of the keys' gradient is shifted by one", "attention", "scores_of",
+        r"elif PARTIAL and CAUSAL: scores = tl\.where\(keys <= queries",
+        "elif PARTIAL and CAUSAL:\n        scores = tl.where(keys <= queries + 1",
+        "grouped heads", "grad key", torch.float16,
+    ),
+    Mutation(
+        "keys beyond the last one are seen", "attention", "scores_of",
+        r"elif PARTIAL and CHECK_KEYS: scores = tl\.where\(keys < length_k",
+        "elif PARTIAL and CHECK_KEYS:\n        scores = tl.where(keys <= length_k",
+        "more keys than queries, additive mask", "forward",
+    ),
+    Mutation(
+        "the queries' last tile of keys is left out", "attention", "key_range",
+        r"LOWER_RIGHT\) \+ BLOCK_M", "LOWER_RIGHT) + 1",
+        "grouped heads", "grad query", torch.float16,
+    ),
+    Mutation(
+        "tiles on the diagonal count as seen whole", "attention", "key_range",
+        r"LOWER_RIGHT\) \+ 1", "LOWER_RIGHT) + BLOCK_M",
+        "grouped heads", "forward", torch.float16,
+    ),
+    Mutation(
+        "a tile of queries too late for the keys", "attention", "query_range",
+        r"partial = first // BLOCK_M", "partial = tl.cdiv(first + BLOCK_M, BLOCK_M)",
+        "grouped heads", "grad value", torch.float16,
+    ),
+    Mutation(
+        "the tile that is cut short is left out", "attention", "query_range",
+        r"count \+= 1", "count += 0",
+        "more keys than queries, additive mask", "grad key",
+    ),
+    Mutation(
+        "lse is the neighbour's", "attention", "load_lse",
+        r"tl\.load\(lse_ptr \+ rows, mask", "tl.load(lse_ptr + tl.maximum(rows - 1, 0), mask",
+        "more keys than queries, additive mask", "grad query",
+    ),
+    Mutation(
+        "the probabilities' maximum is not subtracted", "attention", "probabilities_of",
+        r"\(scores - row_max\)", "scores",
+        "additive mask", "grad value",
     ),
     Mutation(
         "the accumulator is not rescaled", "attention", "_forward_tiles",
         r"accumulator = accumulator \* correction\[:, None\]", "accumulator = accumulator",
         "grouped heads", "forward", torch.float16,
-    ),
-    Mutation(
-        "the causal mask of the keys' gradient is shifted by one", "attention", "_key_value_tiles",
-        r"first_seen_by\[:, None\] <= rows\[None, :\]", "first_seen_by[:, None] <= rows[None, :] + 1",
-        "grouped heads", "grad key", torch.float16,
     ),
     Mutation(
         "the mask is shifted by a key", "attention", "_forward_tiles",
@@ -65,8 +110,8 @@ MUTATIONS = [
         "more keys than queries, additive mask", "grad key",
     ),
     Mutation(
-        "the lower right is the upper left", "attention", "_forward_kernel",
-        r"last_seen = rows \+ offset", "last_seen = rows",
+        "the lower right is the upper left", "attention", "causal_offset",
+        r"return length_k - length_q", "return 0",
         "lower right", "forward",
     ),
     Mutation(
@@ -162,7 +207,7 @@ MUTATIONS = [
 def test_the_check_sees_a_broken_kernel(mutation, monkeypatch, tmp_path, device):
     case = next(
         case
-        for case in cases_of(mutation.operator, ("small",))
+        for case in checking.cases_of(mutation.operator, ("small",))
         if case.shape_class == mutation.shape_class and case.dtype == mutation.dtype
     )
 
@@ -173,7 +218,8 @@ def test_the_check_sees_a_broken_kernel(mutation, monkeypatch, tmp_path, device)
     assert all(result.ok for result in sound.values()), sound
     # The copy registers a table of its own.
     monkeypatch.setattr(configurations, "TABLES", dict(configurations.TABLES))
-    monkeypatch.setitem(dispatch._modules, ("triton", mutation.operator), broken_module(mutation, tmp_path))
+    broken_kernels = broken_module(mutation, tmp_path, monkeypatch)
+    monkeypatch.setitem(dispatch._modules, ("triton", mutation.operator), broken_kernels)
     broken = results()
     # A kernel that does not run at all would prove nothing about the comparison.
     assert not any(result.note for result in broken.values()), broken
@@ -181,24 +227,28 @@ def test_the_check_sees_a_broken_kernel(mutation, monkeypatch, tmp_path, device)
     assert result.ok is False and not math.isnan(result.error) and result.error > result.bound
 
 
-def broken_module(mutation: Mutation, folder: Path):
-    """The operator's Triton module, imported from a changed copy; the one in the package stays as it is."""
+def broken_module(mutation: Mutation, folder: Path, monkeypatch):
+    """The operator's Triton module, imported anew beside a changed copy of one file; the package stays as it is."""
     source = source_of(mutation)
-    path = folder / f"broken_{source.name}"
+    path = folder / source.name
     path.write_text(mutated(source.read_text(), mutation))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if source.stem == "triton_backward":
-        sound = vars(dispatch.load("triton", mutation.operator))
-        return types.SimpleNamespace(**(sound | {"backward": module.backward}))
-    return module
+    changed = ".".join(source.relative_to(PACKAGE.parent).with_suffix("").parts)
+    room = f"gptkern.operators.{mutation.operator}"
+    for name in [changed, *(name for name in sys.modules if name.startswith(f"{room}.triton"))]:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        # An import sets the module on its package, too.
+        package, _, stem = name.rpartition(".")
+        monkeypatch.delattr(sys.modules[package], stem, raising=False)
+    spec = importlib.util.spec_from_file_location(changed, path)
+    sys.modules[changed] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[changed])
+    return importlib.import_module(f"{room}.triton")
 
 
 def source_of(mutation: Mutation) -> Path:
-    """The file of the operator's kernels that has the function: the forward may stand apart from the backward."""
-    paths = sorted((KERNELS / mutation.operator).glob("triton*.py"))
-    return next(path for path in paths if f"def {mutation.function}(" in path.read_text())
+    """The file that has the function: one of the operator's Triton kernels, or of what the rooms share."""
+    paths = [*(PACKAGE / "operators" / mutation.operator).glob("triton*.py"), *SHARED.glob("*.py")]
+    return next(path for path in sorted(paths) if re.search(rf"^def {mutation.function}\(", path.read_text(), re.M))
 
 
 def mutated(source: str, mutation: Mutation) -> str:

@@ -232,7 +232,7 @@ def test_a_mask_is_read_in_place(triton_backend, device, monkeypatch):
 
 
 def test_a_mask_of_huge_strides_is_copied_without_what_it_repeats():
-    from gptkern.operators.attention.triton_tiles import _broadcast
+    from gptkern.operators.attention.triton_launch import _broadcast
 
     mask = torch.empty(1, device="meta").as_strided((Q, 7, K), (2**25, 0, 1))
     copied = _broadcast(mask.transpose(0, 1), (B, 7, Q, K))

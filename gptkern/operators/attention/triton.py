@@ -46,6 +46,7 @@ from gptkern.operators.attention.triton_tiles import (
     ADDITIVE_MASK,
     LOG2_OF_E,
     NO_MASK,
+    causal_offset,
     kept_tile,
     key_range,
     load_mask,
@@ -79,18 +80,18 @@ def _forward_tiles(
     drop_below,
     batch_head,
     start_m,
+    positions,  # (BLOCK_M,) of these queries among the keys: i + offset
     start,
     stop,
     length_q,
     length_k,
     score_scale,
-    CAUSAL: tl.constexpr, LOWER_RIGHT: tl.constexpr,
+    CAUSAL: tl.constexpr,
     PARTIAL: tl.constexpr,  # whether the tiles are seen in part, or cut short
     MASK: tl.constexpr, MASK_BY_KEY: tl.constexpr, DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     INPUT_PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    rows = start_m + tl.arange(0, BLOCK_M)
     if DROPOUT:
         seed = tl.load(seed_ptr)
     for start_n in tl.range(start, stop, BLOCK_N):
@@ -109,8 +110,7 @@ def _forward_tiles(
                 length_q - start_m, length_k - start_n, MASK_BY_KEY, True, PARTIAL,
             )  # fmt: skip
         scores = scores_of(
-            products, mask, rows[:, None], columns[None, :], length_q, length_k, score_scale,
-            CAUSAL, LOWER_RIGHT, PARTIAL, True, MASK,
+            products, mask, positions[:, None], columns[None, :], length_k, score_scale, CAUSAL, PARTIAL, True, MASK
         )  # fmt: skip
         if MASK == ADDITIVE_MASK:
             # As below in base e: a mask of -3e38, which hides as well as -inf does, would overflow in base 2.
@@ -185,14 +185,14 @@ def _forward_kernel(
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
 
     full, stop = key_range(start_m, length_q, length_k, CAUSAL, LOWER_RIGHT, BLOCK_M, BLOCK_N)
+    positions = rows + causal_offset(length_q, length_k, LOWER_RIGHT)
     # Twice the same, first of the tiles that are seen in part.
     for whole in tl.static_range(2):
         accumulator, row_max, row_sum = _forward_tiles(
             accumulator, row_max, row_sum, q, key_ptr, value_ptr, key_row_stride, value_row_stride,
-            mask_ptr, mask_row_stride, mask_column_stride, seed_ptr, drop_below, batch_head, start_m,
-            0 if whole else full, full if whole else stop,
-            length_q, length_k, score_scale, CAUSAL, LOWER_RIGHT, whole == 0, MASK, MASK_BY_KEY, DROPOUT,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, INPUT_PRECISION, WIDEN,
+            mask_ptr, mask_row_stride, mask_column_stride, seed_ptr, drop_below, batch_head, start_m, positions,
+            0 if whole else full, full if whole else stop, length_q, length_k, score_scale, CAUSAL, whole == 0,
+            MASK, MASK_BY_KEY, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, INPUT_PRECISION, WIDEN,
         )  # fmt: skip
 
     inside = rows < length_q

@@ -33,6 +33,7 @@ from gptkern.operators.attention.triton_launch import (
 from gptkern.operators.attention.triton_tiles import (
     ADDITIVE_MASK,
     NO_MASK,
+    causal_offset,
     kept_tile,
     key_range,
     load_lse,
@@ -100,6 +101,7 @@ def _key_value_tiles(
     mask_column_stride,
     batch_head,  # of the queries
     start_n,
+    positions,  # (BLOCK_N,) of these keys among the queries: j - offset
     tile,  # the first tile of queries
     count,  # how many tiles
     diagonal_stop,
@@ -116,7 +118,6 @@ def _key_value_tiles(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     INPUT_PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    columns = start_n + tl.arange(0, BLOCK_N)
     if DROPOUT:
         seed = tl.load(seed_ptr)
     for index in tl.range(0, count):
@@ -148,8 +149,7 @@ def _key_value_tiles(
             )  # fmt: skip
         # Of keys beyond the last one nothing is stored: they need not be hidden.
         scores = scores_of(
-            products, mask, rows[None, :], columns[:, None], length_q, length_k, score_scale,
-            CAUSAL, LOWER_RIGHT, PARTIAL, False, MASK,
+            products, mask, rows[None, :], positions[:, None], length_k, score_scale, CAUSAL, PARTIAL, False, MASK
         )  # fmt: skip
         p = probabilities_of(scores, lse[None, :], row_max, score_scale, MASK)
         if DROPOUT:
@@ -226,6 +226,7 @@ def _key_value_kernel(
     partial, diagonal_stop, whole, count = query_range(
         start_n, length_q, length_k, CAUSAL, LOWER_RIGHT, BLOCK_M, BLOCK_N
     )
+    positions = columns - causal_offset(length_q, length_k, LOWER_RIGHT)
     grad_key = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     grad_value = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for member in range(0, group):
@@ -245,7 +246,7 @@ def _key_value_kernel(
             grad_key, grad_value = _key_value_tiles(
                 grad_key, grad_value, k, v, head_query_ptr, head_grad_ptr, lse_ptr + row_base, delta_ptr + row_base,
                 head_row_max_ptr, head_mask_ptr, seed_ptr, query_row_stride, grad_output_row_stride,
-                mask_row_stride, mask_column_stride, query_batch_head, start_n,
+                mask_row_stride, mask_column_stride, query_batch_head, start_n, positions,
                 diagonal_stop if full else partial, whole - diagonal_stop if full else count, diagonal_stop, whole,
                 length_q, length_k, score_scale, drop_below, keep_scale,
                 CAUSAL, LOWER_RIGHT, full == 0, MASK, MASK_BY_KEY, DROPOUT, NEED_KEY, NEED_VALUE,
@@ -282,6 +283,7 @@ def _query_tiles(
     mask_column_stride,
     batch_head,
     start_m,
+    positions,  # (BLOCK_M,) of these queries among the keys: i + offset
     start,
     stop,
     length_q,
@@ -289,13 +291,12 @@ def _query_tiles(
     score_scale,
     drop_below,
     keep_scale,
-    CAUSAL: tl.constexpr, LOWER_RIGHT: tl.constexpr,
+    CAUSAL: tl.constexpr,
     PARTIAL: tl.constexpr,  # whether the tiles are seen in part, or cut short
     MASK: tl.constexpr, MASK_BY_KEY: tl.constexpr, DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     INPUT_PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    rows = start_m + tl.arange(0, BLOCK_M)
     if DROPOUT:
         seed = tl.load(seed_ptr)
     for start_n in tl.range(start, stop, BLOCK_N):
@@ -318,8 +319,7 @@ def _query_tiles(
                 length_q - start_m, length_k - start_n, MASK_BY_KEY, True, PARTIAL,
             )  # fmt: skip
         scores = scores_of(
-            products, mask, rows[:, None], columns[None, :], length_q, length_k, score_scale,
-            CAUSAL, LOWER_RIGHT, PARTIAL, True, MASK,
+            products, mask, positions[:, None], columns[None, :], length_k, score_scale, CAUSAL, PARTIAL, True, MASK
         )  # fmt: skip
         p = probabilities_of(scores, lse[:, None], row_max, score_scale, MASK)
         # dS = P * (dP - delta),  dP = dO @ V^T
@@ -387,14 +387,15 @@ def _query_kernel(
         mask_ptr += batch * mask_batch_stride + head * mask_head_stride + first * mask_row_stride
 
     full, stop = key_range(start_m, length_q, length_k, CAUSAL, LOWER_RIGHT, BLOCK_M, BLOCK_N)
+    positions = rows + causal_offset(length_q, length_k, LOWER_RIGHT)
     grad_query = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for whole in tl.static_range(2):
         grad_query = _query_tiles(
             grad_query, q, grad, lse, delta, row_max, key_ptr, value_ptr, mask_ptr, seed_ptr,
-            key_row_stride, value_row_stride, mask_row_stride, mask_column_stride, batch_head, start_m,
+            key_row_stride, value_row_stride, mask_row_stride, mask_column_stride, batch_head, start_m, positions,
             0 if whole else full, full if whole else stop,
             length_q, length_k, score_scale, drop_below, keep_scale,
-            CAUSAL, LOWER_RIGHT, whole == 0, MASK, MASK_BY_KEY, DROPOUT,
+            CAUSAL, whole == 0, MASK, MASK_BY_KEY, DROPOUT,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, INPUT_PRECISION, WIDEN,
         )  # fmt: skip
     grad_query_ptr += batch * grad_query_batch_stride + head * grad_query_head_stride + first * grad_query_row_stride

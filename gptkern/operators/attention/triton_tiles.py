@@ -185,32 +185,32 @@ def query_range(
 def scores_of(
     products,  # Q @ K^T of two tiles, float32: (BLOCK_M, BLOCK_N), or (BLOCK_N, BLOCK_M)
     mask,  # the same of the mask; None where MASK is NO_MASK
-    queries,  # (BLOCK_M, 1) or (1, BLOCK_M): numbers within the sequence
+    queries,  # (BLOCK_M, 1) or (1, BLOCK_M): positions
     keys,  # (1, BLOCK_N) or (BLOCK_N, 1)
-    length_q,
     length_k,
     scale,  # where MASK is ADDITIVE_MASK
     CAUSAL: tl.constexpr,
-    LOWER_RIGHT: tl.constexpr,
     PARTIAL: tl.constexpr,  # whether the tile has queries that do not see all of its keys, by the limits of the ranges
-    CHECK_KEYS: tl.constexpr,  # whether keys beyond the last one have to be hidden, in such a tile
+    CHECK_KEYS: tl.constexpr,  # whether such a tile has to hide keys from length_k on
     MASK: tl.constexpr,
 ):
-    """scale * Q @ K^T + mask where MASK is ADDITIVE_MASK, else Q @ K^T, which exponents scale; -inf where hidden."""
+    """scale * Q @ K^T + mask where MASK is ADDITIVE_MASK, else Q @ K^T, which exponents scale; -inf where hidden.
+
+    Positions are counted together, so that a causal limit is key <= query: query i at i + offset and key j at j, or,
+    where a loop walks the queries, i and j - offset. What the loop keeps is moved, once.
+    """
     if MASK == ADDITIVE_MASK:
         scores = products * scale + mask.to(tl.float32)
     elif MASK == BOOL_MASK:
         scores = tl.where(mask != 0, products, float("-inf"))
     else:
         scores = products
-    if PARTIAL and (CHECK_KEYS or CAUSAL):
-        if CHECK_KEYS:
-            seen = keys < length_k
-            if CAUSAL:
-                seen = seen & (keys <= queries + causal_offset(length_q, length_k, LOWER_RIGHT))
-        else:
-            seen = keys <= queries + causal_offset(length_q, length_k, LOWER_RIGHT)
-        scores = tl.where(seen, scores, float("-inf"))
+    if PARTIAL and CHECK_KEYS and CAUSAL:
+        scores = tl.where((keys < length_k) & (keys <= queries), scores, float("-inf"))
+    elif PARTIAL and CHECK_KEYS:
+        scores = tl.where(keys < length_k, scores, float("-inf"))
+    elif PARTIAL and CAUSAL:
+        scores = tl.where(keys <= queries, scores, float("-inf"))
     return scores
 
 
