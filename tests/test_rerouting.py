@@ -268,13 +268,25 @@ class AsksForGlobals(torch.nn.Module):
         return F.softmax(x, dim=-1) * globals()["SCALE"]
 
 
+class Evaluates(torch.nn.Module):
+    def forward(self, x):
+        return F.softmax(x, dim=-1) * eval("COUNTER + 1")
+
+
+class Executes(torch.nn.Module):
+    def forward(self, x):
+        found = {}
+        exec("found['scale'] = SCALE", None, {"found": found})
+        return F.softmax(x, dim=-1) * found["scale"]
+
+
 class AsksForItsName(torch.nn.Module):
     def forward(self, x):
         assert __name__ == "test_rerouting"
         return F.softmax(x, dim=-1)
 
 
-@pytest.mark.parametrize("cls", [Writes, AsksForGlobals, AsksForItsName])
+@pytest.mark.parametrize("cls", [Writes, AsksForGlobals, Evaluates, Executes, AsksForItsName])
 def test_code_that_needs_its_own_globals_is_routed_by_a_mode(cls, monkeypatch):
     with pytest.raises(CannotReroute):
         Rerouted(cls, find)

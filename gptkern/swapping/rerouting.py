@@ -148,7 +148,7 @@ class Rerouted:
 
 def _check_globals(function: types.FunctionType) -> None:
     for instruction in instructions(function.__code__):
-        if instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+        if instruction.opname == "STORE_GLOBAL":
             raise CannotReroute(f"{function.__qualname__} writes the global {instruction.argval}")
         if instruction.opname == "LOAD_GLOBAL" and instruction.argval in _NEEDS_ITS_GLOBALS:
             raise CannotReroute(f"{function.__qualname__} uses {instruction.argval}")
