@@ -17,7 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gptkern
 import gptkern.functional as G
+from gptkern import operators as rooms
 from gptkern.backends import dispatch
+from gptkern.backends.tables import orders, user
 
 PAIRS = {
     "attention": (F.scaled_dot_product_attention, G.scaled_dot_product_attention),
@@ -224,7 +226,7 @@ def test_a_bad_value_in_the_environment_fails_at_import():
     run = in_a_new_process("import gptkern", GPTKERN_BACKEND="metal")
     assert run.returncode != 0
     last = run.stderr.strip().splitlines()[-1]
-    assert last == "ValueError: GPTKERN_BACKEND got 'metal'; it needs one of 'cuda', 'triton', 'torch'"
+    assert last.startswith("ValueError: GPTKERN_BACKEND got 'metal'; it needs one of 'cuda', 'triton', 'torch'")
 
 
 def test_an_empty_environment_variable_is_the_automatic_choice_and_the_import_is_light():
@@ -311,45 +313,56 @@ def test_forced_pytorch_on_a_gpu_does_not_warn(a_gpu):
         G.softmax(*a_call("softmax", "cuda"))
 
 
-def covered_by(*names):
-    """Stands in for the two modules of kernels: those named cover everything, the others nothing."""
+@pytest.fixture
+def covered_by(a_gpu, monkeypatch):
+    """covered_by("triton", …): these of the two kernel backends cover every softmax, the others none."""
+    monkeypatch.setattr(dispatch, "unavailable", lambda name, device: None)
+    # The simulated tensors are of a subclass, which kernels cannot read: what is left is what a module covers.
+    monkeypatch.setattr(dispatch, "_uncovered", unsupported)
 
-    def module(name):
-        return SimpleNamespace(unsupported=lambda *call: None if name in names else f"{name} leaves this out")
+    def cover(*names):
+        def module(name):
+            return SimpleNamespace(unsupported=lambda call: None if name in names else f"{name} leaves this out")
 
-    return {(name, "softmax"): module(name) for name in ("cuda", "triton")}
+        monkeypatch.setattr(dispatch, "_modules", {(name, "softmax"): module(name) for name in ("cuda", "triton")})
+
+    return cover
+
+
+def unsupported(name, operator, call):
+    return dispatch.load(name, operator).unsupported(call)
+
+
+def a_softmax(device="cuda"):
+    """The record of a softmax."""
+    return rooms.contract("softmax").Call(torch.randn(3, 8, device=device), -1, None, 1.0, None, False)
 
 
 @pytest.mark.parametrize(
     "covering, expected",
     [
-        (("cuda", "triton"), ("cuda", "the input is on cuda")),
+        (("cuda", "triton"), ("cuda", orders.default("softmax", None).reason)),
         (("triton",), ("triton", "the input is on cuda; not cuda: cuda leaves this out")),
         ((), ("torch", "not cuda: cuda leaves this out; not triton: triton leaves this out")),
     ],
     ids=["cuda first", "triton second", "neither"],
 )
 @pytest.mark.filterwarnings("ignore:gptkern")
-def test_the_order_of_the_backends_on_a_gpu(monkeypatch, covering, expected):
-    monkeypatch.setattr(dispatch, "unavailable", lambda name, device: None)
-    monkeypatch.setattr(dispatch, "_modules", covered_by(*covering))
-    gpus_tensor = SimpleNamespace(device=torch.device("cuda", 0))
-    assert dispatch.choose("softmax", gpus_tensor) == expected
+def test_the_order_of_the_backends_on_a_gpu(covered_by, covering, expected):
+    covered_by(*covering)
+    assert dispatch.choose("softmax", a_softmax()) == expected
 
 
-def test_a_forced_backend_that_does_not_cover_the_call_is_an_error_even_if_another_does(monkeypatch):
-    monkeypatch.setattr(dispatch, "unavailable", lambda name, device: None)
-    monkeypatch.setattr(dispatch, "_modules", covered_by("triton"))
-    gpus_tensor = SimpleNamespace(device=torch.device("cuda", 0))
+def test_a_forced_backend_that_does_not_cover_the_call_is_an_error_even_if_another_does(covered_by):
+    covered_by("triton")
     with gptkern.backend("cuda"), pytest.raises(gptkern.BackendError, match="cuda leaves this out"):
-        dispatch.choose("softmax", gpus_tensor)
+        dispatch.choose("softmax", a_softmax())
     with gptkern.backend("triton"):
-        assert dispatch.choose("softmax", gpus_tensor).backend == "triton"
+        assert dispatch.choose("softmax", a_softmax()).backend == "triton"
 
 
 def test_attention_says_why_a_mask_runs_on_pytorch(a_gpu, monkeypatch):
-    # As if the simulated tensors were readable: what is left is what the kernels themselves do not cover.
-    monkeypatch.setattr(dispatch, "_uncovered", lambda n, operator, call: dispatch.load(n, operator).unsupported(*call))
+    monkeypatch.setattr(dispatch, "_uncovered", unsupported)
     query, key, value = a_call("attention", "cuda")
     explain, attention = gptkern.explain, F.scaled_dot_product_attention
     assert explain(attention, query, key, value, is_causal=True).backend in ("triton", "cuda")
@@ -370,13 +383,130 @@ def test_attention_says_why_a_mask_runs_on_pytorch(a_gpu, monkeypatch):
 
 
 def test_a_masks_gradient_sends_softmax_to_pytorch(a_gpu, monkeypatch):
-    monkeypatch.setattr(dispatch, "_uncovered", lambda n, operator, call: dispatch.load(n, operator).unsupported(*call))
+    monkeypatch.setattr(dispatch, "_uncovered", unsupported)
     input, mask = torch.randn(3, 8, device="cuda"), torch.randn(8, device="cuda", requires_grad=True)
     with pytest.warns(UserWarning, match="mask"):
         choice = gptkern.explain(G.softmax, input, -1, mask=mask)
     assert choice.backend == "torch"
     assert "mask" in choice.reason
     assert gptkern.explain(G.softmax, input, -1, mask=mask.detach()).backend in ("triton", "cuda")
+
+
+# --- Architectures and variants -------------------------------------------------------------------------------------
+
+KERNELS_FIRST, WGMMA_FIRST = ("cuda", "triton", "torch"), ("triton", "cuda", "torch")
+CUDNN_FIRST = ("torch:cudnn", *WGMMA_FIRST)
+
+
+@pytest.fixture
+def a_gpu_of(a_gpu, monkeypatch):
+    """a_gpu_of(9, 0): every GPU is one of compute capability 9.0, with kernels and cuDNN, of which nothing is known."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA of nobody's tables")
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(dispatch, "_uncovered", unsupported)
+    monkeypatch.setattr(dispatch, "unavailable", lambda name, device: None)
+
+    def become(*capability):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        dispatch.forget()
+        return torch.device("cuda", 0)
+
+    yield become
+    dispatch.forget()
+
+
+@pytest.mark.parametrize(
+    "operator, capability, order",
+    [
+        ("attention", (8, 0), KERNELS_FIRST), ("attention", (8, 6), KERNELS_FIRST), ("attention", (9, 0), CUDNN_FIRST),
+        ("attention", (10, 0), CUDNN_FIRST), ("attention", (12, 0), KERNELS_FIRST),
+        ("int8_linear", (8, 0), KERNELS_FIRST), ("int8_linear", (8, 6), KERNELS_FIRST),
+        ("int8_linear", (9, 0), WGMMA_FIRST), ("int8_linear", (10, 0), WGMMA_FIRST),
+        ("int8_linear", (12, 0), KERNELS_FIRST),
+        # Where memory is the limit no part has an order of its own.
+        ("layer_norm", (9, 0), KERNELS_FIRST),
+    ],
+)  # fmt: skip
+def test_the_default_order_is_the_architectures(a_gpu_of, operator, capability, order):
+    gpu = a_gpu_of(*capability)
+    preference = orders.default(operator, user.identify(gpu))
+    assert preference.order == order
+    assert "not measured" in preference.reason
+    # What `explain` says of a call is the first of that order, with its reason.
+    assert gptkern.explain(*a_16_bit_call(operator)) == (order[0], preference.reason)
+
+
+def a_16_bit_call(operator):
+    """(twin, arguments…) of a call on the simulated GPU that every backend and variant covers."""
+    x = torch.randn(4, 64, device="cuda", dtype=torch.bfloat16)
+    if operator == "int8_linear":
+        return G.int8_linear, x, torch.ones(32, 64, device="cuda", dtype=torch.int8), torch.ones(32, device="cuda")
+    if operator == "layer_norm":
+        return G.layer_norm, x, (64,)
+    return G.scaled_dot_product_attention, *(x.expand(1, 2, 4, 64) for _ in range(3))
+
+
+def test_a_variant_that_cannot_run_is_passed_over_with_the_reason(a_gpu_of, monkeypatch):
+    a_gpu_of(9, 0)
+    attention, query, key, value = a_16_bit_call("attention")
+
+    def reason(**changes):
+        choice = gptkern.explain(
+            attention, *(t.to(changes.get("dtype")) for t in (query, key, value)), **changes.get("options", {})
+        )
+        assert choice.backend == "triton"
+        return choice.reason
+
+    for changes, words in (
+        (dict(dtype=torch.float32), "the dtype is torch.float32; cuDNN's attention needs float16 or bfloat16"),
+        (dict(options={"attn_mask": torch.ones(4, 4, device="cuda", dtype=torch.bool)}), "attn_mask is given"),
+    ):
+        assert f"not torch:cudnn: {words}" in reason(**changes)
+    wide = [torch.randn(1, 2, 4, 136, device="cuda", dtype=torch.float16)] * 3
+    assert (
+        "head_dim is 136; cuDNN's attention needs a multiple of 8 up to 128" in gptkern.explain(attention, *wide).reason
+    )
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
+    a_gpu_of(9, 0)
+    assert "not torch:cudnn: this PyTorch has no cuDNN" in reason()
+
+
+def test_a_forced_variant(a_gpu_of):
+    a_gpu_of(9, 0)
+    attention, layer_norm = a_16_bit_call("attention"), a_16_bit_call("layer_norm")
+    with gptkern.backend("torch:cudnn"):
+        assert gptkern.explain(*attention) == ("torch:cudnn", "asked for by name")
+        with pytest.raises(gptkern.BackendError, match=r"layer_norm has no such variant; it has cuda, triton, torch$"):
+            gptkern.explain(*layer_norm)
+        a_gpu_of(8, 0)
+        with pytest.raises(gptkern.BackendError, match=r"from compute capability 9\.0 on; this GPU has 8\.0"):
+            gptkern.explain(*attention)
+        with pytest.raises(gptkern.BackendError, match="the input is on cpu"):
+            G.scaled_dot_product_attention(*a_call("attention"))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_the_variant_is_pytorchs_attention_with_cudnn_first_and_compiles(monkeypatch, is_causal):
+    """Off a GPU the same call goes to what PyTorch has there: the order alone is the variant's."""
+    asked, attention = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(dispatch, "settled", lambda tensor: None)
+    monkeypatch.setattr(dispatch, "choose", lambda operator, call: dispatch.Choice("torch:cudnn", "for the test"))
+    tensors = [torch.randn(2, 3, 5, 16, requires_grad=True) for _ in range(3)]
+    expected = attention(*tensors, is_causal=is_causal)
+
+    def call(*tensors):
+        return G.scaled_dot_product_attention(*tensors, is_causal=is_causal)
+
+    torch._dynamo.reset()
+    for function in (call, torch.compile(call, fullgraph=True, backend="eager")):
+        torch.testing.assert_close(function(*tensors), expected)
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda *given, **more: asked.append(torch._C._get_sdp_priority_order()) or attention(*given, **more),
+    )
+    call(*tensors)
+    assert asked[0][0] == int(torch.nn.attention.SDPBackend.CUDNN_ATTENTION) and len(asked[0]) >= 4
 
 
 # --- explain --------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import types
 import pytest
 import torch
 
-from gptkern import cli
+from gptkern import cli, operators
 from gptkern.backends import dispatch
 from gptkern.backends.cuda import common, emulated
 from gptkern.commands import info
@@ -32,11 +32,11 @@ def test_json_holds_versions_devices_and_backends(capsys):
     facts = _facts(capsys)
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["versions"]["numpy"] == importlib.metadata.version("numpy")
-    assert set(facts["operators"]) == set(dispatch.OPERATORS)
+    assert tuple(facts["operators"]) == operators.NAMES
     assert all(facts["operators"].values()), "an operator has no word about what its kernels cover"
     assert len(facts["devices"]) == 1 + torch.cuda.device_count()
     cpu = facts["devices"][0]
-    for operator in dispatch.OPERATORS:
+    for operator in operators.NAMES:
         assert cpu["backends"][operator]["torch"] is None
         assert cpu["backends"][operator]["cuda"] == "the input is on the CPU and GPTKERN_EMULATE_CUDA=1 is not set"
 
@@ -53,15 +53,32 @@ def test_the_reason_goes_when_the_interpreter_is_on(capsys, monkeypatch):
     assert on["environment"]["TRITON_INTERPRET"] == "1"
 
 
-def test_an_operator_without_a_module_is_told_apart(capsys, monkeypatch):
+def test_an_operator_whose_kernels_cannot_be_imported_is_told_apart(capsys, monkeypatch):
     pytest.importorskip("triton", reason="triton is not installed")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(dispatch, "OPERATORS", (*dispatch.OPERATORS, "convolution"))
-    facts = _facts(capsys)
-    assert "ModuleNotFoundError" in facts["devices"][0]["backends"]["convolution"]["triton"]
-    reasons = info._reasons(facts["devices"][0]["backends"])
-    assert reasons["triton"].startswith("convolution: ModuleNotFoundError")
+    load = dispatch.load
+
+    def broken(name, operator):
+        if (name, operator) == ("triton", "softmax"):
+            raise ImportError("no such kernel")
+        return load(name, operator)
+
+    monkeypatch.setattr(dispatch, "load", broken)
+    reasons = info._reasons(_facts(capsys)["devices"][0]["backends"])
+    assert reasons["triton"] == "softmax: ImportError: no such kernel"
     assert "GPTKERN_EMULATE_CUDA=1 is not set" in reasons["cuda"]
+
+
+def test_a_variant_stands_with_the_operators_that_have_it(capsys):
+    backends = _facts(capsys)["devices"][0]["backends"]
+    assert backends["attention"]["torch:cudnn"] == "cuDNN is for NVIDIA GPUs and the input is on cpu"
+    assert "torch:cudnn" not in backends["layer_norm"]
+    assert cli.main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    heading = next(line for line in lines if "torch:cudnn" in line)
+    column = heading.index("torch:cudnn")
+    words = {line.split()[0]: line[column:].split()[0] for line in lines if line.startswith(operators.NAMES)}
+    assert words == {name: "no" if name == "attention" else "-" for name in operators.NAMES}
 
 
 def test_text_names_what_is_missing(capsys, monkeypatch):

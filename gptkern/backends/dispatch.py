@@ -331,6 +331,8 @@ def _unable(name: str, operator: str, device_type: str, device_index: int | None
 
 def missing(name: str, operator: str, device: torch.device) -> str | None:
     """Why a backend, or a variant of one, has no kernels of the operator for a device in this process, or None."""
+    if ":" in name and name != LAUNCHERS and name not in orders.names(operator):
+        return f"{operator} has no such variant; it has {', '.join(orders.names(operator))}"
     reason = unavailable(name, device)
     if reason is None:
         try:
