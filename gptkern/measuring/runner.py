@@ -20,7 +20,7 @@ from torch._functorch import config as functorch_config
 
 from gptkern import operators
 from gptkern.backends import dispatch
-from gptkern.measuring import machine, timing, tolerance
+from gptkern.measuring import machine, rounding, timing, tolerance
 from gptkern.measuring.cells import Cell, Implementation, Missing
 from gptkern.measuring.rooms import GPTKERN, Room
 
@@ -131,10 +131,12 @@ def _compared(operator, cell: Cell, kind: str, implementation) -> dict[str, Any]
         dy = torch.randn_like(actual) if indices else None
         results = [actual, *_gradients(actual, prepared, indices, dy)]
         expected = [_reference(operator, small, inputs, indices, dy, precision) for precision in _PRECISIONS]
+        noises = functools.cache(
+            lambda: rounding.noise(lambda: _reference(operator, small, inputs, indices, dy, torch.float64))
+        )
         for place, (name, result, reference, yardstick) in enumerate(zip(names, results, *expected)):
             factor = tolerance.FORWARD_FACTOR if place == 0 else tolerance.GRADIENT_FACTOR
-            error = tolerance.worst_error(result, reference)
-            bound = tolerance.bound(reference, yardstick, result.dtype, factor)
+            error, bound = tolerance.verdict(result, reference, yardstick, factor, lambda place=place: noises()[place])
             if not error <= bound:
                 what = f"wrong: {name}'s worst error is {error:.3e}, the rule allows {bound:.3e} ({small.label})"
                 return worst | {"error": _finite(error), "bound": bound, "wrong": what}
