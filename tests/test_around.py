@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
 import io
 import pickle
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -361,22 +358,3 @@ def test_a_forced_backend_and_a_route_are_their_thread_s_alone(monkeypatch):
             checked.set()
 
     in_threads(forces, does_not)
-
-
-# --- What it costs ----------------------------------------------------------------------------------------------------
-
-
-def test_the_bench_of_a_swapped_step_runs(capsys, monkeypatch):
-    path = Path(__file__).parents[1] / "bench" / "swapped_step.py"
-    spec = importlib.util.spec_from_file_location("swapped_step", path)
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
-    monkeypatch.setattr(sys, "argv", ["swapped_step.py", "--rounds", "1", "--threads", str(torch.get_num_threads())])
-    monkeypatch.setattr(bench, "BATCHES", ((1, 8, 1), (2, 8, 1)))
-    seen = []
-    monkeypatch.setattr(bench, "measured", lambda *call, of=bench.measured: seen.append(of(*call)) or seen[-1])
-    for limit, status in ((float("inf"), 0), (0.0, 1)):
-        monkeypatch.setattr(bench, "LIMIT", limit)
-        assert bench.main() == status
-    assert len(seen) == 4 and all(value > 0 for found in seen for value in found)
-    assert "2 x 8" in capsys.readouterr().out

@@ -78,7 +78,7 @@ def assert_whole(record: dict) -> None:
 def test_larger_extents_hold_the_smaller_ones():
     smoke, quick, full = ([key for key, _ in costs.listed(extent)] for extent in costs.EFFORTS)
     assert full[: len(quick)] == quick and quick[: len(smoke)] == smoke and len(set(full)) == len(full)
-    assert full[len(smoke) :] == ["import", "first call", "build", "wheel"]
+    assert full[len(smoke) :] == ["host time, swapped step", "import", "first call", "build", "wheel"]
 
 
 def test_the_smoke_extent_is_whole():
@@ -113,7 +113,7 @@ def test_the_path_to_the_launch_is_measured_without_the_launch(monkeypatch, cloc
     real = kernels._forward_kernel
     monkeypatch.setattr(kernels, "forward", clock.taking(5e-3, kernels.forward))
     monkeypatch.setattr(F, "layer_norm", clock.taking(1e-3))
-    record = costs.kernels_path("layer_norm", rounds=3)
+    record = costs.kernels_path("layer_norm", "triton", rounds=3)
     assert_whole(record)
     assert record["gptkern"]["median"] == pytest.approx(5e-3)
     assert record["peers"]["eager"]["median"] == pytest.approx(1e-3)
@@ -132,7 +132,7 @@ def test_every_path_ends_at_a_kernel_that_is_not_launched(monkeypatch, operator)
     launched = []
     monkeypatch.setattr(costs, "_nothing", lambda *arguments, **named: launched.append(arguments))
     ours, *_ = costs.calls(costs.smallest(operator))
-    with costs.without_launches(dispatch.load("triton", operator)), gptkern.backend("triton"):
+    with costs._without_launches(dispatch.load("triton", operator)), gptkern.backend("triton"):
         ours()
     assert len(launched) == 1
 
@@ -142,9 +142,25 @@ def test_without_triton_the_path_to_the_launch_is_skipped(monkeypatch):
         raise ImportError("No module named 'triton'")
 
     monkeypatch.setattr(dispatch, "load", load)
-    record = costs.kernels_path("layer_norm", rounds=2)
+    record = costs.kernels_path("layer_norm", "triton", rounds=2)
     assert_whole(record)
     assert "No module named 'triton'" in record["gptkern"]["skipped"]
+
+
+def test_a_swapped_step_is_held_against_stock(monkeypatch, clock):
+    clock.process_time = clock.perf_counter
+    swap = gptkern.swap
+
+    def slower(model):
+        swap(model)
+        monkeypatch.setattr(model, "forward", clock.taking(3e-3, model.forward))
+
+    monkeypatch.setattr(gptkern, "swap", slower)
+    monkeypatch.setattr(costs.GPT, "forward", clock.taking(1e-3, costs.GPT.forward))
+    record = costs.swapped_step(2)
+    assert_whole(record)
+    assert (record["gptkern"]["median"], record["peers"]["stock"]["median"]) == pytest.approx((4e-3, 1e-3))
+    assert record["peers"]["stock again"] == record["peers"]["stock"] and record["limit"] == 1.05
 
 
 # --- New processes ----------------------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def test_the_machine_is_identified(monkeypatch):
 
 
 def test_the_digest_is_that_of_what_is_measured(tmp_path):
-    measured = ("a.py", "tables/b.json", "commands/training.py", "quantizing.py", "measuring/timing.py")
+    measured = ("a.py", "tables/b.json", "training/optimizers.py", "quantizing.py", "measuring/timing.py")
     others = ("commands/c.py", "commands/train.py", "measuring/report.py", "formatting.py", "notes.txt")
     for name in (*measured, *others):
         (tmp_path / name).parent.mkdir(exist_ok=True)

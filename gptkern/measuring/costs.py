@@ -1,7 +1,9 @@
 """Costs that are not kernels: host time, import, first call, build, wheel; each measured, with its peers.
 
     host time       of one call of each operator's smallest cell: what a call costs where nothing is computed
-    to the launch   the same on the way to a kernel, without Triton's launch: checks, choice, allocation, autograd
+    to the launch   the same on the way to a kernel that is not launched: checks, choice, allocation, autograd; of the
+                    CUDA kernels where GPTKERN_EMULATE_CUDA=1 has them run on the CPU
+    swapped step    CPU time of a small model's training step on PyTorch's operators, swapped against stock
     import          `import gptkern` after `import torch`, each time in a new process
     first call      from the call to its result, in a new process with empty caches: kernels are compiled in it
     build, wheel    `pip wheel` of the source tree, and the size of what it makes
@@ -18,6 +20,7 @@ line of its error; gptkern that fails raises CostError with all of it.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib.util
 import os
@@ -36,17 +39,25 @@ import torch
 import gptkern
 from gptkern import operators
 from gptkern.backends import dispatch
+from gptkern.backends.cuda import emulated
 from gptkern.measuring import machine, peers, runner, timing
 from gptkern.measuring.cells import Cell
+from gptkern.models.gpt import GPT, GPTConfig
+from gptkern.training.optimizers import optimizer_of
 
 # The twin of a function of PyTorch takes at most this many times that function's host time.
 HOST_LIMIT = 3.0
 # Seconds that `import gptkern` may add to `import torch`.
 IMPORT_LIMIT = 0.3
+# A swapped model's training step takes at most this many times a stock one's CPU time.
+STEP_LIMIT = 1.05
 # Seconds that one process may take (torch.compile's first call starts a C++ compiler), and a build with CUDA kernels.
 PATIENCE, BUILD_PATIENCE = 300, 900
 # extent -> (rounds of host calls, new processes)
 EFFORTS = {"smoke": (10, 1), "quick": (50, 3), "full": (100, 5)}
+
+
+PATH_KEY = "host time, {}, to the launch of {}"
 
 
 class CostError(RuntimeError):
@@ -62,8 +73,12 @@ def listed(extent: str) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
     rounds, processes = EFFORTS[extent]
     names = [name for name in operators.NAMES if name in runner.OPERATORS]
     found: dict[str, Callable] = {f"host time, {name}": functools.partial(host_time, name, rounds) for name in names}
-    found |= {f"{key}, to the launch": functools.partial(kernels_path, *call.args) for key, call in found.items()}
+    backends = ["triton"] if dispatch.unavailable("cuda", torch.device("cpu")) else ["triton", "cuda"]
+    found |= {
+        PATH_KEY.format(name, b): functools.partial(kernels_path, name, b, rounds) for b in backends for name in names
+    }
     if extent != "smoke":
+        found |= {"host time, swapped step": lambda: swapped_step(rounds)}
         found |= {"import": lambda: import_time(processes), "first call": lambda: first_call(processes)}
     if extent == "full":
         built = functools.cache(build)
@@ -105,38 +120,50 @@ def calls(cell: Cell) -> tuple[Callable, Callable, str]:
     return bound(ours), bound(theirs), peer
 
 
+@contextlib.contextmanager
+def _one_thread():
+    """Threads that wait for one another cost what the machine's other work decides."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def host_time(operator: str, rounds: int) -> dict[str, Any]:
     """A call of the twin, as a user makes it, against its first peer."""
     cell = smallest(operator)
     *both, peer = calls(cell)
-    ours, theirs = timing.host_durations(both, rounds)
+    with _one_thread():
+        ours, theirs = timing.host_durations(both, rounds)
     limited = any(f".{operator}." in twin.__module__ for twin in dispatch.TWINS.values())
     what = f"one call of {operator} on {cell.label} with gradients on: the time of the host, not of the GPU"
     limits = {"limit": HOST_LIMIT, "limit_to": peer} if limited else {}
     return record(f"host time, {operator}", what, numbers(ours), {peer: numbers(theirs)}, **limits)
 
 
-def kernels_path(operator: str, rounds: int) -> dict[str, Any]:
-    """The same call on the way to a Triton kernel that is then not launched."""
-    cell = smallest(operator)
+def kernels_path(operator: str, backend: str, rounds: int) -> dict[str, Any]:
+    """The same call on the way to a kernel that is then not launched, in bfloat16, which all kernels have."""
+    cell = runner.cells("cuda", "smoke", (operator,))[0]
     *both, peer = calls(cell)
+    key = PATH_KEY.format(operator, backend)
     what = (
         f"one call of {operator} on {cell.label} with gradients on, on the way of a GPU's calls: checks, choice of the "
-        "backend, allocation and autograd; Triton's launch itself is taken out"
+        f"backend, allocation and autograd; the launch of {backend} itself is taken out"
     )
     try:
-        module = dispatch.load("triton", operator)
+        module = dispatch.load(backend, operator)
     except ImportError as error:
-        skipped = {"skipped": f"the Triton kernels cannot be imported: {error}"}
-        return record(f"host time, {operator}, to the launch", what, skipped)
+        return record(key, what, {"skipped": f"the kernels cannot be imported: {error}"})
     # Entered once, outside of the samples: what the `with` block itself costs is no part of a call.
-    with without_launches(module), gptkern.backend("triton"):
+    with _one_thread(), _without_launches(module), gptkern.backend(backend):
         ours, theirs = timing.host_durations(both, rounds)
-    return record(f"host time, {operator}, to the launch", what, numbers(ours), {peer: numbers(theirs)})
+    return record(key, what, numbers(ours), {peer: numbers(theirs)})
 
 
 class _NotLaunched:
-    """In place of a kernel: kernel[grid](...) does nothing."""
+    """In place of a Triton kernel: kernel[grid](...) does nothing."""
 
     def __getitem__(self, grid):
         return _nothing
@@ -147,15 +174,47 @@ def _nothing(*arguments, **named) -> None:
 
 
 @contextlib.contextmanager
-def without_launches(module):
-    """While it lasts, in this process: a Triton module's kernels start nothing, and take CPU tensors as well."""
+def _without_launches(module):
+    """While it lasts, in this process: a module's kernels start nothing, and Triton's take CPU tensors as well."""
     with contextlib.ExitStack() as stack:
+        if module.__name__.rpartition(".")[2] == "cuda":
+            emulator = emulated.load()
+            emulator.skip_launches(True)
+            stack.callback(emulator.skip_launches, False)
         for name in vars(module).copy():
             if name.endswith("_kernel"):
                 stack.enter_context(mock.patch.object(module, name, _NotLaunched()))
         if not torch.cuda.is_available():
             stack.enter_context(mock.patch.object(dispatch, "unavailable", lambda name, device: None))
         yield
+
+
+def swapped_step(rounds: int) -> dict[str, Any]:
+    """zero_grad, forward with the loss, backward, AdamW; a second stock model shows what the machine adds."""
+    stock = GPT(GPTConfig(vocab_size=256, context=64, layers=4, width=128, heads=4)).train()
+    swapped, again = copy.deepcopy(stock), copy.deepcopy(stock)
+    gptkern.swap(swapped)
+    ids, targets = torch.randint(256, (2, 8, 64)).unbind()
+
+    def sampler(model):
+        optimizer = optimizer_of(model, lr=0.0)
+
+        def sample():
+            # CPU time, which other processes disturb less than the clock.
+            start = time.process_time()
+            optimizer.zero_grad(set_to_none=True)
+            model(ids, targets)[1].backward()
+            optimizer.step()
+            return time.process_time() - start
+
+        sample()
+        return sample
+
+    with _one_thread(), gptkern.backend("torch"):
+        ours, *theirs = map(numbers, timing.in_turn([sampler(model) for model in (swapped, stock, again)], rounds))
+    what = "CPU time of a training step of a GPT of 4 layers of width 128, 8x64 tokens, on PyTorch's operators"
+    limits = {"limit": STEP_LIMIT, "limit_to": "stock"}
+    return record("host time, swapped step", what, ours, dict(zip(("stock", "stock again"), theirs)), **limits)
 
 
 # --- New processes ----------------------------------------------------------------------------------------------------

@@ -19,9 +19,8 @@ import torch
 import gptkern
 
 PACKAGE = Path(gptkern.__file__).parent
-# What is drawn and printed changes no measurement. Of the commands, the model's cells run one.
+# What is drawn and printed changes no measurement.
 _NOT_MEASURED = ("commands/", "formatting.py", *(f"measuring/{name}.py" for name in ("rates", "report", "plots")))
-_MEASURED = ("commands/training.py",)
 # Seconds that nvidia-smi and git may take.
 _PATIENCE = 20
 # Seconds of work before the clocks are read: an idle GPU's clocks take some milliseconds to rise.
@@ -104,7 +103,7 @@ def source_digest(package: Path = PACKAGE) -> str:
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*")):
         name = path.relative_to(package).as_posix()
-        if path.suffix in (".py", ".json", ".so") and (name in _MEASURED or not name.startswith(_NOT_MEASURED)):
+        if path.suffix in (".py", ".json", ".so") and not name.startswith(_NOT_MEASURED):
             digest.update(name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 
