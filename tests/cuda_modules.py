@@ -76,7 +76,7 @@ def _change(csrc: Path, function: str, old: str, new: str) -> Path:
     stop = source.find("\n}", start.end())
     pattern = r"\s+".join(map(re.escape, old.split()))
     body, count = re.subn(pattern, lambda _: new, source[start.end() : stop])
-    assert count == 1, f"{path.name}, {function!r}: {count} places like {old!r}; it needs 1"
+    assert count == 1, f"{path.relative_to(csrc)}, {function!r}: {count} places like {old!r}; it needs 1"
     path.write_text(source[: start.end()] + body + source[stop:], "utf-8")
     return path.resolve()
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -20,7 +22,6 @@ from cuda_modules import changed_module
 
 from gptkern.backends.cuda import emulated
 from gptkern.measuring import checking
-from gptkern.measuring.checking_cases import cases_of
 
 if DEVICE != "cpu":
     pytest.skip("there is a GPU: the CUDA backend's tests run on it, not on the emulator", allow_module_level=True)
@@ -29,15 +30,17 @@ if emulated.compiler() is None:
 
 import count_cuda
 import emulation
-import test_attention
 import test_cuda_counters
+
+sys.path.append(str(Path(__file__).parent / "operators"))
+import test_attention
 
 
 class Case(NamedTuple):
     """A case of checking.py: one of its numbers is wrong or, where a message is given, a launch is refused."""
 
     operator: str
-    shape_class: str  # of gptkern.measuring.checking_cases
+    shape_class: str  # of the small checks of the operator's problem.py
     direction: str = "forward"  # the result that has to fail
     dtype: torch.dtype = torch.float16
     refused: str = ""  # what the emulator says, a regular expression
@@ -45,7 +48,7 @@ class Case(NamedTuple):
     def results(self) -> dict[str, checking.Result]:
         (case,) = (
             case
-            for case in cases_of(self.operator, ("small",))
+            for case in checking.cases_of(self.operator, ("small",))
             if case.shape_class == self.shape_class and case.dtype == self.dtype
         )
         return {result.direction: result for result in checking.check(case, "cuda", torch.device("cpu"))}
@@ -149,7 +152,7 @@ MUTATIONS = [
         "return chunk ^ (row >> 1 & 3);", "return chunk;",
         Limit(
             test_cuda_counters.test_no_bank_conflicts,
-            (test_cuda_counters.find("int8_linear", "100×256→200 w8a8 float32"),),
+            (test_cuda_counters.find("int8_linear", "100x256->200 float32, w8a8"),),
             Case("int8_linear", "w8a8"),
         ),
     ),
@@ -159,7 +162,7 @@ MUTATIONS = [
         Case("int8_linear", "w8a8"),
     ),
     Mutation(
-        "the variance is divided by width - 1", "layer_norm", "layer_norm_forward_kernel(Forward",
+        "the variance is divided by width - 1", "layer_norm", "layer_norm_forward_kernel(const",
         "m2 / float(width)", "m2 / float(width - 1)",
         Case("layer_norm", "tail", dtype=torch.float32),
     ),
@@ -169,12 +172,12 @@ MUTATIONS = [
         Case("rms_norm", "tail", dtype=torch.float32),
     ),
     Mutation(
-        "warps read one another's sums without a barrier", "rms_norm", "float group_sum(float value, int lanes",
+        "warps read one another's sums without a barrier", "rms_norm", "void over_group(float (&values)[N]",
         "__syncthreads();", "",
         Case("rms_norm", "wide", dtype=torch.float32, refused="a race in shared memory: nothing orders the"),
     ),
     Mutation(
-        "the last of the partial sums are left out", "rms_norm", "rms_norm_reduce_kernel(",
+        "the last of the partial sums are left out", "rms_norm", "void reduce_partials(",
         "row < partials", "row < partials - 1",
         Case("rms_norm", "Llama", "grad weight"),
     ),
@@ -213,7 +216,7 @@ MUTATIONS = [
         "load<V>(x_line, n, visible, width)", "load<V>(x_line, n, width, width)",
         Limit(
             test_cuda_counters.test_no_more_bytes_than_needed,
-            (test_cuda_counters.find("softmax", "2×256×256 bfloat16, causal"),),
+            (test_cuda_counters.find("softmax", "2x256x256 bfloat16, causal"),),
             Case("softmax", "causal"),
         ),
     ),
@@ -234,8 +237,8 @@ def test_the_check_sees_a_broken_kernel(mutation, cuda_backend, monkeypatch, tmp
     [
         ({"function": "void no_such_function("}, r"'void no_such_function\(' stands in 0 places of csrc; it needs 1"),
         ({"function": "namespace gptkern"}, r"'namespace gptkern' stands in \d+ places of csrc; it needs 1"),
-        ({"old": "no such expression"}, r"attention.cu, .*: 0 places like 'no such expression'; it needs 1"),
-        ({"old": "lane % 4"}, r"attention.cu, .*: \d+ places like 'lane % 4'; it needs 1"),
+        ({"old": "no such expression"}, r"attention/forward.cu, .*: 0 places like 'no such expression'; it needs 1"),
+        ({"old": "lane % 4"}, r"attention/forward.cu, .*: \d+ places like 'lane % 4'; it needs 1"),
     ],
 )
 def test_a_mutation_that_does_not_fit_the_source_is_an_error(change, message, tmp_path):

@@ -399,8 +399,7 @@ void attention_forward_of_width<GPTKERN_HEAD_DIM>(const AttentionForward& call, 
 
 #else
 
-// The second and third number of a grid end there. (CUDA C++ Programming Guide, "Technical Specifications")
-constexpr int LARGEST_GRID = 65535;
+constexpr int LARGEST_GRID = int(MOST_GRID_YZ);
 
 Unreadable attention_forward(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output,
                              const Tensor& lse, bool is_causal, double scale, Address stream) {

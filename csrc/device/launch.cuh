@@ -18,6 +18,9 @@ struct LaunchShape {
     size_t shared_bytes = 0;
 };
 
+// (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability")
+inline constexpr int64_t MOST_GRID_X = 0x7fffffff, MOST_GRID_YZ = 65535;
+
 namespace detail {
 
 // A kernel's name with its template arguments, "attention_kernel<float16, 64>": for reports alone.
@@ -46,11 +49,8 @@ inline std::string describe(const char* kernel, const LaunchShape& shape) {
     return text;
 }
 
-// (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability")
-constexpr int64_t MOST_GRID_X = 0x7fffffff, MOST_GRID_YZ = 65535;
-constexpr unsigned MOST_THREADS = 1024;
-
 inline void check_limits(const char* kernel, const LaunchShape& shape) {
+    constexpr unsigned MOST_THREADS = 1024;
     if (shape.threads == 0 || shape.threads > MOST_THREADS || shape.grid_x > MOST_GRID_X ||
         std::max(shape.grid_y, shape.grid_z) > MOST_GRID_YZ ||
         std::min({shape.grid_x, shape.grid_y, shape.grid_z}) < 0)

@@ -1,4 +1,4 @@
-// layer_norm in CUDA C++, forward. layer_norm_backward.cu has the backward.
+// layer_norm in CUDA C++, forward. backward.cu has the backward.
 //
 //     s     = x, or x + residual
 //     x_hat = (s - mean) * rstd            rstd = 1 / sqrt(var + eps)
@@ -8,7 +8,7 @@
 // row (mean, rstd). Some 10 instructions an element are under what an H200 issues in that time. At its data sheet's 4.8
 // TB/s a row of 1024 bfloat16 takes 0.86 ns.
 //
-// A group of threads holds a row in registers (device/layer_norm.cuh), and mean and then variance are taken from there:
+// A group of threads holds a row in registers (device/rows.cuh), and mean and then variance are taken from there:
 // they hold 64 KB of a row, and no variant keeps rows in shared memory. Wider ones are walked in chunks, all but the
 // last read twice. Columns that are held:
 //
@@ -24,25 +24,23 @@ namespace {
 // --- Forward ---------------------------------------------------------------------------------------------------------
 
 struct Forward {
-    const void* x;         // (rows, width)   input, of x_dtype
-    const void* residual;  // (rows, width)   added to it, of residual_dtype, or null
-    const void* weight;    // (width,)        of parameter_dtype, or null
-    const void* bias;      // (width,)        of parameter_dtype, or null
-    void* y;               // (rows, width)   output, of T, contiguous
-    void* summed;          // (rows, width)   x + residual, of T, contiguous, where there is a residual
-    float* mean;           // (rows,)         kept for the backward
-    float* rstd;           // (rows,)
-    int64_t x_stride;      // from a row to the next, in elements
-    int64_t residual_stride;
+    Rows x;            // (rows, width)   input, of x_dtype
+    Rows residual;     // (rows, width)   added to it, of residual_dtype, or null
+    Parameter weight;  // (width,)        or none: its values are 1
+    Parameter bias;    // (width,)        or none: its values are 0
+    void* y;           // (rows, width)   output, of T, contiguous
+    void* summed;      // (rows, width)   x + residual, of T, contiguous, where there is a residual
+    float* mean;       // (rows,)         kept for the backward
+    float* rstd;       // (rows,)
     int64_t rows;
     int width;
-    int x_dtype, residual_dtype, parameter_dtype;
+    int x_dtype, residual_dtype;
     float eps;
     int lanes;  // threads of a group
 };
 
 struct ForwardShared {
-    float scratch[2][1][MOST_WARPS];
+    Scratch sum, squares;
 };
 
 template <bool WHOLE>
@@ -56,93 +54,90 @@ constexpr bool IS_CHUNKED = SLOTS == CHUNK_SLOTS<WHOLE>;
 
 template <class T, int SLOTS, bool WHOLE>
 __global__ void __launch_bounds__(IS_CHUNKED<SLOTS, WHOLE> ? CHUNK_THREADS<WHOLE> : 512,
-                                  IS_CHUNKED<SLOTS, WHOLE> ? 1 : 2) layer_norm_forward_kernel(Forward call) {
-    constexpr int V = VECTOR<T>;
-    constexpr bool CHUNKED = IS_CHUNKED<SLOTS, WHOLE>;
+                                  IS_CHUNKED<SLOTS, WHOLE> ? 1 : 2)
+    layer_norm_forward_kernel(const __grid_constant__ Forward call) {
+    constexpr int V = VECTOR<T>, BYTES = sizeof(T);
+    constexpr bool CHUNKED = IS_CHUNKED<SLOTS, WHOLE>, HALF = IS_HALF<T>;
     // A row wider than a chunk is read again soon.
     constexpr Reuse REUSE = CHUNKED ? Reuse::AGAIN : Reuse::ONCE;
-    auto& scratch = shared_memory<ForwardShared>().scratch;
+    auto& shared = shared_memory<ForwardShared>();
     const int lanes = call.lanes, width = call.width;
     const int group = int(threadIdx.x) / lanes, lane = int(threadIdx.x) % lanes;
     const int64_t row = int64_t(blockIdx.x) * (blockDim.x / lanes) + group;
+    // A group without a row loads zeros and stores nothing.
     const bool has_row = row < call.rows;
-    T* y = static_cast<T*>(call.y) + row * width;
-    T* summed = call.summed ? static_cast<T*>(call.summed) + row * width : nullptr;
+    const int end = has_row ? width : 0;
+    const Line<BYTES, WHOLE> y(call.y, row * width, 1, true);
+    const int shift = y.shift(), chunk = SLOTS * lanes * V;
+    Columns<V> columns{lane, lanes, shift};
+    const auto summed = line_of<V, BYTES, WHOLE>({call.summed, width}, row, 0, shift);
 
-    Span<WHOLE> span;
-    if (!WHOLE) span.shift = misaligned_columns(y);
-    span.first = lane * V - span.shift;
-    span.step = lanes * V;
-    span.end = has_row ? width : 0;
-    const int chunk = SLOTS * span.step;
-
-    Packed<T> held[SLOTS];
+    Raw<BYTES, V> held[SLOTS];
     float mean = 0.0f, m2 = 0.0f;  // of the columns so far; m2: the sum of squared deviations
     int start = 0;                 // of the chunk: its columns are [start - shift, start - shift + chunk)
 #pragma unroll 1
     while (true) {
-        load_row_of<REUSE, T>(held, call.x, row * call.x_stride, call.x_dtype, span);
-        if (call.residual) {
+        load_row_of<REUSE, T, WHOLE>(held, call.x, row, call.x_dtype, columns, end);
+        if (call.residual.start) {
             // Rounded to T before it is normalised: the backward sees the same numbers.
-            Packed<T> added[SLOTS];
-            load_row_of<Reuse::ONCE, T>(added, call.residual, row * call.residual_stride, call.residual_dtype, span);
-            bool aligned = is_aligned<V>(summed, span);
+            Raw<BYTES, V> added[SLOTS];
+            load_row_of<Reuse::ONCE, T, WHOLE>(added, call.residual, row, call.residual_dtype, columns, end);
 #pragma unroll
             for (int i = 0; i < SLOTS; ++i) {
                 float values[V], more[V];
-                unpack_to<T>(values, held[i]);
-                unpack_to<T>(more, added[i]);
+                to_floats(held[i], HALF, values);
+                to_floats(added[i], HALF, more);
 #pragma unroll
                 for (int e = 0; e < V; ++e) values[e] += more[e];
-                held[i] = packed<T>(values);
-                store_columns<T, V>(summed, span.first + i * span.step, span, aligned, held[i]);
+                held[i] = from_floats<BYTES>(values, HALF);
+                store(summed, columns[i], end, held[i]);
             }
         }
 
-        float sum[1] = {0.0f};
+        float sum = 0.0f;
 #pragma unroll
         for (int i = 0; i < SLOTS; ++i) {
             float values[V], of_slot = 0.0f;
-            unpack_to<T>(values, held[i]);
+            to_floats(held[i], HALF, values);
 #pragma unroll
             for (int e = 0; e < V; ++e) of_slot += values[e];
-            sum[0] += of_slot;
+            sum += of_slot;
         }
-        group_sums(sum, lanes, scratch[0]);
-        stay_packed<T>(held);
-        const int begin = max(start - span.shift, 0), stop = min(start - span.shift + chunk, width);
-        const float chunk_mean = divide_rn(sum[0], float(stop - begin));
+        sum = over_group<Sum>(sum, lanes, shared.sum);
+        widen_again(held);
+        const int begin = max(start - shift, 0), stop = min(start - shift + chunk, width);
+        const float chunk_mean = divide_rn(sum, float(stop - begin));
 
         // var = avg((s - mean)²): a second pass over registers, not E[s²] - mean², which cancels at |mean| >> std
-        float squares[1] = {0.0f};
+        float squares = 0.0f;
 #pragma unroll
         for (int i = 0; i < SLOTS; ++i) {
-            const int column = span.first + i * span.step;
-            if (WHOLE && column >= span.end) continue;
+            const int column = columns[i];
+            if (WHOLE && column >= end) continue;
             float values[V];
-            unpack_to<T>(values, held[i]);
+            to_floats(held[i], HALF, values);
 #pragma unroll
             for (int e = 0; e < V; ++e) {
                 float centred = values[e] - chunk_mean;
-                if (WHOLE || unsigned(column + e) < unsigned(span.end)) squares[0] += centred * centred;
+                if (WHOLE || unsigned(column + e) < unsigned(end)) squares += centred * centred;
             }
         }
-        group_sums(squares, lanes, scratch[1]);
-        stay_packed<T>(held);
+        squares = over_group<Sum>(squares, lanes, shared.squares);
+        widen_again(held);
 
         if (!CHUNKED || start == 0) {
             mean = chunk_mean;
-            m2 = squares[0];
+            m2 = squares;
         } else {
             // Chan's update, of a chunk b of n_b columns after n_a:
             // mean += delta * n_b / n        m2 += m2_b + delta² * n_a * n_b / n
             float delta = chunk_mean - mean, share = divide_rn(float(stop - begin), float(stop));
             mean += delta * share;
-            m2 += squares[0] + delta * delta * float(begin) * share;
+            m2 += squares + delta * delta * float(begin) * share;
         }
         if (!CHUNKED || stop == width) break;
         start += chunk;
-        span.first += chunk;
+        columns.shift -= chunk;
     }
     const float rstd = divide_rn(1.0f, sqrtf(m2 / float(width) + call.eps));
     if (lane == 0 && has_row) {
@@ -153,28 +148,27 @@ __global__ void __launch_bounds__(IS_CHUNKED<SLOTS, WHOLE> ? CHUNK_THREADS<WHOLE
     // The last chunk is still in registers: chunks are written from the last to the first.
 #pragma unroll 1
     while (true) {
-        const bool aligned = is_aligned<V>(y, span);
 #pragma unroll
         for (int i = 0; i < SLOTS; ++i) {
-            const int column = span.first + i * span.step;
-            if (column >= span.end) continue;
+            const int column = columns[i];
+            if (column >= end) continue;
             float weight[V], bias[V], values[V];
-            load_parameter<T>(weight, call.weight, call.parameter_dtype, 1.0f, column, span);
-            load_parameter<T>(bias, call.bias, call.parameter_dtype, 0.0f, column, span);
-            unpack_to<T>(values, held[i]);
+            load_parameter<BYTES, WHOLE>(weight, call.weight, 1.0f, HALF, 0, column, end, shift);
+            load_parameter<BYTES, WHOLE>(bias, call.bias, 0.0f, HALF, 0, column, end, shift);
+            to_floats(held[i], HALF, values);
             // y = x_hat * weight + bias
 #pragma unroll
             for (int e = 0; e < V; ++e) values[e] = (values[e] - mean) * rstd * weight[e] + bias[e];
-            store_columns<T, V>(y, column, span, aligned, packed<T>(values));
+            store(y, column, end, values, HALF);
         }
         if (!CHUNKED || start == 0) break;
         start -= chunk;
-        span.first -= chunk;
+        columns.shift += chunk;
         // The thread has written these columns of the sum itself.
-        if (call.residual)
-            load_row<Reuse::WRITTEN, T>(held, static_cast<const T*>(summed), span);
+        if (call.residual.start)
+            load_row<Reuse::WRITTEN>(held, summed, columns, end);
         else
-            load_row_of<REUSE, T>(held, call.x, row * call.x_stride, call.x_dtype, span);
+            load_row_of<REUSE, T, WHOLE>(held, call.x, row, call.x_dtype, columns, end);
     }
 }
 
@@ -218,24 +212,21 @@ Unreadable layer_norm_forward(const Tensor& x, const Tensor& residual, const Ten
     if (!residual_stride) return &residual;
     if (!is_contiguous(weight)) return &weight;
     if (!is_contiguous(bias)) return &bias;
-    const Dtype dtype = y.dtype, parameter_dtype = weight.address ? weight.dtype : bias.dtype;
+    const Dtype dtype = y.dtype;
     const int vector = 16 / int(bytes_of(dtype));
     Forward call{};
-    call.x = at<const void>(x.address);
-    call.residual = at<const void>(residual.address);
-    call.weight = at<const void>(weight.address);
-    call.bias = at<const void>(bias.address);
+    call.x = {at<const void>(x.address), *x_stride};
+    call.residual = {at<const void>(residual.address), *residual_stride};
+    call.weight = {at<const void>(weight.address), weight.dtype};
+    call.bias = {at<const void>(bias.address), bias.dtype};
     call.y = at<void>(y.address);
     call.summed = at<void>(summed.address);
     call.mean = at<float>(mean.address);
     call.rstd = at<float>(rstd.address);
-    call.x_stride = *x_stride;
-    call.residual_stride = *residual_stride;
     call.width = int(y.shape[y.rank - 1]);
     call.rows = y.elements() / call.width;
     call.x_dtype = x.dtype;
     call.residual_dtype = residual.dtype;
-    call.parameter_dtype = parameter_dtype;
     call.eps = float(eps);
     const bool whole = is_whole(x, *x_stride, vector) && is_whole(residual, *residual_stride, vector) &&
                        is_whole(y, call.width, vector) && is_whole(summed, call.width, vector) &&

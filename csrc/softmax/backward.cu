@@ -1,4 +1,4 @@
-// softmax, backward: of y as softmax.cu leaves it and its gradient dy.
+// softmax, backward: of y as forward.cu leaves it and its gradient dy.
 //
 //     dx_j = scale * y_j * (dy_j - sum_k dy_k * y_k)
 //
@@ -8,7 +8,7 @@
 // Memory is the limit, as in the forward: width * (2 * bytes of y + bytes of dx) a row, 6 an element of bfloat16;
 // under a causal limit only what lies left of it is read.
 //
-// The three kernels, and how threads lie in a row: device/softmax.cuh.
+// The three kernels, and how threads lie in a row: softmax.cuh.
 #include "softmax/softmax.cuh"
 
 namespace gptkern {
@@ -59,15 +59,16 @@ __global__ void __launch_bounds__(MOST_THREADS) softmax_backward_rows_kernel(
 
     Line<OUT> y_line(y, offsets.out, 1, false), dy_line(dy, offsets.in, walk.in_stride_n, false);
     Line<IN> dx_line(dx, offsets.out, 1, false);
-    int shift = int(reinterpret_cast<uintptr_t>(y_line.start) / OUT % V);
+    const int shift = y_line.shift();
     y_line.vectors = true;
     dy_line.vectors = dy_line.template takes_vectors<V>(shift);
     dx_line.vectors = dx_line.template takes_vectors<V>(shift);
+    const Columns<V> columns{thread, options.threads, shift};
 
     Raw<OUT, V> raw_y[K], raw_dy[K];
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-        int n = (k * options.threads + thread) * V - shift;
+        int n = columns[k];
         raw_y[k] = load<V>(y_line, n, visible, width);
         raw_dy[k] = load<V>(dy_line, n, visible, width);
     }
@@ -75,19 +76,19 @@ __global__ void __launch_bounds__(MOST_THREADS) softmax_backward_rows_kernel(
     Dots dots;
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-        int n = (k * options.threads + thread) * V - shift;
+        int n = columns[k];
         to_floats(raw_y[k], options.out_is_half, y_of[k]);
         to_floats(raw_dy[k], options.out_is_half, dy_of[k]);
         fill_outside(dy_of[k], n, visible, 0.0f);
         dots.take(y_of[k], dy_of[k]);
     }
-    dots.total = over_row<Sum>(dots.total, options.threads, scratch.first);
-    dots.dot = over_row<Sum>(dots.dot, options.threads, scratch.second);
+    dots.total = over_group<Sum>(dots.total, options.threads, scratch.first);
+    dots.dot = over_group<Sum>(dots.dot, options.threads, scratch.second);
     // dx = scale * y * (dy - sum(dy * y))
     Gradient gradient(options.scale, dots.total, dots.dot, OUT == 2);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-        int n = (k * options.threads + thread) * V - shift;
+        int n = columns[k];
         if (n >= width) continue;
 #pragma unroll
         for (int e = 0; e < V; ++e) dy_of[k][e] = gradient.of(y_of[k][e], dy_of[k][e]);
@@ -113,33 +114,33 @@ __global__ void __launch_bounds__(LONG_THREADS) softmax_backward_long_kernel(
 
     Line<OUT> y_line(y, offsets.out, 1, false), dy_line(dy, offsets.in, walk.in_stride_n, false);
     Line<IN> dx_line(dx, offsets.out, 1, false);
-    int shift = int(reinterpret_cast<uintptr_t>(y_line.start) / OUT % V);
+    const int shift = y_line.shift();
     y_line.vectors = true;
     dy_line.vectors = dy_line.template takes_vectors<V>(shift);
     dx_line.vectors = dx_line.template takes_vectors<V>(shift);
-    auto column = [&](int i) { return (i * threads + int(threadIdx.x)) * V - shift; };
+    const Columns<V> columns{int(threadIdx.x), threads, shift};
 
     Dots dots;
     Gradient gradient{};
 #pragma unroll 1
     for (int writes = 0; writes < 2; ++writes) {
         if (writes) {
-            dots.total = over_row<Sum>(dots.total, threads, scratch.first);
-            dots.dot = over_row<Sum>(dots.dot, threads, scratch.second);
+            dots.total = over_group<Sum>(dots.total, threads, scratch.first);
+            dots.dot = over_group<Sum>(dots.dot, threads, scratch.second);
             gradient = Gradient(options.scale, dots.total, dots.dot, OUT == 2);
         }
         int end = writes ? width : visible;
-        for (int i = 0; column(i) < end; i += BATCH) {
+        for (int i = 0; columns[i] < end; i += BATCH) {
             Raw<OUT, V> raw_y[BATCH], raw_dy[BATCH];
 #pragma unroll
             for (int b = 0; b < BATCH; ++b)
                 if (!writes || i + b >= y_stash.room) {
-                    raw_y[b] = load<V>(y_line, column(i + b), visible, width);
-                    raw_dy[b] = load<V>(dy_line, column(i + b), visible, width);
+                    raw_y[b] = load<V>(y_line, columns[i + b], visible, width);
+                    raw_dy[b] = load<V>(dy_line, columns[i + b], visible, width);
                 }
 #pragma unroll
             for (int b = 0; b < BATCH; ++b) {
-                int n = column(i + b);
+                int n = columns[i + b];
                 if (n >= end) continue;
                 if (!writes) {
                     y_stash.keep(i + b, raw_y[b]);
@@ -175,7 +176,7 @@ __global__ void __launch_bounds__(COLUMNS_THREADS) softmax_backward_columns_kern
     auto& scratch = shared_memory<ColumnScratches<V>>();
     Stash<OUT, V> y_stash{reinterpret_cast<typename Raw<OUT, V>::Piece*>(&scratch + 1), options.stashed};
     Stash<OUT, V> dy_stash{y_stash.start + options.stashed * int(blockDim.x), options.stashed};
-    Columns<V> columns(walk, options.threads);
+    ColumnWalk<V> columns(walk, options.threads);
     Offsets offsets = offsets_of(walk, columns.group);
     auto load_at = [&](int i, Raw<OUT, V>& raw_y, Raw<OUT, V>& raw_dy) {
         int n = columns.n(i), first = n < walk.width ? columns.first : walk.lanes;

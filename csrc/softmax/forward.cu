@@ -1,4 +1,4 @@
-// softmax, forward: fused scale, mask and causal limit, over any dimension. softmax_backward.cu has the backward.
+// softmax, forward: fused scale, mask and causal limit, over any dimension. backward.cu has the backward.
 //
 //     z_j = scale * x_j  (+ mask_j)        -inf where a bool mask or the causal limit hides j
 //     y_j = exp(z_j - m) / sum_k exp(z_k - m)        m = max(z)
@@ -9,7 +9,7 @@
 // walked twice) an element, an H100 or H200 (4 * 32 lanes and 16 exponentials a clock and multiprocessor, for 15 to 20
 // bytes) waits for memory: the floor is bytes / bandwidth.
 //
-// The three kernels, and how threads lie in a row: device/softmax.cuh.
+// The three kernels, and how threads lie in a row: softmax.cuh.
 #include "softmax/softmax.cuh"
 
 #include "device/ptx.cuh"
@@ -93,22 +93,23 @@ __global__ void __launch_bounds__(MOST_THREADS) softmax_forward_rows_kernel(
     int visible = options.causal_rows && in_range ? min(width, int(row % options.causal_rows) + 1) : width;
 
     Line<OUT> y_line(y, offsets.out, 1, true);
-    int shift = int(reinterpret_cast<uintptr_t>(y_line.start) / OUT % V);
+    const int shift = y_line.shift();
     Line<IN> x_line(x, offsets.in, walk.in_stride_n, false);
     x_line.vectors = x_line.template takes_vectors<V>(shift);
+    const Columns<V> columns{thread, options.threads, shift};
 
     // All loads are under way before the first value is used.
     Raw<IN, V> raw[K];
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-        int n = (k * options.threads + thread) * V - shift;
+        int n = columns[k];
         raw[k] = load<V>(x_line, n, visible, width);
     }
     float z[K][V];
     float m = HIDDEN;
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-        int n = (k * options.threads + thread) * V - shift;
+        int n = columns[k];
         scaled<IN, OUT>(raw[k], options, z[k]);
         if (options.mask_kind != NO_MASK)
             MaskLine{mask, offsets.mask, walk.mask_stride_n, options.mask_kind}.apply(z[k], n, visible, width, shift);
@@ -116,7 +117,7 @@ __global__ void __launch_bounds__(MOST_THREADS) softmax_forward_rows_kernel(
 #pragma unroll
         for (int e = 0; e < V; ++e) m = fmaxf(m, z[k][e]);
     }
-    m = finite(over_row<Largest>(m, options.threads, scratch.first));
+    m = finite(over_group<Largest>(m, options.threads, scratch.first));
 
     // p = exp(z - m)
     float total = 0.0f;
@@ -124,13 +125,13 @@ __global__ void __launch_bounds__(MOST_THREADS) softmax_forward_rows_kernel(
     for (int k = 0; k < K; ++k)
 #pragma unroll
         for (int e = 0; e < V; ++e) total += z[k][e] = exp_of(z[k][e] - m);
-    total = over_row<Sum>(total, options.threads, scratch.second);
+    total = over_group<Sum>(total, options.threads, scratch.second);
 
     // y = p / total
     float reciprocal = reciprocal_of(total, options.causal_rows || options.mask_kind != NO_MASK);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-        int n = (k * options.threads + thread) * V - shift;
+        int n = columns[k];
         if (n >= width) continue;
 #pragma unroll
         for (int e = 0; e < V; ++e) z[k][e] *= reciprocal;
@@ -174,11 +175,11 @@ __global__ void __launch_bounds__(LONG_THREADS) softmax_forward_long_kernel(
     int visible = options.causal_rows ? min(width, int(row % options.causal_rows) + 1) : width;
 
     Line<OUT> y_line(y, offsets.out, 1, true);
-    int shift = int(reinterpret_cast<uintptr_t>(y_line.start) / OUT % V);
+    const int shift = y_line.shift();
     Line<IN> x_line(x, offsets.in, walk.in_stride_n, false);
     x_line.vectors = x_line.template takes_vectors<V>(shift);
     MaskLine mask_line{mask, offsets.mask, walk.mask_stride_n, options.mask_kind};
-    auto column = [&](int i) { return (i * threads + int(threadIdx.x)) * V - shift; };
+    const Columns<V> columns{int(threadIdx.x), threads, shift};
 
     // One body for both walks: half the code, for the compiler and for the instruction cache.
     Running running;
@@ -187,20 +188,20 @@ __global__ void __launch_bounds__(LONG_THREADS) softmax_forward_long_kernel(
     for (int writes = 0; writes < 2; ++writes) {
         if (writes) {
             // total = sum over threads of total_t * exp(m_t - m)
-            running.rescale(over_row<Largest>(running.m, threads, scratch.first));
+            running.rescale(over_group<Largest>(running.m, threads, scratch.first));
             m = finite(running.m);
-            float total = over_row<Sum>(running.total, threads, scratch.second);
+            float total = over_group<Sum>(running.total, threads, scratch.second);
             reciprocal = reciprocal_of(total, options.causal_rows || options.mask_kind != NO_MASK);
         }
         int end = writes ? width : visible;
-        for (int i = 0; column(i) < end; i += BATCH) {
+        for (int i = 0; columns[i] < end; i += BATCH) {
             Raw<IN, V> raw[BATCH];
 #pragma unroll
             for (int b = 0; b < BATCH; ++b)
-                if (!writes || i + b >= stash.room) raw[b] = load<V>(x_line, column(i + b), visible, width);
+                if (!writes || i + b >= stash.room) raw[b] = load<V>(x_line, columns[i + b], visible, width);
 #pragma unroll
             for (int b = 0; b < BATCH; ++b) {
-                int n = column(i + b);
+                int n = columns[i + b];
                 if (n >= end) continue;
                 if (!writes)
                     stash.keep(i + b, raw[b]);
@@ -233,7 +234,7 @@ __global__ void __launch_bounds__(COLUMNS_THREADS) softmax_forward_columns_kerne
     constexpr int V = 16 / OUT;
     auto& scratch = shared_memory<ColumnScratches<V>>();
     Stash<IN, V> stash{reinterpret_cast<typename Raw<IN, V>::Piece*>(&scratch + 1), options.stashed};
-    Columns<V> columns(walk, options.threads);
+    ColumnWalk<V> columns(walk, options.threads);
     Offsets offsets = offsets_of(walk, columns.group);
     auto loaded = [&](int i) {
         int n = columns.n(i);

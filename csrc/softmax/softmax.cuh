@@ -1,4 +1,4 @@
-// What softmax.cu and softmax_backward.cu share: where rows lie, reductions over a row's threads, and how a launch is
+// What forward.cu and backward.cu of softmax share: where rows lie, reductions over a row's threads, and how a launch is
 // cut.
 //
 // Three kernels each for forward and backward:
@@ -22,8 +22,7 @@
 
 #include "softmax/launchers.h"
 #include "device/launch.cuh"
-#include "device/lines.cuh"
-#include "device/warp.cuh"
+#include "device/rows.cuh"
 
 namespace gptkern {
 
@@ -105,43 +104,7 @@ GPTKERN_DEVICE float reciprocal_of(float total, bool may_be_empty) {
     return may_be_empty && total == 0.0f ? 0.0f : 1.0f / total;
 }
 
-// --- Reductions over the threads of a row ---------------------------------------------------------------------------
-// A row has `threads` neighbours: a power of 2 up to a warp, or whole warps. All threads of the block call these; a
-// scratch is used once.
-
-using Scratch = float[MOST_THREADS / WARP];
-
-struct Largest {
-    static constexpr float NONE = HIDDEN;
-    GPTKERN_DEVICE static float of(float a, float b) { return fmaxf(a, b); }
-};
-struct Sum {
-    static constexpr float NONE = 0.0f;
-    GPTKERN_DEVICE static float of(float a, float b) { return a + b; }
-};
-
-template <class Of>
-GPTKERN_DEVICE float over_lanes(float value, int lanes, int stride = 1) {
-    for (int mask = lanes / 2; mask >= stride; mask /= 2) value = Of::of(value, shuffle_xor(value, mask));
-    return value;
-}
-
-// The warps' own results, which lie in `scratch`, made one.
-template <class Of>
-GPTKERN_DEVICE float over_warps(const Scratch& scratch, int threads) {
-    int warps = threads / WARP, first = warp_of_thread() / warps * warps;
-    return over_lanes<Of>(lane_of_thread() < warps ? load_shared(&scratch[first + lane_of_thread()]) : Of::NONE, WARP);
-}
-
-template <class Of>
-GPTKERN_DEVICE float over_row(float value, int threads, Scratch& scratch) {
-    value = over_lanes<Of>(value, threads < WARP ? threads : WARP);
-    if (threads <= WARP) return value;
-    if (lane_of_thread() == 0) store_shared(&scratch[warp_of_thread()], value);
-    __syncthreads();
-    return over_warps<Of>(scratch, threads);
-}
-
+// The scratch of two reductions over a row's threads.
 struct TwoScratches {
     Scratch first, second;
 };
@@ -150,11 +113,11 @@ struct TwoScratches {
 
 // Of the columns kernels: where this thread's V columns lie and how it walks them.
 template <int V>
-struct Columns {
+struct ColumnWalk {
     unsigned group;  // of `lanes` columns
     int first, step, across, walker, walkers;
 
-    GPTKERN_DEVICE Columns(const Walk& walk, int across) : across(across) {
+    GPTKERN_DEVICE ColumnWalk(const Walk& walk, int across) : across(across) {
         int blocks = ceil_div(walk.lanes, across * V), place = int(threadIdx.x) % across;
         group = blockIdx.x / unsigned(blocks);
         // Without vectors a thread's columns lie apart, so that neighbouring threads have neighbouring ones.
@@ -173,7 +136,7 @@ struct ColumnScratch {
 };
 
 template <class Of, int V>
-GPTKERN_DEVICE void over_walkers(float (&values)[V], const Columns<V>& columns, ColumnScratch<V>& scratch) {
+GPTKERN_DEVICE void over_walkers(float (&values)[V], const ColumnWalk<V>& columns, ColumnScratch<V>& scratch) {
     int place = lane_of_thread() % columns.across;
 #pragma unroll
     for (int e = 0; e < V; ++e) {
@@ -197,12 +160,6 @@ struct ColumnScratches {
 // --- For launchers --------------------------------------------------------------------------------------------------
 
 inline int bytes_of(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
-
-inline unsigned next_power_of_2(unsigned x) {
-    unsigned power = 1;
-    while (power < x) power *= 2;
-    return power;
-}
 
 // How the kernels walk tensors of one shape: every dimension but `dim` counts rows, neighbours merged where all strides
 // allow. Where something lies inside of `dim`, the innermost of it is `lanes`.

@@ -132,12 +132,12 @@ def build_units(name: str, units: Iterable[sources.Unit], *, quiet: bool) -> Pat
     reason = missing()
     if reason is not None:
         raise CompilerError(reason)
-    csrc, command, pybind11 = sources.folder(), compiler(), Path(sources.pybind11_include())
+    command, pybind11 = compiler(), Path(sources.pybind11_include())
     folder = user.folder() / "emulated"
     folder.mkdir(parents=True, exist_ok=True)
 
     extra = SANITIZERS if sanitized() else ()
-    include = (f"-I{csrc}", f"-isystem{pybind11}", f"-isystem{sysconfig.get_path('include')}")
+    system = (f"-isystem{pybind11}", f"-isystem{sysconfig.get_path('include')}")
     common = hashlib.sha256(repr((command, _version(command), _FLAGS, extra, sys.version)).encode())
     # It holds pybind11's version.
     common.update((pybind11 / "pybind11" / "detail" / "common.h").read_bytes())
@@ -147,7 +147,8 @@ def build_units(name: str, units: Iterable[sources.Unit], *, quiet: bool) -> Pat
         # The sanitizers' checks make kernels compile three times as long with -O1 as without.
         kernels_level = "-O0" if sanitized() else "-O1"
         optimise = "-O3" if unit.source.parent.name == "emulator" else kernels_level
-        flags = [*_FLAGS, optimise, *extra, *include, *(f"-D{define}" for define in unit.defines)]
+        csrc = _tree_of(unit.source)
+        flags = [*_FLAGS, optimise, *extra, f"-I{csrc}", *system, *(f"-D{define}" for define in unit.defines)]
         digest = common.copy()
         digest.update(repr((unit.defines, optimise)).encode())
         for path in sources.included(unit.source, csrc):
@@ -172,6 +173,11 @@ def build_units(name: str, units: Iterable[sources.Unit], *, quiet: bool) -> Pat
         _once(module, link)
         _prune(folder)
     return module
+
+
+def _tree_of(source: Path) -> Path:
+    """The csrc/ whose headers a source includes: the one it is in, which may be a changed copy, or the package's."""
+    return next((parent for parent in source.parents if (parent / "bindings.cpp").is_file()), sources.folder())
 
 
 def _used(path: Path) -> bool:

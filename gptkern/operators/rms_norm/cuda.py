@@ -1,4 +1,4 @@
-"""rms_norm in CUDA C++: launchers over csrc/rms_norm/rms_norm.cu, where the mathematics is."""
+"""rms_norm in CUDA C++: launchers over csrc/rms_norm/, where the mathematics is."""
 
 from __future__ import annotations
 
