@@ -36,6 +36,7 @@ class Mutation(NamedTuple):
     shape_class: str  # of the small checks of the operator's problem.py
     direction: str  # the result that has to fail
     dtype: torch.dtype = torch.float32
+    settings: tuple[tuple[str, int], ...] = ()  # of the module: what sends a small case to the kernels for wide ones
 
 
 MUTATIONS = [
@@ -120,9 +121,29 @@ MUTATIONS = [
         "tail", "forward",
     ),
     Mutation(
-        "the backward forgets avg(g * x_hat)", "layer_norm", "_backward_kernel",
-        r"- x_hat \* average_gx", "",
+        "the backward forgets avg(g * x_hat)", "layer_norm", "backward_kernel",
+        r"\[:, None\] - x_hat \* average\)", "[:, None])",
         "tail", "grad input",
+    ),
+    Mutation(
+        "the backward of wide rows forgets avg(g)", "layer_norm", "input_gradient_wide_kernel",
+        r"g -= average_g", "g -= 0.0",
+        "wide", "grad input",
+    ),
+    Mutation(
+        "the weight of a wide row is its neighbour's", "layer_norm", "_load_g",
+        r"weight_ptr \+ column", "weight_ptr + tl.maximum(column - 1, 0)",
+        "wide", "grad input",
+    ),
+    Mutation(
+        "the mean of a wide row is not subtracted", "layer_norm", "_load_x_hat",
+        r"\(x - mean\)", "x",
+        "wide", "grad input",
+    ),
+    Mutation(
+        "the bias's gradient of wide rows is the weight's", "layer_norm", "parameter_gradient_wide_kernel",
+        r"dbias \+= dy", "dbias += dy * dy",
+        "wide", "grad bias",
     ),
     Mutation(
         "the mean square is divided by width - 1", "rms_norm", "_forward_kernel",
@@ -130,12 +151,12 @@ MUTATIONS = [
         "tail", "forward",
     ),
     Mutation(
-        "the backward forgets avg(g * x_hat)", "rms_norm", "_backward_kernel",
-        r"- x_hat \* average", "",
+        "the backward forgets avg(g * x_hat)", "rms_norm", "backward_kernel",
+        r"dx = rstd \* \(g - x_hat \* average\)", "dx = rstd * g",
         "tail", "grad input",
     ),
     Mutation(
-        "programs sum each other's rows into the weight's gradient", "rms_norm", "_backward_kernel",
+        "programs sum each other's rows into the weight's gradient", "rms_norm", "backward_kernel",
         r"tl\.num_programs\(0\)\.to\(tl\.int64\) \* BLOCK_ROWS", "BLOCK_ROWS",
         "Llama", "grad weight",
     ),
@@ -176,6 +197,16 @@ MUTATIONS = [
         "wide first dimension", "forward",
     ),
     Mutation(
+        "a chunk too few of a causal row is walked", "softmax", "last_visible",
+        r"causal_rows\) \+ 1", "causal_rows) - 15",
+        "causal", "forward", settings=(("ONE_PASS_LIMIT", 16),),
+    ),
+    Mutation(
+        "ones stand right of the causal limit", "softmax", "store_zeros",
+        r"zero = tl\.zeros\(", "zero = 1 + tl.zeros(",
+        "causal", "forward", settings=(("ONE_PASS_LIMIT", 16),),
+    ),
+    Mutation(
         "the last element of a row is not seen", "softmax", "_forward_kernel",
         r"n < width", "n < width - 1",
         "tail", "forward",
@@ -212,6 +243,8 @@ def test_the_check_sees_a_broken_kernel(mutation, monkeypatch, tmp_path, device)
     )
 
     def results():
+        for name, value in mutation.settings:
+            monkeypatch.setattr(dispatch.load("triton", mutation.operator), name, value)
         return {result.direction: result for result in checking.check(case, "triton", torch.device(device))}
 
     sound = results()

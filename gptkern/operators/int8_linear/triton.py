@@ -24,11 +24,10 @@ import triton
 import triton.language as tl
 
 from gptkern.backends.tables.configurations import Table, descent
+from gptkern.backends.triton import quantize
 from gptkern.backends.triton.common import INTERPRETED, CompileCase, cdiv, dot, float32_precision
 from gptkern.backends.triton.common import architecture as architecture_of
 from gptkern.operators.int8_linear.contract import INT32_TERMS, Call, Gradient, rows_of
-from gptkern.operators.quantize_int8 import triton as quantize_int8
-from gptkern.operators.quantize_int8.contract import Call as QuantizeCall
 
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
@@ -202,9 +201,11 @@ def _gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    tile_m = tl.program_id(0).to(tl.int64)
+    # One dimension: a grid's others end at 65,535, which 4 million rows or columns pass.
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tile_m = (tl.program_id(0) // tiles_n).to(tl.int64)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     in_n = n < N
     inside = (m < M)[:, None] & in_n[None, :]
     dy_offsets = m[:, None] * dy_stride_m + n.to(tl.int64)[None, :] * dy_stride_n
@@ -233,7 +234,7 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# kernel, the most rows of the input -> tile, from int8_linear.json. w8a32 is w8a16 with float32 input.
+# kernel, the most rows of the input -> tile, from triton.json. w8a32 is w8a16 with float32 input.
 TABLE = Table("int8_linear", {"kernel": ("w8a8", "w8a16", "w8a32"), "rows": None}, Tile)
 # Tile of the gradient's elementwise pass, and its warps: 32 elements a thread.
 GRADIENT_BLOCK_M, GRADIENT_BLOCK_N, GRADIENT_WARPS = 64, 64, 4
@@ -328,7 +329,7 @@ def backward(gradient: Gradient, call: Call):
     scaled = torch.empty((M, N) if need_input else 0, dtype=dy.dtype, device=dy.device)
     partial = torch.empty((cdiv(M, GRADIENT_BLOCK_M), N) if need_bias else 0, dtype=torch.float32, device=dy.device)
     if dy.numel():
-        _gradient_kernel[(cdiv(M, GRADIENT_BLOCK_M), cdiv(N, GRADIENT_BLOCK_N))](
+        _gradient_kernel[(cdiv(M, GRADIENT_BLOCK_M) * cdiv(N, GRADIENT_BLOCK_N),)](
             dy, z, weight_scale.contiguous(), largest, scaled, partial, M, N, *dy.stride(),
             ACTIVATION=activation, NEED_INPUT=need_input, NEED_BIAS=need_bias,
             BLOCK_M=GRADIENT_BLOCK_M, BLOCK_N=GRADIENT_BLOCK_N, num_warps=GRADIENT_WARPS,
@@ -355,7 +356,7 @@ def _product(input, weight, weight_scale, bias, activation, mode, dtype):
     epilogue = dict(HAS_BIAS=bias is not None, ACTIVATION=activation)
     bias = None if bias is None else bias.contiguous()
     if mode == "w8a8":
-        q, input_scale = quantize_int8.forward(QuantizeCall(x, 1))
+        q, input_scale = quantize.quantized_rows(x)
         _w8a8_kernel[grid](
             q, weight, input_scale, weight_scale, bias, y, M, N, K, *weight.stride(), weight_scale.stride(0),
             **epilogue, **config._asdict(), GROUP_M=GROUP_M,

@@ -33,115 +33,26 @@ import triton.language as tl
 
 from gptkern.backends.tables.configurations import Table
 from gptkern.backends.triton.common import CompileCase, cdiv, next_power_of_2
+from gptkern.backends.triton.rows import held_elements
 from gptkern.backends.triton.strides import Layout, layout
 from gptkern.operators.softmax.contract import Call, Gradient
+from gptkern.operators.softmax.triton_tiles import (
+    ADDITIVE_MASK,
+    BOOL_MASK,
+    NO_MASK,
+    contiguous,
+    finite,
+    indices_from,
+    last_visible,
+    limits_of,
+    load_y_and_dy,
+    position_of,
+    reciprocal_of,
+    scores_of,
+    store_zeros,
+)
 
 LOG2E = tl.constexpr(math.log2(math.e))
-# Loads end at the causal limit rounded up to this many elements, and what is past the limit is thrown away: a limit at
-# any element would leave the compiler no two neighbours that it knows to load together.
-GRANULE = tl.constexpr(16)
-# What `mask_ptr` holds (MASK).
-NO_MASK = tl.constexpr(0)
-BOOL_MASK = tl.constexpr(1)
-ADDITIVE_MASK = tl.constexpr(2)
-
-
-# --- Shared by the kernels ------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _position(lanes, size_1, LANES: tl.constexpr, AXIS: tl.constexpr):
-    """What this program computes: its place in (size_0, size_1), both indices flattened into one, and its lanes."""
-    blocks = tl.cdiv(lanes, LANES)
-    group = tl.program_id(0) // blocks
-    lane = (tl.program_id(0) % blocks) * LANES + tl.arange(0, LANES)
-    return (group // size_1).to(tl.int64), (group % size_1).to(tl.int64), group.to(tl.int64), tl.expand_dims(lane, AXIS)
-
-
-@triton.jit
-def _indices(start, BLOCK_N: tl.constexpr, AXIS: tl.constexpr):
-    """start … start + BLOCK_N - 1 along the tile's softmax axis."""
-    return tl.expand_dims(start + tl.arange(0, BLOCK_N), 1 - AXIS)
-
-
-@triton.jit
-def _limits(in_row, n, lane, causal_rows, CAUSAL: tl.constexpr):
-    """(readable, visible) of a tile: n <= lane % causal_rows is visible, and a little more is readable."""
-    if CAUSAL:
-        last = lane % causal_rows
-        return in_row & (n < (last // GRANULE + 1) * GRANULE), in_row & (n <= last)
-    else:
-        return in_row, in_row
-
-
-@triton.jit
-def _contiguous(group, lane, lanes, width, AXIS: tl.constexpr):
-    """Offsets of the lanes' first elements in a contiguous tensor, and the stride along the row."""
-    if AXIS == 1:
-        return (group * lanes + lane) * width, 1
-    else:
-        return group * lanes * width + lane, lanes
-
-
-@triton.jit
-def _scores(
-    x_lane,  # pointers to the lanes' first elements
-    mask_lane,
-    n,
-    x_stride_n,
-    mask_stride_n,
-    readable,
-    visible,
-    scale,
-    CONVERTED: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    MASK: tl.constexpr,
-):
-    """z of a tile; -inf where it is hidden or past the tensor's end."""
-    n = n.to(tl.int64)
-    # The input is converted to the result's dtype first, as PyTorch does.
-    x = tl.load(x_lane + n * x_stride_n, mask=readable, other=0.0).to(CONVERTED).to(COMPUTE)
-    # z = scale * x (+ mask)
-    z = x * scale
-    if MASK == ADDITIVE_MASK:
-        z += tl.load(mask_lane + n * mask_stride_n, mask=readable, other=0.0).to(COMPUTE)
-    if MASK == BOOL_MASK:
-        visible = visible & (tl.load(mask_lane + n * mask_stride_n, mask=readable, other=0) != 0)
-    return tl.where(visible, z, float("-inf"))
-
-
-@triton.jit
-def _y_and_dy(
-    y_lane,  # pointers to the lanes' first elements
-    dy_lane,
-    n,
-    y_stride_n,
-    dy_stride_n,
-    readable,
-    visible,
-    COMPUTE: tl.constexpr,
-):
-    """A tile of y and of its gradient; where it is hidden y is 0 already, and dy, which might be infinite, made so."""
-    n = n.to(tl.int64)
-    y = tl.load(y_lane + n * y_stride_n, mask=readable, other=0.0).to(COMPUTE)
-    dy = tl.load(dy_lane + n * dy_stride_n, mask=readable, other=0.0).to(COMPUTE)
-    return y, tl.where(visible, dy, 0.0)
-
-
-@triton.jit
-def _finite(m):
-    """The maximum to subtract: 0 for a row of -inf, as -inf - -inf is NaN."""
-    return tl.where(m == float("-inf"), 0.0, m)
-
-
-@triton.jit
-def _reciprocal(total, MAY_BE_EMPTY: tl.constexpr):
-    """1 / sum. A row of which nothing takes part is 0 under a mask, and PyTorch's NaN (0 * inf) without one."""
-    if MAY_BE_EMPTY:
-        return tl.where(total == 0.0, 0.0, 1.0 / total)
-    else:
-        return 1.0 / total
-
 
 # --- Forward --------------------------------------------------------------------------------------------------------
 
@@ -152,41 +63,29 @@ def _forward_kernel(
     mask_ptr,  # broadcast to the same: uint8 (0 hides) or floating point; anything where MASK is NO_MASK
     y_ptr,  # contiguous: (size_0, size_1, lanes, width) where AXIS is 1, (size_0, size_1, width, lanes) where it is 0
     scale_bits,  # the bits of a float64: a float argument would arrive rounded to float32
-    size_1,
-    lanes,
-    width,
+    size_1, lanes, width,
     causal_rows,  # lane % causal_rows is the last element that is visible
-    x_stride_0,
-    x_stride_1,
-    x_stride_lane,
-    x_stride_n,
-    mask_stride_0,
-    mask_stride_1,
-    mask_stride_lane,
-    mask_stride_n,
-    MASK: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    AXIS: tl.constexpr,
-    LANES: tl.constexpr,
+    x_stride_0, x_stride_1, x_stride_lane, x_stride_n,
+    mask_stride_0, mask_stride_1, mask_stride_lane, mask_stride_n,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, COMPUTE: tl.constexpr, AXIS: tl.constexpr, LANES: tl.constexpr,
     BLOCK_N: tl.constexpr,  # >= width
-):
-    i_0, i_1, group, lane = _position(lanes, size_1, LANES, AXIS)
+):  # fmt: skip
+    i_0, i_1, group, lane = position_of(lanes, size_1, LANES, AXIS)
     x_lane = x_ptr + i_0 * x_stride_0 + i_1 * x_stride_1 + lane.to(tl.int64) * x_stride_lane
     mask_lane = mask_ptr + i_0 * mask_stride_0 + i_1 * mask_stride_1 + lane.to(tl.int64) * mask_stride_lane
-    y_lane, y_stride_n = _contiguous(group, lane, lanes, width, AXIS)
+    y_lane, y_stride_n = contiguous(group, lane, lanes, width, AXIS)
     scale = scale_bits.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
     CONVERTED: tl.constexpr = y_ptr.dtype.element_ty
 
-    n = _indices(0, BLOCK_N, AXIS)
+    n = indices_from(0, BLOCK_N, AXIS)
     in_row = (n < width) & (lane < lanes)
-    readable, visible = _limits(in_row, n, lane, causal_rows, CAUSAL)
-    z = _scores(x_lane, mask_lane, n, x_stride_n, mask_stride_n, readable, visible, scale, CONVERTED, COMPUTE, MASK)
+    readable, visible = limits_of(in_row, n, lane, causal_rows, CAUSAL)
+    z = scores_of(x_lane, mask_lane, n, x_stride_n, mask_stride_n, readable, visible, scale, CONVERTED, COMPUTE, MASK)
     # y = exp(z - m) / sum(exp(z - m)). The maximum is subtracted before the change of base: folded into one
     # multiply-add, max * log2(e) would be rounded at the size of |max| wherever that is not fused.
-    m = _finite(tl.max(z, axis=AXIS, keep_dims=True))
+    m = finite(tl.max(z, axis=AXIS, keep_dims=True))
     p = tl.exp2((z - m) * LOG2E)
-    y = p * _reciprocal(tl.sum(p, axis=AXIS, keep_dims=True), CAUSAL or MASK != NO_MASK)
+    y = p * reciprocal_of(tl.sum(p, axis=AXIS, keep_dims=True), CAUSAL or MASK != NO_MASK)
     if CAUSAL:
         # Also in a row whose visible part holds NaN.
         y = tl.where(visible, y, 0.0)
@@ -199,67 +98,52 @@ def _forward_chunked_kernel(
     mask_ptr,
     y_ptr,
     scale_bits,
-    size_1,
-    lanes,
-    width,
-    causal_rows,
-    x_stride_0,
-    x_stride_1,
-    x_stride_lane,
-    x_stride_n,
-    mask_stride_0,
-    mask_stride_1,
-    mask_stride_lane,
-    mask_stride_n,
-    MASK: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    AXIS: tl.constexpr,
-    LANES: tl.constexpr,
+    size_1, lanes, width, causal_rows,
+    x_stride_0, x_stride_1, x_stride_lane, x_stride_n,
+    mask_stride_0, mask_stride_1, mask_stride_lane, mask_stride_n,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, COMPUTE: tl.constexpr, AXIS: tl.constexpr, LANES: tl.constexpr,
     BLOCK_N: tl.constexpr,  # any: the chunk
-):
-    i_0, i_1, group, lane = _position(lanes, size_1, LANES, AXIS)
+):  # fmt: skip
+    i_0, i_1, group, lane = position_of(lanes, size_1, LANES, AXIS)
     x_lane = x_ptr + i_0 * x_stride_0 + i_1 * x_stride_1 + lane.to(tl.int64) * x_stride_lane
     mask_lane = mask_ptr + i_0 * mask_stride_0 + i_1 * mask_stride_1 + lane.to(tl.int64) * mask_stride_lane
-    y_lane, y_stride_n = _contiguous(group, lane, lanes, width, AXIS)
+    y_lane, y_stride_n = contiguous(group, lane, lanes, width, AXIS)
     scale = scale_bits.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
     CONVERTED: tl.constexpr = y_ptr.dtype.element_ty
 
-    # One past the last element that any lane sees.
-    limit = width
-    if CAUSAL:
-        limit = tl.minimum(width, tl.max(lane % causal_rows) + 1)
+    limit = last_visible(lane, width, causal_rows, CAUSAL)
 
     m = tl.full(lane.shape, float("-inf"), COMPUTE)
     total = tl.zeros(lane.shape, COMPUTE)
     for start in range(0, limit, BLOCK_N):
-        n = _indices(start, BLOCK_N, AXIS)
-        readable, visible = _limits((n < width) & (lane < lanes), n, lane, causal_rows, CAUSAL)
-        z = _scores(x_lane, mask_lane, n, x_stride_n, mask_stride_n, readable, visible, scale, CONVERTED, COMPUTE, MASK)
+        n = indices_from(start, BLOCK_N, AXIS)
+        readable, visible = limits_of((n < width) & (lane < lanes), n, lane, causal_rows, CAUSAL)
+        z = scores_of(
+            x_lane, mask_lane, n, x_stride_n, mask_stride_n, readable, visible, scale, CONVERTED, COMPUTE, MASK
+        )
         # total = total * exp(m - m') + sum(exp(z - m'))        m' = max(m, max(z))
         new_m = tl.maximum(m, tl.max(z, axis=AXIS, keep_dims=True))
-        subtracted = _finite(new_m)
+        subtracted = finite(new_m)
         total = total * tl.exp2((m - subtracted) * LOG2E)
         total += tl.sum(tl.exp2((z - subtracted) * LOG2E), axis=AXIS, keep_dims=True)
         m = new_m
 
-    m = _finite(m)
-    reciprocal = _reciprocal(total, CAUSAL or MASK != NO_MASK)
+    m = finite(m)
+    reciprocal = reciprocal_of(total, CAUSAL or MASK != NO_MASK)
     for start in range(0, limit, BLOCK_N):
-        n = _indices(start, BLOCK_N, AXIS)
+        n = indices_from(start, BLOCK_N, AXIS)
         in_row = (n < width) & (lane < lanes)
-        readable, visible = _limits(in_row, n, lane, causal_rows, CAUSAL)
-        z = _scores(x_lane, mask_lane, n, x_stride_n, mask_stride_n, readable, visible, scale, CONVERTED, COMPUTE, MASK)
+        readable, visible = limits_of(in_row, n, lane, causal_rows, CAUSAL)
+        z = scores_of(
+            x_lane, mask_lane, n, x_stride_n, mask_stride_n, readable, visible, scale, CONVERTED, COMPUTE, MASK
+        )
         # y = exp(z - m) / total
         y = tl.exp2((z - m) * LOG2E) * reciprocal
         if CAUSAL:
             y = tl.where(visible, y, 0.0)
         tl.store(y_ptr + y_lane + n.to(tl.int64) * y_stride_n, y.to(CONVERTED), mask=in_row)
     if CAUSAL:
-        for start in range(tl.cdiv(limit, BLOCK_N) * BLOCK_N, width, BLOCK_N):
-            n = _indices(start, BLOCK_N, AXIS)
-            zero = tl.zeros((n + lane).shape, CONVERTED)
-            tl.store(y_ptr + y_lane + n.to(tl.int64) * y_stride_n, zero, mask=(n < width) & (lane < lanes))
+        store_zeros(y_ptr + y_lane, y_stride_n, lane, lanes, limit, width, BLOCK_N, AXIS)
 
 
 # --- Backward -------------------------------------------------------------------------------------------------------
@@ -271,31 +155,22 @@ def _backward_kernel(
     y_ptr,  # contiguous, as the forward wrote it
     dx_ptr,  # as y
     scale_bits,
-    size_1,
-    lanes,
-    width,
-    causal_rows,
-    dy_stride_0,
-    dy_stride_1,
-    dy_stride_lane,
-    dy_stride_n,
-    CAUSAL: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    AXIS: tl.constexpr,
-    LANES: tl.constexpr,
+    size_1, lanes, width, causal_rows,
+    dy_stride_0, dy_stride_1, dy_stride_lane, dy_stride_n,
+    CAUSAL: tl.constexpr, COMPUTE: tl.constexpr, AXIS: tl.constexpr, LANES: tl.constexpr,
     BLOCK_N: tl.constexpr,  # >= width
-):
-    i_0, i_1, group, lane = _position(lanes, size_1, LANES, AXIS)
+):  # fmt: skip
+    i_0, i_1, group, lane = position_of(lanes, size_1, LANES, AXIS)
     dy_lane = dy_ptr + i_0 * dy_stride_0 + i_1 * dy_stride_1 + lane.to(tl.int64) * dy_stride_lane
-    y_lane, y_stride_n = _contiguous(group, lane, lanes, width, AXIS)
+    y_lane, y_stride_n = contiguous(group, lane, lanes, width, AXIS)
     scale = scale_bits.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
 
-    n = _indices(0, BLOCK_N, AXIS)
+    n = indices_from(0, BLOCK_N, AXIS)
     in_row = (n < width) & (lane < lanes)
-    readable, visible = _limits(in_row, n, lane, causal_rows, CAUSAL)
-    y, dy = _y_and_dy(y_ptr + y_lane, dy_lane, n, y_stride_n, dy_stride_n, readable, visible, COMPUTE)
+    readable, visible = limits_of(in_row, n, lane, causal_rows, CAUSAL)
+    y, dy = load_y_and_dy(y_ptr + y_lane, dy_lane, n, y_stride_n, dy_stride_n, readable, visible, COMPUTE)
     if y_ptr.dtype.element_ty.primitive_bitwidth == 16:
-        y *= _reciprocal(tl.sum(y, axis=AXIS, keep_dims=True), True)
+        y *= reciprocal_of(tl.sum(y, axis=AXIS, keep_dims=True), True)
     # dx = scale * y * (dy - sum(dy * y))
     dx = scale * y * (dy - tl.sum(dy * y, axis=AXIS, keep_dims=True))
     if CAUSAL:
@@ -310,57 +185,43 @@ def _backward_chunked_kernel(
     y_ptr,
     dx_ptr,
     scale_bits,
-    size_1,
-    lanes,
-    width,
-    causal_rows,
-    dy_stride_0,
-    dy_stride_1,
-    dy_stride_lane,
-    dy_stride_n,
-    CAUSAL: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    AXIS: tl.constexpr,
-    LANES: tl.constexpr,
+    size_1, lanes, width, causal_rows,
+    dy_stride_0, dy_stride_1, dy_stride_lane, dy_stride_n,
+    CAUSAL: tl.constexpr, COMPUTE: tl.constexpr, AXIS: tl.constexpr, LANES: tl.constexpr,
     BLOCK_N: tl.constexpr,  # any: the chunk
-):
-    i_0, i_1, group, lane = _position(lanes, size_1, LANES, AXIS)
+):  # fmt: skip
+    i_0, i_1, group, lane = position_of(lanes, size_1, LANES, AXIS)
     dy_lane = dy_ptr + i_0 * dy_stride_0 + i_1 * dy_stride_1 + lane.to(tl.int64) * dy_stride_lane
-    y_lane, y_stride_n = _contiguous(group, lane, lanes, width, AXIS)
+    y_lane, y_stride_n = contiguous(group, lane, lanes, width, AXIS)
     scale = scale_bits.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
-    limit = width
-    if CAUSAL:
-        limit = tl.minimum(width, tl.max(lane % causal_rows) + 1)
+    limit = last_visible(lane, width, causal_rows, CAUSAL)
 
     # dot = sum(dy * y)
     dot = tl.zeros(lane.shape, COMPUTE)
     total = tl.zeros(lane.shape, COMPUTE)
     for start in range(0, limit, BLOCK_N):
-        n = _indices(start, BLOCK_N, AXIS)
-        readable, visible = _limits((n < width) & (lane < lanes), n, lane, causal_rows, CAUSAL)
-        y, dy = _y_and_dy(y_ptr + y_lane, dy_lane, n, y_stride_n, dy_stride_n, readable, visible, COMPUTE)
+        n = indices_from(start, BLOCK_N, AXIS)
+        readable, visible = limits_of((n < width) & (lane < lanes), n, lane, causal_rows, CAUSAL)
+        y, dy = load_y_and_dy(y_ptr + y_lane, dy_lane, n, y_stride_n, dy_stride_n, readable, visible, COMPUTE)
         dot += tl.sum(dy * y, axis=AXIS, keep_dims=True)
         total += tl.sum(y, axis=AXIS, keep_dims=True)
     if y_ptr.dtype.element_ty.primitive_bitwidth == 16:
-        reciprocal = _reciprocal(total, True)
+        reciprocal = reciprocal_of(total, True)
         dot *= reciprocal
         scale = scale * reciprocal
 
     for start in range(0, limit, BLOCK_N):
-        n = _indices(start, BLOCK_N, AXIS)
+        n = indices_from(start, BLOCK_N, AXIS)
         in_row = (n < width) & (lane < lanes)
-        readable, visible = _limits(in_row, n, lane, causal_rows, CAUSAL)
-        y, dy = _y_and_dy(y_ptr + y_lane, dy_lane, n, y_stride_n, dy_stride_n, readable, visible, COMPUTE)
+        readable, visible = limits_of(in_row, n, lane, causal_rows, CAUSAL)
+        y, dy = load_y_and_dy(y_ptr + y_lane, dy_lane, n, y_stride_n, dy_stride_n, readable, visible, COMPUTE)
         # dx = scale * y * (dy - dot)
         dx = scale * y * (dy - dot)
         if CAUSAL:
             dx = tl.where(visible, dx, 0.0)
         tl.store(dx_ptr + y_lane + n.to(tl.int64) * y_stride_n, dx.to(dx_ptr.dtype.element_ty), mask=in_row)
     if CAUSAL:
-        for start in range(tl.cdiv(limit, BLOCK_N) * BLOCK_N, width, BLOCK_N):
-            n = _indices(start, BLOCK_N, AXIS)
-            zero = tl.zeros((n + lane).shape, dx_ptr.dtype.element_ty)
-            tl.store(dx_ptr + y_lane + n.to(tl.int64) * y_stride_n, zero, mask=(n < width) & (lane < lanes))
+        store_zeros(dx_ptr + y_lane, y_stride_n, lane, lanes, limit, width, BLOCK_N, AXIS)
 
 
 # --- Configurations -------------------------------------------------------------------------------------------------
@@ -376,17 +237,22 @@ class Tile(NamedTuple):
 
 
 class Configuration(NamedTuple):
-    """A row of softmax.json: elements of a tile, and the chunk of those rows that are walked in chunks, else None."""
+    """Elements of a tile, and the chunk of those rows that are walked in chunks, else None: a row of triton.json."""
 
     elements: int
     chunk: int | None
     num_warps: int
 
 
-# direction, AXIS, the widest row -> configuration. A float64 row counts as one of twice its width.
+# direction, AXIS, the widest row -> configuration, where the formula below does not say it.
 TABLE = Table(
     "softmax", {"direction": ("forward", "backward"), "axis": (0, 1), "width": None}, Configuration, optional=("chunk",)
 )  # fmt: skip
+
+# A softmax over the last dimension: elements of a tile of narrow rows and of a thread, and the widest row that is held.
+# Up to it ptxas spills nothing; the backward has two operands. Reasoned, compiled under Triton 3.7.1; not measured.
+_ELEMENTS, _A_THREAD = 2048, 16
+_WIDEST_ROW = {"forward": 32768, "backward": 16384}
 
 # The widest row that is held in registers where it is less than the table's, and the chunk of the wider ones. Set by
 # tests alone, to 16 say: the chunked kernels then run on rows that an interpreter gets through.
@@ -397,10 +263,19 @@ _MAX_COUNT = 2**31 - 2**20
 
 
 def tile(direction: str, axis: int, width: int, lanes: int, dtype: torch.dtype, device: torch.device) -> Tile:
-    """The configuration of a call. `dtype` is the one that it computes in."""
+    """The tile of a call. `dtype` is the one that it computes in: a float64 row counts as one of twice its width."""
     double = 2 if dtype == torch.float64 else 1
-    narrow = ONE_PASS_LIMIT is None or width <= ONE_PASS_LIMIT
-    return _tile(TABLE.find(device, width * double if narrow else math.inf, direction, axis), width, lanes, double)
+    counted = width * double if ONE_PASS_LIMIT is None or width <= ONE_PASS_LIMIT else math.inf
+    if axis == 1 and counted <= _WIDEST_ROW[direction]:
+        configuration = _held_row(counted)
+    else:
+        configuration = TABLE.find(device, counted, direction, axis)
+    return _tile(configuration, width, lanes, double)
+
+
+def _held_row(width: int) -> Configuration:
+    elements, warps = held_elements(width, _ELEMENTS, _A_THREAD)
+    return Configuration(elements, None, warps)
 
 
 def _tile(configuration: Configuration, width: int, lanes: int, double: int) -> Tile:
@@ -515,13 +390,13 @@ def backward(gradient: Gradient, call: Call):
 
 
 def compile_cases(architecture: int) -> list[CompileCase]:
-    """Every row of the tables with what asks most of it: causal, and an additive mask in the forward."""
+    """Tiles of rows, and every row of the table, with what asks most: causal, and an additive mask in the forward."""
 
-    def case(rows, direction, axis, widest, dtype="bf16", mask=ADDITIVE_MASK, causal=True, device=""):
+    def case(direction, axis, widest, configuration, dtype="bf16", mask=ADDITIVE_MASK, causal=True, device=""):
         double = 2 if dtype == "fp64" else 1
         # Only a row's tile counts here, not how wide the row is beyond its chunk.
         width = (widest or 1) // double
-        lanes, block_n, warps, chunked = _tile(rows[direction, axis, widest].configuration, width, 4096, double)
+        lanes, block_n, warps, chunked = _tile(configuration, width, 4096, double)
         kernel = {
             "forward": (_forward_kernel, _forward_chunked_kernel),
             "backward": (_backward_kernel, _backward_chunked_kernel),
@@ -544,21 +419,25 @@ def compile_cases(architecture: int) -> list[CompileCase]:
             words.append("bool mask" if mask == BOOL_MASK else "additive mask")
         if constants["CAUSAL"]:
             words.append("causal")
+        name = " ".join([*words, dtype]) + device
         aligned = ("lanes", "width", *(n for n in kernel.arg_names if "_stride_" in n and n not in constants))
-        return CompileCase(
-            " ".join([*words, dtype]) + device, kernel, signature, constants, warps, num_stages=3, aligned=aligned
-        )
+        return CompileCase(name, kernel, signature, constants, warps, num_stages=3, aligned=aligned)
 
-    cases = []
+    # Several rows of a tile, a whole tile, more warps, and the widest.
+    cases = [
+        case(direction, 1, width, _held_row(width))
+        for direction, widest in _WIDEST_ROW.items()
+        for width in (64, _ELEMENTS, 2 * _ELEMENTS, widest)
+    ]
     for device, rows in TABLE.shipped(architecture):
-        for direction, axis, widest in rows:
-            cases.append(case(rows, direction, axis, widest, device=device))
-            if axis == 1 and widest is None:
-                cases.append(case(rows, direction, axis, widest, "fp64", device=device))
-    rows = TABLE.defaults(architecture)
+        for (direction, axis, widest), row in rows.items():
+            cases.append(case(direction, axis, widest, row.configuration, device=device))
+            if axis == 1:
+                cases.append(case(direction, axis, widest, row.configuration, "fp64", device=device))
+    plain = _held_row(_ELEMENTS)
     return [
         *cases,
-        case(rows, "forward", 1, 2048, mask=NO_MASK, causal=False),
-        case(rows, "forward", 1, 2048, mask=BOOL_MASK, causal=False),
-        case(rows, "backward", 1, 2048, causal=False),
+        case("forward", 1, _ELEMENTS, plain, mask=NO_MASK, causal=False),
+        case("forward", 1, _ELEMENTS, plain, mask=BOOL_MASK, causal=False),
+        case("backward", 1, _ELEMENTS, plain, causal=False),
     ]
