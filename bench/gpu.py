@@ -77,24 +77,22 @@ def has(module: str) -> bool:
 def tests() -> list[str]:
     """The kernels' first, in case that the time does not suffice for all."""
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
-    if not has("pytest_timeout"):
-        # Without it `timeout` in pyproject.toml is unknown, which --strict-config takes for an error.
-        command += ["-o", "addopts=-ra --strict-markers"]
-    if has("xdist"):
-        # Each worker holds a CUDA context and its tensors.
-        command += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "load"]
-    if not has("expecttest"):
-        # torch.library.opcheck imports it.
-        command += ["-k", "not registered_ops"]
+    # Without pytest-timeout its `timeout` in pyproject.toml is unknown, which --strict-config takes for an error.
+    command += [] if has("pytest_timeout") else ["-o", "addopts=-ra --strict-markers"]
+    # Each worker holds a CUDA context and its tensors.
+    command += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "load"] if has("xdist") else []
+    # torch.library.opcheck imports expecttest.
+    command += [] if has("expecttest") else ["-k", "not registered_ops"]
     others = sorted(path for path in (ROOT / "tests").glob("test_*.py") if path.stem[5:] not in NOT_FOR_A_GPU)
     return [*command, "tests/operators", *(f"tests/{path.name}" for path in others)]
 
 
 def sanitizer() -> str | None:
     """Where compute-sanitizer is: on the PATH, or in a CUDA toolkit."""
-    toolkits = filter(None, (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"))
-    places = [f"{toolkit}/{folder}" for toolkit in toolkits for folder in ("bin", "compute-sanitizer")]
-    return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *places]))
+    toolkits = filter(None, (os.environ.get("CUDA_HOME"), "/usr/local/cuda"))
+    return shutil.which(
+        "compute-sanitizer", path=os.pathsep.join([os.environ["PATH"], *(f"{t}/bin" for t in toolkits)])
+    )
 
 
 def sanitized() -> list[list[str]]:
@@ -142,45 +140,42 @@ def done(step: Step, out: Path, source: str) -> bool:
 
 def run(step: Step, out: Path, source: str) -> str:
     """Runs a step's commands one after the other, whatever becomes of the first; -> what became of them."""
-    end, failed = time.monotonic() + step.seconds, False
+    end, exits = time.monotonic() + step.seconds, []
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     # Kernels are to be compiled here, whatever the shell was used for before.
     environment = {**os.environ, **(step.environment or {}), "PYTHONPATH": paths, "TRITON_INTERPRET": "0"}
     with open(out / f"{step.name}.txt", "w") as log:
         for command in step.commands:
             print(f"$ {shlex.join(command)}", file=log, flush=True)
-            try:
-                exit = _exit_status(command, environment, end - time.monotonic(), log)
-            except OSError as error:
-                print(error, file=log)
-                exit = 1
-            if exit is None:
+            exits.append(exit_status(command, environment, end - time.monotonic(), log))
+            if exits[-1] is None:
                 return "its time is over; what it found is kept" if step.unfinished else "FAILED: its time is over"
-            failed |= exit != 0
-    if failed:
-        return "FAILED"
+    if any(exits):
+        return f"FAILED: exit status {', '.join(map(str, exits))}"
     (out / f"{step.name}.done").write_text(source)
     return "passed"
 
 
-def _exit_status(command: list[str], environment: dict[str, str], seconds: float, log) -> int | None:
+def exit_status(command: list[str], environment: dict[str, str], seconds: float, log) -> int | None:
     """None where its time is over. Of the process and all that it has started nothing is left."""
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-        # In the background of a script Ctrl-C is ignored, and children inherit that: a step could not be asked to stop.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
     try:
-        try:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            # In the background of a script Ctrl-C is ignored, and children inherit that: they could not be stopped.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
+    except OSError as error:
+        print(error, file=log)
+        return 127
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(max(0.0, seconds - GRACE))
-        except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:
-            process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(min(GRACE, seconds))
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            return None
     finally:
+        # Also where this run itself is stopped. A process that has ended takes no signal.
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(min(GRACE, max(0.0, seconds)))
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
