@@ -10,7 +10,7 @@ import threading
 
 import pytest
 import torch
-from model_zoo import CASES, EACH_WAY, PARAMETERS
+from model_zoo import CASES, EACH_WAY, PARAMETERS, parameters
 from test_models import batch, built, calls_in, compare, results, structure
 from torch.utils.checkpoint import checkpoint
 
@@ -59,7 +59,7 @@ def test_a_swapped_model_is_one_graph(case):
     assert graphs(case, model) == (0, 1)
 
 
-@prevalent
+@pytest.mark.parametrize("case", [p for p in parameters(fast=("gpt", "llama")) if p.id in PREVALENT])
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_a_compiled_model_computes_the_same(case):
     _, model = pair(case)

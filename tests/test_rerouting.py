@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import types
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.nn.functional import softmax
 
 import gptkern
 from gptkern.backends import dispatch
-from gptkern.swapping.reading import calls
+from gptkern.swapping.reading import calls, followed, names_in
 from gptkern.swapping.rerouting import CannotReroute, Rerouted
 from gptkern.swapping.twins import Replacement
 
@@ -182,6 +183,27 @@ class Local(torch.nn.Module):
         return Inner.result
 
 
+WRITTEN = 0
+
+
+def writes_a_global(function):
+    @functools.wraps(function)
+    def wrapper(*args):
+        global WRITTEN
+        WRITTEN += 1
+        return function(*args)
+
+    return wrapper
+
+
+class DecoratedByAWriter(torch.nn.Module):
+    """The decorator's own globals hold nothing that is replaced: it keeps them."""
+
+    @writes_a_global
+    def forward(self, x):
+        return F.softmax(x, dim=-1)
+
+
 class Super(Alias):
     def forward(self, x):
         return F.softmax(super().forward(x), dim=-1)
@@ -202,6 +224,7 @@ class Super(Alias):
         (Mutual, lambda p: 2 * p),
         (CallsAnObject, lambda p: 6 * p),
         (Local, lambda p: 2 * p * SCALE),
+        (DecoratedByAWriter, lambda p: 2 * p),
         # What the class above calls is that class's: only exact types are swapped.
         (Super, lambda p: 2 * torch.softmax(p * SCALE, dim=-1)),
     ],
@@ -240,6 +263,35 @@ def test_globals_that_are_not_there_yet_are_found_once_they_are(monkeypatch):
         model = Alias()
         gptkern.swap(model)
     torch.testing.assert_close(model(torch.zeros(1, 2)), torch.ones(1, 2))
+
+
+LIBRARY = types.ModuleType("library")
+LIBRARY.softmax, LIBRARY.scale = F.softmax, 2.0
+
+
+class UsesALibrary(torch.nn.Module):
+    def forward(self, x):
+        return LIBRARY.softmax(x, dim=-1) * LIBRARY.scale
+
+
+def test_a_module_in_the_globals_is_as_it_is_now_but_for_what_was_replaced(monkeypatch):
+    model, x = UsesALibrary(), torch.rand(2, 3)
+    gptkern.swap(model)
+    before = model(x)
+    monkeypatch.setattr(LIBRARY, "scale", 6.0)
+    with counting(monkeypatch) as count:
+        torch.testing.assert_close(model(x), 3 * before)
+        assert len(count) == 1
+
+
+def test_the_code_under_a_decorator_is_read():
+    assert "softmax" in names_in(Decorated)
+
+
+def test_of_torch_only_its_modules_are_followed():
+    modules = {function.__module__ for function in followed(torch.nn.MultiheadAttention)}
+    assert "torch.nn.functional" in modules
+    assert all(name.startswith("torch.nn.") for name in modules)
 
 
 def test_functions_that_were_replaced_in_the_globals_are_routed_again(monkeypatch):
