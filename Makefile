@@ -7,10 +7,10 @@ WORKERS ?= 2
 # Where there is no GPU, the compiled CUDA kernels are of use to the tests alone, and two architectures are enough.
 GPU := $(wildcard /dev/nvidia[0-9]* /dev/dxg)
 ifeq ($(GPU),)
-test: export GPTKERN_CUDA_ARCHS ?= 80;90a
+test-deep: export GPTKERN_CUDA_ARCHS ?= 80;90a
 endif
 
-.PHONY: demo test emulator lint bench gpu figures tables docs clean
+.PHONY: demo test test-deep emulator lint bench gpu figures tables docs clean
 
 # Why no environment can be made, in one line; nothing where one can.
 obstacle = $(shell $(PYTHON) building/obstacle.py 2>/dev/null || echo it cannot be run)
@@ -32,8 +32,11 @@ $(VENV)/cuda: $(VENV)/installed $(wildcard building/*.py csrc/*.* csrc/*/*)
 demo: $(VENV)/installed $(if $(GPU),$(VENV)/cuda)  ## the main job: train, swap, quantise, generate, report
 	$(BIN)/gptkern demo
 
-test: lint $(VENV)/cuda emulator
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests
+test: lint emulator $(if $(GPU),$(VENV)/cuda)  ## what a change of the code breaks first: at most 8 minutes on two cores, installation included
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not deep" tests
+
+test-deep: $(VENV)/cuda emulator  ## the rest: compilers, sanitizers, mutants, all seeds and sizes; at most 40 minutes
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m deep tests
 
 # Before the tests, whose workers would wait for one another.
 emulator: $(VENV)/installed

@@ -176,7 +176,9 @@ def test_more_batches_than_a_grid_takes(cuda_backend, device, monkeypatch, tmp_p
 
         from gptkern.backends.cuda import emulated
 
-        module = changed_module("attention", "constexpr int LARGEST_GRID =", "65535", "2", tmp_path / "csrc")
+        module = changed_module(
+            "attention", "constexpr int LARGEST_GRID =", "int(MOST_GRID_YZ)", "2", tmp_path / "csrc"
+        )
         monkeypatch.setattr(emulated, "load", lambda: module)
         batch = 5
     check_attention(*random_call(Shape(batch, 2, 1, 3, 5, 8), device))
@@ -812,6 +814,7 @@ def test_compiled_with_grouped_heads_and_views(backend, device):
     assert_compiles(block, query, key, value)
 
 
+@pytest.mark.deep
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_any_shape(kernel_backend, device, data):

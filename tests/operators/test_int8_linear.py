@@ -189,6 +189,7 @@ def test_many_small_tiles(kernel_backend, device, monkeypatch, dtype, mode):
     same_bits("product", output.cpu(), (q.cpu() @ weight.cpu().long().T).float())
 
 
+@pytest.mark.deep
 @settings(PROPERTY, max_examples=15)
 @given(
     shape=st.tuples(st.integers(0, 35), st.integers(1, 70), st.integers(1, 40)),
@@ -265,6 +266,7 @@ def test_sums_of_any_length_on_pytorch(device, in_features):
     assert torch.equal(int8_linear.integer_product(q, weight).cpu().long(), expected)
 
 
+@pytest.mark.deep
 def test_longest_sums_of_kernels(kernel_backend, device):
     input = torch.full((1, LONGEST + 1), 127.0, device=device)
     weight = torch.full((1, LONGEST + 1), -128, dtype=torch.int8, device=device)
@@ -709,6 +711,7 @@ def test_quantize_gives_no_gradient(backend, device):
     assert not q.requires_grad and not scale.requires_grad
 
 
+@pytest.mark.deep
 @settings(PROPERTY, max_examples=20)
 @given(
     shape=st.lists(st.integers(1, 40), min_size=1, max_size=3),

@@ -176,6 +176,7 @@ def test_a_row_of_20000(backend, device):
     check(tensors_of(1, 20_000, torch.float16, device))
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_row_of_262144(backend, device, dtype):
     # Interpreted, the parameters' gradients take a minute at this width; test_forward_and_gradients has them at 20,000.
@@ -255,6 +256,7 @@ def test_cuda_groups_walk_rows(cuda_backend, device, dtype, rows, width):
     check((apart, None, tensors[2], None), grads=[every_other_row(torch.randn(rows, width, device=device).to(dtype))])
 
 
+@pytest.mark.deep
 @settings(PROPERTY, max_examples=15)
 @given(
     batch=st.lists(st.integers(0, 5), max_size=3),

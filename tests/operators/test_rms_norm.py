@@ -102,6 +102,7 @@ def test_a_row_of_40000(backend, device):
         check(tensors_of(1, 40_000, dtype, device), need=(True, not interpreted))
 
 
+@pytest.mark.deep
 def test_a_row_of_262144(backend, device):
     # Interpreted, the weight's gradient takes a minute at this width.
     interpreted = device == "cpu" and backend == "triton"
@@ -201,6 +202,7 @@ def test_cuda_groups_walk_to_rows_of_one_alignment(cuda_backend, device, monkeyp
     check(tensors_of(25, 2065, torch.bfloat16, device))
 
 
+@pytest.mark.deep
 @settings(PROPERTY, max_examples=12)
 @given(
     batch=st.lists(st.integers(0, 5), max_size=3),

@@ -541,6 +541,7 @@ def test_a_packed_projection_compiled_as_eager(backend, device):
     assert_compiles(both, random(2, 5, 144, device=device))
 
 
+@pytest.mark.deep
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=6)
 @given(data=st.data())
 def test_any_shape(kernel_backend, device, data):

@@ -810,6 +810,7 @@ def test_compiled_over_another_dim(backend, device):
     assert_compiles(lambda x: G.softmax(x * 2, 0, dtype=torch.float32), random(5, 7, 9, device=device).bfloat16())
 
 
+@pytest.mark.deep
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_any_shape(kernel_backend, device, data):
