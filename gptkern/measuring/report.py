@@ -87,53 +87,35 @@ def _warnings(results: dict[str, Any]) -> list[str]:
 
 def _provenance(results: dict[str, Any]) -> str:
     machine, cells = results["machine"], results["cells"]
-    commit = machine.get("commit")
     changed = " with changes on top" if machine.get("dirty") else ""
-    device = [machine["device"], machine.get("architecture")]
-    if machine["kind"] == "cpu":
-        threads, cores = form.count(machine["threads"], "thread"), form.count(machine["cores"], "core")
-        device.append(f"{threads} on {cores}")
     dates = sorted({cell["date"] for cell in cells if cell.get("date")} or {machine.get("date") or ""})
     versions = {"Python": "python", "PyTorch": "torch", "Triton": "triton", "CUDA": "cuda", "driver": "driver"}
     peers = [f"{name} {version}" for name, version in (machine.get("peers") or {}).items() if version]
-    forced = {"GPTKERN_BACKEND": machine.get("backend"), "gptkern tune's tables, digest": machine.get("tables")}
     chosen = sum(cell.get("peers_asked") is not None for cell in cells)
-    rows = [
-        ("device", ", ".join(filter(None, device))),
-        ("measured", " to ".join(dict.fromkeys((dates[0], dates[-1])))),
-        ("gptkern", f"{machine['gptkern']}, commit {str(commit)[:12]}{changed}, digest of sources {machine['source']}"),
-        ("versions", ", ".join(f"{name} {machine[key]}" for name, key in versions.items() if machine.get(key))),
-        ("peers", ", ".join(peers) or "PyTorch alone"),
-        ("not all peers were asked for", f"in {form.count(chosen, 'cell')}" if chosen else ""),
-        ("backends", _backends(cells)),
-        ("in force", ", ".join(f"{name} {value}" for name, value in forced.items() if value)),
-        ("clocks", _clocks(cells)),
-        ("noise", _noise(cells)),
-        ("checked", _checks(cells)),
-    ]
-    table = form.table(["this run", ""], [(name, form.escaped(value)) for name, value in rows if value])
-    return f"{table}\n\nTo measure it again, on such a machine:\n\n```\n{_commands(results)}\n```"
-
-
-def _commands(results: dict[str, Any]) -> str:
-    """What to type; each command once where the cells were measured by several."""
-    machine = results["machine"]
-    lines = []
-    if machine.get("commit"):
-        note = "    # and changes that are in no commit: see the digest" if machine.get("dirty") else ""
-        lines.append(f"git checkout {machine['commit'][:12]}{note}")
+    timed = [mine for cell in cells if (mine := rates.ours(cell))]
+    # On a GPU "torch" is a call that no kernel covers.
+    ran = [mine["backend"] for mine in timed if mine.get("backend")]
+    spreads = [f"{pick(map(rates.spread, timed)):.1%}" for pick in (statistics.median, max)] if timed else []
     before = f"OMP_NUM_THREADS={machine['threads']} " if machine["kind"] == "cpu" else ""
     before += f"GPTKERN_BACKEND={machine['backend']} " if machine.get("backend") else ""
-    runs = dict.fromkeys(tuple(cell.get("options") or ()) for cell in results["cells"])
-    for options in runs or [tuple(machine.get("options") or ())]:
-        lines.append(" ".join([f"{before}gptkern bench", *options, f"--out bench/results/{machine['slug']}"]))
-    return "\n".join(lines)
-
-
-def _backends(cells: Sequence[dict[str, Any]]) -> str:
-    """Which of gptkern's backends ran: on a GPU "torch" is a call that no kernel covers."""
-    found = [name for cell in cells if (name := (rates.ours(cell) or {}).get("backend"))]
-    return ", ".join(f"{name} in {form.count(found.count(name), 'cell')}" for name in dict.fromkeys(found))
+    # Each command once where the cells were measured by several.
+    runs = dict.fromkeys(" ".join(["gptkern bench", *(cell.get("options") or ())]) for cell in cells)
+    rows = {
+        "device": ", ".join(filter(None, (machine["device"], machine.get("architecture")))),
+        "measured": " to ".join(dict.fromkeys((dates[0], dates[-1]))),
+        "with": "; ".join(before + command for command in runs),
+        "gptkern": f"{machine['gptkern']}, commit {str(machine.get('commit'))[:12]}{changed}, digest of sources "
+        f"{machine['source']}",
+        "versions": ", ".join(f"{name} {machine[key]}" for name, key in versions.items() if machine.get(key)),
+        "peers": ", ".join(peers) or "PyTorch alone",
+        "not all peers were asked for": f"in {form.count(chosen, 'cell')}" if chosen else "",
+        "tables of gptkern tune": f"digest {machine['tables']}" if machine.get("tables") else "",
+        "backends": ", ".join(f"{name} in {form.count(ran.count(name), 'cell')}" for name in dict.fromkeys(ran)),
+        "clocks": _clocks(cells),
+        "spread of times": f"{' in the middle, '.join(spreads)} at most" if spreads else "",
+        "checked": _checks(cells),
+    }
+    return form.table(["this run", ""], [(name, form.escaped(value)) for name, value in rows.items() if value])
 
 
 def _clocks(cells: Sequence[dict[str, Any]]) -> str:
@@ -144,13 +126,6 @@ def _clocks(cells: Sequence[dict[str, Any]]) -> str:
             fell = " (it fell during the run)" if min(found) < THROTTLED * max(found) else ""
             parts.append(f"{name} {' to '.join(map(str, sorted({min(found), max(found)})))} MHz{fell}")
     return ", ".join(parts)
-
-
-def _noise(cells: Sequence[dict[str, Any]]) -> str:
-    spreads = [rates.spread(mine) for cell in cells if (mine := rates.ours(cell))]
-    if not spreads:
-        return ""
-    return f"spread of gptkern's times: {statistics.median(spreads):.1%} in the middle, {max(spreads):.1%} at most"
 
 
 def _checks(cells: Sequence[dict[str, Any]]) -> str:
