@@ -87,18 +87,6 @@ def test_the_whole_bench_does_not_repeat_the_quick_one(tmp_path):
     assert command[command.index("--rounds") + 1] == str(runner.ROUNDS["quick"])
 
 
-def test_the_digest_is_of_the_sources(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    (tmp_path / "csrc" / "softmax").mkdir(parents=True)
-    source = tmp_path / "csrc" / "softmax" / "forward.cu"
-    source.write_text("1")
-    first = gpu.source_digest()
-    (tmp_path / "csrc" / "_cuda.so").write_text("what a build leaves behind")
-    assert gpu.source_digest() == first
-    source.write_text("2")
-    assert gpu.source_digest() != first
-
-
 # --- Running ----------------------------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import subprocess
 import threading
 import types
 import weakref
@@ -361,41 +360,8 @@ def test_own_stream_is_left_again_by_an_error_as_well(monkeypatch):
 # --- The clocks -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def smi(monkeypatch):
-    """A GPU whose nvidia-smi answers with `found.answer()`."""
-    found = types.SimpleNamespace(
-        commands=[], answer=lambda: "1980, 2619\n", properties=types.SimpleNamespace(uuid="ffc79498-8ff3")
-    )
-
-    def run(command, **_):
-        found.commands.append(command)
-        return types.SimpleNamespace(stdout=found.answer())
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: found.properties)
-    monkeypatch.setattr(machine.subprocess, "run", run)
-    return found
-
-
-def test_clocks_are_those_of_the_current_device(smi, monkeypatch):
-    assert machine.clocks() == {"sm_mhz": 1980, "memory_mhz": 2619}
-    assert "--id=GPU-ffc79498-8ff3" in smi.commands[0]
-    # Without a UUID by index, in nvidia-smi's order.
-    smi.properties = object()
-    for visible, index in (("", "1"), ("5,3", "3"), ("7", "1")):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        machine.clocks()
-        assert f"--id={index}" in smi.commands[-1]
-
-
-def test_clocks_are_read_while_work_is_queued(smi, monkeypatch):
-    now, events = [0.0], []
-    monkeypatch.setattr(machine.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("wait"))
-    more = threading.Event()
+def test_clocks_are_read_while_work_is_queued(monkeypatch):
+    now, events, more = [0.0], [], threading.Event()
 
     def busy():
         now[0] += machine._RISE_SECONDS / 4
@@ -403,28 +369,28 @@ def test_clocks_are_read_while_work_is_queued(smi, monkeypatch):
         if "asked" in events[:-2]:
             more.set()
 
-    def answer():
+    def ask(command, **_):
+        assert "--id=GPU-ffc79498-8ff3" in command
         events.append("asked")
         # In another thread than the work: it goes on until this returns.
         assert more.wait(timeout=60), "no work while nvidia-smi was asked"
-        return "345, 1593\n"
+        return types.SimpleNamespace(stdout=answer)
 
-    smi.answer = answer
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(machine.subprocess, "run", ask)
+    properties = types.SimpleNamespace(uuid="ffc79498-8ff3")
+    for name, value in {
+        "is_available": lambda: True, "synchronize": lambda: events.append("wait"),
+        "get_device_properties": lambda: properties,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    answer = "345, 1593\n"
     assert machine.clocks(busy) == {"sm_mhz": 345, "memory_mhz": 1593}
     before = events[: events.index("asked")]
     assert before.count("busy") >= 4, "the clocks had time to rise"
     work = [event for event in events if event != "asked"]
     assert work == ["busy", "wait"] * (len(work) // 2), "never more than a call is queued"
-
-
-def test_no_clocks_without_an_answer(smi, monkeypatch):
-    smi.answer = lambda: "[N/A], 2619\n"
-    assert machine.clocks() is None
-
-    def fails():
-        raise subprocess.CalledProcessError(6, "nvidia-smi")
-
-    smi.answer = fails
+    answer = "[N/A], 2619\n"
     assert machine.clocks() is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert machine.clocks(busy=fails) is None
+    assert machine.clocks(busy) is None

@@ -130,13 +130,8 @@ def _commit() -> tuple[str | None, bool | None]:
 
 def _device_id() -> str:
     """The current device for nvidia-smi: its UUID, because nvidia-smi and CUDA number devices in different orders."""
-    uuid = getattr(torch.cuda.get_device_properties(), "uuid", None)
-    if uuid is not None:
-        # PyTorch's own type of UUID prints the hexadecimal digits alone.
-        return f"GPU-{str(uuid).removeprefix('GPU-')}"
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    index = torch.cuda.current_device()
-    return visible[index].strip() if index < len(visible) and visible[index].strip() else str(index)
+    # PyTorch's own type of UUID prints the hexadecimal digits alone.
+    return f"GPU-{str(torch.cuda.get_device_properties().uuid).removeprefix('GPU-')}"
 
 
 def _nvidia_smi(query: str, device: str) -> str | None:
