@@ -1,7 +1,7 @@
 // int8_linear, forward in mode w8a8 and backward, with x (M, K), weight (N, K) in int8, y (M, N).
 //
-//     w8a8    z = (q @ weight^T) * input_scale * weight_scale + bias      y = act(z), (q, input_scale) of quantize_int8
-//     w8a16   int8_linear_w8a16.cu
+//     w8a8    z = (q @ weight^T) * input_scale * weight_scale + bias      y = act(z); q: device/quantize.cuh
+//     w8a16   w8a16.cu
 //
 // Backward, with dz = dy * act'(z):
 //     dx = (dz * weight_scale) @ weight,  dbias = sum over rows of dz
@@ -23,6 +23,7 @@
 #include "int8_linear/int8_linear.h"
 
 #include "device/launch.cuh"
+#include "device/quantize.cuh"
 
 namespace gptkern {
 namespace {
@@ -292,7 +293,7 @@ void product(Address x, int dtype, int64_t x_stride_m, int64_t x_stride_k, const
     if (input_scale == 0)
         return w8a16_product(x, dtype, x_stride_m, x_stride_k, weight, M, N, K, epilogue, multiprocessors,
                              at<void>(stream));
-    quantize_int8_rows(x, q, input_scale, M, K, x_stride_m, x_stride_k, q_pitch_of(K), dtype, stream);
+    quantize_rows_of(dtype, x, q, input_scale, M, K, x_stride_m, x_stride_k, q_pitch_of(K), at<void>(stream));
     epilogue.row_scale = at<float>(input_scale);
     w8a8_product(q, weight, int(M), int(N), int(K), epilogue, multiprocessors, at<void>(stream));
 }
