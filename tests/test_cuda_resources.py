@@ -18,7 +18,7 @@ from gptkern.backends.cuda import sources
 
 TABLE = Path(__file__).parents[1] / "docs" / "cuda_resources.md"
 # nvcc takes its time where the module is not built.
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.deep, pytest.mark.timeout(900)]
 
 WIDE_LOAD = ("LDG.E.128", "LDG.E.EF.128", "LDG.E.128.CONSTANT")
 WIDE_COPY = ("LDGSTS.E.BYPASS.LTC128B.128", "LDGSTS.E.BYPASS.128")
