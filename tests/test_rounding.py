@@ -101,15 +101,16 @@ def one_by_one(x: torch.Tensor) -> torch.Tensor:
 
 def test_the_gradient_of_a_softmax_of_one_key_has_the_noise_of_its_terms():
     """dx = y (dy - sum(dy y)): exactly 0, and in float32 what the terms, of the size of dy, are rounded to."""
-    x, dy = torch.randn(5, 1), 100 * torch.randn(5, 1)
-    y = torch.randn(5, 1)
+    x, dy = torch.randn(2, 50, 1).double()
 
-    def dscores(x):
-        p = (x * y).sigmoid() / (x * y).sigmoid()  # 1, by a way that rounds
-        return p * (dy.double() - dy.double() * p)
+    def gradient(size):
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad(oracles.softmax(leaf), leaf, size * dy)
 
-    assert dscores(x.double()).abs().max() == 0
-    assert of(dscores, x) > 50 * UNIT_ROUNDOFF
+    assert gradient(1)[0].abs().max() == 0
+    small, large = noise(lambda: gradient(1))[0], noise(lambda: gradient(128))[0]
+    assert 0.5 * UNIT_ROUNDOFF < small < 50 * UNIT_ROUNDOFF
+    assert large == pytest.approx(128 * small)
 
 
 def test_gradients_are_rounded_too():

@@ -22,8 +22,8 @@ random order E[s_k^2] = (k v / n)^2 + k (n - k) / n^2 * (sum t^2 - v^2 / n), and
 n (v^2 / 3 + sum t^2 / 6): the statistical estimate of [1, 4.5] and [4], and far below what always holds,
 ((n - 1) u sum |t|)^2. BLAS and tensor cores do add the products of an element in one such chain. The sum of a row or a
 column has vectors, tiles and cascades, though: blocks, for which sqrt(n) blocks of sqrt(n) terms is the plain form
-[1, 4.1]; its errors add up to at most 2 sqrt(n) (v^2 / 3 + sum t^2 / 6). A row of 33,001 that lacks one term stands out
-by it, and would not by one chain's. To draw roundings rather than to bound them is Monte Carlo arithmetic [5].
+[1, 4.1]; its errors add up to at most 2 sqrt(n) (v^2 / 3 + sum t^2 / 6), small enough for a term that a row of 33,001
+lacks to stand out. To draw roundings rather than to bound them is Monte Carlo arithmetic [5].
 
 What is not listed counts as exact: then the floor is lower than it might be, and the rule stricter, never softer.
 
