@@ -317,6 +317,84 @@ def test_unable_says_why_attention(cuda):
         G.scaled_dot_product_attention(query, query, query)
 
 
+# --- Tiles ------------------------------------------------------------------------------------------------------------
+
+
+def products(module, dtype: torch.dtype, mode: str, rows: int, *tile: int) -> torch.Tensor:
+    """x @ weight^T by the tile, of small integers: exact whatever its order."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-3, 4, (rows, 48), generator=generator).to(dtype)
+    # Rows' largest values are 127 times a scale of 1.
+    x[:, 0] = 127
+    weight = torch.randint(-4, 5, (70, 48), dtype=torch.int8, generator=generator)
+    weight[:, 0] = 0
+    q = scale = None
+    if mode == "w8a8":
+        q, scale = torch.empty(rows, 48, dtype=torch.int8), torch.empty(rows)
+    y = torch.empty(rows, 70, dtype=dtype)
+    assert module.int8_linear_forward(x, weight, torch.ones(70), None, q, scale, y, 0, *tile, 0) is None
+    assert torch.equal(y.double(), x.double() @ weight.double().T)
+    return y
+
+
+@pytest.mark.parametrize("kernel", ["w8a8", "w8a16", "w8a32"])
+def test_every_tile_that_was_compiled_computes_the_product(kernel):
+    module = emulated.load()
+    tiles = module.int8_linear_tiles()
+    assert tiles.keys() == {"w8a8", "w8a16", "w8a32"} and len(set(tiles[kernel])) == len(tiles[kernel]) > 1
+    dtype = torch.float32 if kernel == "w8a32" else torch.float16
+    for tile in tiles[kernel]:
+        products(module, dtype, "w8a8" if kernel == "w8a8" else "w8a16", min(tile[0], 33), *tile)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "there"),
+    [
+        ("w8a8", torch.bfloat16, "64×64 128×128"),
+        ("w8a16", torch.bfloat16, "16×16 16×32 16×64 64×64"),
+        ("w8a32", torch.float32, "16×16 64×64"),
+    ],
+)
+def test_a_tile_that_was_not_compiled_is_an_error_that_lists_those_there_are(kernel, dtype, there):
+    with pytest.raises(ValueError, match=f"{kernel} was not compiled for tiles of 48×96; there are {there}$"):
+        products(emulated.load(), dtype, "w8a8" if kernel == "w8a8" else "w8a16", 2, 48, 96)
+
+
+def test_few_rows_tiles_refuse_more_rows():
+    with pytest.raises(ValueError, match="tiles of 16 rows are for as many, and the input has 17"):
+        products(emulated.load(), torch.bfloat16, "w8a16", 17, 16, 32)
+
+
+@pytest.mark.parametrize(
+    ("mode", "dtype", "rows", "out_features", "multiprocessors", "expected"),
+    [
+        ("w8a8", torch.bfloat16, 65, 128, 1, (128, 128)),
+        ("w8a8", torch.bfloat16, 64, 4096, 1, (64, 64)),
+        ("w8a8", torch.bfloat16, 1024, 1024, 64, (128, 128)),
+        ("w8a8", torch.bfloat16, 1024, 1024, 65, (64, 64)),
+        ("w8a16", torch.bfloat16, 17, 4096, 1, (64, 64)),
+        ("w8a16", torch.bfloat16, 16, 4096, 64, (16, 64)),
+        ("w8a16", torch.bfloat16, 1, 4096, 65, (16, 32)),
+        ("w8a16", torch.bfloat16, 1, 4096, 128, (16, 32)),
+        ("w8a16", torch.bfloat16, 1, 4096, 129, (16, 16)),
+        ("w8a16", torch.float32, 16, 4096, 1, (16, 16)),
+        ("w8a16", torch.float32, 17, 4096, 1, (64, 64)),
+    ],
+)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_tile_that_a_call_takes(
+    mode, dtype, rows, out_features, multiprocessors, expected, transposed, monkeypatch
+):
+    """The larger one where every multiprocessor has a block; a transposed weight is read by tiles of 64 rows alone."""
+    monkeypatch.setattr(int8_linear, "multiprocessors", lambda device: multiprocessors)
+    weight = torch.empty(8, out_features, dtype=torch.int8).T if transposed else shape_only(out_features, 8)
+    call = int8_linear.Call(shape_only(rows, 8, dtype=dtype), weight, None, None, None, mode)
+    found = int8_linear.tile(call, rows)
+    assert found == ((64, 64) if transposed and mode == "w8a16" else expected)
+    kernel = "w8a32" if mode == "w8a16" and dtype == torch.float32 else mode
+    assert found in emulated.load().int8_linear_tiles()[kernel]
+
+
 def shape_only(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 

@@ -137,19 +137,19 @@ void launch_w8a8(const Operand<int8_t>& q, const Operand<int8_t>& weight, const 
 // q's rows lie a multiple of 16 bytes apart, with zeros between K and the next row: its chunks are whole.
 int64_t q_pitch_of(int64_t K) { return ceil_div<int64_t>(K, CHUNK_BYTES) * CHUNK_BYTES; }
 
-void w8a8_product(Address q_address, const Weight& weight, int M, int N, int K, const Epilogue& epilogue,
-                  int multiprocessors, void* stream) {
+void w8a8_product(Address q_address, const Weight& weight, int M, int N, int K, const Epilogue& epilogue, int block_m,
+                  int block_n, void* stream) {
     Operand<int8_t> q{at<int8_t>(q_address), q_pitch_of(K), 1, BY_CHUNK};
     auto rows = operand<int8_t>(weight.address, K, weight.stride_n, weight.stride_k);
-    // The larger tile reads less; but each multiprocessor should have one. Reasoned, not measured yet.
-    if (ceil_div(M, 128) * ceil_div(N, 128) >= multiprocessors && M > 64)
-        launch_w8a8<128, 128, 2, 2, 4>(q, rows, epilogue, M, N, K, stream);
-    else
-        launch_w8a8<64, 64, 2, 2, 4>(q, rows, epilogue, M, N, K, stream);
+    W8a8Tiles::choose("w8a8", block_m, block_n, [&](auto size) {
+        launch_w8a8<size.m, size.n, 2, 2, 4>(q, rows, epilogue, M, N, K, stream);
+    });
 }
 
 // --- Backward -------------------------------------------------------------------------------------------------------
 
+// Of dx: the one tile that reads the weight transposed.
+constexpr int INPUT_BLOCK = 64;
 constexpr int GRADIENT_WARPS = 8, GRADIENT_ROWS = 64;  // as gptkern/operators/int8_linear/cuda.py
 constexpr int LARGEST_THREADS = 1024;
 
@@ -288,23 +288,27 @@ Weight weight_of(const Tensor& weight) { return {weight.address, weight.strides[
 
 // act(x @ weight^T …) as the mode has it: q is 0 for w8a16.
 void product(Address x, int dtype, int64_t x_stride_m, int64_t x_stride_k, const Weight& weight, Address q,
-             Address input_scale, int64_t M, int64_t N, int64_t K, Epilogue epilogue, int multiprocessors,
+             Address input_scale, int64_t M, int64_t N, int64_t K, Epilogue epilogue, int block_m, int block_n,
              Address stream) {
     if (input_scale == 0)
-        return w8a16_product(x, dtype, x_stride_m, x_stride_k, weight, M, N, K, epilogue, multiprocessors,
+        return w8a16_product(x, dtype, x_stride_m, x_stride_k, weight, M, N, K, epilogue, block_m, block_n,
                              at<void>(stream));
     quantize_rows_of(dtype, x, q, input_scale, M, K, x_stride_m, x_stride_k, q_pitch_of(K), at<void>(stream));
     epilogue.row_scale = at<float>(input_scale);
-    w8a8_product(q, weight, int(M), int(N), int(K), epilogue, multiprocessors, at<void>(stream));
+    w8a8_product(q, weight, int(M), int(N), int(K), epilogue, block_m, block_n, at<void>(stream));
 }
 
 }  // namespace
 
 // --- Launchers ------------------------------------------------------------------------------------------------------
 
+std::map<std::string, std::vector<std::pair<int, int>>> int8_linear_tiles() {
+    return {{"w8a8", W8a8Tiles::sizes()}, {"w8a16", W8a16Tiles::sizes()}, {"w8a32", W8a32Tiles::sizes()}};
+}
+
 Unreadable int8_linear_forward(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const Tensor& bias,
                                const Tensor& q, const Tensor& input_scale, const Tensor& y, int activation,
-                               int multiprocessors, Address stream) {
+                               int block_m, int block_n, Address stream) {
     if (y.elements() == 0) return nullptr;
     auto x_stride_m = merged_stride(x, 0, x.rank - 1);
     if (!x_stride_m) return &x;
@@ -319,14 +323,14 @@ Unreadable int8_linear_forward(const Tensor& x, const Tensor& weight, const Tens
                       x.dtype,
                       activation};
     product(x.address, x.dtype, *x_stride_m, x.strides[x.rank - 1], weight_of(weight), q.address, input_scale.address, M,
-            N, K, epilogue, multiprocessors, stream);
+            N, K, epilogue, block_m, block_n, stream);
     return nullptr;
 }
 
 Unreadable int8_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                                 const Tensor& bias, const Tensor& q, const Tensor& input_scale, const Tensor& z,
                                 const Tensor& largest, const Tensor& scaled, const Tensor& partial,
-                                const Tensor& dinput, const Tensor& dbias, int activation, int multiprocessors,
+                                const Tensor& dinput, const Tensor& dbias, int activation, int block_m, int block_n,
                                 Address stream) {
     const int64_t N = weight.shape[0], K = weight.shape[1];
     int64_t M = 1;
@@ -346,7 +350,7 @@ Unreadable int8_linear_backward(const Tensor& dy, const Tensor& x, const Tensor&
                               FLOAT32,
                               IDENTITY};
             product(x.address, x.dtype, *x_stride_m, x.strides[x.rank - 1], weight_of(weight), q.address,
-                    input_scale.address, M, N, K, epilogue, multiprocessors, stream);
+                    input_scale.address, M, N, K, epilogue, block_m, block_n, stream);
         }
         if (scaled.address)
             GPTKERN_LAUNCH((largest_kernel),
@@ -369,7 +373,7 @@ Unreadable int8_linear_backward(const Tensor& dy, const Tensor& x, const Tensor&
         Epilogue epilogue{nullptr, at<float>(largest.address), nullptr, at<void>(dinput.address), 0, 0, FLOAT32, dy.dtype,
                           IDENTITY};
         w8a16_product(scaled.address, dy.dtype, N, 1, {weight.address, weight.strides[1], weight.strides[0]}, M, K, N,
-                      epilogue, multiprocessors, at<void>(stream));
+                      epilogue, INPUT_BLOCK, INPUT_BLOCK, at<void>(stream));
     }
     return nullptr;
 }

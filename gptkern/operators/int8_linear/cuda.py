@@ -1,4 +1,4 @@
-"""int8_linear in CUDA C++: launchers of csrc/int8_linear/w8a8.cu and csrc/int8_linear/w8a16.cu.
+"""int8_linear in CUDA C++: launchers over csrc/int8_linear/.
 
 One call of the compiled module starts all kernels of a forward, or of a backward.
 """
@@ -18,6 +18,8 @@ ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2}
 # csrc/int8_linear/w8a8.cu: rows that a block of the gradient sums; and what q's rows are padded to, in bytes.
 GRADIENT_ROWS = 64
 Q_ALIGNMENT = 16
+# csrc/int8_linear/int8_linear.h: the most rows of the input that its narrowest tiles take.
+FEW_ROWS = 16
 # Rows and columns are 32-bit integers in the kernels, which run over them by less than a block's tile.
 _MAX_COUNT = 2**31 - 2**20
 
@@ -47,7 +49,7 @@ def forward(call: Call):
         q, input_scale = _quantised(math.prod(rows), K, device)
     common.start(
         "int8_linear_forward", input, weight, weight_scale, _as_read(bias), q, input_scale, y, ACTIVATIONS[activation],
-        multiprocessors(device),
+        *tile(call, math.prod(rows)),
     )  # fmt: skip
     return y
 
@@ -62,8 +64,9 @@ def backward(gradient: Gradient, call: Call):
     dtype, device, float32 = grad_output.dtype, grad_output.device, torch.float32
     dbias = torch.empty(N if need_bias else 0, dtype=float32, device=device)
     x = q = input_scale = z = largest = scaled = partial = None
+    z_tile = 0, 0  # where there is no z to be computed
     if activation is not None:
-        x = input
+        x, z_tile = input, tile(call, M)
         z = torch.empty(M, N, dtype=float32, device=device)
         if mode == "w8a8":
             q, input_scale = _quantised(M, K, device)
@@ -78,9 +81,26 @@ def backward(gradient: Gradient, call: Call):
         partial = torch.empty(-(-M // GRADIENT_ROWS) * N, dtype=float32, device=device)
     common.start(
         "int8_linear_backward", grad_output, x, weight, weight_scale, _as_read(bias), q, input_scale, z, largest,
-        scaled, partial, dinput, dbias, ACTIVATIONS[activation], multiprocessors(device),
+        scaled, partial, dinput, dbias, ACTIVATIONS[activation], *z_tile,
     )  # fmt: skip
     return dinput, dbias
+
+
+def tile(call: Call, M: int) -> tuple[int, int]:
+    """(block_m, block_n) of the product of M rows, one of the module's int8_linear_tiles(). Reasoned, not measured.
+
+    The larger tile reads less; but each multiprocessor should have one.
+    """
+    N, blocks = call.weight.shape[0], multiprocessors(call.weight.device)
+    if call.mode == "w8a8":
+        large = M > 64 and blocks <= -(-M // 128) * -(-N // 128)
+        return (128, 128) if large else (64, 64)
+    # The kernel of few rows reads the weight along in_features.
+    if M > FEW_ROWS or (call.weight.stride(0) == 1 and call.weight.stride(1) != 1):
+        return 64, 64
+    if call.input.dtype is torch.float32 or blocks > -(-N // 32):
+        return FEW_ROWS, 16
+    return FEW_ROWS, 32 if blocks > -(-N // 64) else 64
 
 
 def _quantised(M, K, device):
