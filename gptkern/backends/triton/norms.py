@@ -17,6 +17,7 @@ one reduction: no atomics, so they are the same on every run.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -213,6 +214,7 @@ _ELEMENTS, _A_THREAD = 2048, 16
 _LEAST_WIDTH = 16
 
 
+@functools.lru_cache
 def held_tile(width: int) -> Tile:
     """The tile of rows that are held whole."""
     block_width = max(_LEAST_WIDTH, next_power_of_2(width))

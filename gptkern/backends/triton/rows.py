@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 from gptkern.backends.triton.common import next_power_of_2
@@ -18,6 +19,7 @@ class Tile(NamedTuple):
     num_warps: int
 
 
+@functools.lru_cache
 def held_elements(width: int, elements: int, a_thread: int) -> tuple[int, int]:
     """(elements of a tile, warps) where rows of this width are held whole.
 
