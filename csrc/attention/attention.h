@@ -1,4 +1,4 @@
-// What the launchers of attention.cu and attention_backward.cu share.
+// What the launchers of forward.cu and backward.cu share.
 #pragma once
 
 #include "attention/launchers.h"
