@@ -141,7 +141,16 @@ class Mutual(torch.nn.Module):
 class Shadows(torch.nn.Module):
     def forward(self, x):
         helper = x + 1
-        return helper.sum()
+        return helper
+
+
+class Namespace:
+    softmax = staticmethod(F.softmax)
+
+
+class UsesANamespace(torch.nn.Module):
+    def forward(self, x):
+        return Namespace.softmax(x, dim=-1)
 
 
 def noted(function):
@@ -182,6 +191,29 @@ class Local(torch.nn.Module):
 
         return Inner.result
 
+
+class CallsItsObject(torch.nn.Module):
+    scale = Scale([3.0])
+
+    def forward(self, x):
+        return self.scale(F.softmax(x, dim=-1))
+
+
+total = torch.Tensor.sum
+
+
+class CallsADescriptor(torch.nn.Module):
+    """Which has no `__module__`."""
+
+    def forward(self, x):
+        return F.softmax(x, dim=-1) * total(x)
+
+
+class Inherits(Methods):
+    """Whose methods are of another package."""
+
+
+Inherits.__module__ = "another.package"
 
 WRITTEN = 0
 
@@ -225,6 +257,8 @@ class Super(Alias):
         (CallsAnObject, lambda p: 6 * p),
         (Local, lambda p: 2 * p * SCALE),
         (DecoratedByAWriter, lambda p: 2 * p),
+        (CallsItsObject, lambda p: 6 * p),
+        (Inherits, lambda p: 4 * p),
         # What the class above calls is that class's: only exact types are swapped.
         (Super, lambda p: 2 * torch.softmax(p * SCALE, dim=-1)),
     ],
@@ -236,6 +270,11 @@ def test_forms_of_calls(cls, expected):
     # The class itself, and everybody else who calls these functions, sees nothing of it.
     assert torch.equal(cls()(x), stock)
     assert calls(cls, find).operators == {"softmax"}
+
+
+def test_a_global_without_a_module():
+    x = torch.rand(2, 3)
+    torch.testing.assert_close(run(CallsADescriptor, x), 2 * torch.softmax(x, dim=-1) * x.sum())
 
 
 def test_nothing_to_replace_gives_nothing():
@@ -463,6 +502,11 @@ def test_a_relative_import_in_a_forward():
 
 def test_a_local_of_the_name_of_a_function_is_not_that_function():
     assert calls(Shadows, find).operators == set()
+
+
+def test_attributes_are_followed_of_modules_alone():
+    """What takes a module's place is a module; another object's place it cannot take."""
+    assert calls(UsesANamespace, find).operators == set()
 
 
 def test_signatures_and_attributes_are_kept():

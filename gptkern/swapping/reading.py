@@ -99,7 +99,7 @@ def _links(function: types.FunctionType, cls: type) -> Iterator[tuple[Chain, Cal
         elif chain[0] not in code.co_varnames:
             first = contents(cells[chain[0]]) if chain[0] in cells else function.__globals__.get(chain[0])
             target = _attribute(first, chain[1:])
-            if callable(target) and not isinstance(target, type):
+            if callable(target):
                 yield chain, target
 
 
