@@ -16,9 +16,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(*command):
-    # The bench runs as a user's would: on a CPU nothing is interpreted, and a user's own tables may prefer PyTorch.
-    # Nor is it a worker of the tests' own pytest, where pytest-benchmark would do nothing.
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_INTERPRET", "PYTEST_"))}
+    # The bench runs as a user's would: on a CPU nothing is interpreted or emulated, and a user's own tables may prefer
+    # PyTorch. Nor is it a worker of the tests' own pytest, where pytest-benchmark would do nothing.
+    not_a_users = ("TRITON_INTERPRET", "GPTKERN_EMULATE_CUDA", "PYTEST_")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(not_a_users)}
     env["GPTKERN_CACHE"] = str(ROOT / "tests" / "no_such_folder")
     return subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, cwd=ROOT, env=env)
 

@@ -120,12 +120,12 @@ def _compared(operator, cell: Cell, kind: str, implementation) -> dict[str, Any]
     worst = {"error": 0.0, "bound": 0.0, "on": small.label, "wrong": None}
     if isinstance(implementation, Missing) or implementation is None:
         return worst | {"wrong": "gptkern is not measured here"}
-    indices = operator.differentiable(small) if small.direction in (_BACKWARD, _BOTH) else ()
-    names = ["the output", *(f"the gradient of input {index}" for index in indices)]
     nearest = -1.0
     try:
         implementation = operator.implementations(small, kind)[GPTKERN]
         inputs = operator.inputs(small, kind)
+        indices = operator.differentiable(small) if small.direction in (_BACKWARD, _BOTH) else ()
+        names = ["the output", *(f"the gradient of input {index}" for index in indices)]
         prepared = _prepared(implementation, inputs, indices)
         actual = _output(implementation.call(*prepared))
         dy = torch.randn_like(actual) if indices else None
@@ -176,7 +176,6 @@ class _Timed:
 
     def __init__(self, operator, cell: Cell, kind: str, found: dict[str, Implementation | Missing]):
         self.cell, self.kind = cell, kind
-        self.indices = operator.differentiable(cell) if cell.direction in (_BACKWARD, _BOTH) else ()
         self.entries: dict[str, dict[str, Any]] = {}
         self.samplers: dict[str, dict[str, timing.Sampler]] = {}
         self.calls: dict[str, Callable] = {}
@@ -192,6 +191,7 @@ class _Timed:
             reason = _failure(error)
             self.entries = {name: {"name": name, "skipped": reason} for name in found}
             return
+        self.indices = operator.differentiable(cell) if cell.direction in (_BACKWARD, _BOTH) else ()
         self.gradients: list[torch.Tensor | None] = [None] * len(self.sets)
         # The first peer comes first: it is what the others have to agree with.
         for name, implementation in sorted(found.items(), key=lambda item: item[0] == GPTKERN):
