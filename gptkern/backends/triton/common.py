@@ -63,18 +63,6 @@ def as_rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(-1 if width else tensor.shape[:-1].numel(), width)
 
 
-# Programs a multiprocessor that share the rows of layer_norm's or rms_norm's backward: enough to hide latency, few
-# enough partial sums. Reasoned from occupancy (80 registers a thread); not measured yet.
-PROGRAMS_PER_MULTIPROCESSOR = 2
-
-
-def programs_of(device: torch.device) -> int:
-    """How many programs share the rows of a backward. Under the interpreter: a few, so that each has several tiles."""
-    if device.type != "cuda":
-        return 4
-    return PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
-
-
 class CompileCase(NamedTuple):
     """One kernel of one shipped configuration, as `compile_cases(architecture)` of each kernel module lists them.
 

@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gptkern.backends.triton.common import CompileCase, as_rows, cdiv, next_power_of_2, programs_of
+from gptkern.backends.triton.common import CompileCase, as_rows, cdiv, next_power_of_2
 from gptkern.backends.triton.rows import Tile, held_elements
 
 # --- Backward: rows held in registers -------------------------------------------------------------------------------
@@ -227,6 +227,18 @@ class Walked(NamedTuple):
 
     chunk: Tile
     parameters: Tile
+
+
+# Programs a multiprocessor that share the rows of a backward: enough to hide latency, few
+# enough partial sums. Reasoned from occupancy (80 registers a thread); not measured yet.
+PROGRAMS_PER_MULTIPROCESSOR = 2
+
+
+def programs_of(device: torch.device) -> int:
+    """How many programs share the rows of a backward. Under the interpreter: a few, so that each has several tiles."""
+    if device.type != "cuda":
+        return 4
+    return PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def partial_sums(rows: int, width: int, tile: Tile, device: torch.device) -> tuple[int, int]:
