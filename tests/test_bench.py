@@ -20,7 +20,7 @@ def run(*command):
     # PyTorch. Nor is it a worker of the tests' own pytest, where pytest-benchmark would do nothing.
     not_a_users = ("TRITON_INTERPRET", "GPTKERN_EMULATE_CUDA", "PYTEST_")
     env = {name: value for name, value in os.environ.items() if not name.startswith(not_a_users)}
-    env["GPTKERN_CACHE"] = str(ROOT / "tests" / "no_such_folder")
+    env |= {"GPTKERN_CACHE": str(ROOT / "tests" / "no_such_folder"), "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, cwd=ROOT, env=env)
 
 
