@@ -241,7 +241,7 @@ def _decide(operator: str, forced: str | None, call: tuple) -> Choice:
         return Choice(forced, "asked for by name")
     preference = _unmeasured_order(operator, kind, index)
     if preference is None:
-        preference = _preference(operator, index, operators.problem(operator).classes.of(call))
+        preference = _preference(operator, index, _class_of[operator](call))
     if preference.order[0] == "torch":
         return Choice("torch", preference.reason)
     reasons = []
@@ -287,6 +287,9 @@ def _constant_while_compiling(function: Callable) -> Callable:
 _preferences: dict[tuple[str, int | None], dict[tuple, orders.Preference]] = {}
 # (operator, type and index of a device) -> the default order, or None where something was measured.
 _unmeasured: dict[tuple[str, str, int | None], orders.Preference | None] = {}
+# operator -> what finds the class of its calls: of every operator as soon as one has been measured, since torch.compile,
+# which traces it, cannot trace an import and does not see what is added to a global that it has read.
+_class_of: dict[str, Callable[[tuple], tuple]] = {}
 
 
 # A file cannot be read while tracing.
@@ -303,6 +306,8 @@ def _unmeasured_order(operator: str, device_type: str, device_index: int | None)
         found = orders.preferences(operator, device)
         if found:
             _preferences[operator, device_index] = found
+            every = {name: operators.problem(name).classes for name in operators.NAMES}
+            _class_of.update({name: classes.of for name, classes in every.items() if classes is not None})
         order = _unmeasured[operator, device_type, device_index] = None if found else orders.default(operator, device)
         return order
 
@@ -320,6 +325,7 @@ def forget() -> None:
     configurations.forget()
     _preferences.clear()
     _unmeasured.clear()
+    _class_of.clear()
 
 
 # An import cannot be traced, and the answer does not change within a process.
