@@ -476,6 +476,17 @@ def test_a_replaced_function_in_a_closure_is_as_it_is_now(monkeypatch):
     assert torch.equal(model(x), F.log_softmax(x, dim=-1))
 
 
+def test_a_closure_variable_that_is_not_there_yet():
+    class Local(torch.nn.Module):
+        def forward(self, x):
+            return later(F.softmax(x, dim=-1))
+
+    model, x = Local(), torch.rand(2, 3)
+    gptkern.swap(model)
+    later = torch.exp
+    assert torch.equal(model(x), torch.exp(F.softmax(x, dim=-1)))
+
+
 def long_forward(names):
     """forward of a module with so many other names in front of its softmax."""
     lines = [f"    x = x + NAMES.name_{i}" for i in range(names)]

@@ -46,7 +46,7 @@ def calls(cls: type, find: Callable) -> Calls:
     found = [find(target) for chains in links.values() for target in chains.values()]
     loaded = [name for function in links for name in _names(function.__code__)]
     return Calls(
-        frozenset(replacement.operator for replacement in found if replacement and replacement.operator),
+        frozenset(replacement.operator for replacement in found if replacement),
         frozenset(loaded),
         sum(name in _MATRIX_PRODUCTS for name in loaded),
     )
