@@ -6,6 +6,7 @@ import torch
 
 import gptkern
 import gptkern.functional as G
+from gptkern import operators
 
 pytestmark = [
     pytest.mark.gpu,
@@ -13,57 +14,31 @@ pytestmark = [
 ]
 
 
-def tensor(*shape: int, device="cuda") -> torch.Tensor:
-    return torch.randn(shape, device=device).bfloat16().requires_grad_()
-
-
-def attention(device, **arguments):
-    tensors = [tensor(2, 4, 128, 64, device=device) for _ in range(3)]
-    return lambda: G.scaled_dot_product_attention(*tensors, **(arguments or {"is_causal": True})), tensors
-
-
-def layer_norm(device):
-    tensors = [tensor(64, 768, device=device), tensor(768, device=device), tensor(768, device=device)]
-    return lambda: G.layer_norm(tensors[0], (768,), *tensors[1:]), tensors
-
-
-def rms_norm(device):
-    tensors = [tensor(64, 768, device=device), tensor(768, device=device)]
-    return lambda: G.rms_norm(tensors[0], (768,), tensors[1]), tensors
-
-
-def softmax(device):
-    tensors = [tensor(64, 1000, device=device)]
-    return lambda: G.softmax(tensors[0], -1), tensors
-
-
-def rotary(device):
-    angle = torch.rand(128, 32, device=device)
-    tensors = [tensor(2, 4, 128, 64, device=device)]
-    return lambda: G.rotary_embedding(tensors[0], angle.cos(), angle.sin()), tensors
-
-
-def int8_linear(device, rows=128):
-    weight = torch.randint(-127, 128, (256, 512), dtype=torch.int8, device=device)
-    scale, tensors = torch.rand(256, device=device), [tensor(rows, 512, device=device)]
-    return lambda: G.int8_linear(tensors[0], weight, scale), tensors
-
-
+# The first two small checks of each operator, which reach what differs most.
 CALLS = {
-    "attention": attention,
-    "layer_norm": layer_norm,
-    "rms_norm": rms_norm,
-    "softmax": softmax,
-    "rotary": rotary,
-    "int8_linear w8a8": int8_linear,
-    "int8_linear w8a16": lambda device: int8_linear(device, rows=1),
+    f"{operator}, {name}": (operator, check)
+    for operator in operators.NAMES
+    for name, check in list(operators.problem(operator).checks()["small"].items())[:2]
 }
 
 
+def made(name: str, device: str):
+    """(a call that takes nothing, the tensors that it reads and gradients are taken of)"""
+    operator, check = CALLS[name]
+    dtype = torch.bfloat16 if torch.bfloat16 in check.dtypes else check.dtypes[0]
+    inputs = operators.problem(operator).inputs(check.sizes, dtype, torch.Generator(device).manual_seed(0))
+    tensors = {key: tensor.requires_grad_(not inputs.exact) for key, tensor in inputs.tensors.items()}
+    twin = operators.contract(operator).TWIN
+    return lambda: twin(**tensors, **inputs.constants, **inputs.options), list(tensors.values())
+
+
 def step(call, tensors) -> list[torch.Tensor]:
-    """The result and the gradients of its sum of squares."""
-    result = call()
-    return [result, *torch.autograd.grad((result.float() ** 2).sum(), tensors)]
+    """The results, and the gradients of their sum of squares."""
+    results = call()
+    results = results if isinstance(results, tuple) else (results,)
+    if not results[0].requires_grad:
+        return list(results)
+    return [*results, *torch.autograd.grad(sum((result.float() ** 2).sum() for result in results), tensors)]
 
 
 @pytest.fixture(params=("cuda", "triton"))
@@ -77,7 +52,7 @@ def backend(request):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_graph_captures_forward_and_backward(name, backend):
-    call, tensors = CALLS[name]("cuda")
+    call, tensors = made(name, "cuda")
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         for _ in range(3):  # compiles, and fills the allocator
@@ -97,7 +72,7 @@ def test_a_graph_captures_forward_and_backward(name, backend):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_nothing_synchronises(name, backend):
-    call, tensors = CALLS[name]("cuda")
+    call, tensors = made(name, "cuda")
     step(call, tensors)
     torch.cuda.synchronize()
     mode = torch.cuda.get_sync_debug_mode()
@@ -111,7 +86,11 @@ def test_nothing_synchronises(name, backend):
 def test_a_graph_draws_another_dropout_at_each_replay(backend):
     if backend == "cuda":
         pytest.skip("the CUDA C++ kernels have no dropout: gptkern.explain says so")
-    call, _ = attention("cuda", dropout_p=0.5)
+    query, key, value = (torch.randn(2, 4, 128, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+
+    def call():
+        return G.scaled_dot_product_attention(query, key, value, dropout_p=0.5)
+
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         call()
@@ -128,7 +107,7 @@ def test_a_graph_draws_another_dropout_at_each_replay(backend):
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
 def test_the_inputs_device_is_used_not_the_current_one(name, backend):
-    call, tensors = CALLS[name]("cuda:1")
+    call, tensors = made(name, "cuda:1")
     with torch.cuda.device(0):
         results = step(call, tensors)
     with torch.cuda.device(1):
