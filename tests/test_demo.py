@@ -204,6 +204,7 @@ def test_check_results_are_summed_up():
     assert len(failures) == 2 and "ValueError: broken" in failures[1] and "grad input" in failures[0]
 
 
+@pytest.mark.deep
 def test_check_runs_in_a_process_and_ends_in_time():
     start = time.monotonic()
     # No time at all: one case may begin, the others are left out.
@@ -331,6 +332,7 @@ def test_demo_fails_where_the_swapped_model_learns_something_else(text_file, tmp
     assert "stock and swapped differ" in capsys.readouterr().out
 
 
+@pytest.mark.deep
 def test_demo_picks_its_steps_by_the_clock(text_file, tmp_path, capsys):
     assert cli.main(_demo(text_file, tmp_path / "demo", "--seconds", "1.5")) == 0
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
@@ -338,6 +340,7 @@ def test_demo_picks_its_steps_by_the_clock(text_file, tmp_path, capsys):
     assert len(results["stock"]["losses"]) == len(results["swapped"]["losses"]) <= results["steps"]
 
 
+@pytest.mark.deep
 @pytest.mark.skipif(os.name == "nt", reason="SIGINT cannot be sent to one process on Windows")
 def test_ctrl_c_ends_the_demo_with_a_report(text_file, tmp_path):
     out = tmp_path / "demo"
