@@ -152,8 +152,9 @@ _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 def kernels(paths: list[Path]) -> list[Kernel]:
     """Every kernel in the files, by name and architecture."""
-    found = [kernel for path in paths for kernel in _kernels(path)]
-    return sorted(found, key=lambda kernel: (kernel.name, kernel.architecture))
+    # What device/ has is compiled into each room that launches it: one of those is shown.
+    found = {(kernel.name, kernel.architecture): kernel for path in paths for kernel in _kernels(path)}
+    return [kernel for _, kernel in sorted(found.items())]
 
 
 def _kernels(path: Path) -> Iterator[Kernel]:

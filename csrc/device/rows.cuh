@@ -267,7 +267,11 @@ struct Sum {
 // Over groups of `lanes` lanes of a warp (more are all 32), of those that are a multiple of `stride` apart.
 template <class Of>
 GPTKERN_DEVICE float over_lanes(float value, int lanes, int stride = 1) {
-    for (int mask = min(lanes, WARP) / 2; mask >= stride; mask /= 2) value = Of::of(value, shuffle_xor(value, mask));
+#pragma unroll
+    for (int mask = WARP / 2; mask > 0; mask /= 2) {
+        float other = shuffle_xor(value, mask);
+        if (mask < lanes && mask >= stride) value = Of::of(value, other);
+    }
     return value;
 }
 

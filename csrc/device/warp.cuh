@@ -68,16 +68,6 @@ GPTKERN_DEVICE float warp_sum(float value GPTKERN_SITE) {
     return value;
 }
 
-// The same over groups of `lanes` lanes, a power of two that is known at run time (more than 32 are 32).
-GPTKERN_DEVICE float warp_sum(float value, int lanes) {
-#pragma unroll
-    for (int mask = WARP / 2; mask > 0; mask /= 2) {
-        float other = shuffle_xor(value, mask);
-        value += mask < lanes ? other : 0.0f;
-    }
-    return value;
-}
-
 template <int LANES = WARP>
 GPTKERN_DEVICE float warp_max(float value GPTKERN_SITE) {
 #pragma unroll

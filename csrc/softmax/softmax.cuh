@@ -1,5 +1,4 @@
-// What forward.cu and backward.cu of softmax share: where rows lie, reductions over a row's threads, and how a launch is
-// cut.
+// What forward.cu and backward.cu of softmax share: where rows lie, and how a launch is cut.
 //
 // Three kernels each for forward and backward:
 //     rows     the row lies along memory and is held in registers: 1 to 32 lanes, or several warps, a row
