@@ -78,6 +78,8 @@ def plan(operators: Sequence[str], device: torch.device) -> list[Task]:
     architecture = 80 if found is None else found.architecture
     tasks: list[Task] = []
     for table in tables(tuple(operators)):
+        if dispatch.missing(table.backend, table.operator, device) is not None:
+            continue
         tasks += row_tasks(table, architecture, table.in_force(device))
     for operator in operators:
         tasks += class_tasks(operator, set(orders.preferences(operator, found)))

@@ -6,11 +6,13 @@ One call of the compiled module starts all kernels of a forward, or of a backwar
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
 from gptkern.backends.cuda import common
 from gptkern.backends.cuda.common import DTYPES, multiprocessors
+from gptkern.backends.tables.configurations import Table
 from gptkern.operators.int8_linear.contract import INT32_TERMS, Call, Gradient
 
 # csrc/device/linear.cuh, enum Activation.
@@ -20,6 +22,8 @@ GRADIENT_ROWS = 64
 Q_ALIGNMENT = 16
 # csrc/int8_linear/int8_linear.h: the most rows of the input that its narrowest tiles take.
 FEW_ROWS = 16
+# Rows and columns of the largest tile.
+LARGEST = 128
 # Rows and columns are 32-bit integers in the kernels, which run over them by less than a block's tile.
 _MAX_COUNT = 2**31 - 2**20
 
@@ -86,21 +90,38 @@ def backward(gradient: Gradient, call: Call):
     return dinput, dbias
 
 
-def tile(call: Call, M: int) -> tuple[int, int]:
-    """(block_m, block_n) of the product of M rows, one of the module's int8_linear_tiles(). Reasoned, not measured.
+class Tile(NamedTuple):
+    """A tile of the product's result."""
 
-    The larger tile reads less; but each multiprocessor should have one.
-    """
-    N, blocks = call.weight.shape[0], multiprocessors(call.weight.device)
-    if call.mode == "w8a8":
-        large = M > 64 and blocks <= -(-M // 128) * -(-N // 128)
-        return (128, 128) if large else (64, 64)
-    # The kernel of few rows reads the weight along in_features.
-    if M > FEW_ROWS or (call.weight.stride(0) == 1 and call.weight.stride(1) != 1):
-        return 64, 64
-    if call.input.dtype is torch.float32 or blocks > -(-N // 32):
-        return FEW_ROWS, 16
-    return FEW_ROWS, 32 if blocks > -(-N // 64) else 64
+    block_m: int
+    block_n: int
+
+
+def _instances(kernel: str, rows: int | None, share: int | None) -> set[Tile]:
+    """The tiles that the compiled module has for a row of the table; without one, those of the table."""
+    try:
+        found = {Tile(*sizes) for sizes in common.compiled().int8_linear_tiles()[kernel]}
+    except ImportError:
+        found = {row.configuration for (of, *_), row in TABLE.defaults(80).items() if of == kernel}
+    return {tile for tile in found if tile.block_m > FEW_ROWS or (rows is not None and rows <= FEW_ROWS)}
+
+
+TABLE = Table(
+    "int8_linear", {"kernel": ("w8a8", "w8a16", "w8a32"), "rows": None, "share": None}, Tile, backend="cuda",
+    instances=_instances,
+)  # fmt: skip
+
+
+def tile(call: Call, M: int) -> Tile:
+    """The tile of the product of M rows, from cuda.json: one of the module's int8_linear_tiles()."""
+    kernel = "w8a32" if call.mode == "w8a16" and call.input.dtype is torch.float32 else call.mode
+    if kernel != "w8a8" and call.weight.stride(0) == 1 and call.weight.stride(1) != 1:
+        # The kernel of few rows reads the weight along in_features.
+        M = max(M, FEW_ROWS + 1)
+    device = call.weight.device
+    largest = FEW_ROWS if M <= FEW_ROWS else LARGEST
+    results = -(-M // largest) * largest * -(-call.weight.shape[0] // LARGEST) * LARGEST
+    return TABLE.find(device, (M, results // multiprocessors(device)), kernel)
 
 
 def _quantised(M, K, device):

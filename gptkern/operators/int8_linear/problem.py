@@ -186,14 +186,20 @@ class Int8Linear(Problem):
         rows, outputs = min(sizes.rows, CHECK_ROWS), min(sizes.out_features, CHECK_OUTPUTS)
         return sizes._replace(rows=rows, out_features=outputs)
 
-    def row(self, backend: str, kernel: str, most: int | None) -> Tuned:
+    def row(self, backend: str, kernel: str, most: int | None, share: int | None = None) -> Tuned:
         dtype = FLOAT32 if kernel == "w8a32" else BFLOAT16
         mode = "w8a8" if kernel == "w8a8" else "w8a16"
         # Few rows are most often one, of a model that generates.
         timed = 4096 if most is None else 1 if most <= 16 else most
         size = 1024 if dtype == FLOAT32 else 4096
+        outputs = size
+        if backend == "cuda" and kernel == "w8a16" and most is not None:
+            # Of 16 rows a multiprocessor of many has so few results: 4096, 8192 and 16384 outputs.
+            outputs = {511: 4096, 1023: 8192}.get(share, 16384)
+        if backend == "cuda" and kernel == "w8a8" and share is not None:
+            timed = 128
         checked = Sizes(200 if most is None else most - 1, 300, 200, "gelu_tanh", mode)
-        return Tuned(FORWARD, dtype, checked, Sizes(min(timed, size), size, size, None, mode))
+        return Tuned(FORWARD, dtype, checked, Sizes(min(timed, size), size, outputs, None, mode))
 
     def class_tasks(self) -> dict[tuple, Tuned]:
         def task(mode, rows):
