@@ -66,20 +66,11 @@ class QuantizeInt8(Problem):
     def label(self, sizes: Sizes) -> str:
         return f"{sizes.rows}x{sizes.width}"
 
-    def row(self, backend: str, width: int | None) -> Tuned:
-        timed = 32768 if width is None else width
-        checked = Sizes(19, timed + 3 if width is None else width - 1)
-        return Tuned(FORWARD, BFLOAT16, checked, Sizes(max(1, ELEMENTS // timed), timed))
-
     def class_tasks(self) -> dict[tuple, Tuned]:
         return {
             (16, width): Tuned(FORWARD, BFLOAT16, Sizes(9, timed), Sizes(ELEMENTS // timed, timed))
             for width, timed in ((1024, 768), (4096, 4096), (16384, 16384), (None, 32768))
         }
-
-    def sensible(self, key: tuple, candidate) -> bool:
-        # Fewer elements than a row has are the same tile again: one row.
-        return candidate.elements >= (key[0] or 0)
 
 
 PROBLEM = QuantizeInt8()

@@ -159,13 +159,11 @@ class RMSNorm(Problem):
     def for_float64(self, sizes: Sizes) -> Sizes:
         return sizes._replace(rows=min(sizes.rows, CHECK_ROWS))
 
-    def row(self, backend: str, kernel: str, width: int | None) -> Tuned:
-        timed = _WIDE if width is None else width
-        checked = Sizes(5, timed + 3) if width is None else Sizes(37, max(1, width - 1))
+    def row(self, backend: str, kernel: str, width: None) -> Tuned:
         # Beyond the registers two kernels share the backward: what is differentiated says which one runs.
-        wrt = {"forward": (), "weight": ("weight",)}.get(kernel, ("input",) if width is None else None)
+        wrt = {"forward": (), "backward": ("input",), "weight": ("weight",)}[kernel]
         direction = FORWARD if kernel == "forward" else BACKWARD
-        return Tuned(direction, BFLOAT16, checked, Sizes(max(1, ELEMENTS // timed), timed), wrt)
+        return Tuned(direction, BFLOAT16, Sizes(5, _WIDE + 3), Sizes(ELEMENTS // _WIDE, _WIDE), wrt)
 
     def class_tasks(self) -> dict[tuple, Tuned]:
         return {
@@ -174,11 +172,8 @@ class RMSNorm(Problem):
         }
 
     def sensible(self, key: tuple, candidate) -> bool:
-        # A row held whole needs a tile as wide as it is, and a row walked in chunks is a program's only one.
-        kernel, width = key
-        if width is not None:
-            return candidate.block_width == width
-        return candidate.block_rows == 1 or kernel == "weight"
+        # A row walked in chunks is a program's only one.
+        return candidate.block_rows == 1 or key[0] == "weight"
 
 
 PROBLEM = RMSNorm()
