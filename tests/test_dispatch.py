@@ -19,7 +19,7 @@ import gptkern
 import gptkern.functional as G
 from gptkern import operators as rooms
 from gptkern.backends import dispatch
-from gptkern.backends.tables import orders, user
+from gptkern.backends.tables import orders
 
 PAIRS = {
     "attention": (F.scaled_dot_product_attention, G.scaled_dot_product_attention),
@@ -390,123 +390,6 @@ def test_a_masks_gradient_sends_softmax_to_pytorch(a_gpu, monkeypatch):
     assert choice.backend == "torch"
     assert "mask" in choice.reason
     assert gptkern.explain(G.softmax, input, -1, mask=mask.detach()).backend in ("triton", "cuda")
-
-
-# --- Architectures and variants -------------------------------------------------------------------------------------
-
-KERNELS_FIRST, WGMMA_FIRST = ("cuda", "triton", "torch"), ("triton", "cuda", "torch")
-CUDNN_FIRST = ("torch:cudnn", *WGMMA_FIRST)
-
-
-@pytest.fixture
-def a_gpu_of(a_gpu, monkeypatch):
-    """a_gpu_of(9, 0): every GPU is one of compute capability 9.0, with kernels and cuDNN, of which nothing is known."""
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA of nobody's tables")
-    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-    monkeypatch.setattr(dispatch, "_uncovered", unsupported)
-    monkeypatch.setattr(dispatch, "unavailable", lambda name, device: None)
-
-    def become(*capability):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-        dispatch.forget()
-        return torch.device("cuda", 0)
-
-    yield become
-    dispatch.forget()
-
-
-@pytest.mark.parametrize(
-    "operator, capability, order",
-    [
-        ("attention", (8, 0), KERNELS_FIRST), ("attention", (8, 6), KERNELS_FIRST), ("attention", (9, 0), CUDNN_FIRST),
-        ("attention", (10, 0), CUDNN_FIRST), ("attention", (12, 0), KERNELS_FIRST),
-        ("int8_linear", (8, 0), KERNELS_FIRST), ("int8_linear", (8, 6), KERNELS_FIRST),
-        ("int8_linear", (9, 0), WGMMA_FIRST), ("int8_linear", (10, 0), WGMMA_FIRST),
-        ("int8_linear", (12, 0), KERNELS_FIRST),
-        # Where memory is the limit no part has an order of its own.
-        ("layer_norm", (9, 0), KERNELS_FIRST),
-    ],
-)  # fmt: skip
-def test_the_default_order_is_the_architectures(a_gpu_of, operator, capability, order):
-    gpu = a_gpu_of(*capability)
-    preference = orders.default(operator, user.identify(gpu))
-    assert preference.order == order
-    assert "not measured" in preference.reason
-    # What `explain` says of a call is the first of that order, with its reason.
-    assert gptkern.explain(*a_16_bit_call(operator)) == (order[0], preference.reason)
-
-
-def a_16_bit_call(operator):
-    """(twin, arguments…) of a call on the simulated GPU that every backend and variant covers."""
-    x = torch.randn(4, 64, device="cuda", dtype=torch.bfloat16)
-    if operator == "int8_linear":
-        return G.int8_linear, x, torch.ones(32, 64, device="cuda", dtype=torch.int8), torch.ones(32, device="cuda")
-    if operator == "layer_norm":
-        return G.layer_norm, x, (64,)
-    return G.scaled_dot_product_attention, *(x.expand(1, 2, 4, 64) for _ in range(3))
-
-
-def test_a_variant_that_cannot_run_is_passed_over_with_the_reason(a_gpu_of, monkeypatch):
-    a_gpu_of(9, 0)
-    attention, query, key, value = a_16_bit_call("attention")
-
-    def reason(**changes):
-        choice = gptkern.explain(
-            attention, *(t.to(changes.get("dtype")) for t in (query, key, value)), **changes.get("options", {})
-        )
-        assert choice.backend == "triton"
-        return choice.reason
-
-    for changes, words in (
-        (dict(dtype=torch.float32), "the dtype is torch.float32; cuDNN's attention needs float16 or bfloat16"),
-        (dict(options={"attn_mask": torch.ones(4, 4, device="cuda", dtype=torch.bool)}), "attn_mask is given"),
-    ):
-        assert f"not torch:cudnn: {words}" in reason(**changes)
-    wide = [torch.randn(1, 2, 4, 136, device="cuda", dtype=torch.float16)] * 3
-    assert (
-        "head_dim is 136; cuDNN's attention needs a multiple of 8 up to 128" in gptkern.explain(attention, *wide).reason
-    )
-    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
-    a_gpu_of(9, 0)
-    assert "not torch:cudnn: this PyTorch has no cuDNN" in reason()
-
-
-def test_a_forced_variant(a_gpu_of):
-    a_gpu_of(9, 0)
-    attention, layer_norm = a_16_bit_call("attention"), a_16_bit_call("layer_norm")
-    with gptkern.backend("torch:cudnn"):
-        assert gptkern.explain(*attention) == ("torch:cudnn", "asked for by name")
-        with pytest.raises(gptkern.BackendError, match=r"layer_norm has no such variant; it has cuda, triton, torch$"):
-            gptkern.explain(*layer_norm)
-        a_gpu_of(8, 0)
-        with pytest.raises(gptkern.BackendError, match=r"from compute capability 9\.0 on; this GPU has 8\.0"):
-            gptkern.explain(*attention)
-        with pytest.raises(gptkern.BackendError, match="the input is on cpu"):
-            G.scaled_dot_product_attention(*a_call("attention"))
-
-
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_the_variant_is_pytorchs_attention_with_cudnn_first_and_compiles(monkeypatch, is_causal):
-    """Off a GPU the same call goes to what PyTorch has there: the order alone is the variant's."""
-    asked, attention = [], F.scaled_dot_product_attention
-    monkeypatch.setattr(dispatch, "settled", lambda tensor: None)
-    monkeypatch.setattr(dispatch, "choose", lambda operator, call: dispatch.Choice("torch:cudnn", "for the test"))
-    tensors = [torch.randn(2, 3, 5, 16, requires_grad=True) for _ in range(3)]
-    expected = attention(*tensors, is_causal=is_causal)
-
-    def call(*tensors):
-        return G.scaled_dot_product_attention(*tensors, is_causal=is_causal)
-
-    torch._dynamo.reset()
-    for function in (call, torch.compile(call, fullgraph=True, backend="eager")):
-        torch.testing.assert_close(function(*tensors), expected)
-    monkeypatch.setattr(
-        F,
-        "scaled_dot_product_attention",
-        lambda *given, **more: asked.append(torch._C._get_sdp_priority_order()) or attention(*given, **more),
-    )
-    call(*tensors)
-    assert asked[0][0] == int(torch.nn.attention.SDPBackend.CUDNN_ATTENTION) and len(asked[0]) >= 4
 
 
 # --- explain --------------------------------------------------------------------------------------------------------

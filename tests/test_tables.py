@@ -8,12 +8,11 @@ import math
 import multiprocessing
 import os
 import warnings
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from simulated_gpus import H200, simulate, users_file
 
 import gptkern
 import gptkern.functional as G
@@ -24,7 +23,6 @@ from gptkern.backends.tables.configurations import Table
 from gptkern.measuring import tuning_tasks
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-H200 = user.Device("NVIDIA H200", 90)
 CPU = torch.device("cpu")
 
 
@@ -75,17 +73,7 @@ def the_users_folder(tmp_path, monkeypatch):
 @pytest.fixture
 def an_h200(monkeypatch):
     """As if cuda:0 were an H200, and cuda:1 a GPU that nobody measured."""
-    names = {0: ("NVIDIA H200", (9, 0)), 1: ("NVIDIA H900", (10, 3))}
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: names[torch.device(device).index][1])
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: names[torch.device(device).index][0])
-    return torch.device("cuda", 0)
-
-
-def users_file(**changes):
-    content = dict(format=user.FORMAT, device="NVIDIA H200", architecture=90, versions=user.versions())
-    files.write(user.path(H200), content | dict(date="2026-11-23", configurations={}, backends={}) | changes)
-    dispatch.forget()
-    return user.path(H200)
+    return simulate(monkeypatch, ("NVIDIA H200", (9, 0)), ("NVIDIA H900", (10, 3)))
 
 
 # --- What ships -----------------------------------------------------------------------------------------------------
@@ -166,7 +154,7 @@ def test_rows_of_two_sizes(table):
     read = table(an_entry(*listed), sizes=("length_q", "length_k"))
     # The least first size decides, though a row of larger ones has a nearer second size.
     calls = {
-        (1, 512): 16, (1, 513): 32, (1, math.inf): 32, (2, 512): 64, (64, 513): 256, (65, 64): 128, (65, 65): 256,
+        (1, 512): 16, (64, 1): 64, (1, 513): 32, (1, math.inf): 32, (2, 512): 64, (64, 513): 256, (65, 64): 128, (65, 65): 256,
     }  # fmt: skip
     assert {call: read.find(CPU, call, "forward").block_m for call in calls} == calls
     with configurations.override("polish", ("forward", 1, None), Tile(512, 1, 1, None)):
@@ -332,172 +320,3 @@ def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
         files.write(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [file.name for file in path.parent.iterdir()] == ["file.json"], "a part of a file was left behind"
-
-
-# --- Orders of backends ---------------------------------------------------------------------------------------------
-
-NARROW = dict(bits=16, width=1024, last=True, fused=False)
-
-
-def a_preference(*order, **changes):
-    return NARROW | dict(order=list(order), ratio=1.3, on="4x512") | changes
-
-
-def on_h200(*rows, **changes):
-    entry = dict(device="NVIDIA H200", architecture=90, date="2026-11-22", versions={}, rows=list(rows))
-    return entry | changes
-
-
-def a_default(*order, architecture=80, **changes):
-    return dict(architecture=architecture, order=list(order), source="reasoned") | changes
-
-
-@pytest.fixture
-def backends_file(tmp_path, monkeypatch):
-    """backends_file(entry, …, defaults=[…]): as if these had shipped for softmax."""
-    shipped = files.shipped
-
-    def ship(*entries, **changes):
-        path = tmp_path / "backends.json"
-        default = [a_default(*orders.FAMILIES)]
-        files.write(path, dict(defaults=default, entries=list(entries)) | changes)
-        monkeypatch.setattr(files, "shipped", lambda *of: path if of == ("softmax", "backends") else shipped(*of))
-        dispatch.forget()
-
-    yield ship
-    monkeypatch.undo()
-    dispatch.forget()
-
-
-@pytest.mark.parametrize(
-    "content, words",
-    [
-        (dict(defaults=[a_default("cuda", "torch")]), r"defaults\[0\]: order is .* it needs each of cuda, triton"),
-        (dict(defaults=[a_default("cuda", "triton", "metal")]), r"defaults\[0\]: order is"),
-        (dict(entries=[on_h200(a_preference("triton"))]), "it needs two backends at least"),
-        (dict(entries=[on_h200(a_preference("triton", "torch", width=1000))]), "width is 1000"),
-        (dict(entries=[on_h200(a_preference("triton", "torch", last=1))]), "last is 1; it needs one of"),
-        (dict(entries=[on_h200(*[a_preference("triton", "torch")] * 2)]), "a second row"),
-        (dict(entries=[on_h200(), on_h200()]), "a second entry for NVIDIA H200"),
-    ],
-)
-def test_a_wrong_backends_file_names_the_place(backends_file, content, words):
-    backends_file(**content)
-    with pytest.raises(files.TableError, match=rf"backends\.json.*{words}"):
-        orders.shipped("softmax")
-
-
-def test_orders_with_variants_and_what_was_not_measured_comes_last(backends_file):
-    variant = a_default("triton:tma", *orders.FAMILIES, architecture=90)
-    backends_file(on_h200(a_preference("torch", "triton:tma")), defaults=[a_default(*orders.FAMILIES), variant])
-    assert orders.names("softmax") == ("cuda", "triton", "torch", "triton:tma")
-    assert "triton:tma" in orders.variants()
-    row = orders.preferences("softmax", H200)[tuple(NARROW.values())]
-    assert row.order == ("torch", "triton:tma", "cuda", "triton")
-    assert row.reason == "measured 1.30 x faster than triton:tma on NVIDIA H200, 2026-11-22"
-
-
-# --- Dispatch -------------------------------------------------------------------------------------------------------
-
-
-def a_call(width, index=0):
-    """A softmax's record, on a simulated GPU."""
-    with FakeTensorMode():
-        input = torch.empty(4, width, device=f"cuda:{index}", dtype=torch.bfloat16)
-    return operators.contract("softmax").Call(input, -1, None, 1.0, None, False)
-
-
-@pytest.fixture
-def kernels(monkeypatch, an_h200):
-    """kernels("triton", …): these backends cover every softmax."""
-    monkeypatch.setattr(dispatch, "unavailable", lambda name, device: None)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-
-    def covering(*names):
-        monkeypatch.setattr(dispatch, "_modules", {(name, "softmax"): SimpleNamespace() for name in ("cuda", "triton")})
-        monkeypatch.setattr(dispatch, "_uncovered", lambda name, *_: None if name in names else f"{name} can not")
-
-    covering("cuda", "triton")
-    monkeypatch.setattr(dispatch, "_warned", set())
-    with gptkern.backend(None):
-        yield covering
-
-
-MEASURED = "measured 1.30 x faster than cuda on NVIDIA H200, 2026-11-22"
-
-
-def test_nothing_measured_is_the_default_and_its_class_is_not_asked_for(kernels, backends_file, monkeypatch):
-    def never(call):
-        raise AssertionError("the class of a call was found out where nothing is measured")
-
-    problem = operators.problem("softmax")
-    monkeypatch.setattr(problem, "classes", problem.classes._replace(of=never))
-    backends_file()
-    assert dispatch.choose("softmax", a_call(512)) == ("cuda", "reasoned")
-    # Measured on the H200 and called on another GPU: nothing is measured there.
-    backends_file(on_h200(a_preference("triton", "cuda")))
-    assert dispatch.choose("softmax", a_call(512, index=1)) == ("cuda", "reasoned")
-    with pytest.raises(AssertionError, match="was found out"):
-        dispatch.choose("softmax", a_call(512))
-
-
-def test_the_measured_order_decides_its_own_class(kernels, backends_file):
-    backends_file(on_h200(a_preference("triton", "cuda", "torch")))
-    assert dispatch.choose("softmax", a_call(1024)) == ("triton", MEASURED)
-    assert dispatch.choose("softmax", a_call(1025)) == ("cuda", "reasoned")
-    # The fastest that cannot run is passed over with the reason.
-    kernels("cuda")
-    reason = "the input is on cuda; not triton: triton can not"
-    assert dispatch.choose("softmax", a_call(512)) == ("cuda", reason)
-    for name in ("cuda", "torch"):
-        with gptkern.backend(name):
-            assert dispatch.choose("softmax", a_call(512)) == (name, "asked for by name")
-
-
-def test_pytorch_that_is_faster_runs_without_a_warning_and_what_is_left_over_with_one(kernels, backends_file):
-    backends_file(on_h200(a_preference("torch", "triton")))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert dispatch.choose("softmax", a_call(512)) == ("torch", MEASURED.replace("cuda", "triton"))
-    # No kernel in front of PyTorch can run, nor does one take its place that nobody measured against it.
-    backends_file(on_h200(a_preference("triton", "torch")))
-    kernels("cuda")
-    with pytest.warns(UserWarning, match="triton can not"):
-        assert dispatch.choose("softmax", a_call(512)).backend == "torch"
-
-
-def test_the_users_measurement_comes_first(kernels, backends_file):
-    backends_file(on_h200(a_preference("triton", "cuda"), a_preference("triton", "cuda", width=4096)))
-    users_file(backends={"softmax": [a_preference("torch", "cuda", ratio=2)]})
-    choice = dispatch.choose("softmax", a_call(512))
-    assert choice == ("torch", "measured 2.00 x faster than cuda on NVIDIA H200, 2026-11-23")
-    assert dispatch.choose("softmax", a_call(4096)).backend == "triton"
-    users_file(backends={"softmax": [a_preference("torch", "metal")]})
-    with pytest.warns(UserWarning, match="is ignored") as caught:
-        assert (
-            dispatch.choose("softmax", a_call(512)) == dispatch.choose("softmax", a_call(800)) == ("triton", MEASURED)
-        )
-    assert len(caught) == 1
-
-
-def test_choices_are_traced(kernels, backends_file, monkeypatch):
-    """torch.compile sees one graph, follows the table, and does not read files while it traces."""
-    # A meta tensor stands in for the GPU's: it is the one that compiles here.
-    monkeypatch.setattr(user, "identify", lambda device: H200)
-    Call, Norm = operators.contract("softmax").Call, operators.contract("rms_norm").Call
-
-    def chosen(x):
-        dispatch.choose("rms_norm", Norm(x, None, 1e-6))
-        choice = dispatch.choose("softmax", Call(x, -1, None, 1.0, None, False))
-        return x.new_empty({"cuda": 1, "triton": 2, "torch": 3}[choice.backend])
-
-    def found(*widths):
-        torch._dynamo.reset()
-        compiled = torch.compile(chosen, fullgraph=True, backend="eager")
-        return [compiled(torch.empty(4, width, device="meta", dtype=torch.bfloat16)).shape[0] for width in widths]
-
-    backends_file()
-    assert found(512, 2000) == [1, 1]
-    backends_file(on_h200(a_preference("triton", "cuda"), a_preference("torch", "cuda", width=4096)))
-    users_file(backends={"rms_norm": [dict(bits=16, width=None, order=["triton", "cuda"], ratio=2)]})
-    assert found(512, 800, 2000, 3000, 5000) == [2, 2, 3, 3, 1]
