@@ -133,9 +133,9 @@ def gone(pid: int) -> bool:
 STUBBORN = """
 import signal, subprocess, sys, time
 signal.signal(signal.SIGINT, signal.SIG_IGN)
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
 print("child", child.pid, flush=True)
-time.sleep(60)
+time.sleep(5)
 """
 
 
