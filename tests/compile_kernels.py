@@ -6,6 +6,10 @@
 A program of its own, because the kernels of a process with TRITON_INTERPRET=1 are interpreted and cannot be
 compiled. No GPU is needed: Triton's wheel brings the assembler (ptxas) and cuobjdump.
 
+What was read is kept in the folder of pytest's cache, by what it depends on: the case as Triton's front end reads it
+(in which comments, and where a function stands, do not show), the options, Triton and its assembler, and this file. So
+the same code is compiled once, whichever cases it belongs to, and a second run compiles what has changed.
+
 Where the numbers come from:
     registers, spill    `cuobjdump --dump-resource-usage` of the machine code. A Triton kernel has no local arrays and
                         no calls, so a stack frame means that registers spill to local memory.
@@ -19,6 +23,7 @@ from __future__ import annotations
 import argparse
 import ast
 import concurrent.futures
+import hashlib
 import importlib
 import json
 import os
@@ -29,7 +34,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-KERNELS = Path(__file__).parents[1] / "gptkern" / "operators"
+ROOT = Path(__file__).parents[1]
+ROOMS, SHARED = ROOT / "gptkern" / "operators", ROOT / "gptkern" / "backends" / "triton"
+CACHE = ROOT / ".pytest_cache" / "d" / "compiled_kernels"
 ARCHITECTURES = (80, 90, 100)
 # Bytes that one block may have: 163 KB on sm_80, 227 KB on sm_90 and sm_100 (CUDA C++ Programming Guide).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -40,17 +47,23 @@ MATRIX_INSTRUCTION = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b"
 GLOBAL_LOAD = re.compile(r"\bld\.global(?:\.\w+(?:::\w+)*)*?(?:\.v(\d))?\.[busf](\d+)\b")
 COPY_TO_SHARED = re.compile(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?\], (0x[0-9a-f]+|\d+)")
 TENSOR_COPY = re.compile(r"\bcp\.async\.bulk\.tensor\b")
+# Where in a file an operation comes from: `loc(#loc5)` behind it, `#loc5 = loc("…":12:8)` at the end.
+LOCATION = re.compile(r"^#loc.*$|loc\([^()]*(?:\([^()]*\))?[^()]*\)", re.MULTILINE)
 TENSOR_COPY_BYTES = 16  # at least: the unit of the hardware's tensor copies
 
 
 def modules() -> list[str]:
     """The operators whose Triton kernels list compile cases; nothing is imported."""
-    return sorted(path.parent.name for path in KERNELS.glob("*/triton.py") if "def compile_cases" in path.read_text())
+    return sorted(path.parent.name for path in ROOMS.glob("*/triton.py") if "compile_cases" in path.read_text())
 
 
-def kernel_names(module: str | None = None) -> set[str]:
-    """The jitted functions that are launched, `…_kernel` by name, in one file or in all."""
-    paths = list(KERNELS.glob(f"{module or '*'}/triton*.py"))
+def cases_of(module: str, architecture: int):
+    return importlib.import_module(f"gptkern.operators.{module}.triton").compile_cases(architecture)
+
+
+def kernel_names() -> set[str]:
+    """The jitted functions that are launched, `…_kernel` by name, of all rooms and of what they share."""
+    paths = [*ROOMS.glob("*/triton*.py"), *SHARED.glob("*.py")]
     functions = (node for path in paths for node in ast.walk(ast.parse(path.read_text())))
     return {
         node.name
@@ -60,7 +73,7 @@ def kernel_names(module: str | None = None) -> set[str]:
 
 
 def compiled(case, architecture: int) -> dict[str, Any]:
-    """Compile one case and read its use of the machine. Raises what the compiler raises."""
+    """One case's use of the machine: from the cache, or compiled. Raises what the compiler raises."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -80,19 +93,44 @@ def compiled(case, architecture: int) -> dict[str, Any]:
         constexprs=case.constants,
         attrs={(position,): [["tt.divisibility", 16]] for position in aligned},
     )
-    binary = triton.compile(
-        source,
-        target=GPUTarget("cuda", architecture, WARP_SIZE),
-        options=dict(num_warps=case.num_warps, num_stages=case.num_stages),
-    )
+    target = GPUTarget("cuda", architecture, WARP_SIZE)
+    options = dict(num_warps=case.num_warps, num_stages=case.num_stages)
+    kept = CACHE / f"{cache_key(source, target, options)}.json"
+    if kept.is_file():
+        return json.loads(kept.read_text())
+    binary = triton.compile(source, target=target, options=options)
     ptx = binary.asm["ptx"]
-    return {
+    use = {
         **resource_usage(binary.asm["cubin"]),
         "shared": binary.metadata.shared,
         "tensor_memory": getattr(binary.metadata, "tmem_size", 0) or 0,
         "instructions": sorted(set(MATRIX_INSTRUCTION.findall(ptx))),
         "widest_load": widest_load(ptx),
     }
+    CACHE.mkdir(parents=True, exist_ok=True)
+    # Another process may write the same: each its own file, moved into place whole.
+    with tempfile.NamedTemporaryFile("w", dir=CACHE, delete=False) as file:
+        json.dump(use, file)
+    os.replace(file.name, kept)
+    return use
+
+
+def cache_key(source, target, options: dict[str, int]) -> str:
+    """A hash of all that a case's machine code depends on, and of what reads it."""
+    import triton
+    from triton._C.libtriton import ir
+    from triton.compiler.compiler import make_backend
+
+    backend = make_backend(target)
+    parsed = backend.parse_options(options)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions = backend.get_codegen_implementation(parsed)
+    module = source.make_ir(target, parsed, functions, backend.get_module_map(), context)
+    code = LOCATION.sub("", str(module))
+    parts = (code, parsed.hash(), backend.hash(), triton.__version__, Path(__file__).read_text())
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
@@ -121,7 +159,7 @@ def widest_load(ptx: str) -> int:
 
 def records(module: str, architecture: int):
     """One dictionary for each compile case of a module: its name, and its use or the compiler's error."""
-    for case in importlib.import_module(f"gptkern.operators.{module}.triton").compile_cases(architecture):
+    for case in cases_of(module, architecture):
         record = {
             "operator": module,
             "case": case.name,
@@ -142,7 +180,7 @@ def records(module: str, architecture: int):
 
 
 def run(module: str, architecture: int) -> list[dict[str, Any]]:
-    """`records` in a process of its own, with a cache of its own."""
+    """`records` in a process of its own. Triton's cache is its own too: what is kept of it is small."""
     with tempfile.TemporaryDirectory() as cache:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         environment |= {"TRITON_CACHE_DIR": cache, "OMP_NUM_THREADS": "1"}
