@@ -154,7 +154,8 @@ def test_rows_of_two_sizes(table):
     read = table(an_entry(*listed), sizes=("length_q", "length_k"))
     # The least first size decides, though a row of larger ones has a nearer second size.
     calls = {
-        (1, 512): 16, (64, 1): 64, (1, 513): 32, (1, math.inf): 32, (2, 512): 64, (64, 513): 256, (65, 64): 128, (65, 65): 256,
+        (1, 512): 16, (1, 513): 32, (1, math.inf): 32, (2, 512): 64, (64, 1): 64, (64, 513): 256, (65, 64): 128,
+        (65, 65): 256,
     }  # fmt: skip
     assert {call: read.find(CPU, call, "forward").block_m for call in calls} == calls
     with configurations.override("polish", ("forward", 1, None), Tile(512, 1, 1, None)):
