@@ -17,9 +17,9 @@ import torch
 
 from gptkern import cli
 from gptkern.commands import UserError, checkpoints, kernel_check, text, training
+from gptkern.commands.demo_report import render
 from gptkern.commands.findings import Curve, Findings, Int8
 from gptkern.commands.observing import SwappedModules
-from gptkern.commands.demo_report import render
 from gptkern.models.gpt import GPT, GPTConfig
 
 SIZES = ["--preset", "nano", "--context", "16", "--batch", "2", "--device", "cpu"]
