@@ -287,7 +287,7 @@ def _constant_while_compiling(function: Callable) -> Callable:
 _preferences: dict[tuple[str, int | None], dict[tuple, orders.Preference]] = {}
 # (operator, type and index of a device) -> the default order, or None where something was measured.
 _unmeasured: dict[tuple[str, str, int | None], orders.Preference | None] = {}
-# operator -> what finds the class of its calls; of every operator as soon as one has been measured: torch.compile, which
+# operator -> what finds the class of its calls; of every operator as soon as one has been measured: torch.compile
 # traces it, cannot trace an import, and does not see what is added to a global that it has read.
 _class_of: dict[str, Callable[[tuple], tuple]] = {}
 
