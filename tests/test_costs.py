@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import subprocess
-import types
 from pathlib import Path
 
 import pytest
@@ -13,9 +13,8 @@ import torch.nn.functional as F
 
 import gptkern
 import gptkern.functional as G
-from gptkern import operators
 from gptkern.backends import dispatch
-from gptkern.measuring import costs, machine, timing
+from gptkern.measuring import costs, machine, runner, timing
 
 FUNCTIONS_OF_PYTORCH = ("attention", "layer_norm", "rms_norm", "softmax")
 
@@ -66,7 +65,7 @@ def processes(monkeypatch):
 
 def assert_whole(record: dict) -> None:
     """The record has the form that results files promise."""
-    assert set(record) == {"key", "what", "unit", "gptkern", "peers", "limit", "limit_to"}
+    assert set(record) == {"key", "what", "gptkern", "peers", "limit", "limit_to"}
     for found in (record["gptkern"], *record["peers"].values()):
         assert "skipped" in found or 0 < found["low"] <= found["median"] <= found["high"]
     assert record["limit_to"] is None or (record["limit_to"] in record["peers"] and record["limit"])
@@ -75,18 +74,15 @@ def assert_whole(record: dict) -> None:
 # --- Which ------------------------------------------------------------------------------------------------------------
 
 
-def test_larger_extents_hold_the_smaller_ones():
-    smoke, quick, full = ([key for key, _ in costs.listed(extent)] for extent in costs.EFFORTS)
-    assert full[: len(quick)] == quick and quick[: len(smoke)] == smoke and len(set(full)) == len(full)
-    assert full[len(smoke) :] == ["host time, swapped step", "import", "first call", "build", "wheel"]
-
-
-def test_the_smoke_extent_is_whole():
-    records = [measure() for _, measure in costs.listed("smoke")]
+def test_the_extents_and_what_the_smallest_measures():
+    smoke, quick, full = (costs.listed(extent) for extent in costs.EFFORTS)
+    assert [key for key, _ in full] == [key for key, _ in quick] and len(dict(full)) == len(full)
+    assert [key for key, _ in full[len(smoke) :]] == ["host time, swapped step", "import", "first call"]
+    records = [measure() for _, measure in smoke]
     for record in records:
         assert_whole(record)
         assert "skipped" not in record["gptkern"] or importlib.util.find_spec("triton") is None
-    assert [record["key"] for record in records] == [key for key, _ in costs.listed("smoke")]
+    assert [record["key"] for record in records] == [key for key, _ in smoke]
     limited = {record["key"]: record["limit"] for record in records if record["limit"]}
     assert limited == {f"host time, {name}": costs.HOST_LIMIT for name in FUNCTIONS_OF_PYTORCH}
 
@@ -102,12 +98,6 @@ def test_a_slow_twin_shows_in_its_own_place(monkeypatch, clock):
     assert record["peers"][record["limit_to"]]["median"] == pytest.approx(1e-3)
 
 
-@pytest.mark.parametrize("operator", FUNCTIONS_OF_PYTORCH)
-def test_calls_have_gradients_on(operator):
-    ours, theirs, _ = costs.calls(costs.smallest(operator))
-    assert ours().requires_grad and theirs().requires_grad
-
-
 def test_the_path_to_the_launch_is_measured_without_the_launch(monkeypatch, clock):
     kernels = pytest.importorskip("gptkern.operators.layer_norm.triton", reason="triton is not installed")
     real = kernels._forward_kernel
@@ -121,30 +111,20 @@ def test_the_path_to_the_launch_is_measured_without_the_launch(monkeypatch, cloc
     assert kernels._forward_kernel is real
     if not torch.cuda.is_available():
         assert gptkern.explain(G.layer_norm, torch.ones(2, 4), (4,)).backend == "torch"
+    monkeypatch.setattr(dispatch, "load", lambda *_: importlib.import_module("no_triton"))
+    assert "No module named 'no_triton'" in costs.kernels_path("layer_norm", "triton", 2)["gptkern"]["skipped"]
 
 
-@pytest.mark.parametrize(
-    "operator", [key.partition(", ")[2] for key, _ in costs.listed("smoke") if "launch" not in key]
-)
+@pytest.mark.parametrize("operator", [name for name in runner.OPERATORS if name != "model"])
 def test_every_path_ends_at_a_kernel_that_is_not_launched(monkeypatch, operator):
-    assert operator in operators.NAMES
     pytest.importorskip("triton", reason="triton is not installed")
     launched = []
     monkeypatch.setattr(costs, "_nothing", lambda *arguments, **named: launched.append(arguments))
-    ours, *_ = costs.calls(costs.smallest(operator))
+    ours, theirs, _ = costs.calls(costs.smallest(operator))
+    assert ours().requires_grad and theirs().requires_grad, "gradients are on"
     with costs._without_launches(dispatch.load("triton", operator)), gptkern.backend("triton"):
         ours()
     assert len(launched) == 1
-
-
-def test_without_triton_the_path_to_the_launch_is_skipped(monkeypatch):
-    def load(name, operator):
-        raise ImportError("No module named 'triton'")
-
-    monkeypatch.setattr(dispatch, "load", load)
-    record = costs.kernels_path("layer_norm", "triton", rounds=2)
-    assert_whole(record)
-    assert "No module named 'triton'" in record["gptkern"]["skipped"]
 
 
 def test_a_swapped_step_is_held_against_stock(monkeypatch, clock):
@@ -176,7 +156,7 @@ def test_import(processes):
 
 
 def test_first_call(processes, monkeypatch):
-    processes |= {"torch.compile": [9], "import gptkern": [1], "import liger": [7], "(F.layer_norm)": [2]}
+    processes |= {"torch.compile": [9], "import gptkern": [1], "import liger": [7], "F.layer_norm(": [2]}
     monkeypatch.setattr(machine, "kind", lambda: "cuda")
     record = costs.first_call(1)
     assert_whole(record)
@@ -185,62 +165,27 @@ def test_first_call(processes, monkeypatch):
     assert found == {"F.layer_norm": 2, "torch.compile": 9, "Liger-Kernel": 7}
 
 
-def test_a_peer_that_fails_or_is_not_there_is_skipped_with_the_reason(processes, monkeypatch):
+def test_a_process_that_fails_is_a_reason_or_gptkerns_error(processes, monkeypatch):
     processes |= {"import gptkern": [0.1, 0.1], "import liger": "Traceback …\nImportError: libcuda.so\n"}
     assert costs.import_time(1)["peers"] == {"Liger-Kernel": {"skipped": "failed: ImportError: libcuda.so"}}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert costs.import_time(1)["peers"] == {"Liger-Kernel": {"skipped": "liger_kernel is not installed"}}
-
-
-def test_gptkern_that_fails_is_an_error_with_all_it_wrote(processes):
-    processes |= {"import gptkern": "Traceback …\nSyntaxError: here\n", "import liger": [1]}
+    processes |= {"import gptkern": "Traceback …\nSyntaxError: here\n"}
     with pytest.raises(costs.CostError, match=r"(?s)ended with 1:.*Traceback …\nSyntaxError: here"):
         costs.import_time(1)
 
 
-def test_a_process_that_does_not_end_is_an_error():
-    with pytest.raises(costs.CostError, match=r"did not end within 0\.05 s"):
-        costs._run([costs.sys.executable, "-c", "import time\ntime.sleep(60)"], 0.05)
-
-
-def test_a_real_process_is_clean_and_has_gptkern(monkeypatch):
+def test_real_processes_are_clean_have_gptkern_and_end(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    program = """
-import importlib.util, os, pathlib
+    program = f"""
+import importlib.util, os, pathlib, sys
 folder = pathlib.Path(importlib.util.find_spec("gptkern").origin).parents[1]
-assert folder == pathlib.Path(FOLDER), folder
-assert "TRITON_INTERPRET" not in os.environ
-assert not os.path.exists(os.environ["TRITON_CACHE_DIR"])
+assert folder == pathlib.Path({str(Path(gptkern.__file__).parents[1])!r}), folder
+assert "TRITON_INTERPRET" not in os.environ and not os.path.exists(os.environ["TRITON_CACHE_DIR"])
 print("noise")
 print(0.5)
-""".replace("FOLDER", repr(str(Path(gptkern.__file__).parents[1])))
-    assert costs.in_new_processes(program, 1) == [0.5]
-
-
-# --- Build and wheel --------------------------------------------------------------------------------------------------
-
-
-def test_build_and_wheel(tmp_path, monkeypatch, clock):
-    for name in ("pyproject.toml", "setup.py", "gptkern/__init__.py", "build/old.py", ".git/config"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("")
-    monkeypatch.setattr(costs, "gptkern", types.SimpleNamespace(__file__=str(tmp_path / "gptkern" / "__init__.py")))
-    builds = []
-
-    def pip(command, **options):
-        *_, folder, source = command
-        builds.append(options["env"]["GPTKERN_CUDA"])
-        seen = {path.relative_to(source).as_posix() for path in Path(source).rglob("*")}
-        assert seen == {"pyproject.toml", "setup.py", "gptkern", "gptkern/__init__.py"}
-        Path(folder, "a.whl").write_bytes(bytes(1000))
-        clock.now += 4.0
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(subprocess, "run", pip)
-    records = [measure() for key, measure in costs.listed("full") if key in ("build", "wheel")]
-    for record in records:
-        assert_whole(record)
-    assert [(r["gptkern"]["median"], r["unit"]) for r in records] == [(4.0, "s"), (1000, "B")]
-    assert builds == ["1" if torch.cuda.is_available() else "0"], "both records are of the same build"
-    (tmp_path / "setup.py").unlink()
-    assert "the source tree is not here" in costs.build_time(costs.build())["gptkern"]["skipped"]
+"""
+    assert costs._seconds(program) == 0.5
+    monkeypatch.setattr(costs, "PATIENCE", 0.05)
+    with pytest.raises(costs.CostError, match=r"did not end within 0\.05 s"):
+        costs._seconds("import time\ntime.sleep(60)")

@@ -163,8 +163,7 @@ def _costs(recorder, extent: str, end: float) -> int:
             status = FAILED
             continue
         recorder.add("costs", record)
-        show = form.size if record["unit"] == "B" else form.seconds
         parts = {"gptkern": record["gptkern"], **record["peers"]}
-        amounts = [f"{name} {part.get('skipped') or show(part['median'])}" for name, part in parts.items()]
+        amounts = [f"{name} {part.get('skipped') or form.seconds(part['median'])}" for name, part in parts.items()]
         print(f"{key}: {', '.join(amounts)}", flush=True)
     return status

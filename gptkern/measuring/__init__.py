@@ -12,6 +12,6 @@ runner        checks a cell, then times all of its implementations in turn
 results       the JSON file
 rates         what such a file says: rates, shares of the ceilings, who is ahead
 report        Markdown from such a file; plots: its pictures
-costs         what is no kernel: host time, import, first call, build, wheel
+costs         what is no kernel: host time, import, first call
 tuning        the choice of backends and of tiles by measurement; tuning_tasks: its shapes and candidates
 """

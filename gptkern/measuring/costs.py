@@ -1,4 +1,4 @@
-"""Costs that are not kernels: host time, import, first call, build, wheel; each measured, with its peers.
+"""Costs that are not kernels: host time, import, first call; each measured, with its peers.
 
     host time       of one call of each operator's smallest cell: what a call costs where nothing is computed
     to the launch   the same on the way to a kernel that is not launched: checks, choice, allocation, autograd; of the
@@ -6,11 +6,10 @@
     swapped step    CPU time of a small model's training step on PyTorch's operators, swapped against stock
     import          `import gptkern` after `import torch`, each time in a new process
     first call      from the call to its result, in a new process with empty caches: kernels are compiled in it
-    build, wheel    `pip wheel` of the source tree, and the size of what it makes
 
-`listed(extent)` gives what measures each record, as the "costs" of a results file hold them:
+`listed(extent)` gives what measures each record, as the "costs" of a results file hold them, in seconds:
 
-    {"key", "what": in words, "unit": "s" | "B", "gptkern": {"median", "low", "high", "n"}, "peers": {name: the same},
+    {"key", "what": in words, "gptkern": {"median", "low", "high", "n"}, "peers": {name: the same},
      "limit": the promise or None, "limit_to": the peer whose median it is a ratio to, or None: a value}
 
 What cannot be measured here is {"skipped": why} in the place of the numbers. A peer that fails is skipped with the last
@@ -24,7 +23,6 @@ import copy
 import functools
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -51,12 +49,10 @@ HOST_LIMIT = 3.0
 IMPORT_LIMIT = 0.3
 # A swapped model's training step takes at most this many times a stock one's CPU time.
 STEP_LIMIT = 1.05
-# Seconds that one process may take (torch.compile's first call starts a C++ compiler), and a build with CUDA kernels.
-PATIENCE, BUILD_PATIENCE = 300, 900
+# Seconds that one process may take: torch.compile's first call starts a C++ compiler.
+PATIENCE = 300
 # extent -> (rounds of host calls, new processes)
 EFFORTS = {"smoke": (10, 1), "quick": (50, 3), "full": (100, 5)}
-
-
 PATH_KEY = "host time, {}, to the launch of {}"
 
 
@@ -68,7 +64,7 @@ def listed(extent: str) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
     """(key, the function that measures it) of every record.
 
     Args:
-        extent: "smoke": the host times alone; "quick": all but build and wheel; "full": all.
+        extent: "smoke": the host times of a call alone; "quick" and "full": all.
     """
     rounds, processes = EFFORTS[extent]
     names = [name for name in operators.NAMES if name in runner.OPERATORS]
@@ -80,17 +76,12 @@ def listed(extent: str) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
     if extent != "smoke":
         found |= {"host time, swapped step": lambda: swapped_step(rounds)}
         found |= {"import": lambda: import_time(processes), "first call": lambda: first_call(processes)}
-    if extent == "full":
-        built = functools.cache(build)
-        found |= {"build": lambda: build_time(built()), "wheel": lambda: wheel_size(built())}
     return list(found.items())
 
 
-def record(key, what, ours, peers=None, *, unit="s", limit=None, limit_to=None) -> dict[str, Any]:
-    return {
-        "key": key, "what": what, "unit": unit, "gptkern": ours, "peers": peers or {}, "limit": limit,
-        "limit_to": limit_to,
-    }  # fmt: skip
+def record(key, what, ours, peers=None, *, limit=None, limit_to=None) -> dict[str, Any]:
+    found = {"key": key, "what": what, "gptkern": ours, "peers": peers or {}}
+    return found | {"limit": limit, "limit_to": limit_to}
 
 
 def numbers(samples: Sequence[float]) -> dict[str, Any]:
@@ -219,130 +210,84 @@ def swapped_step(rounds: int) -> dict[str, Any]:
 
 # --- New processes ----------------------------------------------------------------------------------------------------
 
-
-def in_new_processes(program: str, count: int) -> list[float]:
-    """The last line that each of `count` new processes prints, a number; every process has empty caches of its own."""
-    return [float(_run([sys.executable, "-c", program]).stdout.split()[-1]) for _ in range(count)]
-
-
-def peers_numbers(program: str, count: int, module: str | None = None) -> dict[str, Any]:
-    """As `in_new_processes`, of a peer that needs `module`."""
-    if module is not None and importlib.util.find_spec(module) is None:
-        return {"skipped": f"{module} is not installed"}
-    try:
-        return numbers(in_new_processes(program, count))
-    except CostError as error:
-        return {"skipped": f"failed: {str(error).splitlines()[-1]}"}
-
-
-def _run(command: list[str], patience: float = PATIENCE, **variables: str) -> subprocess.CompletedProcess:
-    shown = " ".join("…" if "\n" in part else part for part in command)
-    with tempfile.TemporaryDirectory() as caches:
-        # Kernels are compiled, not interpreted, and nothing is found that another process compiled.
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        environment |= {"TRITON_CACHE_DIR": f"{caches}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor"}
-        # The same gptkern as here, wherever that was found.
-        paths = [str(Path(gptkern.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment |= {"PYTHONPATH": os.pathsep.join(paths), **variables}
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=patience)
-        except subprocess.TimeoutExpired as error:
-            raise CostError(f"{shown}\ndid not end within {patience:g} s") from error
-    if done.returncode != 0:
-        raise CostError(f"{shown}\nended with {done.returncode}:\n{done.stdout}{done.stderr}".rstrip())
-    return done
-
-
-_IMPORT = """
+_PROGRAM = """
 import time
 import torch
+{before}
 start = time.perf_counter()
-import {}
+{timed}
 print(time.perf_counter() - start)
 """
-
-
-def import_time(processes: int) -> dict[str, Any]:
-    liger = peers_numbers(_IMPORT.format("liger_kernel.transformers"), processes, "liger_kernel")
-    ours = numbers(in_new_processes(_IMPORT.format("gptkern"), processes))
-    what = "import gptkern, beyond import torch, in a new process"
-    return record("import", what, ours, {peers.LIGER: liger}, limit=IMPORT_LIMIT)
-
-
 # CUDA's own start, and that of its random numbers, are over before the clock starts.
-_FIRST_CALL = """
-import time
-import torch
+_TENSORS = """
 import {module} as F
 device = "cuda" if torch.cuda.is_available() else "cpu"
 x = torch.randn(4, 1024, device=device, requires_grad=True)
 weight, bias = torch.randn(2, 1024, device=device).unbind()
 synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
 synchronize()
-start = time.perf_counter()
-({function})(x, (1024,), weight, bias)
-synchronize()
-print(time.perf_counter() - start)
 """
 
 
+def import_time(processes: int) -> dict[str, Any]:
+    ours = in_new_processes(processes, "", "import gptkern")
+    liger = of_peer("liger_kernel", processes, "", "import liger_kernel.transformers")
+    what = "import gptkern, beyond import torch, in a new process"
+    return record("import", what, ours, {peers.LIGER: liger}, limit=IMPORT_LIMIT)
+
+
 def first_call(processes: int) -> dict[str, Any]:
-    twin, of_pytorch, liger, compiled = (
-        _FIRST_CALL.format(module=module, function=function)
-        for module, function in (
-            ("gptkern.functional", "F.layer_norm"),
-            ("torch.nn.functional", "F.layer_norm"),
-            ("liger_kernel.transformers.functional", "lambda x, shape, w, b: F.liger_layer_norm(x, w, b, 1e-5)"),
-            ("torch.nn.functional", "torch.compile(F.layer_norm, dynamic=False)"),
-        )
-    )
+    def program(module: str, call: str) -> tuple[str, str]:
+        return _TENSORS.format(module=module), f"{call}\nsynchronize()"
+
+    layer_norm, functional = "(x, (1024,), weight, bias)", "torch.nn.functional"
+    liger = program("liger_kernel.transformers.functional", "F.liger_layer_norm(x, weight, bias, 1e-5)")
+    compiled = program(functional, f"torch.compile(F.layer_norm, dynamic=False){layer_norm}")
     others = {
-        "F.layer_norm": peers_numbers(of_pytorch, processes),
-        "torch.compile": peers_numbers(compiled, processes),
+        "F.layer_norm": of_peer("torch", processes, *program(functional, f"F.layer_norm{layer_norm}")),
+        "torch.compile": of_peer("torch", processes, *compiled),
         # Its kernels run on a GPU alone.
         peers.LIGER: {"skipped": "needs a GPU"}
         if machine.kind() == "cpu"
-        else peers_numbers(liger, processes, "liger_kernel"),
+        else of_peer("liger_kernel", processes, *liger),
     }
     what = (
         "the first layer_norm of a new process with empty caches, 4x1024 float32, from the call to its result; kernels "
         "that are compiled on the first call are compiled in it"
     )
-    return record("first call", what, numbers(in_new_processes(twin, processes)), others)
+    ours = in_new_processes(processes, *program("gptkern.functional", f"F.layer_norm{layer_norm}"))
+    return record("first call", what, ours, others)
 
 
-# --- Build and wheel --------------------------------------------------------------------------------------------------
+def of_peer(module: str, count: int, before: str, timed: str) -> dict[str, Any]:
+    """As `in_new_processes`, of a peer that needs `module`."""
+    if importlib.util.find_spec(module) is None:
+        return {"skipped": f"{module} is not installed"}
+    try:
+        return in_new_processes(count, before, timed)
+    except CostError as error:
+        return {"skipped": f"failed: {str(error).splitlines()[-1]}"}
 
 
-def build() -> tuple[float, int] | str:
-    """(seconds, bytes of the wheel) of one build with pip, or why there is none.
-
-    Without a GPU the CUDA kernels would be compiled for every GPU that there is, and be of no use here.
-    """
-    tree = Path(gptkern.__file__).parents[1]
-    if not all((tree / name).is_file() for name in ("pyproject.toml", "setup.py")):
-        return "the source tree is not here: gptkern is installed from a wheel"
-    with tempfile.TemporaryDirectory() as folder:
-        # A copy: a build writes into the tree that it builds.
-        unwanted = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "out", "*.egg-info", "*.so", "results")
-        source = shutil.copytree(tree, Path(folder, "source"), ignore=unwanted)
-        command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-cache-dir", "--wheel-dir", folder]
-        start = time.perf_counter()
-        _run([*command, str(source)], BUILD_PATIENCE, GPTKERN_CUDA="1" if machine.kind() == "cuda" else "0")
-        seconds = time.perf_counter() - start
-        (wheel,) = Path(folder).glob("*.whl")
-        return seconds, wheel.stat().st_size
+def in_new_processes(count: int, before: str, timed: str) -> dict[str, Any]:
+    """What `timed` takes after `before` in `count` new processes, each with empty caches of its own."""
+    return numbers([_seconds(_PROGRAM.format(before=before, timed=timed)) for _ in range(count)])
 
 
-def _with_kernels() -> str:
-    return "with the CUDA kernels, for this GPU" if machine.kind() == "cuda" else "without the CUDA kernels"
-
-
-def build_time(built: tuple[float, int] | str) -> dict[str, Any]:
-    ours = {"skipped": built} if isinstance(built, str) else numbers(built[:1])
-    return record("build", f"pip wheel --no-deps . in the source tree, {_with_kernels()}", ours)
-
-
-def wheel_size(built: tuple[float, int] | str) -> dict[str, Any]:
-    ours = {"skipped": built} if isinstance(built, str) else numbers(built[1:])
-    return record("wheel", f"the size of the wheel, as pip downloads it, {_with_kernels()}", ours, unit="B")
+def _seconds(program: str) -> float:
+    """The last line that the program prints, a number."""
+    with tempfile.TemporaryDirectory() as caches:
+        # Kernels are compiled, not interpreted, and nothing is found that another process compiled.
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environment |= {"TRITON_CACHE_DIR": f"{caches}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor"}
+        # The same gptkern as here, wherever that was found.
+        paths = [str(Path(gptkern.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment |= {"PYTHONPATH": os.pathsep.join(paths)}
+        command = [sys.executable, "-c", program]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE)
+        except subprocess.TimeoutExpired as error:
+            raise CostError(f"a new process did not end within {PATIENCE:g} s:\n{program}") from error
+    if done.returncode != 0:
+        raise CostError(f"a new process ended with {done.returncode}:\n{done.stdout}{done.stderr}".rstrip())
+    return float(done.stdout.split()[-1])

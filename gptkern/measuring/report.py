@@ -285,14 +285,13 @@ def _memory_share(mine: dict[str, Any], best: dict[str, Any]) -> str:
 def _costs(results: dict[str, Any]) -> str:
     rows = []
     for cost in results["costs"]:
-        show = form.size if cost["unit"] == "B" else form.seconds
         own, peers = cost["gptkern"].get("median"), []
         for name, peer in cost["peers"].items():
             if "skipped" not in peer:
                 ratio = form.times(own / peer["median"] if own is not None and peer["median"] else None)
-                peers.append(f"{form.escaped(name)}: {show(peer['median'])} (gptkern takes {ratio})")
+                peers.append(f"{form.escaped(name)}: {form.seconds(peer['median'])} (gptkern takes {ratio})")
         texts = (cost["key"], cost["what"])
-        rows.append((*map(form.escaped, texts), show(own), "; ".join(peers) or form.NONE))
+        rows.append((*map(form.escaped, texts), form.seconds(own), "; ".join(peers) or form.NONE))
     return form.table(["cost", "what", ">gptkern", "peers"], rows) if rows else ""
 
 
