@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gptkern import cli
+from gptkern import cli, operators
 from gptkern.measuring import rates, results, runner
 
 ROOT = Path(__file__).parents[1]
@@ -67,17 +67,11 @@ def bench(tmp_path, monkeypatch, capsys):
 
 
 def test_a_wrong_kernel_fails_the_run(bench, monkeypatch, tmp_path):
-    softmax = runner.module("softmax")
-    whole = softmax.implementations
-
-    def wrong(cell, kind):
-        found = whole(cell, kind)
-        right = found["gptkern"].call
-        return found | {"gptkern": type(found["gptkern"])(lambda *inputs: right(*inputs) * 1.01)}
-
-    monkeypatch.setattr(softmax, "implementations", wrong)
+    softmax = operators.contract("softmax")
+    right = softmax.TWIN
+    monkeypatch.setattr(softmax, "TWIN", lambda *given, **named: right(*given, **named) * 1.01)
     status, printed = bench()
-    assert status == 1 and "FAILED, wrong: the output's worst error" in printed.out
+    assert status == 1 and "FAILED, wrong: forward's worst error" in printed.out
     assert results.load(tmp_path)["cells"], "what failed is on record too"
 
 

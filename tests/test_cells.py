@@ -107,6 +107,23 @@ def test_what_is_checked_is_as_hard_and_fits(kind):
         assert elements <= MOST_ELEMENTS, cell.key
 
 
+@pytest.mark.parametrize("direction, names", [("forward", {"forward"}), ("backward", {"forward", "grad input"})])
+def test_the_twin_is_checked_and_its_gradient_where_that_is_timed(monkeypatch, direction, names):
+    cell = next(cell for cell in runner.cells("cpu", "full", ("softmax",)) if cell.direction == direction)
+    room, softmax = runner.module("softmax"), operators.contract("softmax")
+    small, right = room.check_cell(cell), softmax.TWIN
+
+    def wrong(input, **options):
+        """The right result, whose gradient is not."""
+        result = right(input, **options)
+        return result + 1e-3 * (input - input.detach())
+
+    for twin, is_right in ((right, True), (wrong, direction == "forward")):
+        monkeypatch.setattr(softmax, "TWIN", twin)
+        found = list(room.checked(small))
+        assert {what for what, *_ in found} == names and all(error <= bound for *_, error, bound in found) is is_right
+
+
 # --- The model ------------------------------------------------------------------------------------------------------
 
 
@@ -134,6 +151,17 @@ def test_generation_appends_the_likeliest_token():
     logits, longer = implementation.call(ids)
     assert not logits.requires_grad
     assert torch.equal(longer[:, :-1], ids) and torch.equal(longer[:, -1], logits.argmax(-1))
+
+
+@pytest.mark.parametrize("direction", ["training step", "generation"])
+def test_the_swapped_model_is_checked(monkeypatch, direction):
+    cell = next(cell for cell in model.cells(KIND, "smoke") if cell.direction == direction)
+    ((_, error, bound),) = model.checked(model.check_cell(cell))
+    assert error <= bound
+    swap = gptkern.swap
+    monkeypatch.setattr(gptkern, "swap", lambda model: swap(model) and model.final_norm.weight.data.mul_(1.001))
+    ((_, error, bound),) = model.checked(model.check_cell(cell))
+    assert error > bound
 
 
 @pytest.mark.parametrize("direction", ["training step", "generation"])

@@ -10,6 +10,8 @@ import torch
 from gptkern.measuring import rates, results, runner, timing
 from gptkern.measuring.cells import Cell, Implementation, Missing
 
+directions = pytest.mark.parametrize("direction", ["backward", "both"])
+
 
 def cell(direction="forward", rows=6):
     return Cell("product", direction, "float32", (("rows", rows), ("width", 4)), "product", "width")
@@ -20,7 +22,7 @@ def right(x, w):
 
 
 def operator(**implementations):
-    """A module of gptkern.measuring.operators, with these implementations."""
+    """What runner.module gives of an operator with these implementations."""
 
     def inputs(cell, device):
         return torch.randn(cell.size("rows"), 4, device=device), torch.randn(4, device=device)
@@ -29,8 +31,8 @@ def operator(**implementations):
         inputs=inputs,
         differentiable=lambda cell: (0, 1),
         implementations=lambda cell, kind: dict(implementations),
-        reference=lambda cell, inputs, precision: 3 * inputs[0] * inputs[1],
-        check_cell=lambda cell: cell,
+        check_cell=lambda whole: cell(whole.direction, rows=2),
+        checked=lambda cell: [("forward", 1e-7, 4e-7), ("grad w", 3e-7, 4e-7), ("grad x", 0.0, 0.0)],
     )
 
 
@@ -46,36 +48,42 @@ def measure(monkeypatch):
     monkeypatch.setattr(timing.time, "perf_counter", tick)
     monkeypatch.setattr(runner, "CELL_SECONDS", float("inf"))
 
-    def of(direction="forward", rounds=3, peers=None, module=None, **implementations):
-        module = module or operator(**implementations)
+    def of(direction="forward", rounds=3, peers=None, checked=None, **implementations):
+        module = operator(**implementations)
+        module.checked = checked or module.checked
         monkeypatch.setattr(runner, "module", lambda name: module)
-        return runner.measure(cell(direction), "cpu", rounds, peers)
+        record, samples = runner.measure(cell(direction), "cpu", rounds, peers)
+        return record, samples, {each["name"]: each for each in record["implementations"]}
 
     return of
 
 
-def by_name(record):
-    return {implementation["name"]: implementation for implementation in record["implementations"]}
-
-
 @pytest.mark.parametrize("direction", ["forward", "backward", "both"])
 def test_every_implementation_is_timed_in_one_run(measure, direction):
-    record, samples = measure(direction, gptkern=Implementation(right), eager=Implementation(lambda x, w: x * w * 3))
-    assert list(by_name(record)) == ["gptkern", "eager"] and set(samples) == {"gptkern", "eager"}
+    times_three = Implementation(lambda x, w: x * w * 3)
+    record, samples, by_name = measure(direction, gptkern=Implementation(right), eager=times_three)
+    assert list(by_name) == ["gptkern", "eager"] and set(samples) == {"gptkern", "eager"}
     for implementation in record["implementations"]:
         assert implementation["wall_s"] == {"median": 1.0, "low": 1.0, "high": 1.0, "n": 3}
         assert implementation["device_s"] is None and implementation["timed"] == "wall"
     assert record["key"] == cell(direction).key and record["rounds"] == 3 and record["sizes"] == {"rows": 6, "width": 4}
-    assert record["check"]["error"] <= record["check"]["bound"]
+    assert record["check"] == {"error": 3e-7, "bound": 4e-7, "on": "2x4"}, "what came nearest to its bound"
     recorded = {"format": 1, "machine": {}, "ceilings": {}, "cells": [record], "costs": []}
     assert results.invalid(recorded) is None
 
 
-def test_a_wrong_result_gets_no_time(measure):
-    record, samples = measure(gptkern=Implementation(lambda x, w: 3 * x * w + 1e-4), eager=Implementation(right))
-    assert "worst error is 1.0" in by_name(record)["gptkern"]["skipped"]
-    assert "wall_s" not in by_name(record)["gptkern"] and "gptkern" not in samples
-    assert rates.ours(record) is None and by_name(record)["eager"]["wall_s"]
+@pytest.mark.parametrize(
+    "error, reason",
+    [(5e-7, "wrong: grad w's worst error is 5.000e-07, the rule allows 4.000e-07 (2x4)"), (float("inf"), "wrong")],
+)
+def test_what_float64_refuses_gets_no_time(measure, error, reason):
+    compared = [("forward", 3.9e-7, 4e-7), ("grad w", error, 4e-7)]
+    record, samples, by_name = measure(
+        checked=lambda cell: compared, gptkern=Implementation(right), eager=Implementation(right)
+    )
+    assert reason in by_name["gptkern"]["skipped"] and "wall_s" not in by_name["gptkern"]
+    assert record["check"]["error"] == (None if error == float("inf") else error), "JSON has no infinity"
+    assert rates.ours(record) is None and by_name["eager"]["wall_s"] and set(samples) == {"eager"}
 
 
 class _WrongGradient(torch.autograd.Function):
@@ -93,72 +101,46 @@ class _WrongGradient(torch.autograd.Function):
         return 3 * dy * w, ctx.factor * (3 * dy * x).sum(0), None
 
 
-@pytest.mark.parametrize("direction", ["backward", "both"])
-def test_a_wrong_gradient_gets_no_time(measure, direction):
-    wrong = Implementation(lambda x, w: _WrongGradient.apply(x, w, 1.0003))
-    assert "the gradient of input 1" in by_name(measure(direction, gptkern=wrong)[0])["gptkern"]["skipped"]
-    assert by_name(measure("forward", gptkern=wrong)[0])["gptkern"]["wall_s"], "nothing is differentiated there"
-
-
-def test_nan_is_wrong(measure):
-    record, _ = measure(gptkern=Implementation(lambda x, w: x * w * torch.nan))
-    assert "wrong" in by_name(record)["gptkern"]["skipped"]
-    assert record["check"]["error"] is None, "JSON has no infinity"
-
-
-def test_a_wrong_peer_is_named_and_not_timed(measure):
-    record, samples = measure(
+def test_what_differs_from_the_first_peer_at_full_size_is_named_and_not_timed(measure):
+    record, samples, by_name = measure(
         gptkern=Implementation(right), eager=Implementation(right), other=Implementation(lambda x, w: 3.3 * x * w),
-        shape=Implementation(lambda x, w: (3 * x * w)[:2]),
+        shape=Implementation(lambda x, w: (3 * x * w)[:2]), nan=Implementation(lambda x, w: x * w * torch.nan),
         near=Implementation(lambda x, w: 3.01 * x * w),
     )  # fmt: skip
-    found = by_name(record)["other"]["skipped"]
-    assert found == "computes something else: its result differs from that of eager by 10.0%"
+    assert by_name["other"]["skipped"] == "computes something else: its result differs from that of eager by 10.0%"
     assert record["agreement"] == {"worst": 0.0, "with": "eager"}
-    assert "computes something else" in by_name(record)["shape"]["skipped"]
+    assert all("computes something else" in by_name[name]["skipped"] for name in ("shape", "nan"))
     assert set(samples) == {"gptkern", "eager", "near"}, "another precision is no other function"
+    record, _, by_name = measure(gptkern=Implementation(lambda x, w: 6 * x * w), eager=Implementation(right))
+    assert "computes something else" in by_name["gptkern"]["skipped"] and by_name["eager"]["wall_s"]
 
 
-def test_wrong_at_full_size_alone_is_wrong(measure):
-    small = operator(
-        gptkern=Implementation(lambda x, w: right(x, w) * (2 if len(x) > 2 else 1)), eager=Implementation(right)
-    )
-    small.check_cell = lambda whole: cell(whole.direction, rows=2)
-    record, _ = measure(module=small)
-    assert record["check"]["on"] == "2x4"
-    assert "computes something else" in by_name(record)["gptkern"]["skipped"]
-    assert by_name(record)["eager"]["wall_s"]
-
-
-@pytest.mark.parametrize("direction", ["backward", "both"])
-def test_a_gradient_wrong_at_full_size_alone_is_wrong(measure, direction):
-    def wrong_if_large(x, w):
-        return _WrongGradient.apply(x, w, 1.2) if len(x) > 2 else right(x, w)
-
-    small = operator(
-        gptkern=Implementation(wrong_if_large),
+@directions
+def test_a_gradient_wrong_at_full_size_is_wrong(measure, direction):
+    record, _, by_name = measure(
+        direction,
+        gptkern=Implementation(lambda x, w: _WrongGradient.apply(x, w, 1.2)),
         eager=Implementation(right),
         peer=Implementation(lambda x, w: _WrongGradient.apply(x, w, 0.5)),
     )
-    small.check_cell = lambda whole: cell(whole.direction, rows=2)
-    record, _ = measure(direction, module=small)
-    assert "its gradient of input 1 differs from that of eager by 20.0%" in by_name(record)["gptkern"]["skipped"]
-    assert "its gradient of input 1 differs" in by_name(record)["peer"]["skipped"]
-    assert by_name(record)["eager"]["wall_s"] and record["agreement"] is None
+    assert "its gradient of input 1 differs from that of eager by 20.0%" in by_name["gptkern"]["skipped"]
+    assert "its gradient of input 1 differs" in by_name["peer"]["skipped"]
+    assert by_name["eager"]["wall_s"] and record["agreement"] is None
 
 
-@pytest.mark.parametrize("direction", ["backward", "both"])
+@directions
 def test_every_set_has_a_gradient_of_its_own(measure, monkeypatch, direction):
-    seen = []
-    samplers = runner._samplers
+    seen, samplers = [], runner._samplers
 
     def spied(function, arguments, *rest):
-        seen.extend(id(a) for call in arguments for a in call if isinstance(a, torch.Tensor) and a.shape == (6, 4))
+        tensors = (a for call in arguments for part in call for a in (part if isinstance(part, tuple) else [part]))
+        seen.extend(id(tensor) for tensor in tensors if tensor.shape == (6, 4))
         return samplers(function, arguments, *rest)
 
     monkeypatch.setattr(runner, "_samplers", spied)
     measure(direction, gptkern=Implementation(right))
-    assert len(set(seen)) == len(seen) and len(seen) == 2 * timing.CPU_SETS, "outputs or inputs, and gradients"
+    tensors = 3 if direction == "backward" else 2
+    assert len(set(seen)) == len(seen) == tensors * timing.CPU_SETS, "inputs, outputs, and gradients"
 
 
 def test_failures_and_absences_keep_their_reason(measure, monkeypatch):
@@ -166,79 +148,63 @@ def test_failures_and_absences_keep_their_reason(measure, monkeypatch):
         raise RuntimeError("no kernel image\nand more")
 
     reason = "failed: RuntimeError: no kernel image"
-    record, samples = measure(
+    _, samples, by_name = measure(
         gptkern=Implementation(right), absent=Missing("it is not installed"), broken=Implementation(fails),
         unprepared=Implementation(right, prepare=fails),
     )  # fmt: skip
-    assert by_name(record)["absent"] == {"name": "absent", "skipped": "it is not installed"}
-    assert by_name(record)["broken"]["skipped"] == by_name(record)["unprepared"]["skipped"] == reason
+    assert by_name["absent"] == {"name": "absent", "skipped": "it is not installed"}
+    assert by_name["broken"]["skipped"] == by_name["unprepared"]["skipped"] == reason
     assert set(samples) == {"gptkern"}
-    record, _ = measure(gptkern=Implementation(fails), eager=Implementation(right))
-    assert by_name(record)["gptkern"]["skipped"] == reason and by_name(record)["eager"]["wall_s"]
+    _, _, by_name = measure(gptkern=Implementation(right), eager=Implementation(right), checked=fails)
+    assert by_name["gptkern"]["skipped"] == reason and by_name["eager"]["wall_s"]
     monkeypatch.setattr(timing, "in_turn", fails)
-    record, samples = measure(gptkern=Implementation(right))
-    assert by_name(record)["gptkern"]["skipped"] == f"while sampling, {reason}" and not samples
+    _, samples, by_name = measure(gptkern=Implementation(right))
+    assert by_name["gptkern"]["skipped"] == f"while sampling, {reason}" and not samples
 
 
-def test_peers_are_narrowed(measure):
-    record, _ = measure(peers=["b"], gptkern=Implementation(right), a=Implementation(right), b=Implementation(right))
-    assert list(by_name(record)) == ["gptkern", "b"]
-
-
-def test_what_is_prepared_is_what_is_called(measure):
+def test_peers_are_narrowed_and_what_is_prepared_is_what_is_called(measure):
     seen = []
 
     def prepare(x, w):
         seen.append("prepared")
         return x, w, 3.0
 
-    def call(x, w, factor):
-        seen.append("called")
-        return factor * x * w
-
-    record, _ = measure("both", gptkern=Implementation(call, prepare))
-    assert by_name(record)["gptkern"]["wall_s"]
-    assert seen.count("prepared") == timing.CPU_SETS + 1, "once for each set and once for the check"
+    prepared = Implementation(lambda x, w, factor: factor * x * w, prepare)
+    _, _, by_name = measure("both", peers=["b"], gptkern=prepared, a=Implementation(right), b=Implementation(right))
+    assert list(by_name) == ["gptkern", "b"] and by_name["gptkern"]["wall_s"]
+    assert len(seen) == timing.CPU_SETS, "once for each set"
 
 
 def test_directions_time_what_they_say(measure):
-    grad, forwards, modes = [], [], []
+    gradients, forwards, modes = [], [], []
 
-    class Spied(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, w):
-            forwards.append(1)
-            ctx.save_for_backward(x, w)
-            return 3 * x * w
-
+    class Spied(_WrongGradient):
         @staticmethod
         def backward(ctx, dy):
-            x, w = ctx.saved_tensors
-            grad.append(1)
-            return 3 * dy * w, (3 * dy * x).sum(0)
+            gradients.append(1)
+            return _WrongGradient.backward(ctx, dy)
 
     def call(x, w):
+        forwards.append(1)
         modes.append(torch.is_grad_enabled())
-        return Spied.apply(x, w)
+        return Spied.apply(x, w, 1.0)
 
-    counts = {}
+    added = {}
     for direction in ("forward", "backward", "both"):
+        counts = []
         for rounds in (1, 11):
-            grad.clear(), forwards.clear()
+            gradients.clear(), forwards.clear()
             measure(direction, rounds=rounds, gptkern=Implementation(call))
-            counts[direction, rounds] = len(forwards), len(grad)
+            counts.append((len(forwards), len(gradients)))
+        added[direction] = tuple(more - few for few, more in zip(*counts))
         assert modes[-1] is (direction != "forward"), "only a forward is timed without gradients"
-    added = {d: tuple(b - a for a, b in zip(counts[d, 1], counts[d, 11])) for d in ("forward", "backward", "both")}
     assert added == {"forward": (10, 0), "backward": (0, 10), "both": (10, 10)}
 
 
-def test_cells_are_ordered_by_importance(monkeypatch):
+def test_cells_are_ordered_by_importance_and_have_keys_of_their_own(monkeypatch):
     lists = {"attention": ["a1", "a2", "a3"], "softmax": ["s1"]}
     monkeypatch.setattr(runner, "module", lambda name: types.SimpleNamespace(cells=lambda kind, extent: lists[name]))
     assert runner.cells("cpu", "full", ("attention", "softmax")) == ["a1", "s1", "a2", "a3"]
-
-
-def test_labels_and_keys():
     causal, full = (
         Cell("attention", "forward", "bfloat16", (("batch", 4), ("head_dim", 64), ("causal", value)), "p", "batch")
         for value in (True, False)

@@ -163,8 +163,14 @@ def _result(case: Case, backend: str, direction: str, **values) -> Result:
     return Result(case.operator, direction, backend, dtype, case.shape_class, case.shape, **values)
 
 
-def compared(case: Case, device: torch.device, *, seed: int = 0) -> Iterator[tuple[str, float, float]]:
-    """(direction, worst error, bound) of every output and gradient of the twin, on the backend that it then chooses."""
+def compared(
+    case: Case, device: torch.device, *, seed: int = 0, backward: bool = True
+) -> Iterator[tuple[str, float, float]]:
+    """(direction, worst error, bound) of every output and gradient of the twin, on the backend that it then chooses.
+
+    Args:
+        backward: whether gradients are taken; without, the call is that of inference.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     with _plain_numerics(device):
         inputs = rooms.problem(case.operator).inputs(case.sizes, case.dtype, generator)
@@ -174,7 +180,7 @@ def compared(case: Case, device: torch.device, *, seed: int = 0) -> Iterator[tup
             return twin(**dict(zip(inputs.tensors, tensors)), **inputs.constants, **inputs.options)
 
         gradients = None
-        outputs, leaves = _outputs(function, inputs, None)
+        outputs, leaves = _outputs(function, inputs, None, backward)
         if outputs[0].requires_grad:
             gradients = [
                 torch.randn(output.shape, generator=generator, device=device).to(output.dtype) for output in outputs
@@ -207,16 +213,17 @@ def compared(case: Case, device: torch.device, *, seed: int = 0) -> Iterator[tup
 
 def _evaluated(inputs: Inputs, precision: torch.dtype, gradients):
     """The reference's outputs and gradients, in a precision."""
-    outputs, leaves = _outputs(inputs.reference, inputs, precision)
+    outputs, leaves = _outputs(inputs.reference, inputs, precision, gradients is not None)
     if gradients is None:
         return outputs, ()
     return outputs, torch.autograd.grad(outputs, leaves, [gradient.to(precision) for gradient in gradients])
 
 
-def _outputs(function, inputs: Inputs, precision: torch.dtype | None):
+def _outputs(function, inputs: Inputs, precision: torch.dtype | None, backward: bool):
     """(the tuple of outputs, the leaves that they were computed from)"""
-    leaves = [tensor.detach().to(precision or tensor.dtype).requires_grad_() for tensor in inputs.tensors.values()]
-    with torch.enable_grad():
+    tensors = inputs.tensors.values()
+    leaves = [tensor.detach().to(precision or tensor.dtype).requires_grad_(backward) for tensor in tensors]
+    with torch.set_grad_enabled(backward):
         outputs = function(*leaves)
     return (outputs,) if isinstance(outputs, torch.Tensor) else outputs, leaves
 

@@ -13,11 +13,12 @@ drawn from a fixed seed: the inputs are the tokens alone.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 
 import gptkern
-from gptkern.measuring import conventions, peers
+from gptkern.measuring import conventions, machine, peers, rounding, tolerance
 from gptkern.measuring.cells import Cell, Implementation, Missing
 from gptkern.models.gpt import BYTES, GPT, PRESETS, GPTConfig
 from gptkern.training.optimizers import optimizer_of
@@ -286,6 +287,25 @@ def _quantised_values(model: GPT) -> dict[torch.nn.Module, tuple[torch.Tensor, t
             scale = largest / torch.full_like(largest, 127)
             found[module] = torch.round(weight / scale), scale
     return found
+
+
+def checked(cell: Cell) -> Iterator[tuple[str, float, float]]:
+    device = torch.device(machine.kind())
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device.type == "cuda" else []):
+        torch.manual_seed(SEED)
+        tokens = inputs(cell, device)
+    ours = implementations(cell, device.type)["gptkern"]
+    actual = ours.call(*ours.prepare(*tokens))[0]
+    expected, yardstick = (reference(cell, tokens, precision) for precision in (torch.float64, torch.float32))
+    yield (
+        cell.direction,
+        *tolerance.verdict(
+            actual,
+            expected,
+            yardstick,
+            noise=lambda: rounding.noise(lambda: [reference(cell, tokens, torch.float64)])[0],
+        ),
+    )
 
 
 def check_cell(cell: Cell) -> Cell:

@@ -6,19 +6,20 @@ The runner asks the same of whatever it measures (`Room` of an operator, the mod
     inputs(cell, device)            the tensors of one call, new and random
     differentiable(cell)            places of those that gradients are taken of
     implementations(cell, kind)     name -> Implementation, or Missing with the reason; gptkern's own is "gptkern"
-    reference(cell, inputs, precision)      the result as plain mathematics, of inputs in that precision
     check_cell(cell)                a cell that float64 has room for, as hard as this
+    checked(cell)                   (what, worst error, bound) of gptkern's results on such a cell, against float64
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from gptkern import operators
-from gptkern.backends.problem import Inputs, Timed
-from gptkern.measuring import peers, rivals
+from gptkern.backends.problem import FORWARD, Inputs, Timed
+from gptkern.measuring import checking, peers, rivals
 from gptkern.measuring.cells import Cell, Implementation, Missing
 
 GPTKERN = "gptkern"
@@ -82,9 +83,10 @@ class Room:
             found[peers.COMPILE_MAX] = peers.compiled_max_autotune(written_out, kind)
         return rivals.all_of(self.operator, found, cell, kind)
 
-    def reference(self, cell: Cell, inputs: tuple[torch.Tensor, ...], precision: torch.dtype):
-        made = self._made[cell.key]
-        return made.reference(*inputs[: len(made.tensors)])
-
     def check_cell(self, cell: Cell) -> Cell:
         return self._cell(Timed(cell.direction, cell.dtype, self.problem.for_float64(cell.of)))
+
+    def checked(self, cell: Cell) -> Iterator[tuple[str, float, float]]:
+        case = checking.Case(self.operator, "bench", getattr(torch, cell.dtype), cell.of)
+        device = torch.device(checking.default_device())
+        return checking.compared(case, device, backward=cell.direction != FORWARD)

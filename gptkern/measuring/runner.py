@@ -1,9 +1,9 @@
 """Measures a cell: checks gptkern's result, then times all implementations in turn, in one run.
 
 The check: gptkern's output, and its gradients where a backward is timed, against the operator's plain mathematics in
-float64, by the rule of tolerance.py, on a cell small enough for that. At full size the results and the gradients
-of every implementation have to agree with the first peer's, loosely, because some compute in another precision. What
-is wrong gets no time.
+float64, as `gptkern check` does it, on a cell small enough for that. At full size the results and the gradients of
+every implementation have to agree with the first peer's, loosely, because some compute in another precision. What is
+wrong gets no time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch._functorch import config as functorch_config
 
 from gptkern import operators
 from gptkern.backends import dispatch
-from gptkern.measuring import machine, rounding, timing, tolerance
+from gptkern.measuring import machine, timing
 from gptkern.measuring.cells import Cell, Implementation, Missing
 from gptkern.measuring.rooms import GPTKERN, Room
 
@@ -32,8 +32,6 @@ ROUNDS = {"smoke": 2, "quick": 20, "full": 50}
 # ‖result − first peer's‖ / ‖first peer's‖ at full size. int8 products of random inputs differ from exact ones by
 # 1 %, a wrong mask or a wrong scale by tens.
 AGREEMENT = 0.05
-# Of the inputs of the check.
-CHECK_SEED = 0
 # The samples of a cell's implementations end soon after this time, be they fewer than wanted.
 CELL_SECONDS = 20.0
 # Directions that differentiate.
@@ -79,10 +77,9 @@ def measure(
             for name, implementation in operator.implementations(cell, kind).items()
             if name == GPTKERN or peers is None or name in peers
         }
-        check = _checked(operator, cell, kind, found.get(GPTKERN))
-        record["check"] = {name: check[name] for name in ("error", "bound", "on")}
-        if check["wrong"]:
-            found[GPTKERN] = Missing(check["wrong"])
+        record["check"], wrong = _checked(operator, cell)
+        if wrong:
+            found[GPTKERN] = Missing(wrong)
         names = list(found)
         timed = _Timed(operator, cell, kind, found)
         samples = timed.sample(rounds)
@@ -107,61 +104,20 @@ def _alive() -> None:
 # --- The check ------------------------------------------------------------------------------------------------------
 
 
-def _checked(operator, cell: Cell, kind: str, implementation) -> dict[str, Any]:
-    """{"error", "bound", "on": which cell, "wrong": what is wrong or None} of gptkern's implementation."""
-    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if kind == "cuda" else []):
-        # The same verdict on the same sources: a check at its bound does not change from run to run.
-        torch.manual_seed(CHECK_SEED)
-        return _compared(operator, cell, kind, implementation)
-
-
-def _compared(operator, cell: Cell, kind: str, implementation) -> dict[str, Any]:
+def _checked(operator, cell: Cell) -> tuple[dict[str, Any], str | None]:
+    """({"error", "bound" of what came nearest to its bound, "on": which cell}, what is wrong or None) of gptkern."""
     small = operator.check_cell(cell)
-    worst = {"error": 0.0, "bound": 0.0, "on": small.label, "wrong": None}
-    if isinstance(implementation, Missing) or implementation is None:
-        return worst | {"wrong": "gptkern is not measured here"}
-    nearest = -1.0
+    check = {"error": 0.0, "bound": 0.0, "on": small.label}
     try:
-        implementation = operator.implementations(small, kind)[GPTKERN]
-        inputs = operator.inputs(small, kind)
-        indices = operator.differentiable(small) if small.direction in (_BACKWARD, _BOTH) else ()
-        names = ["the output", *(f"the gradient of input {index}" for index in indices)]
-        prepared = _prepared(implementation, inputs, indices)
-        actual = _output(implementation.call(*prepared))
-        dy = torch.randn_like(actual) if indices else None
-        results = [actual, *_gradients(actual, prepared, indices, dy)]
-        expected = [_reference(operator, small, inputs, indices, dy, precision) for precision in _PRECISIONS]
-        noises = functools.cache(
-            lambda: rounding.noise(lambda: _reference(operator, small, inputs, indices, dy, torch.float64))
-        )
-        for place, (name, result, reference, yardstick) in enumerate(zip(names, results, *expected)):
-            factor = tolerance.FORWARD_FACTOR if place == 0 else tolerance.GRADIENT_FACTOR
-            error, bound = tolerance.verdict(result, reference, yardstick, factor, lambda place=place: noises()[place])
-            if not error <= bound:
-                what = f"wrong: {name}'s worst error is {error:.3e}, the rule allows {bound:.3e} ({small.label})"
-                return worst | {"error": _finite(error), "bound": bound, "wrong": what}
-            if error >= nearest * bound:
-                nearest = error / bound if bound else 0.0
-                worst |= {"error": error, "bound": bound}
+        compared = operator.checked(small)
+        what, error, bound = max(compared, key=lambda result: result[1] / max(result[2], 1e-300))
     except Exception as error:
-        return worst | {"wrong": _failure(error)}
-    return worst
-
-
-_PRECISIONS = (torch.float64, torch.float32)
-
-
-def _reference(operator, cell, inputs, indices, dy, precision) -> list[torch.Tensor]:
-    """The output and the gradients of the plain mathematics, in `precision`."""
-    converted = tuple(
-        value.detach().to(precision) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for value in inputs
-    )
-    for index in indices:
-        converted[index].requires_grad_()
-    output = _output(operator.reference(cell, converted, precision))
-    gradients = _gradients(output, converted, indices, None if dy is None else dy.to(precision))
-    return [output.detach(), *gradients]
+        return check, _failure(error)
+    # JSON has no infinity.
+    check |= {"error": error if error < float("inf") else None, "bound": bound}
+    if error <= bound:
+        return check, None
+    return check, f"wrong: {what}'s worst error is {error:.3e}, the rule allows {bound:.3e} ({small.label})"
 
 
 # --- The timing -----------------------------------------------------------------------------------------------------
@@ -270,39 +226,31 @@ class _Disagreement(Exception):
 
 def _function(implementation, direction, prepared, indices, gradients) -> tuple[Callable, list[tuple]]:
     """-> (what is timed, its arguments for each set of inputs)."""
+
+    def backward(output, dy, arguments):
+        return torch.autograd.grad(output, [arguments[i] for i in indices], dy, retain_graph=direction == _BACKWARD)
+
+    def both(dy, arguments):
+        return backward(_output(implementation.call(*arguments)), dy, arguments)
+
+    def forward(*arguments):
+        with torch.no_grad():
+            return implementation.call(*arguments)
+
     if direction == _BACKWARD:
-        graphs = [
-            (_output(implementation.call(*arguments)), dy, arguments) for arguments, dy in zip(prepared, gradients)
-        ]
-
-        def backward(output, dy, arguments):
-            leaves = [arguments[index] for index in indices]
-            return torch.autograd.grad(output, leaves, dy, retain_graph=True)
-
-        return backward, graphs
+        outputs = [_output(implementation.call(*arguments)) for arguments in prepared]
+        return backward, list(zip(outputs, gradients, prepared))
     if direction == _BOTH:
-
-        def both(dy, *arguments):
-            output = _output(implementation.call(*arguments))
-            return torch.autograd.grad(output, [arguments[index] for index in indices], dy)
-
-        return both, [(dy, *arguments) for arguments, dy in zip(prepared, gradients)]
-    if direction == "forward":
-
-        def forward(*arguments):
-            with torch.no_grad():
-                return implementation.call(*arguments)
-
-        return forward, prepared
-    return implementation.call, prepared
+        return both, list(zip(gradients, prepared))
+    return forward if direction == "forward" else implementation.call, prepared
 
 
 def _samplers(function, arguments, kind, may_graph) -> tuple[dict[str, timing.Sampler], str]:
+    wall = {"wall_s": timing.wall_sampler(function, arguments, kind)}
     if kind != "cuda":
-        return {"wall_s": timing.wall_sampler(function, arguments)}, "wall"
-    timed = "graph" if may_graph else "events"
-    device = (timing.graph_sampler if may_graph else timing.event_sampler)(function, arguments)
-    return {"device_s": device, "wall_s": timing._eager_gpu_sampler(function, arguments)}, timed
+        return wall, "wall"
+    timed, sampler = ("graph", timing.graph_sampler) if may_graph else ("events", timing.event_sampler)
+    return {"device_s": sampler(function, arguments)} | wall, timed
 
 
 # --- Small parts ----------------------------------------------------------------------------------------------------
@@ -339,7 +287,3 @@ def _failure(error: Exception) -> str:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), "")[:200]
-
-
-def _finite(number: float) -> float | None:
-    return number if number < float("inf") else None

@@ -98,10 +98,9 @@ def durations(functions: Sequence[Callable], inputs: Sequence[tuple], rounds: in
     return in_turn([(graph_sampler if on_gpu else wall_sampler)(f, inputs) for f in functions], rounds)
 
 
-def wall_sampler(function: Callable[..., Any], inputs: Sequence[tuple]) -> Sampler:
-    """The host's time of one call, over the sets in turn; on a GPU of one call in a queue of one for each set."""
-    on_gpu = any(isinstance(value, torch.Tensor) and value.is_cuda for value in inputs[0])
-    if on_gpu:
+def wall_sampler(function: Callable[..., Any], inputs: Sequence[tuple], kind: str = "cpu") -> Sampler:
+    """The host's time of one call, over the sets in turn; on "cuda" of one call in a queue of one for each set."""
+    if kind == "cuda":
         return _eager_gpu_sampler(function, inputs)
     _warm_up(function, inputs)
     seconds = []
