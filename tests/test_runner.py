@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from gptkern.measuring import rates, results, runner, timing
+from gptkern.measuring import rates, runner, timing
 from gptkern.measuring.cells import Cell, Implementation, Missing
 
 directions = pytest.mark.parametrize("direction", ["backward", "both"])
@@ -68,8 +68,6 @@ def test_every_implementation_is_timed_in_one_run(measure, direction):
         assert implementation["device_s"] is None and implementation["timed"] == "wall"
     assert record["key"] == cell(direction).key and record["rounds"] == 3 and record["sizes"] == {"rows": 6, "width": 4}
     assert record["check"] == {"error": 3e-7, "bound": 4e-7, "on": "2x4"}, "what came nearest to its bound"
-    recorded = {"format": 1, "machine": {}, "ceilings": {}, "cells": [record], "costs": []}
-    assert results.invalid(recorded) is None
 
 
 @pytest.mark.parametrize(

@@ -16,19 +16,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gptkern.backends.tables import files
 from gptkern.measuring import rates
 
-try:
-    import fcntl
-except ImportError:  # Windows: two runs at once are not told apart
-    fcntl = None
-
-FORMAT = 1
+FORMAT, PARTS = 1, ("machine", "ceilings", "cells", "costs")
 NAME = "results.json"
 # What has to be the same for one file to hold two measurements.
 SAME = (
@@ -52,31 +47,13 @@ def load(path: str | Path) -> dict[str, Any]:
     path = path / NAME if path.is_dir() else path
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ResultsError(f"{path}: {error.strerror}; it needs to be a file that `gptkern bench` wrote") from error
-    except ValueError as error:
-        raise ResultsError(f"{path}: {error}; it needs to be a file that `gptkern bench` wrote") from error
-    problem = invalid(results)
-    if problem:
-        raise ResultsError(f"{path}: {problem}")
+        form = results.get("format"), {*PARTS} <= {*results}
+    except (OSError, ValueError, AttributeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ResultsError(f"{path}: {why}; it needs to be a file that `gptkern bench` wrote") from error
+    if form != (FORMAT, True):
+        raise ResultsError(f"{path}: its format is {form[0]!r}; it needs {FORMAT}, with {', '.join(PARTS)}")
     return results
-
-
-def invalid(results: Any) -> str | None:
-    """What is wrong with results as `load` reads them, or None."""
-    if not isinstance(results, dict) or results.get("format") != FORMAT:
-        return f"its format is {results.get('format') if isinstance(results, dict) else None!r}; it needs {FORMAT}"
-    for name, kind in (("machine", dict), ("ceilings", dict), ("cells", list), ("costs", list)):
-        if not isinstance(results.get(name), kind):
-            return f"{name} is {type(results.get(name)).__name__}; it needs to be a {kind.__name__}"
-    for number, cell in enumerate(results["cells"]):
-        missing = [n for n in ("key", "operator", "direction", "sizes", "panel", "implementations") if n not in cell]
-        if missing:
-            return f"cell {number} ({cell.get('key')}) has no {missing[0]}"
-        for implementation in cell["implementations"]:
-            if "name" not in implementation or not (rates.seconds(implementation) or "skipped" in implementation):
-                return f"cell {cell['key']}: an implementation has neither a time nor a reason"
-    return None
 
 
 @contextlib.contextmanager
@@ -84,18 +61,11 @@ def locked(folder: str | Path):
     """Keeps a second run out of the folder: each writes the whole file, and one would lose the other's cells.
 
     Raises:
-        ResultsError: another run is writing there, or the folder cannot be made.
+        ResultsError: another run is writing there, or the folder cannot be written.
     """
-    folder = Path(folder)
     with contextlib.ExitStack() as stack:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(folder, os.W_OK):
-                raise PermissionError(0, "permission denied")
-            if fcntl is not None:
-                handle = os.open(folder, os.O_RDONLY)
-                stack.callback(os.close, handle)
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(files.locked(Path(folder, NAME), wait=False))
         except BlockingIOError as error:
             raise ResultsError(f"{folder}: another gptkern bench is writing there") from error
         except OSError as error:
@@ -133,12 +103,11 @@ class Recorder:
     def done(self, key: str, rounds: int, peers: Sequence[str] | None = None) -> bool:
         """Whether the cell has been measured with as many rounds and these peers (None: all), and was right."""
 
-        def enough(cell: dict[str, Any]) -> bool:
-            asked = cell.get("peers_asked")
-            return asked is None or (peers is not None and set(peers) <= set(asked))
-
-        found = (cell for cell in self.results["cells"] if cell["key"] == key)
-        return any(cell["rounds"] >= rounds and enough(cell) and rates.ours(cell) for cell in found)
+        cell = next((cell for cell in self.results["cells"] if cell["key"] == key), None)
+        if cell is None or cell["rounds"] < rounds or not rates.ours(cell):
+            return False
+        asked = cell.get("peers_asked")
+        return asked is None or (peers is not None and set(peers) <= set(asked))
 
     def has_cost(self, key: str, extent: str) -> bool:
         return any(cost["key"] == key and _reaches(cost, extent) for cost in self.results["costs"])
@@ -161,19 +130,8 @@ class Recorder:
         self._save()
 
     def _save(self) -> None:
-        """The whole file or nothing: written beside it, then put in its place."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=".results-", suffix=".json")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(self.results, file, indent=1, ensure_ascii=False, allow_nan=False)
-                file.write("\n")
-            os.chmod(name, 0o644)
-            os.replace(name, self.path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
-            raise
+        text = json.dumps(self.results, indent=1, ensure_ascii=False, allow_nan=False)
+        files.replace(self.path, f"{text}\n")
 
 
 def _reaches(record: dict[str, Any], extent: str) -> bool:

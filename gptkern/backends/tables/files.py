@@ -10,6 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # Windows: two runs at once are not told apart
+    fcntl = None
+
 PACKAGE = Path(__file__).resolve().parents[2]
 # A list or an object is written on one line where it fits into so many characters.
 LINE = 160
@@ -43,12 +48,16 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Replaces the file in one step: a reader sees the old content or the new, and so does a crash."""
+    replace(path, text(content))
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes the file in one step: a reader sees the old text or the new, and so does a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".new")
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text(content))
+            file.write(text)
         # mkstemp lets nobody else read the file.
         os.chmod(name, 0o644)
         os.replace(name, path)
@@ -58,18 +67,17 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Keeps other processes out of a file that is read, changed and written: two that do so at once lose nothing."""
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Keeps other processes out of a file that is read, changed and written: two that do so at once lose nothing.
+
+    Raises:
+        BlockingIOError: another process is there, and this one does not wait. OSError: the lock cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.with_name(f"{path.name}.lock")
-    with open(lock, "w") as file:
-        try:
-            import fcntl
-        except ImportError:  # not on this system
-            yield
-            return
+    with open(path.with_name(f".{path.name}.lock"), "w") as file:
         # Not removed afterwards: who waits for the file that was there would not see who opens a new one.
-        fcntl.flock(file, fcntl.LOCK_EX)
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
 
 
