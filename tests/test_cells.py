@@ -12,7 +12,6 @@ import gptkern
 from gptkern import operators
 from gptkern.measuring import model, peers, runner
 from gptkern.measuring.cells import Implementation, Missing
-from gptkern.models.gpt import GPT
 
 KINDS, EXTENTS = ("cpu", "cuda"), ("smoke", "quick", "full")
 KIND = "cuda" if torch.cuda.is_available() else "cpu"
@@ -171,15 +170,3 @@ def test_gptkern_s_model_is_swapped_and_eager_s_is_not(direction):
         assert any(isinstance(module, gptkern.nn.LayerNorm) for module in modules) == swapped
         int8 = any(isinstance(module, gptkern.nn.Int8Linear) for module in modules)
         assert int8 == (swapped and direction == "generation")
-
-
-def test_parameters_and_bytes_of_gpt2():
-    config = model._config("gpt2")
-    # 124,439,808 with the positions, 1024 x 768.
-    assert model._multiplied(config) == 124_439_808 - 786_432
-    assert model._weight_bytes(config, "bfloat16", "bfloat16") == 2 * 123_653_376
-    # 12 blocks of 12 x 768^2 weights in int8, 9 x 768 scales each; the embedding, the norms and the biases in 16 bits.
-    in_int8, scales = 84_934_656, 12 * 9 * 768
-    assert model._weight_bytes(config, "int8", "bfloat16") == in_int8 + 4 * scales + 2 * (123_653_376 - in_int8)
-    for small in model.SMALL.values():
-        assert model._multiplied(small) == GPT(small).parameter_count() - small.context * small.width

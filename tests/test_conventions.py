@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gptkern import operators
-from gptkern.measuring import conventions as of
+from gptkern.measuring import model
 
 # (sizes, the problem's function, itemsize or none, direction) -> the number, worked out in the comment above.
 BY_HAND = {
@@ -111,19 +111,15 @@ def test_what_is_not_counted_is_an_error():
         problem.bytes(causal._replace(shape=(2, 3, 4)), 2, "forward")
 
 
-# --- The whole model ------------------------------------------------------------------------------------------------
-
-
-def test_training():
-    # 1000 parameters, 2 layers 8 wide, 3 rows of 4 tokens: 6 x 1000 x 12, and 6 x 2 x 8 x 4 x 12 of attention.
-    assert of.training_flops(1000, 2, 8, 3, 4) == 72_000 + 4_608
-    assert of.training_bytes(1000) == 24_000
-    # A token of GPT-2 124M at length 1024: 123,653,376 parameters without the positions, 12 layers 768 wide.
-    per_token = 6 * 123_653_376 + 6 * 12 * 768 * 1024
-    assert of.training_flops(123_653_376, 12, 768, 16, 1024) == per_token * 16 * 1024
-
-
-def test_generation():
-    # 4 tokens are run: 2 x 1000 x 4, and a triangle of 8 pairs, 4 x 8 wide, in 2 layers.
-    assert of.generation_flops(1000, 2, 8, 4) == 8_000 + 2 * 4 * 8 * 8
-    assert of.generation_bytes(1234) == 1234
+def test_the_whole_model():
+    multiplied, in_int8, scales = model.counts("gpt2")
+    # 124,439,808 parameters with the positions, 1024 x 768; 12 blocks of 12 x 768^2 weights, of 9 x 768 rows.
+    assert (multiplied, in_int8, scales) == (124_439_808 - 786_432, 84_934_656, 12 * 9 * 768)
+    # Attention of 1024 tokens: a triangle of 1024^2 / 2 pairs, 4 x 768 wide, in 12 layers; three times in training.
+    attention = 12 * 4 * 768 * 1024 * 512
+    assert model.training_flops("gpt2", 16) == 16 * (6 * multiplied * 1024 + 3 * attention)
+    assert model.generation_flops("gpt2", 1024) == 2 * multiplied * 1024 + attention
+    assert model.training_bytes("gpt2") == 24 * multiplied
+    assert model.generation_bytes("gpt2", "bfloat16", "bfloat16") == 2 * multiplied
+    # The matrices in int8 with float32 scales; the embedding, the norms and the biases in 16 bits.
+    assert model.generation_bytes("gpt2", "int8", "bfloat16") == in_int8 + 4 * scales + 2 * (multiplied - in_int8)

@@ -18,7 +18,7 @@ class Cell:
         sizes: (("rows", 32768), ("width", 1024)), in the order in which they are read.
         panel: the plot and the table that the cell belongs to, without the direction.
         x: which of the sizes the panel's plot runs over.
-        bytes: the least that one call has to read and write; flops: the operations of one call (measuring.conventions).
+        bytes: the least that one call has to read and write; flops: the operations of one call (backends.problem).
         ceiling: the measured rate that this cell's is a share of: "copy", "float32", "bfloat16" or "int8".
         tokens: for "model", how many one call trains on or generates.
         limits: (peer, the ratio of gptkern's time to the peer's that is promised).
