@@ -15,8 +15,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gptkern import operators
 from gptkern.measuring import peers
-from gptkern.measuring.cells import Missing
+from gptkern.measuring.cells import Cell, Missing
 
 BF16 = torch.bfloat16
 LIBRARIES = ("liger_kernel", "flash_attn", "flash_attn_interface", "quack", "torchao", "bitsandbytes", "cutlass")
@@ -35,33 +36,36 @@ def test_importing_the_adapters_imports_no_library():
 # --- Reasons --------------------------------------------------------------------------------------------------------
 
 
-def attention(generation=2, kind="cuda", dtype=BF16, head_dim=64, causal=True, square=True, direction="forward"):
-    return peers.flash_attn(generation, kind, dtype, head_dim, causal, square, direction)
+def cell(operator, *sizes, dtype="bfloat16", direction="forward"):
+    of = type(operators.problem(operator).cells("cuda", "smoke")[0].sizes)(*sizes)
+    return Cell(operator, direction, dtype, (), "", "", of=of)
 
 
-def sdpa(backend="flash", kind="cuda", dtype=BF16, head_dim=64, causal=True, grouped=False, square=True):
-    return peers.sdpa(backend, kind, dtype, head_dim, causal, grouped, square)
+def attention(kind="causal", heads=4, kv_heads=2, lengths=(6, 6), head_dim=16, **more):
+    return cell("attention", 2, heads, kv_heads, *lengths, head_dim, kind, **more)
 
 
-ADAPTERS = {
-    "liger_kernel.transformers.functional": (
-        lambda: peers.liger_layer_norm("cuda", 1e-5),
-        lambda: peers.liger_rms_norm("cuda", 1e-6),
-        lambda: peers.liger_softmax("cuda", False),
-    ),
-    "flash_attn": (lambda: attention(2),),
-    "flash_attn_interface": (lambda: attention(3),),
-    "flash_attn.cute": (lambda: attention(4),),
-    "quack.rmsnorm": (
-        lambda: peers.quack_layer_norm("cuda", 1e-5, "forward"),
-        lambda: peers.quack_rms_norm("cuda", 1e-6),
-    ),
-    "quack.softmax": (lambda: peers.quack_softmax("cuda", False),),
-    "torchao.quantization": (
-        lambda: peers.torchao("cuda", "w8a8"),
-        lambda: peers.torchao_model(lambda change: None, "cuda"),
-    ),
-    "bitsandbytes": (lambda: peers.bitsandbytes("cuda", "w8a8"),),
+def linear(mode, *sizes):
+    return cell("int8_linear", *(sizes or (24, 64, 48)), None, mode)
+
+
+NORM, RMS, SOFTMAX, CAUSAL = (
+    cell("layer_norm", 4, 8),
+    cell("rms_norm", 4, 8),
+    *(cell("softmax", (4, 4), -1, 1.0, None, causal) for causal in (False, True)),
+)
+GPU = "cuda"
+LIBRARIES_OF = {
+    "liger_kernel.transformers.functional": [
+        lambda c=c: peers.of_rows(peers.LIGER, c, GPU) for c in (NORM, RMS, SOFTMAX)
+    ],
+    "quack.rmsnorm": [lambda c=c: peers.of_rows(peers.QUACK, c, GPU) for c in (NORM, RMS)],
+    "quack.softmax": [lambda: peers.of_rows(peers.QUACK, SOFTMAX, GPU)],
+    "flash_attn": [lambda: peers.flash_attn(2, attention(), GPU)],
+    "flash_attn_interface": [lambda: peers.flash_attn(3, attention(), GPU)],
+    "flash_attn.cute": [lambda: peers.flash_attn(4, attention(), GPU)],
+    "torchao.quantization": [lambda: peers.torchao(linear("w8a8"), GPU), lambda: peers.torchao_model(None, GPU)],
+    "bitsandbytes": [lambda: peers.bitsandbytes(linear("w8a8"), GPU)],
 }
 
 
@@ -73,7 +77,7 @@ def any_gpu(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name == "triton" or found(name, *rest))
 
 
-@pytest.mark.parametrize("module", ADAPTERS)
+@pytest.mark.parametrize("module", LIBRARIES_OF)
 def test_a_library_that_cannot_be_imported(monkeypatch, module):
     def import_module(name):
         assert name == module
@@ -81,25 +85,29 @@ def test_a_library_that_cannot_be_imported(monkeypatch, module):
         raise OSError("undefined symbol: x\nmore")
 
     monkeypatch.setattr(importlib, "import_module", import_module)
-    for adapter in ADAPTERS[module]:
+    for adapter in LIBRARIES_OF[module]:
         assert adapter() == Missing(f"{module} cannot be imported: OSError: undefined symbol: x")
 
 
 @pytest.mark.parametrize(
     ("found", "reason"),
     [
-        (lambda: attention(square=False), "causal limit at the last key"),
-        (lambda: sdpa("efficient", grouped=True), "no grouped heads"),
-        (lambda: sdpa("flash", square=False), "equal lengths alone"),
-        (lambda: peers.liger_layer_norm("cuda", 1e-5, residual=True), "no layer_norm with a residual"),
-        (lambda: peers.liger_softmax("cuda", True), "no causal softmax"),
-        (lambda: peers.quack_layer_norm("cuda", 1e-5, "backward"), "autograd"),
-        (lambda: peers.quack_layer_norm("cuda", 1e-5, "forward", residual=True), "residual"),
-        (lambda: peers.quack_softmax("cuda", True), "no causal softmax"),
-        (lambda: peers.int_mm("cuda", "w8a16", 64, 64, 64), "no w8a16"),
-        (lambda: peers.int_mm("cuda", "w8a8", 16, 64, 64), "more than 16 rows on a GPU, not 16"),
-        (lambda: peers.int_mm("cuda", "w8a8", 17, 60, 64), "multiples of 8"),
-        (lambda: peers.bitsandbytes("cuda", "w8a16"), "no w8a16"),
+        (lambda: peers.flash_attn(2, attention(lengths=(4, 6)), GPU), "causal limit at the last key"),
+        (lambda: peers.flash_attn(2, attention(head_dim=20), GPU), "in steps of 8, not 20"),
+        (lambda: peers.flash_attn(2, attention(dtype="float32"), GPU), "bfloat16 alone, not float32"),
+        (lambda: peers.sdpa("efficient", attention(), GPU), "no grouped heads"),
+        (lambda: peers.sdpa("flash", attention(lengths=(4, 6)), GPU), "equal lengths alone"),
+        (lambda: peers.of_rows(peers.LIGER, cell("layer_norm", 4, 8, True), GPU), "no layer_norm with a residual"),
+        (lambda: peers.of_rows(peers.QUACK, cell("layer_norm", 4, 8, True), GPU), "no layer_norm with a residual"),
+        (lambda: peers.of_rows(peers.LIGER, CAUSAL, GPU), "no causal softmax"),
+        (lambda: peers.of_rows(peers.QUACK, CAUSAL, GPU), "no causal softmax"),
+        (lambda: peers.of_rows(peers.QUACK, cell("layer_norm", 4, 8, direction="backward"), GPU), "autograd"),
+        (lambda: peers.of_rows(peers.QUACK, SOFTMAX, "cpu"), "needs a GPU"),
+        (lambda: peers.int_mm(linear("w8a16"), GPU), "no w8a16"),
+        (lambda: peers.int_mm(linear("auto", 1, 64, 64), GPU), "no w8a16"),
+        (lambda: peers.int_mm(linear("w8a8", 16, 64, 64), GPU), "more than 16 rows on a GPU, not 16"),
+        (lambda: peers.int_mm(linear("w8a8", 17, 60, 64), GPU), "multiples of 8"),
+        (lambda: peers.bitsandbytes(linear("w8a16"), GPU), "no w8a16"),
         (lambda: peers.compiled_max_autotune(torch.neg, "cpu"), "GPUs alone"),
     ],
 )
@@ -112,8 +120,9 @@ def test_an_architecture_that_a_library_lacks(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (8, 0))
-    assert attention(3) == Missing("runs on sm_9x alone, not on sm_80")
-    assert attention(4, direction="backward") == Missing("runs on sm_9x, sm_10x, sm_11x, sm_12x alone, not on sm_80")
+    assert peers.flash_attn(3, attention(), GPU) == Missing("runs on sm_9x alone, not on sm_80")
+    missing = peers.flash_attn(4, attention(direction="backward"), GPU)
+    assert missing == Missing("runs on sm_9x, sm_10x, sm_11x, sm_12x alone, not on sm_80")
 
 
 # --- What is called -------------------------------------------------------------------------------------------------
@@ -129,95 +138,82 @@ def library(monkeypatch, name, **functions):
     return module
 
 
-@pytest.mark.parametrize("generation", [2, 3, 4])
-@pytest.mark.parametrize("pair", [False, True])
-@pytest.mark.parametrize("causal", [False, True])
-def test_flash_attn_gets_its_own_layout(monkeypatch, generation, pair, causal):
+def heads_first(lengths=(6, 6)):
+    """(query, key, value, what attention makes of them), causal or not."""
+    query = torch.randn(2, 4, lengths[0], 16)
+    key, value = torch.randn(2, 2, 2, lengths[1], 16)
+    sdpa = F.scaled_dot_product_attention
+    return (query, key, value), lambda causal: sdpa(query, key, value, is_causal=causal, enable_gqa=True)
+
+
+@pytest.mark.parametrize("kind", ["causal", "full"])
+@pytest.mark.parametrize("generation, pair", [(2, False), (3, False), (3, True), (4, True)])
+def test_flash_attn_gets_its_own_layout(monkeypatch, generation, pair, kind):
     def flash_attn_func(query, key, value, *, causal):
         # (batch, length, heads, head_dim)
         assert query.shape == (2, 6, 4, 16) and key.shape == value.shape == (2, 6, 2, 16)
-        heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        output = F.scaled_dot_product_attention(*heads_first, is_causal=causal, enable_gqa=True).transpose(1, 2)
+        tensors = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        output = F.scaled_dot_product_attention(*tensors, is_causal=causal, enable_gqa=True).transpose(1, 2)
         return (output, None) if pair else output
 
     name = {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_attn.cute"}[generation]
     library(monkeypatch, name, flash_attn_func=flash_attn_func)
-    query = torch.randn(2, 4, 6, 16)
-    key, value = torch.randn(2, 2, 2, 6, 16)
-    output = attention(generation, causal=causal).call(query, key, value)
-    expected = F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
-    torch.testing.assert_close(output, expected)
+    tensors, expected = heads_first()
+    output = peers.flash_attn(generation, attention(kind), GPU).call(*tensors)
+    torch.testing.assert_close(output, expected(kind == "causal"))
 
 
-@pytest.mark.parametrize("backend", ["flash", "efficient", "cudnn"])
-def test_sdpa_is_forced(monkeypatch, backend):
+@pytest.mark.parametrize("backend, grouped", [("flash", True), ("efficient", False), ("cudnn", True)])
+def test_sdpa_is_forced(monkeypatch, backend, grouped):
     from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
     seen = []
 
     def forced(*tensors, **options):
         seen.append((_cur_sdpa_kernel_backends(), options))
-        return tensors[0]
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", forced)
-    grouped = backend != "efficient"
-    sdpa(backend, grouped=grouped).call(*torch.randn(3, 1, 1, 4, 64))
-    names = {"flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "cudnn": "CUDNN_ATTENTION"}
-    ((backends, options),) = seen
-    assert backends == [getattr(SDPBackend, names[backend])]
-    assert options == {"is_causal": True, "enable_gqa": grouped}
+    peers.sdpa(backend, attention(kv_heads=2 if grouped else 4), GPU).call(*torch.randn(3, 1, 1, 4, 64))
+    kernel = getattr(SDPBackend, f"{backend.upper()}_ATTENTION")
+    assert seen == [([kernel], {"is_causal": True, "enable_gqa": grouped})]
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kind", ["causal", "full"])
 @pytest.mark.parametrize("lengths", [(6, 6), (4, 9)])
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
-def test_flex_attention(monkeypatch, causal, lengths):
+def test_flex_attention(monkeypatch, kind, lengths):
     """Not compiled: it is slow on a CPU, and its kernels are for GPUs."""
     monkeypatch.setattr(peers, "fresh_compile", lambda function: function)
-    peer = peers.flex_attention("cuda", *lengths, 16, causal, True)
-    query = torch.randn(2, 4, lengths[0], 16)
-    key, value = torch.randn(2, 2, 2, lengths[1], 16)
-    inputs = peer.prepare(query, key, value)
-    assert all(tensor is other for tensor, other in zip(inputs, (query, key, value)))
-    output = peer.call(*inputs)
-    expected = F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
-    torch.testing.assert_close(output, expected)
+    peer = peers.flex_attention(attention(kind, lengths=lengths), GPU)
+    tensors, expected = heads_first(lengths)
+    inputs = peer.prepare(*tensors)
+    assert all(tensor is other for tensor, other in zip(inputs, tensors))
+    torch.testing.assert_close(peer.call(*inputs), expected(kind == "causal"))
 
 
-def test_liger(monkeypatch):
-    module = library(
-        monkeypatch,
-        "liger_kernel.transformers.functional",
-        liger_layer_norm=lambda x, weight, bias, eps: F.layer_norm(x, weight.shape, weight, bias, eps),
-        liger_rms_norm=lambda x, weight, eps, casting_mode, in_place: F.rms_norm(x, weight.shape, weight, eps),
-        liger_softmax=lambda x: F.softmax(x, -1),
-    )
-    x, weight, bias = torch.randn(4, 8), torch.randn(8), torch.randn(8)
-    output = peers.liger_layer_norm("cuda", 0.5).call(x, weight, bias)
-    torch.testing.assert_close(output, F.layer_norm(x, (8,), weight, bias, 0.5))
-    output = peers.liger_rms_norm("cuda", 0.5).call(x, weight)
-    torch.testing.assert_close(output, F.rms_norm(x, (8,), weight, 0.5))
-    assert peers.liger_softmax("cuda", False).call is module.liger_softmax
-
-
-def test_quack(monkeypatch):
+@pytest.mark.parametrize("name", [peers.LIGER, peers.QUACK])
+def test_functions_of_rows(monkeypatch, name):
     def layernorm_fwd(x, weight, bias, eps):
         assert x.dtype == BF16 and weight.dtype == bias.dtype == torch.float32
         return F.layer_norm(x.float(), weight.shape, weight, bias, eps).to(x.dtype)
 
-    def rmsnorm(x, weight, eps):
-        return F.rms_norm(x, weight.shape, weight, eps)
-
+    library(
+        monkeypatch,
+        "liger_kernel.transformers.functional",
+        liger_layer_norm=lambda x, weight, bias, eps: F.layer_norm(x, weight.shape, weight, bias, eps),
+        liger_rms_norm=lambda x, weight, eps, casting_mode, in_place: F.rms_norm(x, weight.shape, weight, eps),
+        liger_softmax=torch.neg,
+    )
+    rmsnorm = lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps)  # noqa: E731
     library(monkeypatch, "quack.rmsnorm", layernorm_fwd=layernorm_fwd, rmsnorm=rmsnorm)
     library(monkeypatch, "quack.softmax", softmax=torch.neg)
     x, weight, bias = torch.randn(4, 8).to(BF16), torch.randn(8).to(BF16), torch.randn(8).to(BF16)
-    peer = peers.quack_layer_norm("cuda", 0.5, "forward")
-    prepared = peer.prepare(x, weight, bias)
+    norm = peers.of_rows(name, NORM, GPU)
+    prepared = norm.prepare(x, weight, bias) if norm.prepare else (x, weight, bias)
     assert prepared[0] is x
-    torch.testing.assert_close(peer.call(*prepared), F.layer_norm(x, (8,), weight, bias, 0.5))
-    output = peers.quack_rms_norm("cuda", 0.5).call(x, weight)
-    torch.testing.assert_close(output, F.rms_norm(x, (8,), weight, 0.5))
-    assert peers.quack_softmax("cuda", False).call is torch.neg
+    torch.testing.assert_close(norm.call(*prepared), F.layer_norm(x, (8,), weight, bias, 1e-5))
+    torch.testing.assert_close(peers.of_rows(name, RMS, GPU).call(x, weight), F.rms_norm(x, (8,), weight, 1e-6))
+    assert peers.of_rows(name, SOFTMAX, GPU).call is torch.neg
 
 
 # --- int8 -----------------------------------------------------------------------------------------------------------
@@ -239,10 +235,19 @@ def assert_near(output, input, weight, bias):
     assert error > 1e-3
 
 
+def assert_computes(peer):
+    inputs = int8_inputs(torch.float32)
+    prepared = peer.prepare(*inputs)
+    assert prepared[0] is inputs[0]
+    with torch.no_grad():
+        assert_near(peer.call(*prepared), *inputs)
+    return prepared
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_products_of_operators(dtype):
     inputs = int8_inputs(dtype)
-    peer = peers.int_mm("cpu", "w8a8", 24, 64, 48)
+    peer = peers.int_mm(linear("w8a8"), "cpu")
     prepared = peer.prepare(*inputs)
     assert prepared[1].dtype == torch.int8 and prepared[2].shape == (48,)
     assert_near(peer.call(*prepared), *inputs)
@@ -261,12 +266,8 @@ def test_torchao(monkeypatch, mode):
     """The real library, not compiled."""
     pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     monkeypatch.setattr(peers, "fresh_compile", lambda function, **options: function)
-    inputs = int8_inputs(torch.float32)
-    peer = peers.torchao("cuda", mode)
-    prepared = peer.prepare(*inputs)
-    assert prepared[0] is inputs[0] and "Int8" in type(prepared[1]).__name__
-    with torch.no_grad():
-        assert_near(peer.call(*prepared), *inputs)
+    prepared = assert_computes(peers.torchao(linear(mode), GPU))
+    assert "Int8" in type(prepared[1]).__name__
 
 
 def test_torchao_model(monkeypatch):
@@ -288,12 +289,7 @@ def test_torchao_model(monkeypatch):
 def test_bitsandbytes():
     """The real library, which falls back to plain PyTorch on a CPU."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    inputs = int8_inputs(torch.float32)
-    peer = peers.bitsandbytes("cuda", "w8a8")
-    prepared = peer.prepare(*inputs)
-    assert prepared[0] is inputs[0]
-    with torch.no_grad():
-        assert_near(peer.call(*prepared), *inputs)
+    assert_computes(peers.bitsandbytes(linear("w8a8"), GPU))
 
 
 # --- torch.compile --------------------------------------------------------------------------------------------------
@@ -321,8 +317,8 @@ def test_how_it_is_compiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: seen.append(options) or function)
     assert peers.compiled(torch.neg, "cuda").call is torch.neg
     assert peers.compiled_max_autotune(torch.neg, "cuda").call is torch.neg
-    assert peers.compiled_int8("cuda", "w8a8", 17, 64, 64).call is peers.w8a8_of_operators
-    assert peers.compiled_int8("cuda", "w8a16", 17, 64, 64).call is peers.w8a16_of_operators
+    assert peers.compiled_int8(linear("w8a8"), GPU).call is peers.w8a8_of_operators
+    assert peers.compiled_int8(linear("w8a16"), GPU).call is peers.w8a16_of_operators
     peers.compiled_model(lambda change: change(torch.neg), "cuda")
     plain = {"dynamic": False}
     # CUDA graphs are the runner's own: a mode with graphs would be captured twice.

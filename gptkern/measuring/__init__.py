@@ -2,7 +2,7 @@
 
 cells         what is measured, and the implementations that are compared
 rooms         the cells of an operator, from its room's problem.py; model: those of the whole model, and what they count
-rivals        which peers an operator is timed against; peers: each other library, behind one small adapter
+peers         each other library, behind one small adapter, and which of them an operator is timed against
 tolerance     the rule by which a result is right; checking: the kernels of this machine, by that rule
 timing        device time, wall time, host time, peak memory
 ceilings      what this device can do: copy bandwidth, matrix products

@@ -1,13 +1,8 @@
-"""What a reader would use otherwise: each library behind one small adapter.
+"""What a reader would use otherwise: each library behind one small adapter, and which an operator is timed against.
 
-An adapter takes the sizes that decide whether the library can run a cell, and returns an Implementation of the
-operator's own arguments, or Missing with the reason:
-
-    attention      (query, key, value), each (batch, heads, length, head_dim)
-    layer_norm     (x, weight, bias), x (rows, width)
-    rms_norm       (x, weight), x (rows, width)
-    softmax        (x,), the last dimension
-    int8_linear    (input, weight, bias), weight (out_features, in_features) in the input's dtype, before quantisation
+An adapter takes a cell, whose sizes decide whether the library can run it, and the kind of device, and returns an
+Implementation of the operator's own arguments, or Missing with the reason. `of_operator` lists those of a cell: of an
+operator that it does not name PyTorch alone.
 
 A library is imported by its adapter, never by this module. What an adapter cannot know beforehand (a kernel that
 PyTorch finds no engine for) is an error of the call, which the runner reports.
@@ -29,7 +24,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from gptkern.measuring.cells import Implementation, Missing
+from gptkern import operators
+from gptkern.measuring.cells import Cell, Implementation, Missing
 
 # --- Names, as results files and reports spell them -----------------------------------------------------------------
 
@@ -56,7 +52,7 @@ DISTRIBUTIONS = (
     "bitsandbytes", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "nvidia-cublas", "nvidia-cublas-cu12",
 )  # fmt: skip
 
-_SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+Found = dict[str, Implementation | Missing]
 # The mode searches tiles and kernels; CUDA graphs are the runner's own.
 _MAX_AUTOTUNE = {"mode": "max-autotune-no-cudagraphs"}
 
@@ -104,12 +100,14 @@ def _compared_on_gpus(kind: str) -> None:
     _need(kind == "cuda", "is compared on GPUs alone")
 
 
-def _need_sixteen_bits(dtype: torch.dtype) -> None:
-    _need(dtype in _SIXTEEN_BITS, f"has float16 and bfloat16 alone, not {str(dtype)[6:]}")
-
-
-def _need_head_dim(head_dim: int) -> None:
-    _need(head_dim % 8 == 0 and head_dim <= 256, f"has head_dim up to 256 in steps of 8, not {head_dim}")
+def _need_flash(cell: Cell, lower_right: str) -> None:
+    """What all kernels of FlashAttention's kind have in common. lower_right: what they say of another causal limit."""
+    sizes = cell.of
+    _need(cell.dtype in ("float16", "bfloat16"), f"has float16 and bfloat16 alone, not {cell.dtype}")
+    _need(
+        sizes.head_dim % 8 == 0 and sizes.head_dim <= 256, f"has head_dim up to 256 in steps of 8, not {sizes.head_dim}"
+    )
+    _need(sizes.kind != "causal" or sizes.length_q == sizes.length_k, lower_right)
 
 
 def _need_architecture(*majors: int) -> None:
@@ -141,11 +139,6 @@ def _need_compiler(kind: str) -> None:
 # --- PyTorch --------------------------------------------------------------------------------------------------------
 
 
-def eager(function: Callable) -> Implementation:
-    """PyTorch's own operators, one after another."""
-    return Implementation(function)
-
-
 @_adapter
 def compiled(function: Callable, kind: str) -> Implementation:
     """torch.compile of the same function, for exactly these shapes."""
@@ -175,30 +168,22 @@ def _forget_compiled() -> None:
         torch._dynamo.reset()
 
 
-# --- attention ------------------------------------------------------------------------------------------------------
+# --- attention: (query, key, value), each (batch, heads, length, head_dim) -------------------------------------------
 
 
 @_adapter
-def sdpa(
-    backend: str, kind: str, dtype: torch.dtype, head_dim: int, causal: bool, grouped: bool, square: bool
-) -> Implementation:
-    """F.scaled_dot_product_attention with one of its kernels forced. On Hopper its default is not its fastest.
-
-    Args:
-        backend: "flash", "efficient" or "cudnn". grouped: fewer heads of key and value than of query.
-        square: as many queries as keys.
-    """
+def sdpa(backend: str, cell: Cell, kind: str) -> Implementation:
+    """F.scaled_dot_product_attention with one of its kernels forced: "flash", "efficient" or "cudnn". On Hopper its
+    default is not its fastest."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
+    causal, grouped = cell.of.kind == "causal", cell.of.kv_heads != cell.of.heads
     _need(kind == "cuda", "is a kernel for GPUs; on a CPU eager is PyTorch's only fused one")
     if backend == "efficient":
         _need(not grouped, "has no grouped heads")
     else:
-        _need_sixteen_bits(dtype)
         _need_architecture(8, 9, 10, 11, 12)
-        _need_head_dim(head_dim)
-    if backend == "flash":
-        _need(square or not causal, "has a causal limit for equal lengths alone")
+        _need_flash(cell, "has a causal limit for equal lengths alone")
     forced = getattr(SDPBackend, f"{backend.upper()}_ATTENTION")
 
     def call(query, key, value):
@@ -209,47 +194,43 @@ def sdpa(
 
 
 @_adapter
-def flex_attention(
-    kind: str, length_q: int, length_k: int, head_dim: int, causal: bool, grouped: bool
-) -> Implementation:
+def flex_attention(cell: Cell, kind: str) -> Implementation:
     """FlexAttention, compiled; the causal limit as a block mask, made once."""
     from torch.nn.attention import flex_attention as flex
 
+    sizes = cell.of
     _compared_on_gpus(kind)
     _need_compiler(kind)
-    _need(head_dim >= 16, f"needs a head_dim of at least 16, not {head_dim}")
+    _need(sizes.head_dim >= 16, f"needs a head_dim of at least 16, not {sizes.head_dim}")
     attend = fresh_compile(flex.flex_attention)
     masks: dict[torch.device, object] = {}
 
     def prepare(query, key, value):
-        if causal and query.device not in masks:
+        if sizes.kind == "causal" and query.device not in masks:
             masks[query.device] = flex.create_block_mask(
-                lambda batch, head, row, column: row >= column, None, None, length_q, length_k, query.device
+                lambda batch, head, row, column: row >= column, None, None, sizes.length_q, sizes.length_k, query.device
             )
         return query, key, value
 
     def call(query, key, value):
-        return attend(query, key, value, block_mask=masks.get(query.device), enable_gqa=grouped)
+        return attend(query, key, value, block_mask=masks.get(query.device), enable_gqa=sizes.kv_heads != sizes.heads)
 
     return Implementation(call, prepare)
 
 
 @_adapter
-def flash_attn(
-    generation: int, kind: str, dtype: torch.dtype, head_dim: int, causal: bool, square: bool, direction: str
-) -> Implementation:
+def flash_attn(generation: int, cell: Cell, kind: str) -> Implementation:
     """The flash-attn packages: 2 (Ampere and later), 3 (Hopper), 4 (CuTe DSL; Hopper and later)."""
     _need_gpu(kind)
-    _need_sixteen_bits(dtype)
-    _need_head_dim(head_dim)
-    _need(square or not causal, "puts the causal limit at the last key, PyTorch at the first")
+    _need_flash(cell, "puts the causal limit at the last key, PyTorch at the first")
     if generation == 3:
         _need_architecture(9)
-    if generation == 4 and direction != "forward":
+    if generation == 4 and cell.direction != "forward":
         _need_architecture(9, 10, 11, 12)
     module = {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_attn.cute"}[generation]
     function = getattr(_imported(module), "flash_attn_func", None)
     _need(function is not None, f"{module} has no flash_attn_func")
+    causal = cell.of.kind == "causal"
 
     def call(query, key, value):
         # Its tensors are (batch, length, heads, head_dim); 4, and early releases of 3, return (output, lse).
@@ -259,68 +240,41 @@ def flash_attn(
     return Implementation(call)
 
 
-# --- layer_norm, rms_norm, softmax ----------------------------------------------------------------------------------
+# --- layer_norm: (x, weight, bias); rms_norm: (x, weight); softmax: (x,); x (rows, width) ---------------------------
 
-
-def _liger(name: str) -> Callable:
-    return getattr(_imported("liger_kernel.transformers.functional"), name)
-
-
-@_adapter
-def liger_layer_norm(kind: str, eps: float, residual: bool = False) -> Implementation:
-    """Liger-Kernel's layer_norm, on Triton."""
-    _need_gpu(kind)
-    _need(not residual, "has no layer_norm with a residual")
-    function = _liger("liger_layer_norm")
-    return Implementation(lambda x, weight, bias: function(x, weight, bias, eps))
-
-
-@_adapter
-def liger_rms_norm(kind: str, eps: float) -> Implementation:
-    """Liger-Kernel's rms_norm: in float32 inside ("gemma"), and into new memory, as the others."""
-    _need_gpu(kind)
-    function = _liger("liger_rms_norm")
-    return Implementation(lambda x, weight: function(x, weight, eps, casting_mode="gemma", in_place=False))
-
-
-@_adapter
-def liger_softmax(kind: str, causal: bool) -> Implementation:
-    """Liger-Kernel's softmax."""
-    _need_gpu(kind)
-    _need(not causal, "has no causal softmax")
-    return Implementation(_liger("liger_softmax"))
+_LIGER_FUNCTIONS = "liger_kernel.transformers.functional"
+# (library, operator) -> (its module and function, what the call makes of the function, how it takes the arguments)
+_OF_ROWS: dict[tuple[str, str], tuple[str, str, Callable, Callable | None]] = {
+    (LIGER, "layer_norm"): (_LIGER_FUNCTIONS, "liger_layer_norm", lambda f: lambda x, w, b: f(x, w, b, 1e-5), None),
+    # In float32 inside ("gemma"), and into new memory, as the others.
+    (LIGER, "rms_norm"): (
+        _LIGER_FUNCTIONS, "liger_rms_norm",
+        lambda f: lambda x, w: f(x, w, 1e-6, casting_mode="gemma", in_place=False), None,
+    ),
+    (LIGER, "softmax"): (_LIGER_FUNCTIONS, "liger_softmax", lambda f: f, None),
+    # Its weight and bias are float32.
+    (QUACK, "layer_norm"): (
+        "quack.rmsnorm", "layernorm_fwd", lambda f: lambda x, w, b: f(x, w, b, 1e-5),
+        lambda x, w, b: (x, w.float(), b.float()),
+    ),
+    (QUACK, "rms_norm"): ("quack.rmsnorm", "rmsnorm", lambda f: lambda x, w: f(x, w, eps=1e-6), None),
+    (QUACK, "softmax"): ("quack.softmax", "softmax", lambda f: f, None),
+}  # fmt: skip
 
 
 @_adapter
-def quack_layer_norm(kind: str, eps: float, direction: str, residual: bool = False) -> Implementation:
-    """quack's layer_norm, on the CuTe DSL; its weight and bias are float32."""
+def of_rows(library: str, cell: Cell, kind: str) -> Implementation:
+    """Liger-Kernel's functions, on Triton, and quack's, on the CuTe DSL."""
     _need_gpu(kind)
-    _need(not residual, "has no layer_norm with a residual")
-    _need(direction == "forward", "has no layer_norm that autograd can differentiate")
-    function = _imported("quack.rmsnorm").layernorm_fwd
-    return Implementation(
-        lambda x, weight, bias: function(x, weight, bias, eps),
-        prepare=lambda x, weight, bias: (x, weight.float(), bias.float()),
-    )
+    _need(not getattr(cell.of, "residual", False), f"has no {cell.operator} with a residual")
+    _need(not getattr(cell.of, "is_causal", False), f"has no causal {cell.operator}")
+    differentiable = (library, cell.operator) != (QUACK, "layer_norm")
+    _need(differentiable or cell.direction == "forward", "has no layer_norm that autograd can differentiate")
+    module, function, called, prepare = _OF_ROWS[library, cell.operator]
+    return Implementation(called(getattr(_imported(module), function)), prepare)
 
 
-@_adapter
-def quack_rms_norm(kind: str, eps: float) -> Implementation:
-    """quack's rms_norm."""
-    _need_gpu(kind)
-    function = _imported("quack.rmsnorm").rmsnorm
-    return Implementation(lambda x, weight: function(x, weight, eps=eps))
-
-
-@_adapter
-def quack_softmax(kind: str, causal: bool) -> Implementation:
-    """quack's softmax."""
-    _need_gpu(kind)
-    _need(not causal, "has no causal softmax")
-    return Implementation(_imported("quack.softmax").softmax)
-
-
-# --- int8_linear ----------------------------------------------------------------------------------------------------
+# --- int8_linear: (input, weight, bias), weight (out_features, in_features) before quantisation, as the input ---------
 
 # What torch._int_mm asks of its operands on a GPU (cuBLASLt's int8 products).
 _INT_MM_ROWS, _INT_MM_MULTIPLE = 16, 8
@@ -330,11 +284,6 @@ def quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(rows, width) -> int8 (rows, width) and float32 (rows, 1): rounded to max|row| / 127, in PyTorch's operators."""
     scale = x.float().abs().amax(-1, keepdim=True) / 127
     return torch.round(x / scale).clamp(-127, 127).to(torch.int8), scale
-
-
-def linear_unquantised() -> Implementation:
-    """F.linear with the weight in the input's dtype, as it was before quantisation."""
-    return Implementation(F.linear)
 
 
 def _prepare_int8(input, weight, bias):
@@ -355,7 +304,15 @@ def w8a16_of_operators(input, weight, weight_scale, bias):
     return F.linear(input, weight.to(input.dtype)) * weight_scale.to(input.dtype) + bias
 
 
-def _need_int_mm(kind: str, rows: int, in_features: int, out_features: int) -> None:
+def mode(cell: Cell) -> str:
+    """ "auto" is one of the other two: what both are measured as."""
+    if cell.of.mode != "auto":
+        return cell.of.mode
+    return "w8a16" if cell.of.rows <= operators.contract(cell.operator).AUTO_W8A16_ROWS else "w8a8"
+
+
+def _need_int_mm(cell: Cell, kind: str) -> None:
+    rows, in_features, out_features, *_ = cell.of
     if kind == "cuda":
         _need(rows > _INT_MM_ROWS, f"torch._int_mm needs more than {_INT_MM_ROWS} rows on a GPU, not {rows}")
         fits = in_features % _INT_MM_MULTIPLE == out_features % _INT_MM_MULTIPLE == 0
@@ -363,20 +320,20 @@ def _need_int_mm(kind: str, rows: int, in_features: int, out_features: int) -> N
 
 
 @_adapter
-def int_mm(kind: str, mode: str, rows: int, in_features: int, out_features: int) -> Implementation:
+def int_mm(cell: Cell, kind: str) -> Implementation:
     """torch._int_mm, with quantisation before and dequantisation after it as operators of their own."""
-    _need(mode == "w8a8", "multiplies int8 with int8 alone: no w8a16")
-    _need_int_mm(kind, rows, in_features, out_features)
+    _need(mode(cell) == "w8a8", "multiplies int8 with int8 alone: no w8a16")
+    _need_int_mm(cell, kind)
     return Implementation(w8a8_of_operators, _prepare_int8)
 
 
 @_adapter
-def compiled_int8(kind: str, mode: str, rows: int, in_features: int, out_features: int) -> Implementation:
+def compiled_int8(cell: Cell, kind: str) -> Implementation:
     """The mode's mathematics in PyTorch's operators, compiled: Inductor fuses what is around the product."""
     _need_compiler(kind)
-    if mode == "w8a8":
-        _need_int_mm(kind, rows, in_features, out_features)
-    function = w8a8_of_operators if mode == "w8a8" else w8a16_of_operators
+    if mode(cell) == "w8a8":
+        _need_int_mm(cell, kind)
+    function = w8a8_of_operators if mode(cell) == "w8a8" else w8a16_of_operators
     return Implementation(fresh_compile(function), _prepare_int8)
 
 
@@ -392,12 +349,12 @@ def torchao_config(mode: str):
 
 
 @_adapter
-def torchao(kind: str, mode: str) -> Implementation:
+def torchao(cell: Cell, kind: str) -> Implementation:
     """torchao's int8 linear, compiled with max-autotune as its guide asks: dynamic activation, or weight only."""
     _compared_on_gpus(kind)
     _need_compiler(kind)
     quantize = _imported("torchao.quantization").quantize_
-    config = torchao_config(mode)
+    config = torchao_config(mode(cell))
     linear = fresh_compile(F.linear, **_MAX_AUTOTUNE)
 
     def prepare(input, weight, bias):
@@ -412,10 +369,10 @@ def torchao(kind: str, mode: str) -> Implementation:
 
 
 @_adapter
-def bitsandbytes(kind: str, mode: str) -> Implementation:
+def bitsandbytes(cell: Cell, kind: str) -> Implementation:
     """bitsandbytes' Linear8bitLt (LLM.int8()) without its outliers; it rounds the input to float16 first."""
     _compared_on_gpus(kind)
-    _need(mode == "w8a8", "quantises the input as well: no w8a16")
+    _need(mode(cell) == "w8a8", "quantises the input as well: no w8a16")
     library = _imported("bitsandbytes")
     # It says so at every call.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
@@ -456,3 +413,55 @@ def torchao_model(make: Callable[[Callable], Implementation], kind: str) -> Impl
         return torch.compile(model, dynamic=False, **_MAX_AUTOTUNE)
 
     return make(change)
+
+
+# --- Of an operator ---------------------------------------------------------------------------------------------------
+
+# Attention written out keeps the scores: a model that does so does not get longer than this.
+LONGEST_WRITTEN_OUT = 4096
+
+
+def of_operator(plain: Callable | None, written_out: Callable | None, cell: Cell, kind: str, compiling: bool) -> Found:
+    """Name -> Implementation, or Missing with the reason, of every peer of a cell.
+
+    Args:
+        plain, written_out: the operator in PyTorch, as its problem has it, for eager and for torch.compile.
+        compiling: False for what stands for PyTorch eager alone: where a run only shows that the bench runs, compiling
+            would be all of its time.
+    """
+    found: Found = {}
+    if plain is not None:
+        found[EAGER] = Implementation(plain)
+    if cell.operator == "int8_linear":
+        # What the weight was before it was quantised; under the name that says its precision.
+        found[BF16_LINEAR if cell.dtype == "bfloat16" else EAGER] = _of_float_weight(Implementation(F.linear), cell)
+    if not compiling:
+        return found
+    if plain is not None:
+        found[COMPILE] = compiled(written_out, kind)
+        found[COMPILE_MAX] = compiled_max_autotune(written_out, kind)
+    if cell.operator == "attention":
+        # A compiler that tries many kernels finds none for attention that is written out.
+        del found[COMPILE_MAX]
+        if cell.of.length_q > LONGEST_WRITTEN_OUT:
+            reason = f"attention written out keeps the scores: not beyond length {LONGEST_WRITTEN_OUT}"
+            found[COMPILE] = Missing(reason)
+        found |= {name: sdpa(backend, cell, kind) for backend, name in SDPA.items()}
+        found[FLEX] = flex_attention(cell, kind)
+        found |= {name: flash_attn(generation, cell, kind) for generation, name in FLASH_ATTN.items()}
+    if cell.operator == "int8_linear":
+        adapters = {COMPILE: compiled_int8, INT_MM: int_mm, TORCHAO: torchao, BITSANDBYTES: bitsandbytes}
+        found |= {name: _of_float_weight(adapter(cell, kind), cell) for name, adapter in adapters.items()}
+    return found | {lib: of_rows(lib, cell, kind) for lib, operator in _OF_ROWS if operator == cell.operator}
+
+
+def _of_float_weight(peer: Implementation | Missing, cell: Cell) -> Implementation | Missing:
+    """A peer that packs (input, float weight, bias) in its own way, on gptkern's (input, bias, int8 weight, scales)."""
+    if isinstance(peer, Missing):
+        return peer
+    dtype, pack = getattr(torch, cell.dtype), peer.prepare or (lambda *arguments: arguments)
+
+    def prepare(input, bias, weight, weight_scale):
+        return pack(input, (weight.float() * weight_scale[:, None]).to(dtype), bias)
+
+    return Implementation(peer.call, prepare, peer.graph)

@@ -19,7 +19,7 @@ import torch
 
 from gptkern import operators
 from gptkern.backends.problem import FORWARD, Inputs, Timed
-from gptkern.measuring import checking, peers, rivals
+from gptkern.measuring import checking, peers
 from gptkern.measuring.cells import Cell, Implementation, Missing
 
 GPTKERN = "gptkern"
@@ -71,17 +71,9 @@ class Room:
             made = self._made[cell.key]
             return twin(**dict(zip(made.names, arguments)), **made.options)
 
-        found: dict[str, Implementation | Missing] = {GPTKERN: Implementation(call)}
         plain, written_out = self.problem.plain(cell.of), self.problem.written_out(cell.of)
-        if plain is not None:
-            found[peers.EAGER] = peers.eager(plain)
-        if cell in self.cells(kind, "smoke"):
-            # It shows that the bench runs; compiling would be all of its time.
-            return rivals.uncompiled(self.operator, found, cell)
-        if plain is not None:
-            found[peers.COMPILE] = peers.compiled(written_out, kind)
-            found[peers.COMPILE_MAX] = peers.compiled_max_autotune(written_out, kind)
-        return rivals.all_of(self.operator, found, cell, kind)
+        compiling = cell not in self.cells(kind, "smoke")
+        return {GPTKERN: Implementation(call)} | peers.of_operator(plain, written_out, cell, kind, compiling)
 
     def check_cell(self, cell: Cell) -> Cell:
         return self._cell(Timed(cell.direction, cell.dtype, self.problem.for_float64(cell.of)))
