@@ -104,6 +104,17 @@ def cuda_backend(request):
         yield request.param
 
 
+@pytest.fixture
+def automatic_choice():
+    """The test starts from the automatic choice of a backend, and from no warning given."""
+    warned = set(gptkern.backends.dispatch._warned)
+    gptkern.backends.dispatch._warned.clear()
+    with gptkern.backend(None):
+        yield
+    gptkern.backends.dispatch._warned.clear()
+    gptkern.backends.dispatch._warned.update(warned)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

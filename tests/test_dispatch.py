@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from small_calls import PAIRS, a_call, operators
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gptkern
@@ -21,36 +22,8 @@ from gptkern import operators as rooms
 from gptkern.backends import dispatch
 from gptkern.backends.tables import orders
 
-PAIRS = {
-    "attention": (F.scaled_dot_product_attention, G.scaled_dot_product_attention),
-    "layer_norm": (F.layer_norm, G.layer_norm),
-    "rms_norm": (F.rms_norm, G.rms_norm),
-    "softmax": (F.softmax, G.softmax),
-}
-
-
-def a_call(operator: str, device: str = "cpu", backend: str | None = None) -> tuple:
-    """The arguments of a small call that kernels cover."""
-    if operator == "attention":
-        # The CUDA kernels leave attention in float32 to Triton.
-        dtype = torch.float16 if backend == "cuda" else torch.float32
-        return tuple(torch.randn(1, 2, 5, 16, device=device, dtype=dtype) for _ in range(3))
-    x = torch.randn(3, 8, device=device)
-    return (x, (8,)) if operator in ("layer_norm", "rms_norm") else (x, -1)
-
-
-operators = pytest.mark.parametrize("operator", list(PAIRS))
-
-
-@pytest.fixture(autouse=True)
-def automatic():
-    """The tests start from the automatic choice, and from no warning given."""
-    warned = set(dispatch._warned)
-    dispatch._warned.clear()
-    with gptkern.backend(None):
-        yield
-    dispatch._warned.clear()
-    dispatch._warned.update(warned)
+# The tests start from the automatic choice, and from no warning given.
+pytestmark = pytest.mark.usefixtures("automatic_choice")
 
 
 @pytest.fixture
@@ -390,68 +363,6 @@ def test_a_masks_gradient_sends_softmax_to_pytorch(a_gpu, monkeypatch):
     assert choice.backend == "torch"
     assert "mask" in choice.reason
     assert gptkern.explain(G.softmax, input, -1, mask=mask.detach()).backend in ("triton", "cuda")
-
-
-# --- explain --------------------------------------------------------------------------------------------------------
-
-
-@operators
-def test_explain_takes_the_twin_or_pytorchs_function(operator):
-    pytorchs, twin = PAIRS[operator]
-    assert gptkern.explain(pytorchs, *a_call(operator)) == gptkern.explain(twin, *a_call(operator))
-    choice = gptkern.explain(pytorchs, *a_call(operator))
-    assert (choice.backend, choice.reason) == tuple(choice)
-
-
-@operators
-def test_explain_runs_nothing(backend, device, monkeypatch, operator):
-    call = a_call(operator, device, backend)
-
-    def never(*arguments):
-        raise AssertionError("explain ran a launcher")
-
-    monkeypatch.setattr(dispatch.load(backend, operator), "forward", never)
-    assert gptkern.explain(PAIRS[operator][1], *call).backend == backend
-
-
-def test_explain_takes_keywords():
-    assert gptkern.explain(F.softmax, input=torch.ones(2, 3), dim=1).backend == "torch"
-
-
-@pytest.mark.parametrize(
-    "function", [F.relu, torch.tanh, len, torch.nn.Softmax(1), print], ids=["relu", "tanh", "len", "Softmax", "print"]
-)
-def test_explain_of_another_function_is_a_value_error(function):
-    with pytest.raises(ValueError, match="explain: function is"):
-        gptkern.explain(function, torch.ones(3))
-
-
-def test_explain_of_what_chooses_no_backend_is_a_value_error():
-    with pytest.raises(ValueError, match="explain"):
-        gptkern.explain(dispatch.twin_of)
-
-
-@operators
-def test_explain_raises_what_the_call_would_raise(kernel_backend, device, operator):
-    call = (a_call(operator, device)[0].long(), *a_call(operator, device)[1:])
-    with pytest.raises(RuntimeError) as raised:
-        gptkern.explain(PAIRS[operator][1], *call)
-    assert not isinstance(raised.value, gptkern.BackendError)
-
-
-def test_after_explain_and_after_its_error_calls_run(kernel_backend, device):
-    call = a_call("softmax", device)
-    gptkern.explain(G.softmax, *call)
-    assert G.softmax(*call).shape == call[0].shape
-    with pytest.raises(IndexError):
-        gptkern.explain(G.softmax, call[0], 5)
-    assert G.softmax(*call).shape == call[0].shape
-
-
-def test_explain_when_forced_and_unable_is_a_backend_error(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with gptkern.backend("triton"), pytest.raises(gptkern.BackendError, match="TRITON_INTERPRET=1 is not set"):
-        gptkern.explain(F.softmax, *a_call("softmax"))
 
 
 # --- Threads --------------------------------------------------------------------------------------------------------
