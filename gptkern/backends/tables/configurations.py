@@ -99,7 +99,8 @@ class Table:
 
     def read_again(self) -> None:
         """Reads the file, at the beginning and after it was written."""
-        self.entries = self._entries(files.read(self.path))
+        with files.reading(self.path):
+            self.entries = self._entries(files.read(self.path))
         self._steps.clear()
 
     def find(self, device: torch.device, size: float | tuple[float, ...], *key) -> Any:
@@ -172,19 +173,10 @@ class Table:
         return dict(zip(self.key, key)) | dict(zip(self._names, configuration)) | measured
 
     def _users(self, device: user.Device) -> dict[tuple, Row]:
-        file = user.read(device)
-        part = f"{self.operator}, {self.backend}"
-        listed = (file.content or {}).get("configurations", {}).get(part)
-        if not listed:
-            return {}
-        try:
-            source = f"measured by you on {file.content['date']}"
-            rows = self._rows(f"{file.path}: configurations.{part}", listed, source)
-            self._known_only(str(file.path), rows, self.defaults(device.architecture))
-        except files.TableError as error:
-            user.warn(file.path, str(error))
-            return {}
-        return rows
+        def made(where: str, listed: list, date: str) -> dict[tuple, Row]:
+            return self._rows(where, listed, f"measured by you on {date}", self.defaults(device.architecture))
+
+        return user.rows(device, "configurations", f"{self.operator}, {self.backend}", made)
 
     def _architecture(self, device: torch.device) -> int:
         if device.type != "cuda":
@@ -195,74 +187,47 @@ class Table:
     # Reading
 
     def _entries(self, content: dict[str, Any]) -> list[Entry]:
-        where = str(self.path)
-        if content.get("operator") != self.operator:
-            raise files.TableError(f"{where}: operator is {content.get('operator')!r}; it needs {self.operator!r}")
-        entries = []
-        listed = files.wanted(where, "entries", content.get("entries"), list, "a list")
-        for index, entry in enumerate(listed):
-            place = f"{where}: entries[{index}]"
-            files.wanted(place, "the entry", entry, dict, "an object")
-            architecture = files.wanted(place, "architecture", entry.get("architecture"), int, "a number, as 90")
-            source = files.wanted(place, "source", entry.get("source"), str, "a sentence")
-            device = entry.get("device")
-            if device is not None:
-                files.wanted(place, "device", device, str, "a GPU's name")
-                date = files.wanted(place, "date", entry.get("date"), str, "the day of the measurement")
-                files.wanted(place, "versions", entry.get("versions"), dict, "an object of versions by package")
-                source = f"{source} on {device}, {date}"
-            rows = self._rows(place, files.wanted(place, "rows", entry.get("rows"), list, "a list"), source)
-            if any(known[:2] == (architecture, device) for known in entries):
-                raise files.TableError(f"{place}: a second entry for {device or 'the default of'} sm_{architecture}")
-            entries.append(Entry(architecture, device, source, rows))
-        defaults = [entry for entry in entries if entry.device is None]
-        if not defaults:
-            raise files.TableError(f"{where}: entries has no default; it needs an entry without a device")
-        lowest = min(defaults, key=lambda entry: entry.architecture)
-        for entry in entries:
-            self._known_only(where, entry.rows, lowest.rows)
-        return entries
+        found: dict[tuple, Entry] = {}
+        # The defaults of the lowest architecture come first: they have every row.
+        for entry in sorted(content["entries"], key=lambda entry: (bool(entry.get("device")), entry["architecture"])):
+            architecture, device, source = entry["architecture"], entry.get("device"), entry["source"]
+            where = f"{self.path}: {device or 'the default of'} sm_{architecture}"
+            if (architecture, device) in found or (device and not found):
+                raise files.TableError(f"{where}: it needs to be the only entry, beside a default, which has no device")
+            if device:
+                source = f"{source} on {device}, {entry['date']}"
+            known = next(iter(found.values())).rows if found else None
+            rows = self._rows(where, entry["rows"], source, known)
+            found[architecture, device] = Entry(architecture, device, source, rows)
+        return list(found.values())
 
-    def _rows(self, where: str, listed: list, source: str) -> dict[tuple, Row]:
-        """The rows, checked: the parts of the key first, then the configuration; what else there is, is kept."""
+    def _rows(self, where: str, listed: list, source: str, known: dict | None = None) -> dict[tuple, Row]:
+        """The rows, checked. known: those that there may be: another one would change which sizes the others serve."""
         rows: dict[tuple, Row] = {}
-        names = self._names
-        for index, row in enumerate(listed):
-            place = f"{where}.rows[{index}]"
-            files.wanted(place, "the row", row, dict, "an object")
-            for name in (*self.key, *names):
-                if name not in row:
-                    raise files.TableError(f"{place}: {name} is missing; it needs {', '.join((*self.key, *names))}")
-            for name, values in self.key.items():
-                if values is not None and row[name] not in values:
-                    needs = ", ".join(map(repr, values))
-                    raise files.TableError(f"{place}: {name} is {row[name]!r}; it needs one of {needs}")
-                if values is None and row[name] is not None:
-                    files.wanted(place, name, row[name], int, "a number, or null for any")
-            for name in names:
-                self._check_number(place, name, row[name])
+        for row in listed:
             key = tuple(row[name] for name in self.key)
-            if key in rows:
-                raise files.TableError(f"{place}: a second row of {described(self.key, key)}")
-            configuration = self.configuration(*(row[name] for name in names))
-            rest = {name: value for name, value in row.items() if name not in self.key and name not in names}
+            configuration = self.configuration(*(row[name] for name in self._names))
+            for name in (*self.key, *self._names):
+                self._check(where, name, row[name])
+            if key in rows or (known is not None and key not in known):
+                reason = "a second row" if key in rows else "no default has a row"
+                raise files.TableError(f"{where}: {reason} of {described(self.key, key)}")
+            rest = {name: value for name, value in row.items() if name not in self.key and name not in self._names}
             rows[key] = Row(configuration, source, rest)
         return rows
 
-    def _check_number(self, place: str, name: str, value: Any) -> None:
-        if value is None and name in self._optional:
-            return
-        any_number = name in self._counts or not self.backend.startswith("triton")
-        needs = "a number from 1 up" if any_number else "a power of two"
-        files.wanted(place, name, value, int, needs)
-        if value < 1 or (not any_number and value & (value - 1)):
-            raise files.TableError(f"{place}: {name} is {value!r}; it needs {needs}")
-
-    def _known_only(self, where: str, rows: dict[tuple, Row], known: dict[tuple, Row]) -> None:
-        """A row that no default has would change which sizes the others serve."""
-        for key in rows:
-            if key not in known:
-                raise files.TableError(f"{where}: a row of {described(self.key, key)}, which no default has")
+    def _check(self, where: str, name: str, value: Any) -> None:
+        values, number = self.key.get(name), type(value) is int
+        if values is not None:
+            right, needs = value in values, f"one of {', '.join(map(repr, values))}"
+        elif name in self.key:
+            right, needs = number or value is None, "a number, or null for any"
+        elif name in self._counts or not self.backend.startswith("triton"):
+            right, needs = number and value >= 1, "a number from 1 up"
+        else:
+            right, needs = number and value >= 1 and not value & (value - 1), "a power of two"
+        if not right and not (value is None and name in self._optional):
+            raise files.TableError(f"{where}: {name} is {value!r}; it needs {needs}")
 
 
 def described(names: Any, key: tuple) -> str:

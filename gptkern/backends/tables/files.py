@@ -29,22 +29,21 @@ def shipped(operator: str, name: str) -> Path:
     return PACKAGE / "operators" / operator / f"{name}.json"
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The object that a file holds.
-
-    Raises:
-        FileNotFoundError: there is none.
-        TableError: it cannot be read.
-    """
+@contextlib.contextmanager
+def reading(path: Path | None) -> Iterator[None]:
+    """What a file lacks, or has of another type than it needs to, is a TableError that names the file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        yield
+    except TableError:
         raise
-    except (OSError, ValueError) as error:
-        raise TableError(f"{path}: {error}") from error
-    if not isinstance(content, dict):
-        raise TableError(f"{path}: it holds a {type(content).__name__}; it needs an object")
-    return content
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise TableError(f"{path}: {type(error).__name__}: {error}") from error
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The object that a file holds. Raises OSError where it cannot be read, TableError where it is no JSON."""
+    with reading(path):
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
@@ -106,14 +105,3 @@ def _holds_rows(value: Any) -> bool:
     if isinstance(value, list) and any(isinstance(item, dict) for item in items):
         return True
     return any(isinstance(item, (dict, list)) and _holds_rows(item) for item in items)
-
-
-def wanted(where: str, name: str, value: Any, of: type | tuple[type, ...], needs: str) -> Any:
-    """The value, where it is of a type; a bool is no int.
-
-    Raises:
-        TableError: it is not; `where` is the file and the place.
-    """
-    if not isinstance(value, of) or (isinstance(value, bool) and of is int):
-        raise TableError(f"{where}: {name} is {value!r}; it needs {needs}")
-    return value

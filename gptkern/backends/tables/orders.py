@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from gptkern import operators
 from gptkern.backends.tables import configurations, files, user
@@ -50,33 +50,16 @@ def shipped(operator: str) -> Shipped:
     path = files.shipped(operator, "backends")
     if not path.is_file():
         return Shipped(_ALIKE, {})
-    where, content = str(path), files.read(path)
-    defaults = {}
-    for index, default in enumerate(files.wanted(where, "defaults", content.get("defaults"), list, "a list")):
-        place = f"{where}: defaults[{index}]"
-        files.wanted(place, "the default", default, dict, "an object")
-        architecture = files.wanted(place, "architecture", default.get("architecture"), int, "a number, as 90")
-        order = _order(place, default.get("order"))
-        if not set(FAMILIES) <= set(order):
-            raise files.TableError(f"{place}: order is {list(order)}; it needs each of {', '.join(FAMILIES)}")
-        source = files.wanted(place, "source", default.get("source"), str, "a sentence")
-        defaults[architecture] = Preference(order, source)
-    if not defaults:
-        raise files.TableError(f"{where}: defaults is empty; it needs the order of one architecture at least")
-    known = _names(defaults)
-    entries = {}
-    for index, entry in enumerate(files.wanted(where, "entries", content.get("entries"), list, "a list")):
-        place = f"{where}: entries[{index}]"
-        files.wanted(place, "the entry", entry, dict, "an object")
-        name = files.wanted(place, "device", entry.get("device"), str, "a GPU's name")
-        architecture = files.wanted(place, "architecture", entry.get("architecture"), int, "a number, as 90")
-        date = files.wanted(place, "date", entry.get("date"), str, "the day of the measurement")
-        files.wanted(place, "versions", entry.get("versions"), dict, "an object of versions by package")
-        listed = files.wanted(place, "rows", entry.get("rows"), list, "a list of rows")
-        device = user.Device(name, architecture)
-        if device in entries:
-            raise files.TableError(f"{place}: a second entry for {name}")
-        entries[device] = _rows(f"{place}.rows", operator, listed, known, name, date)
+    with files.reading(path):
+        content, defaults, entries = files.read(path), {}, {}
+        for default in content["defaults"]:
+            order = _order(str(path), default["order"])
+            if not set(FAMILIES) <= set(order):
+                raise files.TableError(f"{path}: order is {list(order)}; it needs each of {', '.join(FAMILIES)}")
+            defaults[default["architecture"]] = Preference(order, default["source"])
+        for entry in content["entries"]:
+            device, where = user.Device(entry["device"], entry["architecture"]), f"{path}: {entry['device']}"
+            entries[device] = _rows(where, operator, entry["rows"], _names(defaults), device.name, entry["date"])
     return Shipped(defaults, entries)
 
 
@@ -107,39 +90,26 @@ def preferences(operator: str, device: user.Device | None) -> dict[tuple, Prefer
     """class -> preference for a device: the user's measurements before those that came with gptkern."""
     if device is None:
         return {}
-    rows = dict(shipped(operator).entries.get(device, {}))
-    file = user.read(device)
-    listed = (file.content or {}).get("backends", {}).get(operator)
-    if listed:
-        where = f"{file.path}: backends.{operator}"
-        try:
-            known = default(operator, device).order
-            rows |= _rows(where, operator, listed, known, device.name, str(file.content["date"]))
-        except files.TableError as error:
-            user.warn(file.path, str(error))
-    return rows
+    known = default(operator, device).order
+
+    def made(where: str, listed: list, date: str) -> dict[tuple, Preference]:
+        return _rows(where, operator, listed, known, device.name, date)
+
+    return shipped(operator).entries.get(device, {}) | user.rows(device, "backends", operator, made)
 
 
 def _rows(where: str, operator: str, listed: list, known: tuple, device: str, date: str) -> dict[tuple, Preference]:
-    classes = operators.problem(operator).classes
-    if classes is None:
-        raise files.TableError(f"{where}: {operator} has no classes of calls, by which rows are found")
+    parts = operators.problem(operator).classes.parts
     rows = {}
-    for index, row in enumerate(listed):
-        place = f"{where}[{index}]"
-        files.wanted(place, "the row", row, dict, "an object")
-        for name, values in classes.parts.items():
+    for row in listed:
+        for name, values in parts.items():
             # False == 0 and True == 1: neither stands for the other.
-            if name not in row or not any(row[name] is value or _same(row[name], value) for value in values):
+            if not any(type(row[name]) is type(value) and row[name] == value for value in values):
                 needs = ", ".join(map(repr, values))
-                raise files.TableError(f"{place}: {name} is {row.get(name)!r}; it needs one of {needs}")
-        order = _order(place, row.get("order"))
-        if len(order) < 2:
-            raise files.TableError(f"{place}: order is {list(order)}; it needs two backends at least")
-        ratio = files.wanted(place, "ratio", row.get("ratio"), (int, float), "a number")
-        key = tuple(row[name] for name in classes.parts)
-        if key in rows:
-            raise files.TableError(f"{place}: a second row of {key}")
+                raise files.TableError(f"{where}: {name} is {row[name]!r}; it needs one of {needs}")
+        key, order, ratio = tuple(row[name] for name in parts), _order(where, row["order"]), row["ratio"]
+        if key in rows or len(order) < 2:
+            raise files.TableError(f"{where}: the row of {key} needs two backends at least, and to be the only one")
         # What was not measured comes last: nothing is known for it.
         complete = (*order, *(name for name in known if name not in order))
         found = f"{ratio:.2f} x faster than" if ratio > 1 else "within the noise as fast as"
@@ -147,16 +117,11 @@ def _rows(where: str, operator: str, listed: list, known: tuple, device: str, da
     return rows
 
 
-def _same(value: Any, other: Any) -> bool:
-    return type(value) is type(other) and value == other
-
-
-def _order(place: str, order: Any) -> tuple[str, ...]:
-    found = files.wanted(place, "order", order, list, "a list of backends")
-    if len(set(map(str, found))) != len(found) or any(str(name).partition(":")[0] not in FAMILIES for name in found):
+def _order(where: str, order: list[str]) -> tuple[str, ...]:
+    if len({*order}) < len(order) or any(name.partition(":")[0] not in FAMILIES for name in order):
         needs = f"names of {', '.join(FAMILIES)}, or of variants of theirs, each once"
-        raise files.TableError(f"{place}: order is {found}; it needs {needs}")
-    return tuple(found)
+        raise files.TableError(f"{where}: order is {order}; it needs {needs}")
+    return tuple(order)
 
 
 def path(operator: str) -> Path:

@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,45 +106,37 @@ _warned: set[Path] = set()
 
 def read(device: Device) -> File:
     """The device's file; read once a process."""
-    file = _read.get(device)
-    if file is None:
+    if device not in _read:
         where = path(device)
         try:
-            file = File(None, None) if where is None else _checked(where, device)
+            _read[device] = File(where, None) if where is None or not where.exists() else _checked(where, device)
         except (files.TableError, OSError) as error:
-            file = File(where, None, str(error))
-        _read[device] = file
-        if file.ignored is not None and not file.ignored.startswith(_OTHER):
-            warn(file.path, file.ignored)
-    return file
-
-
-_OTHER = "it was made for"
+            _read[device] = File(where, None, str(error))
+            warn(where, str(error))
+    return _read[device]
 
 
 def _checked(where: Path, device: Device) -> File:
+    content = files.read(where)
+    with files.reading(where):
+        here = {"format": FORMAT, "device": device.name, "architecture": device.architecture} | versions()
+        made_for = content | (content.get("versions") or {})
+        differs = [
+            f"{name} {made_for.get(name)} (here: {here[name]})" for name in here if made_for.get(name) != here[name]
+        ]
+    return File(where, None, f"it was made for {', '.join(differs)}") if differs else File(where, content)
+
+
+def rows(device: Device, part: str, table: str, made: Callable[[str, list, str], dict]) -> dict:
+    """What `made(where, rows, date)` makes of a table's rows in the device's file; where they are wrong, a warning."""
+    file = read(device)
     try:
-        content = files.read(where)
-    except FileNotFoundError:
-        return File(where, None)
-    made_for = {name: content.get(name) for name in ("format", "device", "architecture", "versions")}
-    here = {"format": FORMAT, "device": device.name, "architecture": device.architecture, "versions": versions()}
-    if made_for != here:
-        return File(where, None, _difference(made_for, here))
-    files.wanted(str(where), "date", content.get("date"), str, "a date")
-    for part in ("configurations", "backends"):
-        rows = files.wanted(str(where), part, content.get(part), dict, "an object of rows by operator")
-        for operator, listed in rows.items():
-            files.wanted(str(where), f"{part}.{operator}", listed, list, "a list of rows")
-    return File(where, content)
-
-
-def _difference(made_for: dict[str, Any], here: dict[str, Any]) -> str:
-    """One sentence on what differs."""
-    for values in (made_for, here):
-        values |= values.pop("versions") if isinstance(values.get("versions"), dict) else {}
-    differs = [name for name in here if made_for.get(name) != here[name]]
-    return f"{_OTHER} " + ", ".join(f"{name} {made_for.get(name)} (here: {here[name]})" for name in differs)
+        with files.reading(file.path):
+            listed = file.content[part].get(table) if file.content else None
+            return made(f"{file.path}: {part}.{table}", listed, file.content["date"]) if listed else {}
+    except files.TableError as error:
+        warn(file.path, str(error))
+        return {}
 
 
 def warn(where: Path | None, reason: str) -> None:
@@ -170,7 +163,7 @@ def put(device: Device, part: str, table: str, row: dict[str, Any], key: tuple[s
         raise OSError("this system names no folder for caches: set GPTKERN_CACHE")
     with files.locked(where):
         try:
-            content = _checked(where, device).content
+            content = _checked(where, device).content if where.exists() else None
         except files.TableError:
             content = None
         if content is None:
@@ -185,7 +178,7 @@ def put(device: Device, part: str, table: str, row: dict[str, Any], key: tuple[s
 def replace_row(rows: list[dict[str, Any]], row: dict[str, Any], key: tuple[str, ...]) -> None:
     """Puts the row in the place of the one of the same key, or at the end."""
     for index, other in enumerate(rows):
-        if isinstance(other, dict) and all(other.get(name) == row[name] for name in key):
+        if all(other.get(name) == row[name] for name in key):
             rows[index] = row
             return
     rows.append(row)
