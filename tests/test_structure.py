@@ -24,6 +24,7 @@ LAYERS = (
     {"cli", "__main__"},
     {"commands"},
     {"measuring", "training", "generation", "compress"},
+    {"integrations"},
     {"swapping", "quantizing"},
     {"nn", "optim"},
     {"functional", "autograd"},

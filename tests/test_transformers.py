@@ -57,7 +57,7 @@ def test_the_import_adds_one_name_and_changes_nothing_else():
     in_a_new_process(
         "from transformers import AttentionInterface as A, AttentionMaskInterface as M\n"
         "before = dict(A._global_mapping), dict(M._global_mapping)\n"
-        "import gptkern.swapping.transformers\n"
+        "import gptkern.integrations.transformers\n"
         "for was, now in zip(before, (A._global_mapping, M._global_mapping)):\n"
         "    assert now.keys() - was.keys() == {'gptkern'}\n"
         "    assert all(now[name] is was[name] for name in was)\n"

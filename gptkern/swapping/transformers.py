@@ -1,6 +1,6 @@
 """Hugging Face transformers: attention by the name "gptkern".
 
-    import gptkern.swapping.transformers
+    import gptkern.integrations.transformers
     model = AutoModelForCausalLM.from_pretrained(…, attn_implementation="gptkern")
 
 Importing this module adds the name to transformers' AttentionInterface and AttentionMaskInterface, as its documentation
