@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from gptkern import formatting as form
-from gptkern.measuring import plots, rates, report
+from gptkern.measuring import peers, plots, rates, report
 from gptkern.measuring import results as files
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,8 +68,7 @@ def test_rates_and_shares_are_the_work_over_the_time(results):
     share = rates.share(cell, _timed(cell, "gptkern"), results["ceilings"])
     assert share == pytest.approx(274_877_906_944 / taken / 8e14)
 
-
-def test_int8_counts_bytes_where_memory_is_the_limit_and_operations_where_arithmetic_is(results):
+    # int8 counts bytes where memory is the limit, and operations where arithmetic is.
     small = _cell(results, "int8_linear", "forward", "1x12288x4096 w8a8")
     large = _cell(results, "int8_linear", "forward", "4096x12288x4096 w8a8")
     assert [rates.unit(cells) for cells in ([small], [large], [small, large])] == ["B/s", "OP/s", "OP/s"]
@@ -78,19 +77,19 @@ def test_int8_counts_bytes_where_memory_is_the_limit_and_operations_where_arithm
     assert rates.share(large, _timed(large, "gptkern"), results["ceilings"]) == pytest.approx(0.62, abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("width", "best", "lead", "outcome"),
-    [
+def test_the_best_peer_and_who_is_ahead(results):
+    for width, best, lead, outcome in (
         (1024, "quack", 0.8, rates.BEHIND),  # 40 µs to 50 µs
         (4096, "quack", 0.99, rates.LEVEL),  # 158.4 µs to 160 µs: behind by 1 %
         (16384, "Liger-Kernel", 1.05, rates.FASTEST),  # 630 µs to 600 µs; the first of two that are equal
-    ],
-)
-def test_the_best_peer_and_who_is_ahead(results, width, best, lead, outcome):
-    cell = _cell(results, "layer_norm", "forward", f"32768x{width}")
-    assert rates.best_peer(cell)["name"] == best
-    assert rates.lead(cell) == pytest.approx(lead)
-    assert rates.outcome(cell) == outcome
+    ):
+        cell = _cell(results, "layer_norm", "forward", f"32768x{width}")
+        assert rates.best_peer(cell)["name"] == best and rates.outcome(cell) == outcome
+        assert rates.lead(cell) == pytest.approx(lead)
+    # The wall time counts where there is no device time: 630 µs * 1.03 + 12 µs to 600 µs * 1.03 + 12 µs.
+    for implementation in cell["implementations"]:
+        implementation["device_s"] = None
+    assert rates.lead(cell) == pytest.approx(660.9 / 630)
 
 
 @pytest.mark.parametrize(
@@ -115,15 +114,7 @@ def test_a_lead_or_a_loss_is_more_than_noise(results, mine, peer, outcome):
     cell = _cell(results, "layer_norm", "forward", "32768x1024")
     cell["implementations"] = [timed("gptkern", mine), timed("eager", peer)]
     assert rates.outcome(cell) == outcome
-    assert rates.tally([cell]) == {name: int(name == outcome) for name in rates.tally([])}
-
-
-def test_the_wall_time_counts_where_there_is_no_device_time(results):
-    cell = _cell(results, "layer_norm", "forward", "32768x1024")
-    for implementation in cell["implementations"]:
-        implementation["device_s"] = None
-    # 40 µs * 1.03 + 12 µs to 50 µs * 1.03 + 12 µs.
-    assert rates.lead(cell) == pytest.approx(53.2 / 63.5)
+    assert rates.tally([cell, cell]) == {outcome: 2}
 
 
 def test_promised_limits(results):
@@ -139,13 +130,11 @@ def test_promised_limits(results):
 
 
 def test_panels_are_in_order_and_their_cells_rise(results):
-    order = rates.operators(results)
-    for operator in order:
-        cells = [cell for cell in results["cells"] if cell["operator"] == operator]
-        assert sum(len(panel.cells) for panel in rates.panels(results, operator)) == len(cells)
+    order = list(rates.by_operator(results))
+    assert sum(len(panel.cells) for panel in rates.panels(results)) == len(results["cells"])
     assert list(dict.fromkeys(panel.operator for panel in rates.panels(results))) == order
     results["cells"].reverse()
-    attention = rates.panels(results, "attention")
+    attention = rates.by_operator(results)["attention"]
     assert [panel.direction for panel in attention] == ["forward", "backward"] * 2
     for panel in attention:
         assert [cell["sizes"]["length"] for cell in panel.cells] == [2**k for k in range(10, 15)]
@@ -177,26 +166,27 @@ def test_a_table_says_what_was_measured(results):
 
 
 def test_where_the_numbers_come_from(results):
-    text = report.markdown(results, {})
-    for words in (
+    def assert_said(*words):
+        text = report.markdown(results, {})
+        assert [word for word in words if word not in text] == []
+        return text
+
+    text = assert_said(
         "sm\\_90", "driver 580.00", "PyTorch 2.13.0", "Triton 3.7.1", "commit 0123456789ab with changes on top",
         "2026-01-01", "SM 1980 MHz, memory 3201 MHz", "liger-kernel 0.6.1", "digest of sources 0123456789ab",
         "| with | gptkern bench |", "| spread of times | 2.0% in the middle, 2.0% at most |",
         "| copy | 4,000 GB/s |", "| bfloat16 | 800 TFLOP/s |", "| int8 | 1,400 TOP/s |", "at most 2.4e-03",
         "| host time, layer\\_norm |",
-    ):  # fmt: skip
-        assert words in text, words
+    )  # fmt: skip
     assert not any(words in text for words in ("it fell", "SMOKE", "tables of gptkern", "not all peers"))
     results["cells"][0] |= {"clocks": {"sm_mhz": 1400, "memory_mhz": 3201}, "options": ["--rounds", "9"]}
     results["cells"][1]["peers_asked"] = ["eager"]
     results["machine"] |= {"backend": "triton", "tables": "fedcba987654"}
     results["costs"][0]["extent"] = "smoke"
-    text = report.markdown(results, {})
-    for words in (
+    assert_said(
         "SM 1400 to 1980 MHz (it fell during the run)", "GPTKERN\\_BACKEND=triton gptkern bench --rounds 9; GPTKERN",
         "digest fedcba987654", "| not all peers were asked for | in 1 cell |", f"> **{report.SMOKE}costs**",
-    ):  # fmt: skip
-        assert words in text, words
+    )  # fmt: skip
     assert report.terminal(results).startswith(f"{report.SMOKE}costs\n")
 
 
@@ -222,13 +212,8 @@ def test_the_terminal_marks_what_is_lost(results):
 
 
 def test_numbers_in_words():
-    assert [form.times(ratio) for ratio in (1.154, 0.1, 0.0213, 5.5e-5, None)] == [
-        "1.15×",
-        "0.10×",
-        "1/47",
-        "1/18000",
-        "–",
-    ]
+    shown = [form.times(ratio) for ratio in (1.154, 0.1, 0.0213, 5.5e-5, None)]
+    assert shown == ["1.15×", "0.10×", "1/47", "1/18000", "–"]
     shown = [form.seconds(value) for value in (None, 3.21e-7, 1.234e-5, 9.999e-4, 0.05, 1.5)]
     assert shown == ["–", "0.321 µs", "12.3 µs", "1,000 µs", "50.0 ms", "1.50 s"]
     shown = [form.size(count) for count in (12, 1536, 181_234, 2_500_000_000)]
@@ -266,11 +251,8 @@ def test_what_a_picture_shows(results):
     assert plots.plots_of(results, "layer_norm")[0]["ticks"][0] == "32768x1024"
 
 
-def test_no_two_implementations_of_an_operator_look_alike(results):
-    for operator in rates.operators(results):
-        names = rates.names([cell for cell in results["cells"] if cell["operator"] == operator])
-        markers = {plots._style(name, names)["marker"] for name in names}
-        assert len(markers) == len(names), operator
+def test_no_two_implementations_look_alike():
+    assert len({plots._style(name)["marker"] for name in ("gptkern", *peers.NAMES, "another")}) == len(peers.NAMES) + 2
 
 
 def test_report_writes_the_tables_and_a_picture_an_operator(results, tmp_path, monkeypatch):
@@ -357,12 +339,7 @@ def test_what_is_stale_is_named(tree, results, capsys, monkeypatch):
     def moved(by):
         return re.sub(r"(?<=L )\d+\.\d+", lambda number: f"{float(number.group()) + by:.2f}", text)
 
-    edited = [
-        text.replace(">Liger-Kernel<", ">Liger<"),
-        text.replace("</svg>", "<path/></svg>"),
-        moved(0.5),
-        moved(0.01),
-    ]
+    edited = text.replace(">Liger-Kernel<", ">Liger<"), text.replace("</svg>", "<path/></svg>"), moved(0.5), moved(0.01)
     assert text not in edited and [publish.same(text, other) for other in edited] == [False, False, False, True]
 
     # A picture that is gone, and one that nothing is left of.

@@ -13,31 +13,12 @@ import textwrap
 from typing import Any
 
 from gptkern import formatting as form
-from gptkern.measuring import rates
+from gptkern.measuring import peers, rates
 
-# (colour, marker) of an implementation, the same in every picture. The colours are Okabe and Ito's, which colour-blind
-# readers tell apart; no two implementations of one operator share a marker.
-STYLES = {
-    "gptkern": ("#D55E00", "o"),
-    "eager": ("#7F7F7F", "s"),
-    "compile": ("#56B4E9", "^"),
-    "compile max-autotune": ("#0072B2", "v"),
-    "SDPA flash": ("#0072B2", "D"),
-    "SDPA efficient": ("#56B4E9", "<"),
-    "SDPA cuDNN": ("#009E73", ">"),
-    "FlexAttention": ("#CC79A7", "P"),
-    "Liger-Kernel": ("#E69F00", "X"),
-    "flash-attn 2": ("#000000", "d"),
-    "flash-attn 3": ("#000000", "*"),
-    "flash-attn 4": ("#000000", "p"),
-    "quack": ("#009E73", "h"),
-    "bf16 linear": ("#000000", "D"),
-    "int_mm + dequantise": ("#0072B2", ">"),
-    "torchao int8": ("#009E73", "P"),
-    "bitsandbytes int8": ("#CC79A7", "d"),
-}
-# Of a peer that is not listed, in turn.
-OTHER_STYLES = (("#999933", "1"), ("#882255", "2"), ("#44AA99", "3"), ("#332288", "4"))
+# Of the implementations in the order of peers.NAMES, the same in every picture. The colours are Okabe and Ito's, which
+# colour-blind readers tell apart, and come again; no two implementations share a marker.
+COLOURS = ("#D55E00", "#7F7F7F", "#56B4E9", "#0072B2", "#000000", "#E69F00", "#009E73", "#CC79A7")
+MARKERS = "os^vD<>PXd*ph1234+x"
 
 _RC = {
     "svg.fonttype": "none",  # text stays text: small files that can be searched
@@ -61,14 +42,14 @@ _WIDTH, _HEIGHT, _COLUMNS, _LETTERS = 4.5, 2.9, 3, 46
 
 def draw_all(results: dict[str, Any]) -> dict[str, str]:
     """Operator -> its picture as SVG, where it has anything to show. Needs matplotlib (gptkern[cli])."""
-    drawn = {operator: plots_of(results, operator) for operator in rates.operators(results)}
+    drawn = {operator: plots_of(results, operator) for operator in rates.by_operator(results)}
     device = results["machine"]["device"]
     return {operator: _draw(f"{operator} on {device}", plots) for operator, plots in drawn.items() if plots}
 
 
 def plots_of(results: dict[str, Any], operator: str) -> list[dict[str, Any]]:
     """What each small plot of an operator shows, as plain data."""
-    found = (_plot(panel, results["ceilings"]) for panel in rates.panels(results, operator))
+    found = (_plot(panel, results["ceilings"]) for panel in rates.by_operator(results)[operator])
     return [plot for plot in found if plot]
 
 
@@ -120,9 +101,9 @@ def _draw(title: str, plots: list[dict[str, Any]]) -> str:
         for place, plot in enumerate(plots):
             axes = figure.add_subplot(grid[divmod(place, columns)])
             axes.set_title(textwrap.fill(plot["title"], _LETTERS), loc="left", fontsize=9, fontweight="bold")
-            _lines(axes, plot, names)
+            _lines(axes, plot)
         figure.suptitle(title, fontsize=11.5, fontweight="bold")
-        handles = [Line2D([], [], label=name, **_style(name, names)) for name in names]
+        handles = [Line2D([], [], label=name, **_style(name)) for name in names]
         figure.legend(handles=handles, loc="outside lower center", ncols=2 * columns)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None, "Creator": "gptkern"})
@@ -131,7 +112,7 @@ def _draw(title: str, plots: list[dict[str, Any]]) -> str:
     return re.sub(r"[ \t]+$", "", svg, flags=re.MULTILINE)
 
 
-def _lines(axes, plot: dict, names: list[str]) -> None:
+def _lines(axes, plot: dict) -> None:
     best = max(point[3] for points in plot["series"].values() for point in points)
     scale, prefix = 1.0, ""
     if plot["unit"] not in ("tokens/s", PERCENT):
@@ -144,7 +125,7 @@ def _lines(axes, plot: dict, names: list[str]) -> None:
         values, lows, highs = ([rate / scale for rate in part] for part in rest)
         off = [[v - low for v, low in zip(values, lows)], [high - v for v, high in zip(values, highs)]]
         order = 4 if name == "gptkern" else 3
-        axes.errorbar([p + moved for p in places], values, off, elinewidth=1, zorder=order, **_style(name, names))
+        axes.errorbar([p + moved for p in places], values, off, elinewidth=1, zorder=order, **_style(name))
     near = {place: limit / scale for place, limit in plot["limits"].items() if limit <= _FAR * best}
     axes.hlines(near.values(), [place - 0.4 for place in near], [place + 0.4 for place in near], **_DASHES)
     slanted = {"rotation": 20, "ha": "right"} if max(map(len, plot["ticks"])) > 6 else {}
@@ -164,8 +145,8 @@ def _ceiling(plot: dict) -> str:
     return f"- - {plot['ceiling']} ceiling" + (known if max(values) < 1.001 * min(values) else "")
 
 
-def _style(name: str, names: list[str]) -> dict[str, Any]:
-    others = [other for other in names if other not in STYLES]
-    colour, marker = STYLES[name] if name in STYLES else OTHER_STYLES[others.index(name) % len(OTHER_STYLES)]
-    ours = name == "gptkern"
-    return {"color": colour, "marker": marker, "linewidth": 2.4 if ours else 1.2, "markersize": 6.5 if ours else 5}
+def _style(name: str) -> dict[str, Any]:
+    known = ("gptkern", *peers.NAMES)
+    place, ours = known.index(name) if name in known else len(known), name == "gptkern"
+    look = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place]}
+    return look | {"linewidth": 2.4 if ours else 1.2, "markersize": 6.5 if ours else 5}

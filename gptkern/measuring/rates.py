@@ -9,6 +9,7 @@ Functions of plain dicts, as `results.load` gives them; what cannot be said is N
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 LOST = 1.02
 # How a cell went; see `outcome`.
 FASTEST, LEVEL, BEHIND, ALONE, FAILED = "fastest", "level", "behind", "no peer", "not timed"
-DIRECTIONS = ("forward", "backward", "both")
+_ORDER = {"forward": 0, "backward": 1, "both": 2}
 
 
 class Panel(NamedTuple):
@@ -34,25 +35,23 @@ class Panel(NamedTuple):
         return self.title if self.dtype in self.title else f"{self.title}, {self.dtype}"
 
 
-def panels(results: dict[str, Any], operator: str | None = None) -> list[Panel]:
-    """The operator's cells, or all: operators and panels as the file has them first, then directions in order."""
+def panels(results: dict[str, Any]) -> list[Panel]:
+    """Operators and panels as the file has them first, then directions in order."""
     found: dict[tuple, list] = {}
     for cell in results["cells"]:
-        if operator in (None, cell["operator"]):
-            key = (cell["operator"], cell["panel"], cell.get("dtype") or "", cell["direction"])
-            found.setdefault(key, []).append(cell)
+        key = (cell["operator"], cell["panel"], cell.get("dtype") or "", cell["direction"])
+        found.setdefault(key, []).append(cell)
     # dict.fromkeys keeps the order in which they were met.
     first = {key: place for depth in (1, 3) for place, key in enumerate(dict.fromkeys(key[:depth] for key in found))}
-    order = sorted(found, key=lambda key: (first[key[:1]], first[key[:3]], _direction(key[3])))
+    order = sorted(found, key=lambda key: (first[key[:1]], first[key[:3]], _ORDER.get(key[3], len(_ORDER))))
     return [Panel(*key, sorted(found[key], key=lambda cell: x_value(cell) or float("inf"))) for key in order]
 
 
-def _direction(name: str) -> int:
-    return DIRECTIONS.index(name) if name in DIRECTIONS else len(DIRECTIONS)
-
-
-def operators(results: dict[str, Any]) -> list[str]:
-    return list(dict.fromkeys(cell["operator"] for cell in results["cells"]))
+def by_operator(results: dict[str, Any]) -> dict[str, list[Panel]]:
+    found: dict[str, list[Panel]] = {}
+    for panel in panels(results):
+        found.setdefault(panel.operator, []).append(panel)
+    return found
 
 
 def x_value(cell: dict[str, Any]) -> float | None:
@@ -172,10 +171,9 @@ def outcome(cell: dict[str, Any], peer: dict[str, Any] | None = None) -> str:
     return FASTEST if ahead > 1 else BEHIND
 
 
-def tally(cells: Sequence[dict[str, Any]]) -> dict[str, int]:
+def tally(cells: Sequence[dict[str, Any]]) -> Counter[str]:
     """How many cells went which way."""
-    outcomes = [outcome(cell) for cell in cells]
-    return {name: outcomes.count(name) for name in (FASTEST, LEVEL, BEHIND, ALONE, FAILED)}
+    return Counter(map(outcome, cells))
 
 
 class Promise(NamedTuple):
@@ -189,6 +187,10 @@ class Promise(NamedTuple):
     @property
     def broken(self) -> bool:
         return self.measured is not None and self.measured > self.limit
+
+    def __str__(self) -> str:
+        of = f" × {self.peer}'s" if self.peer else " s"
+        return f"{self.where}: {self.measured:.3g}{of}, promised {self.limit:g}{of}"
 
 
 def promises(results: dict[str, Any]) -> list[Promise]:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,6 @@ LOST_MARK, BROKEN_MARK, EVENTS_MARK, UNCLEAR_MARK = "▼", "✗", "†", "≈"
 LONGEST_REASON = 240
 # A GPU whose clock fell below this share of its highest, from cell to cell, is named.
 THROTTLED = 0.95
-# An operator with more tables than these has them folded.
-MOST_OPEN = 4
 
 
 def write(folder: str | Path) -> list[Path]:
@@ -61,15 +59,13 @@ def markdown(results: dict[str, Any], pictures: Mapping[str, str], level: int = 
     parts += [f"> **{line}**" for line in _warnings(results)]
     parts += [_provenance(results), _ceilings(results), _summary(results), _legend(results)]
     deeper = "#" * (level + 1)
-    for operator in rates.operators(results):
-        panels = rates.panels(results, operator)
+    for operator, panels in rates.by_operator(results).items():
         parts.append(f"{deeper} {operator} on {device}")
         if operator in pictures:
             parts.append(f"![rates of gptkern and its peers: {operator} on {device}]({pictures[operator]})")
         # Hundreds of rows: folded, with what there is to find in them on the fold.
         found = verdict([cell for panel in panels for cell in panel.cells])
-        opened = " open" if len(panels) <= MOST_OPEN else ""
-        parts.append(f"<details{opened}><summary>{form.count(len(panels), 'table')}: {found}</summary>")
+        parts.append(f"<details><summary>{form.count(len(panels), 'table')}: {found}</summary>")
         parts += [_panel(panel, results, f"{deeper}#") for panel in panels]
         parts.append("</details>")
     ends = {"What is no kernel": _costs, "Promised limits": _promises, "Not measured": _skipped}
@@ -87,7 +83,7 @@ def _warnings(results: dict[str, Any]) -> list[str]:
 
 def _provenance(results: dict[str, Any]) -> str:
     machine, cells = results["machine"], results["cells"]
-    changed = " with changes on top" if machine.get("dirty") else ""
+    commit = str(machine.get("commit"))[:12] + (" with changes on top" if machine.get("dirty") else "")
     dates = sorted({cell["date"] for cell in cells if cell.get("date")} or {machine.get("date") or ""})
     versions = {"Python": "python", "PyTorch": "torch", "Triton": "triton", "CUDA": "cuda", "driver": "driver"}
     peers = [f"{name} {version}" for name, version in (machine.get("peers") or {}).items() if version]
@@ -104,8 +100,7 @@ def _provenance(results: dict[str, Any]) -> str:
         "device": ", ".join(filter(None, (machine["device"], machine.get("architecture")))),
         "measured": " to ".join(dict.fromkeys((dates[0], dates[-1]))),
         "with": "; ".join(before + command for command in runs),
-        "gptkern": f"{machine['gptkern']}, commit {str(machine.get('commit'))[:12]}{changed}, digest of sources "
-        f"{machine['source']}",
+        "gptkern": f"{machine['gptkern']}, commit {commit}, digest of sources {machine['source']}",
         "versions": ", ".join(f"{name} {machine[key]}" for name, key in versions.items() if machine.get(key)),
         "peers": ", ".join(peers) or "PyTorch alone",
         "not all peers were asked for": f"in {form.count(chosen, 'cell')}" if chosen else "",
@@ -119,12 +114,12 @@ def _provenance(results: dict[str, Any]) -> str:
 
 
 def _clocks(cells: Sequence[dict[str, Any]]) -> str:
+    found = [cell["clocks"] for cell in cells if cell.get("clocks")]
     parts = []
-    for name, key in (("SM", "sm_mhz"), ("memory", "memory_mhz")):
-        found = [cell["clocks"][key] for cell in cells if cell.get("clocks")]
-        if found:
-            fell = " (it fell during the run)" if min(found) < THROTTLED * max(found) else ""
-            parts.append(f"{name} {' to '.join(map(str, sorted({min(found), max(found)})))} MHz{fell}")
+    for name, key in (("SM", "sm_mhz"), ("memory", "memory_mhz")) if found else ():
+        low, high = (pick(clocks[key] for clocks in found) for pick in (min, max))
+        fell = " (it fell during the run)" if low < THROTTLED * high else ""
+        parts.append(f"{name} {low if low == high else f'{low} to {high}'} MHz{fell}")
     return ", ".join(parts)
 
 
@@ -159,15 +154,12 @@ def verdict(cells: Sequence[dict[str, Any]]) -> str:
         f"gptkern is fastest in {tally[rates.FASTEST]} of {form.count(len(cells), 'cell')}, level with the best peer "
         f"(within {rates.LOST - 1:.0%}, or within the noise) in {tally[rates.LEVEL]}, behind in {tally[rates.BEHIND]}"
     )
-    if tally[rates.ALONE]:
-        text += f", without a peer in {tally[rates.ALONE]}"
-    if tally[rates.FAILED]:
-        text += f", not timed in {tally[rates.FAILED]} (it failed or was wrong)"
-    return text
+    others = {rates.ALONE: "without a peer in {}", rates.FAILED: "not timed in {} (it failed or was wrong)"}
+    return ", ".join([text, *(words.format(tally[name]) for name, words in others.items() if tally[name])])
 
 
 def _summary(results: dict[str, Any]) -> str:
-    """The counts for each operator and direction, with the widest lead and the widest loss."""
+    """The counts for each operator and direction."""
     cells = results["cells"]
     if not cells:
         return "No cell has been measured."
@@ -177,20 +169,11 @@ def _summary(results: dict[str, Any]) -> str:
     rows = []
     for names, group in groups.items():
         tally = rates.tally(group)
-        counts = [str(tally[name]) for name in (rates.FASTEST, rates.LEVEL)]
         behind = f"**{tally[rates.BEHIND]}** {LOST_MARK}" if tally[rates.BEHIND] else "0"
-        others = str(tally[rates.ALONE] + tally[rates.FAILED] or "")
-        won, lost = ([cell for cell in group if rates.outcome(cell) == name] for name in (rates.FASTEST, rates.BEHIND))
-        extremes = max(won, key=rates.lead, default=None), min(lost, key=rates.lead, default=None)
-        rows.append((*names, str(len(group)), *counts, behind, others, *map(_extreme, extremes)))
+        counts = len(group), tally[rates.FASTEST], tally[rates.LEVEL], behind
+        rows.append((*names, *map(str, counts), str(tally[rates.ALONE] + tally[rates.FAILED] or "")))
     headings = ["operator", "direction", ">cells", ">fastest", ">level", ">behind", ">no verdict"]
-    return f"**{verdict(cells)}.**\n\n" + form.table([*headings, "widest lead", "widest loss"], rows)
-
-
-def _extreme(cell: dict[str, Any] | None) -> str:
-    if cell is None:
-        return form.NONE
-    return form.escaped(f"{form.times(rates.lead(cell))} {rates.best_peer(cell)['name']}, {cell['label']}")
+    return f"**{verdict(cells)}.**\n\n" + form.table(headings, rows)
 
 
 def _legend(results: dict[str, Any]) -> str:
@@ -209,41 +192,39 @@ def _legend(results: dict[str, Any]) -> str:
 
 
 def _panel(panel: rates.Panel, results: dict[str, Any], heading: str) -> str:
-    cells, ceilings = panel.cells, results["ceilings"]
-    limits = list(dict.fromkeys(cell["ceiling"] for cell in cells if rates.least_seconds(cell, ceilings)))
-    timed = [mine for cell in cells if (mine := rates.ours(cell))]
-
-    # heading -> what stands there of (the cell, gptkern's implementation, the best peer's); of no implementation, "–".
-    of_ours: dict[str, Callable] = {}
-    if len({mine.get("backend") for mine in timed}) > 1:
-        of_ours["backend"] = lambda cell, mine: mine["backend"]
-    of_ours[">time"] = lambda cell, mine: _time(mine)
-    of_ours[">spread"] = lambda cell, mine: f"{rates.spread(mine):.1%}"
-    of_ours[">rate"] = lambda cell, mine: form.rate(rates.rate(cell, mine), rates.unit([cell]))
-    for limit in limits:
-        of_ours[f">of the {limit} ceiling"] = lambda cell, mine, limit=limit: form.percent(
-            rates.share(cell, mine, ceilings) if cell["ceiling"] == limit else None
-        )
-    of_both: dict[str, Callable] = {}
-    for name in rates.names(cells):
-        if name != "gptkern":
-            of_both[f">{form.escaped(name)}"] = lambda cell, mine, best, name=name: _lead(cell, name)
-    of_both["best peer"] = lambda cell, mine, best: form.escaped(best["name"])
-    if any(mine.get("device_s") for mine in timed):
-        of_both[">eager wall"] = lambda cell, mine, best: form.seconds((mine.get("wall_s") or {}).get("median"))
-        of_both[">best peer's"] = lambda cell, mine, best: form.seconds((best.get("wall_s") or {}).get("median"))
-        of_both[">peak memory"] = lambda cell, mine, best: form.size(mine.get("peak_bytes"))
-        of_both[">of best peer's"] = lambda cell, mine, best: _memory_share(mine, best)
-
-    rows = []
-    for cell in cells:
-        mine, best = rates.ours(cell), rates.best_peer(cell)
-        row = [_shape(cell)]
-        row += [text(cell, mine) if mine else form.NONE for text in of_ours.values()]
-        row += [text(cell, mine, best) if mine and best else form.NONE for text in of_both.values()]
-        rows.append(row)
-    table = form.table([_shape_heading(cells), *of_ours, *of_both], rows)
+    cells = panel.cells
+    peers = [name for name in rates.names(cells) if name != "gptkern"]
+    rows = [_row(cell, results["ceilings"], peers) for cell in cells]
+    # What nothing is known of has no column.
+    shown = [name for name in rows[0] if name == ">time" or any(row[name] != form.NONE for row in rows)]
+    if len({row["backend"] for row in rows} - {form.NONE}) < 2 and "backend" in shown:
+        shown.remove("backend")
+    lines = [[_shape(cell), *(row[name] for name in shown)] for cell, row in zip(cells, rows)]
+    table = form.table([_shape_heading(cells), *shown], lines)
     return f"{heading} {form.escaped(panel.name)}: {panel.direction}\n\n{table}"
+
+
+def _row(cell: dict[str, Any], ceilings: dict[str, Any], peers: Sequence[str]) -> dict[str, str]:
+    """Heading -> what stands there: gptkern's own numbers, its lead over each peer, and the best peer's."""
+    mine, best = rates.ours(cell), rates.best_peer(cell)
+    share = {kind: rates.share(cell, mine, ceilings) if cell["ceiling"] == kind else None for kind in ceilings}
+    # On a CPU the wall time is the time that counts.
+    wall, best_wall = ((each or {}).get("wall_s") if (mine or {}).get("device_s") else None for each in (mine, best))
+    memory, other = ((each or {}).get("peak_bytes") for each in (mine, best))
+    memory_share = memory / other if memory is not None and other else None
+    return {
+        "backend": (mine or {}).get("backend") or form.NONE,
+        ">time": _time(mine),
+        ">spread": f"{rates.spread(mine):.1%}" if mine else form.NONE,
+        ">rate": form.rate(rates.rate(cell, mine), rates.unit([cell])),
+        **{f">of the {kind} ceiling": form.percent(value) for kind, value in share.items()},
+        **{f">{form.escaped(name)}": _lead(cell, name) for name in peers},
+        "best peer": form.escaped(best["name"]) if mine and best else form.NONE,
+        ">eager wall": form.seconds((wall or {}).get("median")),
+        ">best peer's": form.seconds((best_wall or {}).get("median")),
+        ">peak memory": form.size(memory),
+        ">of best peer's": form.times(memory_share),
+    }
 
 
 def _shape(cell: dict[str, Any]) -> str:
@@ -266,17 +247,12 @@ def _shape_heading(cells: Sequence[dict[str, Any]]) -> str:
 
 
 def _lead(cell: dict[str, Any], name: str) -> str:
-    peer = rates.implementation(cell, name)
-    if peer is None:
+    mine, peer = rates.ours(cell), rates.implementation(cell, name)
+    if mine is None or peer is None:
         return form.NONE
-    marks = (UNCLEAR_MARK if rates.unclear(rates.ours(cell), peer) else "") + _events(peer)
     lead = form.times(rates.lead(cell, peer))
-    return (f"**{lead}**" if rates.outcome(cell, peer) == rates.BEHIND else lead) + marks
-
-
-def _memory_share(mine: dict[str, Any], best: dict[str, Any]) -> str:
-    own, other = mine.get("peak_bytes"), best.get("peak_bytes")
-    return form.times(own / other if own is not None and other else None)
+    bold = "**" if rates.outcome(cell, peer) == rates.BEHIND else ""
+    return f"{bold}{lead}{bold}{UNCLEAR_MARK if rates.unclear(mine, peer) else ''}{_events(peer)}"
 
 
 # --- The end ----------------------------------------------------------------------------------------------------------
@@ -300,34 +276,23 @@ def _promises(results: dict[str, Any]) -> str:
     promises = rates.promises(results)
     if not promises:
         return ""
-    broken, unknown = broken_promises(results), sum(promise.measured is None for promise in promises)
+    broken, unknown = [p for p in promises if p.broken], sum(promise.measured is None for promise in promises)
     kept = len(promises) - len(broken) - unknown
     counts = f"{kept} of {len(promises)} kept, **{len(broken)} broken**, {unknown} not measured."
-    return "\n".join([counts, "", *(f"- {BROKEN_MARK} {form.escaped(line)}" for line in broken)]).rstrip()
-
-
-def broken_promises(results: dict[str, Any]) -> list[str]:
-    """A line for each."""
-    lines = []
-    for promise in rates.promises(results):
-        if promise.broken:
-            of = f" × {promise.peer}'s" if promise.peer else " s"
-            lines.append(f"{promise.where}: {promise.measured:.3g}{of}, promised {promise.limit:g}{of}")
-    return lines
+    return "\n".join([counts, "", *(f"- {BROKEN_MARK} {form.escaped(promise)}" for promise in broken)]).rstrip()
 
 
 def _skipped(results: dict[str, Any]) -> str:
     """Each implementation that was not measured somewhere, with each reason once."""
-    places: dict[tuple[str, str], list[str]] = {}
-    for cell in results["cells"]:
-        for entry in cell["implementations"]:
-            if "skipped" in entry:
-                where = f"{cell['operator']} {cell['direction']}"
-                places.setdefault((entry["name"], entry["skipped"]), []).append(where)
+    entries = [
+        (f"{c['operator']} {c['direction']}", i["name"], i) for c in results["cells"] for i in c["implementations"]
+    ]
     for cost in results["costs"]:
-        for name, entry in {"gptkern": cost["gptkern"], **cost["peers"]}.items():
-            if "skipped" in entry:
-                places.setdefault((name, entry["skipped"]), []).append(cost["key"])
+        entries += [(cost["key"], name, entry) for name, entry in {"gptkern": cost["gptkern"], **cost["peers"]}.items()]
+    places: dict[tuple[str, str], list[str]] = {}
+    for where, name, entry in entries:
+        if "skipped" in entry:
+            places.setdefault((name, entry["skipped"]), []).append(where)
     lines = []
     for name, reason in sorted(places, key=lambda pair: pair[0] != "gptkern"):
         where = places[name, reason]
@@ -346,9 +311,9 @@ def terminal(results: dict[str, Any]) -> str:
     words = {rates.FASTEST: "ahead", rates.LEVEL: "level", rates.BEHIND: "LOST", rates.FAILED: "FAILED"}
     headings = ("direction", "shape", "dtype", ">time", ">rate", ">of ceiling", "best peer", ">its time / ours", "")
     parts = _warnings(results)
-    for operator in rates.operators(results):
+    for operator, panels in rates.by_operator(results).items():
         rows = []
-        for cell in (cell for panel in rates.panels(results, operator) for cell in panel.cells):
+        for cell in (cell for panel in panels for cell in panel.cells):
             mine, best = rates.ours(cell), rates.best_peer(cell)
             rate, share = rates.rate(cell, mine), rates.share(cell, mine, results["ceilings"])
             row = [cell["direction"], cell["label"], cell["dtype"], _time(mine), form.rate(rate, rates.unit([cell]))]
@@ -357,4 +322,4 @@ def terminal(results: dict[str, Any]) -> str:
         parts.append(f"\n{operator} on {results['machine']['device']}\n{form.columns(headings, rows)}")
     if results["cells"]:
         parts.append(f"\n{verdict(results['cells'])}.")
-    return "\n".join([*parts, *(f"BROKEN: {line}" for line in broken_promises(results))])
+    return "\n".join([*parts, *(f"BROKEN: {promise}" for promise in rates.promises(results) if promise.broken)])
