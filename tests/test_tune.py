@@ -226,9 +226,7 @@ def test_what_is_timed_is_the_operators_own_result(operator, where):
         sizes = sizes._replace(heads=1, kv_heads=1, length_q=9, length_k=9, head_dim=16)
     for direction in (FORWARD, BACKWARD, BOTH)[: 1 if operator == "quantize_int8" else 3]:
         task = ClassTask(operator, (), Tuned(direction, FLOAT32, sizes, sizes))
-        variants = [
-            tuning.Variant(task, name, lambda name=name: dispatch.backend(name)) for name in ("triton", "torch")
-        ]
+        variants = [tuning.Variant(task, name) for name in ("triton", "torch")]
         inputs = variants[0].inputs(torch.Generator(where).manual_seed(1))
         ours, again, theirs = (tuning._tuple(variant(*inputs)) for variant in (variants[0], *variants))
         if direction != FORWARD:
@@ -276,7 +274,7 @@ def test_a_backward_runs_the_kernel_that_its_row_is_of(where, monkeypatch, wrt, 
     table = dispatch.load("triton", "attention").TABLE
     sizes = operators.problem("attention").checks()["small"]["causal"].sizes._replace(length_q=5, length_k=5)
     task = RowTask("attention", (), Tuned(BACKWARD, FLOAT32, sizes, sizes, wrt))
-    variant = tuning.Variant(task, None, lambda: dispatch.backend("triton"))
+    variant = tuning.Variant(task, None)
     inputs = variant.inputs(torch.Generator(where).manual_seed(1))
     found, find = set(), table.find
     monkeypatch.setattr(table, "find", lambda device, size, *key: found.add(key[0]) or find(device, size, *key))

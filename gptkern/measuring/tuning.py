@@ -11,10 +11,10 @@ so that noise changes no table. What was found is handed to `keep` at once; noth
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ import torch
 from gptkern import operators as rooms
 from gptkern.backends import dispatch
 from gptkern.backends.problem import BACKWARD, FORWARD, Inputs
-from gptkern.backends.tables import configurations, files, orders, user
+from gptkern.backends.tables import files, orders, user
 from gptkern.measuring import checking, timing
 from gptkern.measuring.tuning_tasks import ClassTask, RowTask, Task, class_tasks, row_tasks, tables
 
@@ -101,72 +101,41 @@ def tune(
         seconds: starts no new task after so long.
     """
     start = time.monotonic()
-    with _on(device), timing.own_stream(device.type):
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), timing.own_stream(device.type):
         for task in tasks:
             if seconds is not None and time.monotonic() - start > seconds:
                 yield Left(task)
                 continue
-            outcome = _row(task, device, rounds, timer) if isinstance(task, RowTask) else None
-            if outcome is None:
-                outcome = _class(task, device, rounds, timer)
+            outcome = _outcome(task, device, rounds, timer)
             if outcome.chosen is not None:
-                measured = {"on": task.on}
-                if isinstance(task, RowTask):
-                    row = task.table.row(task.key, outcome.chosen, {"gain": round(outcome.gain, 3)} | measured)
-                    keep(task, row, tuple(task.table.key))
-                else:
-                    parts = rooms.problem(task.operator).classes.parts
-                    ratio = {"order": list(outcome.chosen), "ratio": round(outcome.gain, 3)}
-                    keep(task, dict(zip(parts, task.key)) | ratio | measured, tuple(parts))
+                keep(task, task.record(outcome.chosen, outcome.gain), task.parts)
                 dispatch.forget()
             yield outcome
-
-
-def _on(device: torch.device):
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 # --- One task -------------------------------------------------------------------------------------------------------
 
 
-def _row(task: RowTask, device: torch.device, rounds: int, timer: Timer) -> Outcome:
-    def runs_with(configuration) -> Callable[[], Any]:
-        return lambda: _stack(
-            dispatch.backend(task.backend),
-            configurations.override(task.operator, task.key, configuration, task.backend),
-        )
-
-    variants = [Variant(task, candidate, runs_with(candidate)) for candidate in (task.present, *task.candidates)]
-    samples, dropped = _measured(task, variants, {task.backend}, device, rounds, timer)
+def _outcome(task: Task, device: torch.device, rounds: int, timer: Timer) -> Outcome:
+    candidates = task.alternatives(device)
+    samples, dropped = _measured(task, candidates, device, rounds, timer)
     spreads = {candidate: timing.spread(values) for candidate, values in samples.items()}
     medians = {candidate: spread.median for candidate, spread in spreads.items()}
+    by_time = sorted(medians, key=medians.get)
+    # Within the margin of the fastest the first that stands before it is as good, and stays.
+    best = next((name for name in candidates if name in by_time and not wins(spreads[by_time[0]], spreads[name])), None)
+    if isinstance(task, ClassTask):
+        order = tuple(sorted(by_time, key=lambda name: name != best))
+        if len(order) < 2:
+            return Outcome(task, medians, None, 1.0, dropped, "fewer than two backends can be timed")
+        won = wins(spreads[order[0]], spreads[order[1]])
+        return Outcome(task, medians, order, medians[order[1]] / medians[order[0]] if won else 1.0, dropped)
     if task.present not in spreads:
         reason = next(drop.reason for drop in dropped if drop.candidate == task.present)
         return Outcome(task, medians, None, 1.0, dropped, f"the present configuration: {reason}")
-    fastest = min(medians, key=medians.get)
-    if wins(spreads[fastest], spreads[task.present]):
-        return Outcome(task, medians, fastest, medians[task.present] / medians[fastest], dropped)
-    return Outcome(task, medians, task.present, 1.0, dropped)
-
-
-def _class(task: ClassTask, device: torch.device, rounds: int, timer: Timer) -> Outcome:
-    order = orders.default(task.operator, user.identify(device)).order
-    names = [name for name in order if name == "torch" or dispatch.missing(name, task.operator, device) is None]
-    variants = [Variant(task, name, lambda name=name: _stack(dispatch.backend(name))) for name in names]
-    samples, dropped = _measured(task, variants, set(names) - {"torch"}, device, rounds, timer)
-    spreads = {name: timing.spread(values) for name, values in samples.items()}
-    medians = {name: spread.median for name, spread in spreads.items()}
-    if len(medians) < 2:
-        return Outcome(task, medians, None, 1.0, dropped, "fewer than two backends can be timed")
-    order = sorted(medians, key=medians.get)
-    # Within the margin the default order stands.
-    for name in names:
-        if name in medians and not wins(spreads[order[0]], spreads[name]):
-            order.remove(name)
-            order.insert(0, name)
-            break
-    gain = medians[order[1]] / medians[order[0]]
-    return Outcome(task, medians, tuple(order), gain if wins(spreads[order[0]], spreads[order[1]]) else 1.0, dropped)
+    if not wins(spreads[by_time[0]], spreads[task.present]):
+        return Outcome(task, medians, task.present, 1.0, dropped)
+    return Outcome(task, medians, by_time[0], medians[task.present] / medians[by_time[0]], dropped)
 
 
 def wins(challenger: timing.Spread, present: timing.Spread) -> bool:
@@ -176,28 +145,23 @@ def wins(challenger: timing.Spread, present: timing.Spread) -> bool:
 
 
 class Variant:
-    """One way to run a task: what the timer calls.
+    """One way to run a task, by a configuration or a backend's name: what the timer calls."""
 
-    Args:
-        candidate: a configuration, or a backend's name.
-        forcing: makes the context in which the candidate is used.
-    """
-
-    def __init__(self, task: Task, candidate: Any, forcing: Callable[[], Any]):
-        self.task, self.candidate, self.forcing = task, candidate, forcing
+    def __init__(self, task: Task, candidate: Any):
+        self.task, self.candidate = task, candidate
 
     def __call__(self, made: Inputs, outputs: int, *tensors: torch.Tensor) -> Any:
         direction = self.task.tuned.direction
         if direction == FORWARD:
-            with self.forcing(), torch.no_grad():
+            with self.task.forcing(self.candidate), torch.no_grad():
                 return self._call(made, tensors)
         if direction == BACKWARD:
             results, gradients, leaves = tensors[:outputs], tensors[outputs : 2 * outputs], tensors[2 * outputs :]
-            with self.forcing():
+            with self.task.forcing(self.candidate):
                 wanted = [leaf for leaf in leaves if leaf.requires_grad]
                 return torch.autograd.grad(results, wanted, gradients, retain_graph=True)
         gradients, leaves = tensors[:outputs], tensors[outputs:]
-        with self.forcing(), torch.enable_grad():
+        with self.task.forcing(self.candidate), torch.enable_grad():
             return torch.autograd.grad(_tuple(self._call(made, leaves)), leaves, gradients)
 
     def _call(self, made: Inputs, tensors) -> Any:
@@ -212,7 +176,7 @@ class Variant:
             return made, 1, *made.tensors.values()
         wrt = tuple(made.tensors) if tuned.wrt is None else tuned.wrt
         leaves = [tensor.detach().requires_grad_(name in wrt) for name, tensor in made.tensors.items()]
-        with self.forcing(), torch.set_grad_enabled(tuned.direction == BACKWARD):
+        with self.task.forcing(self.candidate), torch.set_grad_enabled(tuned.direction == BACKWARD):
             results = _tuple(self._call(made, leaves))
         gradients = [
             torch.randn(result.shape, generator=generator, device=result.device).to(result.dtype) for result in results
@@ -225,55 +189,38 @@ def _tuple(results: Any) -> tuple:
     return (results,) if isinstance(results, torch.Tensor) else tuple(results)
 
 
-@contextlib.contextmanager
-def _stack(*contexts: Any):
-    with contextlib.ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context)
-        yield
-
-
 def _measured(
-    task: Task, variants: list[Variant], kernels: set[str], device: torch.device, rounds: int, timer: Timer
+    task: Task, candidates: Sequence[Any], device: torch.device, rounds: int, timer: Timer
 ) -> tuple[dict[Any, list[float]], list[Dropped]]:
     """({candidate: samples in seconds}, what was dropped): what is wrong or fails gets no time."""
-    dropped = []
-    right = []
-    for variant in variants:
-        backend = task.backend if isinstance(task, RowTask) else variant.candidate
-        reason = wrong(variant, backend, device) if backend in kernels else None
+    runnable, inputs, dropped = [], None, []
+    generator = torch.Generator(device).manual_seed(0)
+    for variant in (Variant(task, candidate) for candidate in candidates):
+        try:
+            reason = wrong(variant, device)
+            if reason is None:
+                inputs = inputs or timing.sets_of_inputs(lambda variant=variant: variant.inputs(generator), device)
+                variant(*inputs[0])
+        except Exception as error:  # a compiler's and a driver's errors are of many types
+            reason = _line(error)
         if reason is None:
-            right.append(variant)
+            runnable.append(variant)
         else:
             dropped.append(Dropped(variant.candidate, reason))
-    if not right:
-        return {}, dropped
-    generator = torch.Generator(device).manual_seed(0)
     try:
-        inputs = timing.sets_of_inputs(lambda: right[0].inputs(generator), device)
-    except (RuntimeError, dispatch.BackendError) as error:
-        return {}, [*dropped, *(Dropped(variant.candidate, _line(error)) for variant in right)]
-    runnable = []
-    for variant in right:
-        try:
-            variant(*inputs[0])
-            runnable.append(variant)
-        except Exception as error:  # a compiler's and a driver's errors are of many types
-            dropped.append(Dropped(variant.candidate, _line(error)))
-    if not runnable:
-        return {}, dropped
-    try:
-        samples = timer(runnable, inputs, rounds)
+        samples = timer(runnable, inputs, rounds) if runnable else []
     except RuntimeError as error:
         return {}, [*dropped, *(Dropped(variant.candidate, _line(error)) for variant in runnable)]
     return {variant.candidate: values for variant, values in zip(runnable, samples)}, dropped
 
 
-def wrong(variant: Variant, backend: str, device: torch.device) -> str | None:
-    """What the rule of tolerance.py says against a variant on the task's small shape, or None."""
-    tuned = variant.task.tuned
-    case = checking.Case(variant.task.operator, "tune", tuned.dtype, tuned.checked)
-    with variant.forcing():
+def wrong(variant: Variant, device: torch.device) -> str | None:
+    """What the rule of tolerance.py says against a variant on the task's small shape, or None; PyTorch is not asked."""
+    task, backend = variant.task, variant.task.backend_of(variant.candidate)
+    if backend == "torch":
+        return None
+    case = checking.Case(task.operator, "tune", task.tuned.dtype, task.tuned.checked)
+    with task.forcing(variant.candidate):
         for result in checking.check(case, backend, device):
             if not result.ok:
                 said = result.note or f"worst error {result.error:.3e}, the rule allows {result.bound:.3e}"
@@ -294,25 +241,17 @@ def today() -> str:
 
 def keep_for_user(device: user.Device) -> Keep:
     """Into the user's file of the device."""
-
-    def keep(task: Task, row: dict[str, Any], key: tuple[str, ...]) -> None:
-        if isinstance(task, RowTask):
-            user.put(device, "configurations", f"{task.operator}, {task.backend}", row, key, today())
-        else:
-            user.put(device, "backends", task.operator, row, key, today())
-
-    return keep
+    return lambda task, row, key: user.put(device, *task.place, row, key, today())
 
 
 def keep_shipped(device: user.Device) -> Keep:
     """Into the files of this package: what others get with the next version."""
 
     def keep(task: Task, row: dict[str, Any], key: tuple[str, ...]) -> None:
-        path = task.table.path if isinstance(task, RowTask) else orders.path(task.operator)
-        with files.locked(path):
-            content = files.read(path)
+        with files.locked(task.path):
+            content = files.read(task.path)
             user.replace_row(_entry(content["entries"], device)["rows"], row, key)
-            files.write(path, content)
+            files.write(task.path, content)
         if isinstance(task, RowTask):
             task.table.read_again()
 

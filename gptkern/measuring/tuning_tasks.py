@@ -9,14 +9,17 @@ size that is timed.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from gptkern import operators
 from gptkern.backends import dispatch
 from gptkern.backends.problem import Tuned
-from gptkern.backends.tables import configurations
+from gptkern.backends.tables import configurations, user
 
 # Neighbours of a configuration that are tried, at most.
 MOST_CANDIDATES = 12
@@ -40,6 +43,9 @@ class Task:
 
     Args:
         known: whether it was measured on this device before.
+
+    place and path are where what was found is kept: (part of the user's file, table) and the room's file. parts are the
+    names of the row's key, and record(chosen, gain) is the row.
     """
 
     operator: str
@@ -69,6 +75,26 @@ class RowTask(Task):
     def name(self) -> str:
         return f"{self.operator} on {self.backend}, {configurations.described(self.table.key, self.key)}"
 
+    def alternatives(self, device: torch.device) -> tuple:
+        return self.present, *self.candidates
+
+    def backend_of(self, candidate: Any) -> str:
+        return self.backend
+
+    @contextlib.contextmanager
+    def forcing(self, candidate: Any):
+        """The context in which the candidate is used."""
+        override = configurations.override(self.operator, self.key, candidate, self.backend)
+        with dispatch.backend(self.backend), override if candidate else contextlib.nullcontext():
+            yield
+
+    place = property(lambda self: ("configurations", f"{self.operator}, {self.backend}"))
+    path = property(lambda self: self.table.path)
+    parts = property(lambda self: tuple(self.table.key))
+
+    def record(self, chosen: Any, gain: float) -> dict[str, Any]:
+        return self.table.row(self.key, chosen, {"gain": round(gain, 3), "on": self.on})
+
 
 @dataclass(frozen=True)
 class ClassTask(Task):
@@ -77,6 +103,25 @@ class ClassTask(Task):
     @property
     def name(self) -> str:
         return f"{self.operator}, {operators.problem(self.operator).classes.described(self.key)}"
+
+    def alternatives(self, device: torch.device) -> tuple:
+        """The backends that can run here, in the default order."""
+        order = dispatch.orders.default(self.operator, user.identify(device)).order
+        missing = (dispatch.missing(name, self.operator, device) for name in order)
+        return tuple(name for name, why in zip(order, missing) if name == "torch" or why is None)
+
+    def backend_of(self, candidate: str) -> str:
+        return candidate
+
+    def forcing(self, candidate: str):
+        return dispatch.backend(candidate)
+
+    place = property(lambda self: ("backends", self.operator))
+    path = property(lambda self: dispatch.orders.path(self.operator))
+    parts = property(lambda self: tuple(operators.problem(self.operator).classes.parts))
+
+    def record(self, chosen: tuple[str, ...], gain: float) -> dict[str, Any]:
+        return dict(zip(self.parts, self.key)) | {"order": list(chosen), "ratio": round(gain, 3), "on": self.on}
 
 
 def tables(names: tuple[str, ...]) -> list[configurations.Table]:
