@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections import Counter
 from typing import Any
 
@@ -85,9 +86,6 @@ def _gpu(name: str):
     return torch.device("cuda", index)
 
 
-# --- Measuring --------------------------------------------------------------------------------------------------------
-
-
 def _tune(operators: tuple[str, ...], device, args: argparse.Namespace) -> int:
     from gptkern.backends.tables import files, user
     from gptkern.measuring import tuning
@@ -98,32 +96,30 @@ def _tune(operators: tuple[str, ...], device, args: argparse.Namespace) -> int:
     if place is None:
         raise UserError("this system names no folder for caches: set GPTKERN_CACHE")
     _say_ignored(found)
-    tasks = _planned(operators, device)
+    with _kernels_needed():
+        tasks = tuning.plan(operators, device)
     print(f"{found.name}, sm_{found.architecture}: {len(tasks)} choices; what is found is kept in {place}")
-    left, gains = [], 0
+    left, gains = Counter(), 0
     try:
         for outcome in tuning.tune(tasks, device, keep, seconds=args.seconds):
             if isinstance(outcome, tuning.Left):
-                left.append(outcome.task)
+                left[outcome.task.operator] += 1
                 continue
             gains += outcome.gain > 1
-            for line in _told(outcome):
-                print(line, flush=True)
+            print(*_told(outcome), sep="\n", flush=True)
     except OSError as error:
         raise UserError(f"{place} cannot be written: {error}") from error
-    print(f"{gains} of {len(tasks) - len(left)} choices gain time; the others stay as they were")
+    print(f"{gains} of {len(tasks) - left.total()} choices gain time; the others stay as they were")
     if left:
-        counts = Counter(task.operator for task in left)
-        counted = ", ".join(f"{operator} {count}" for operator, count in counts.items())
+        counted = ", ".join(f"{operator} {count}" for operator, count in left.items())
         print(f"not measured, because {args.seconds:g} s were over: {counted}. Run it again to go on with them")
     return PASSED
 
 
-def _planned(operators: tuple[str, ...], device) -> list:
-    from gptkern.measuring import tuning
-
+@contextlib.contextmanager
+def _kernels_needed():
     try:
-        return tuning.plan(operators, device)
+        yield
     except ImportError as error:
         raise UserError(f"there are no kernels to tune: {error}") from error
 
@@ -151,41 +147,30 @@ def _text(candidate: Any) -> str:
 # --- Without measuring ------------------------------------------------------------------------------------------------
 
 
-def _rows(operators, device, architecture) -> list[tuple[Any, dict]]:
-    """(table, its rows: those in force on the GPU, or an architecture's defaults) for each of the operators' tables."""
+def _rows(operators, device, architecture: int | None) -> tuple[Any, int, list[tuple[Any, dict]]]:
+    """(the GPU or None, the architecture that is spoken of, each table with its rows in force or its defaults)"""
+    from gptkern.backends.tables import user
     from gptkern.measuring.tuning_tasks import tables as tables_of
 
-    try:
-        found = tables_of(operators)
-    except ImportError as error:
-        raise UserError(f"there are no kernels to tune: {error}") from error
-    if device is not None and architecture is None:
-        return [(table, table.in_force(device)) for table in found]
-    return [(table, table.defaults(architecture or ARCHITECTURE)) for table in found]
-
-
-def _place(device, architecture) -> tuple[Any, int]:
-    """(what is known of the GPU, or None; the architecture that is spoken of)"""
-    from gptkern.backends.tables import user
-
     found = None if device is None or architecture is not None else user.identify(device)
-    return found, found.architecture if found else architecture or ARCHITECTURE
+    of = found.architecture if found else architecture or ARCHITECTURE
+    with _kernels_needed():
+        listed = tables_of(operators)
+    return found, of, [(table, table.in_force(device) if found else table.defaults(of)) for table in listed]
 
 
 def _dry_run(operators, device, architecture) -> int:
     from gptkern.measuring.tuning_tasks import class_tasks, row_tasks
 
-    _, of = _place(device, architecture)
-    count = 0
-    for table, rows in _rows(operators, device, architecture):
-        for task in row_tasks(table, of, rows):
-            print(f"{task.name}: {task.tuned.direction} of {task.on}\n  present  {_text(task.present)}")
-            for candidate in task.candidates:
-                print(f"  against  {_text(candidate)}")
-            count += len(task.candidates)
+    _, of, listed = _rows(operators, device, architecture)
+    tasks = [task for table, rows in listed for task in row_tasks(table, of, rows)]
+    for task in tasks:
+        print(f"{task.name}: {task.tuned.direction} of {task.on}\n  present  {_text(task.present)}")
+        print(*(f"  against  {_text(candidate)}\n" for candidate in task.candidates), sep="", end="")
     classes = [task for operator in operators for task in class_tasks(operator)]
     for task in classes:
         print(f"{task.name}: the backends against each other, {task.tuned.direction} of {task.on}")
+    count = sum(len(task.candidates) for task in tasks)
     print(f"sm_{of}: {count} configurations and {len(classes)} classes of calls; nothing was measured")
     return PASSED
 
@@ -195,28 +180,24 @@ def _show(operators, device, architecture) -> int:
     from gptkern.backends.tables.configurations import described
     from gptkern.operators import problem
 
-    found, of = _place(device, architecture)
+    found, of, listed = _rows(operators, device, architecture)
     print(f"{found.name}, sm_{of}" if found else f"No GPU is asked for: the defaults of sm_{of}")
     if found:
         _say_ignored(found)
-    for path in user.written():
-        print(f"your file: {path}")
-    for table, rows in _rows(operators, device, architecture):
-        print()
+    print(*(f"your file: {path}\n" for path in user.written()), sep="", end="")
+    for table, rows in listed:
         lines = [
             [described(table.key, key), _text(row.configuration), f"{row.source}{_gain(row.measured)}"]
             for key, row in rows.items()
         ]
-        tables.show(f"{table.operator} on {table.backend}", ("row", "configuration", "where it comes from"), lines)
-    print()
+        tables.show(f"\n{table.operator} on {table.backend}", ("row", "configuration", "where it comes from"), lines)
     lines = []
     for operator in operators:
-        default = orders.default(operator, found or user.Device("", of))
-        lines.append([f"{operator}, all calls", ", ".join(default.order), default.reason])
+        preferences = {"all calls": orders.default(operator, found or user.Device("", of))}
         for key, preference in orders.preferences(operator, found).items():
-            call = f"{operator}, {problem(operator).classes.described(key)}"
-            lines.append([call, ", ".join(preference.order), preference.reason])
-    tables.show("backends, in the order in which they are tried", ("calls", "order", "where it comes from"), lines)
+            preferences[problem(operator).classes.described(key)] = preference
+        lines += [[f"{operator}, {calls}", ", ".join(order), reason] for calls, (order, reason) in preferences.items()]
+    tables.show("\nbackends, in the order in which they are tried", ("calls", "order", "where it comes from"), lines)
     return PASSED
 
 
