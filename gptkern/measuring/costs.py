@@ -1,11 +1,10 @@
-"""Costs that are not kernels: host time, import, first call; each measured, with its peers.
+"""Costs that are not kernels: host time, import; each measured, with its peers.
 
     host time       of one call of each operator's smallest cell: what a call costs where nothing is computed
     to the launch   the same on the way to a kernel that is not launched: checks, choice, allocation, autograd; of the
                     CUDA kernels where GPTKERN_EMULATE_CUDA=1 has them run on the CPU
     swapped step    CPU time of a small model's training step on PyTorch's operators, swapped against stock
     import          `import gptkern` after `import torch`, each time in a new process
-    first call      from the call to its result, in a new process with empty caches: kernels are compiled in it
 
 `listed(extent)` gives what measures each record, as the "costs" of a results file hold them, in seconds:
 
@@ -25,7 +24,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,7 +47,7 @@ HOST_LIMIT = 3.0
 IMPORT_LIMIT = 0.3
 # A swapped model's training step takes at most this many times a stock one's CPU time.
 STEP_LIMIT = 1.05
-# Seconds that one process may take: torch.compile's first call starts a C++ compiler.
+# Seconds that one new process may take.
 PATIENCE = 300
 # extent -> (rounds of host calls, new processes)
 EFFORTS = {"smoke": (10, 1), "quick": (50, 3), "full": (100, 5)}
@@ -75,7 +73,7 @@ def listed(extent: str) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
     }
     if extent != "smoke":
         found |= {"host time, swapped step": lambda: swapped_step(rounds)}
-        found |= {"import": lambda: import_time(processes), "first call": lambda: first_call(processes)}
+        found |= {"import": lambda: import_time(processes)}
     return list(found.items())
 
 
@@ -213,81 +211,35 @@ def swapped_step(rounds: int) -> dict[str, Any]:
 _PROGRAM = """
 import time
 import torch
-{before}
 start = time.perf_counter()
-{timed}
+import {}
 print(time.perf_counter() - start)
-"""
-# CUDA's own start, and that of its random numbers, are over before the clock starts.
-_TENSORS = """
-import {module} as F
-device = "cuda" if torch.cuda.is_available() else "cpu"
-x = torch.randn(4, 1024, device=device, requires_grad=True)
-weight, bias = torch.randn(2, 1024, device=device).unbind()
-synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-synchronize()
 """
 
 
 def import_time(processes: int) -> dict[str, Any]:
-    ours = in_new_processes(processes, "", "import gptkern")
-    liger = of_peer("liger_kernel", processes, "", "import liger_kernel.transformers")
+    """Of gptkern, and of a peer with kernels: each time in a new process."""
+    liger, liger_module = {"skipped": "liger_kernel is not installed"}, "liger_kernel.transformers"
+    if importlib.util.find_spec("liger_kernel") is not None:
+        try:
+            liger = numbers([_seconds(_PROGRAM.format(liger_module)) for _ in range(processes)])
+        except CostError as error:
+            liger = {"skipped": f"failed: {str(error).splitlines()[-1]}"}
+    ours = numbers([_seconds(_PROGRAM.format("gptkern")) for _ in range(processes)])
     what = "import gptkern, beyond import torch, in a new process"
     return record("import", what, ours, {peers.LIGER: liger}, limit=IMPORT_LIMIT)
 
 
-def first_call(processes: int) -> dict[str, Any]:
-    def program(module: str, call: str) -> tuple[str, str]:
-        return _TENSORS.format(module=module), f"{call}\nsynchronize()"
-
-    layer_norm, functional = "(x, (1024,), weight, bias)", "torch.nn.functional"
-    liger = program("liger_kernel.transformers.functional", "F.liger_layer_norm(x, weight, bias, 1e-5)")
-    compiled = program(functional, f"torch.compile(F.layer_norm, dynamic=False){layer_norm}")
-    others = {
-        "F.layer_norm": of_peer("torch", processes, *program(functional, f"F.layer_norm{layer_norm}")),
-        "torch.compile": of_peer("torch", processes, *compiled),
-        # Its kernels run on a GPU alone.
-        peers.LIGER: {"skipped": "needs a GPU"}
-        if machine.kind() == "cpu"
-        else of_peer("liger_kernel", processes, *liger),
-    }
-    what = (
-        "the first layer_norm of a new process with empty caches, 4x1024 float32, from the call to its result; kernels "
-        "that are compiled on the first call are compiled in it"
-    )
-    ours = in_new_processes(processes, *program("gptkern.functional", f"F.layer_norm{layer_norm}"))
-    return record("first call", what, ours, others)
-
-
-def of_peer(module: str, count: int, before: str, timed: str) -> dict[str, Any]:
-    """As `in_new_processes`, of a peer that needs `module`."""
-    if importlib.util.find_spec(module) is None:
-        return {"skipped": f"{module} is not installed"}
-    try:
-        return in_new_processes(count, before, timed)
-    except CostError as error:
-        return {"skipped": f"failed: {str(error).splitlines()[-1]}"}
-
-
-def in_new_processes(count: int, before: str, timed: str) -> dict[str, Any]:
-    """What `timed` takes after `before` in `count` new processes, each with empty caches of its own."""
-    return numbers([_seconds(_PROGRAM.format(before=before, timed=timed)) for _ in range(count)])
-
-
 def _seconds(program: str) -> float:
-    """The last line that the program prints, a number."""
-    with tempfile.TemporaryDirectory() as caches:
-        # Kernels are compiled, not interpreted, and nothing is found that another process compiled.
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        environment |= {"TRITON_CACHE_DIR": f"{caches}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor"}
-        # The same gptkern as here, wherever that was found.
-        paths = [str(Path(gptkern.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment |= {"PYTHONPATH": os.pathsep.join(paths)}
-        command = [sys.executable, "-c", program]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE)
-        except subprocess.TimeoutExpired as error:
-            raise CostError(f"a new process did not end within {PATIENCE:g} s:\n{program}") from error
+    """The last line that the program prints in a new process, a number."""
+    # The same gptkern as here, wherever that was found.
+    paths = [str(Path(gptkern.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-c", program]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE)
+    except subprocess.TimeoutExpired as error:
+        raise CostError(f"a new process did not end within {PATIENCE:g} s:\n{program}") from error
     if done.returncode != 0:
         raise CostError(f"a new process ended with {done.returncode}:\n{done.stdout}{done.stderr}".rstrip())
     return float(done.stdout.split()[-1])
