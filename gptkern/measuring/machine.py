@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 import gptkern
+from gptkern.backends.tables import user
+from gptkern.measuring import peers
 
 PACKAGE = Path(gptkern.__file__).parent
 # What is drawn and printed changes no measurement.
@@ -34,26 +36,19 @@ def kind() -> str:
 
 def identify() -> dict[str, Any]:
     """The `machine` block of a results file."""
-    from gptkern.measuring import peers
-
     on_gpu = kind() == "cuda"
     device = torch.cuda.get_device_name() if on_gpu else _processor()
     commit, dirty = _commit()
-    try:
-        import triton
-    except ImportError:
-        triton = None
     return {
         "device": device,
         "slug": slug(device),
         "kind": kind(),
         "architecture": "sm_{}{}".format(*torch.cuda.get_device_capability()) if on_gpu else None,
-        "multiprocessors": torch.cuda.get_device_properties().multi_processor_count if on_gpu else None,
         "threads": torch.get_num_threads(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": None if triton is None else triton.__version__,
+        "triton": user.versions()["triton"],
         "cuda": torch.version.cuda,
         "driver": _nvidia_smi("driver_version", _device_id()) if on_gpu else None,
         "gptkern": gptkern.__version__,
@@ -112,8 +107,6 @@ def _user_tables() -> str | None:
     """A digest of the user's own tables, where `gptkern tune` has written some for this GPU."""
     if kind() != "cuda":
         return None
-    from gptkern.backends.tables import user
-
     device = user.identify(torch.device("cuda", torch.cuda.current_device()))
     path = None if device is None else user.path(device)
     return None if path is None or not path.exists() else hashlib.sha256(path.read_bytes()).hexdigest()[:12]

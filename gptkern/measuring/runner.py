@@ -136,84 +136,87 @@ class _Timed:
         self.samplers: dict[str, dict[str, timing.Sampler]] = {}
         self.calls: dict[str, Callable] = {}
         self.agreement: dict[str, Any] | None = None
-        self.expected: list[torch.Tensor] | None = None
-        self.expected_of = ""
+        # The first peer's name and results.
+        self.expected: tuple[str, list[torch.Tensor]] | None = None
         try:
             if hasattr(operator, "SETS"):
                 self.sets = [operator.inputs(cell, kind) for _ in range(operator.SETS)]
             else:
                 self.sets = timing.sets_of_inputs(lambda: operator.inputs(cell, kind), kind)
         except Exception as error:
-            reason = _failure(error)
-            self.entries = {name: {"name": name, "skipped": reason} for name in found}
-            return
+            found = dict.fromkeys(found, Missing(_failure(error)))
         self.indices = operator.differentiable(cell) if cell.direction in (_BACKWARD, _BOTH) else ()
-        self.gradients: list[torch.Tensor | None] = [None] * len(self.sets)
+        self.gradients: list[torch.Tensor] = []
         # The first peer comes first: it is what the others have to agree with.
         for name, implementation in sorted(found.items(), key=lambda item: item[0] == GPTKERN):
             if isinstance(implementation, Missing):
-                self.entries[name] = {"name": name, "skipped": implementation.reason}
+                self._skip(name, implementation.reason)
                 continue
             try:
                 self._ready(name, implementation)
             except Exception as error:
-                self.entries[name] = {"name": name, "skipped": _failure(error)}
+                self._skip(name, _failure(error))
                 if kind == "cuda":
                     _alive()
+
+    def _skip(self, name: str, reason: str) -> None:
+        self.entries[name] = {"name": name, "skipped": reason}
 
     def _ready(self, name: str, implementation: Implementation) -> None:
         prepared = [_prepared(implementation, inputs, self.indices) for inputs in self.sets]
         with torch.set_grad_enabled(self.cell.direction != "forward"), dispatch.choices_made() as choices:
             output = _output(implementation.call(*prepared[0]))
-            if self.indices and self.gradients[0] is None:
+            if self.indices and not self.gradients:
                 # One for each set: shared, it would stay in the L2 cache.
                 self.gradients = [torch.randn_like(output) for _ in self.sets]
-            self._compare(name, [output.detach(), *_gradients(output, prepared[0], self.indices, self.gradients[0])])
-            del output
+            leaves = [prepared[0][index] for index in self.indices]
+            gradients = torch.autograd.grad(output, leaves, self.gradients[0]) if leaves else ()
+            self._compare(name, [output.detach(), *gradients])
+            del output, gradients
         function, arguments = _function(implementation, self.cell.direction, prepared, self.indices, self.gradients)
         peak = timing.peak_bytes(function, arguments[0])
         self.samplers[name], timed = _samplers(function, arguments, self.kind, implementation.graph)
         self.calls[name] = lambda: function(*arguments[0])
-        self.entries[name] = {"name": name, "timed": timed, "peak_bytes": peak}
-        self.entries[name]["backend"] = ", ".join(sorted({choice.backend for choice in choices})) or None
+        backend = ", ".join(sorted({choice.backend for choice in choices})) or None
+        self.entries[name] = {"name": name, "timed": timed, "peak_bytes": peak, "backend": backend}
 
     def _compare(self, name: str, results: list[torch.Tensor]) -> None:
         """The output, and the gradients where they are timed, with the first peer's, at full size."""
         if self.expected is None:
-            self.expected, self.expected_of = results, name
+            self.expected = name, results
             return
+        first, expected = self.expected
         names = ["result", *(f"gradient of input {index}" for index in self.indices)]
-        distances = [_distance(actual, expected) for actual, expected in zip(results, self.expected)]
+        distances = list(map(_distance, results, expected))
         for what, distance in zip(names, distances):
             if not distance <= AGREEMENT:
                 raise _Disagreement(
-                    f"computes something else: its {what} differs from that of {self.expected_of} by {distance:.1%}"
+                    f"computes something else: its {what} differs from that of {first} by {distance:.1%}"
                 )
         if name == GPTKERN:
-            self.agreement = {"worst": max(distances), "with": self.expected_of}
+            self.agreement = {"worst": max(distances), "with": first}
 
     def sample(self, rounds: int) -> dict[str, list[float]]:
         """Fills in each implementation's times; -> the samples of the time that counts."""
         self.expected = None
         counted: dict[str, list[float]] = {}
-        for column, seconds in (("device_s", CELL_SECONDS), ("wall_s", CELL_SECONDS / 4)):
-            names = [name for name in self.samplers if column in self.samplers[name]]
-            if self.kind != "cuda":
-                seconds = CELL_SECONDS
+        # On a GPU the eager wall time is read beside the time that counts.
+        columns = {"device_s": 1.0, "wall_s": 0.25} if self.kind == "cuda" else {"wall_s": 1.0}
+        for column, share in columns.items():
+            names = list(self.samplers)
             try:
-                in_turn = timing.in_turn([self.samplers[name][column] for name in names], rounds, seconds)
+                samplers = [self.samplers[name][column] for name in names]
+                in_turn = timing.in_turn(samplers, rounds, share * CELL_SECONDS)
             except Exception as error:
                 # Whose fault it is cannot be told: they took turns.
                 for name in names:
-                    self.entries[name] = {"name": name, "skipped": f"while sampling, {_failure(error)}"}
-                    del self.samplers[name]
-                continue
+                    self._skip(name, f"while sampling, {_failure(error)}")
+                self.samplers.clear()
+                return {}
             for name, samples in zip(names, in_turn):
-                self.entries[name][column] = timing.spread(samples)._asdict()
+                self.entries[name] |= {"device_s": None, **self.entries[name], column: timing.spread(samples)._asdict()}
                 counted.setdefault(name, samples)
-            for name in self.samplers:
-                self.entries[name].setdefault(column, None)
-        return {name: samples for name, samples in counted.items() if name in self.samplers}
+        return counted
 
     def clocks(self) -> dict[str, int] | None:
         """The GPU's clocks while it runs an implementation that could be sampled."""
@@ -266,10 +269,6 @@ def _prepared(implementation: Implementation, inputs: tuple, indices: Sequence[i
 
 def _output(result) -> torch.Tensor:
     return result[0] if isinstance(result, (tuple, list)) else result
-
-
-def _gradients(output, inputs, indices, dy) -> tuple[torch.Tensor, ...]:
-    return torch.autograd.grad(output, [inputs[index] for index in indices], dy) if indices else ()
 
 
 def _distance(actual: torch.Tensor, expected: torch.Tensor) -> float:

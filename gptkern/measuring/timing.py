@@ -14,6 +14,8 @@ samples of several functions alternately, so that what slows the machine down sl
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import math
 import statistics
 import time
@@ -95,43 +97,37 @@ def in_turn(samplers: Sequence[Sampler], rounds: int, seconds: float = float("in
 def durations(functions: Sequence[Callable], inputs: Sequence[tuple], rounds: int) -> list[list[float]]:
     """Seconds of one call of each function on the same sets of inputs: device time on a GPU, wall time on a CPU."""
     on_gpu = any(isinstance(value, torch.Tensor) and value.is_cuda for value in inputs[0])
-    return in_turn([(graph_sampler if on_gpu else wall_sampler)(f, inputs) for f in functions], rounds)
+    sampler = graph_sampler if on_gpu else wall_sampler
+    return in_turn([sampler(function, inputs) for function in functions], rounds)
 
 
 def wall_sampler(function: Callable[..., Any], inputs: Sequence[tuple], kind: str = "cpu") -> Sampler:
     """The host's time of one call, over the sets in turn; on "cuda" of one call in a queue of one for each set."""
-    if kind == "cuda":
-        return _eager_gpu_sampler(function, inputs)
     _warm_up(function, inputs)
+
+    def waiting() -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        _run_all(function, inputs)
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) / len(inputs)
+
+    if kind == "cuda":
+        return waiting
     seconds = []
     for _ in range(WARM_UPS):
         start = time.perf_counter()
         function(*inputs[0])
         seconds.append(time.perf_counter() - start)
     calls = max(1, round(SAMPLE_SECONDS / max(min(seconds), 1e-9)))
-    turn = 0
+    sets = itertools.cycle(inputs)
 
     def sample() -> float:
-        nonlocal turn
-        arguments = inputs[turn % len(inputs)]
-        turn += 1
+        arguments = next(sets)
         start = time.perf_counter()
         for _ in range(calls):
             function(*arguments)
         return (time.perf_counter() - start) / calls
-
-    return sample
-
-
-def _eager_gpu_sampler(function: Callable[..., Any], inputs: Sequence[tuple]) -> Sampler:
-    _warm_up(function, inputs)
-
-    def sample() -> float:
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        _run_all(function, inputs)
-        torch.cuda.synchronize()
-        return (time.perf_counter() - start) / len(inputs)
 
     return sample
 
@@ -152,19 +148,15 @@ def _run_all(function: Callable[..., Any], inputs: Sequence[tuple]) -> list[Any]
 def host_durations(functions: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
     """As `durations`, of functions without arguments: the host's time, not waiting for the device."""
 
-    def without_waiting(function: Callable[[], Any]) -> Sampler:
-        sample = wall_sampler(function, [()])
+    def then_drained(sample: Sampler) -> float:
+        seconds = sample()
+        if torch.cuda.is_available():
+            # Outside of the sample: a full queue would make the next one wait.
+            torch.cuda.synchronize()
+        return seconds
 
-        def then_drain() -> float:
-            seconds = sample()
-            if torch.cuda.is_available():
-                # Outside of the sample: a full queue would make the next one wait.
-                torch.cuda.synchronize()
-            return seconds
-
-        return then_drain
-
-    return in_turn([without_waiting(function) for function in functions], rounds)
+    samplers = [wall_sampler(function, [()]) for function in functions]
+    return in_turn([functools.partial(then_drained, sample) for sample in samplers], rounds)
 
 
 def graph_sampler(function: Callable[..., Any], inputs: Sequence[tuple]) -> Sampler:

@@ -73,12 +73,9 @@ def versions() -> dict[str, str | None]:
 
 def folder() -> Path | None:
     """Where gptkern keeps files of the user's, or None where the system names no place."""
-    if os.environ.get("GPTKERN_CACHE"):
-        return Path(os.environ["GPTKERN_CACHE"])
-    if os.environ.get("XDG_CACHE_HOME"):
-        return Path(os.environ["XDG_CACHE_HOME"]) / "gptkern"
-    if sys.platform == "win32" and os.environ.get("LOCALAPPDATA"):
-        return Path(os.environ["LOCALAPPDATA"]) / "gptkern" / "cache"
+    for variable, *below in (("GPTKERN_CACHE",), ("XDG_CACHE_HOME", "gptkern"), ("LOCALAPPDATA", "gptkern", "cache")):
+        if os.environ.get(variable) and (variable != "LOCALAPPDATA" or sys.platform == "win32"):
+            return Path(os.environ[variable], *below)
     try:
         home = Path.home()
     except RuntimeError:
