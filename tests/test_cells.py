@@ -126,27 +126,32 @@ def test_the_twin_is_checked_and_its_gradient_where_that_is_timed(monkeypatch, d
 # --- The model ------------------------------------------------------------------------------------------------------
 
 
-def prepared(direction, name):
+def prepared(direction, name, monkeypatch):
+    """(the implementation, its inputs, the stock model that it was made of, the optimizers that were made)"""
+    made, optimizers, new, optimizer_of = [], [], model.new_model, model.optimizer_of
+    monkeypatch.setattr(model, "new_model", lambda *given: made.append(new(*given)) or made[-1])
+    monkeypatch.setattr(
+        model, "optimizer_of", lambda *given, **more: optimizers.append(optimizer_of(*given, **more)) or optimizers[-1]
+    )
     cell = next(cell for cell in model.cells(KIND, "smoke") if cell.direction == direction)
     implementation = model.implementations(cell, KIND)[name]
-    return implementation, implementation.prepare(*model.inputs(cell, KIND))
+    return implementation, implementation.prepare(*model.inputs(cell, KIND)), made[0], optimizers
 
 
-def test_a_training_step_can_be_repeated():
-    implementation, inputs = prepared("training step", "gptkern")
-    stock = implementation.call.__self__.stock
+def test_a_training_step_can_be_repeated(monkeypatch):
+    implementation, inputs, stock, optimizers = prepared("training step", "gptkern", monkeypatch)
     before = {name: value.clone() for name, value in stock.state_dict().items()}
     gradients = [implementation.call(*inputs)[0].clone() for _ in range(2)]
     assert torch.equal(*gradients) and gradients[0].count_nonzero() > 0
     assert all(torch.equal(value, before[name]) for name, value in stock.state_dict().items())
-    assert len(implementation.call.__self__.optimizer.state) == len(list(stock.parameters())), "AdamW stepped"
+    assert len(optimizers[0].state) == len(list(stock.parameters())), "AdamW stepped"
     # Every implementation has the same weights, of which none is left at 0 or 1.
-    others = prepared("training step", "eager")[0].call.__self__.stock.state_dict()
+    others = prepared("training step", "eager", monkeypatch)[2].state_dict()
     assert all(torch.equal(before[name], value) and value.count_nonzero() > 0 for name, value in others.items())
 
 
-def test_generation_appends_the_likeliest_token():
-    implementation, (ids,) = prepared("generation", "gptkern")
+def test_generation_appends_the_likeliest_token(monkeypatch):
+    implementation, (ids,), *_ = prepared("generation", "gptkern", monkeypatch)
     logits, longer = implementation.call(ids)
     assert not logits.requires_grad
     assert torch.equal(longer[:, :-1], ids) and torch.equal(longer[:, -1], logits.argmax(-1))
@@ -164,9 +169,9 @@ def test_the_swapped_model_is_checked(monkeypatch, direction):
 
 
 @pytest.mark.parametrize("direction", ["training step", "generation"])
-def test_gptkern_s_model_is_swapped_and_eager_s_is_not(direction):
+def test_gptkern_s_model_is_swapped_and_eager_s_is_not(monkeypatch, direction):
     for name, swapped in (("gptkern", True), ("eager", False)):
-        modules = list(prepared(direction, name)[0].call.__self__.model.modules())
+        modules = list(prepared(direction, name, monkeypatch)[2].modules())
         assert any(isinstance(module, gptkern.nn.LayerNorm) for module in modules) == swapped
         int8 = any(isinstance(module, gptkern.nn.Int8Linear) for module in modules)
         assert int8 == (swapped and direction == "generation")

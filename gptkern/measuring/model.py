@@ -12,9 +12,8 @@ drawn from a fixed seed: the inputs are the tokens alone.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -203,7 +202,7 @@ def new_model(config: GPTConfig, device, dtype: torch.dtype) -> GPT:
 
 def implementations(cell: Cell, kind: str) -> dict[str, Implementation | Missing]:
     int8 = dict(cell.sizes).get("weights") == "int8"
-    run = _Training if cell.direction == "training step" else _Generation
+    run = _training if cell.direction == "training step" else _generation
 
     def swapped(model):
         gptkern.swap(model)
@@ -211,78 +210,60 @@ def implementations(cell: Cell, kind: str) -> dict[str, Implementation | Missing
             gptkern.quantize(model)
         return model
 
-    found: dict[str, Implementation | Missing] = {
-        "gptkern": run(cell, swapped).implementation(),
-        peers.EAGER: run(cell, lambda model: model).implementation(),
-    }
+    def made(change):
+        return Implementation(*run(cell, change), graph=run is not _training)
+
+    found: dict[str, Implementation | Missing] = {"gptkern": made(swapped), peers.EAGER: made(lambda model: model)}
     if cell in cells(kind, "smoke"):
         # It shows that the bench runs; compiling would be all of its time.
         return found
-    found[peers.COMPILE] = peers.compiled_model(lambda change: run(cell, change).implementation(), kind)
+    found[peers.COMPILE] = peers.compiled_model(made, kind)
     if int8:
-        found[peers.TORCHAO] = peers.torchao_model(lambda change: run(cell, change).implementation(), kind)
+        found[peers.TORCHAO] = peers.torchao_model(made, kind)
     return found
 
 
-class _Run:
-    """One implementation's model, made when the first inputs come.
+def _training(cell: Cell, change) -> tuple[Callable, Callable]:
+    """(call, prepare) of an implementation whose model is `change(the stock model)`, made when the first inputs come.
 
-    Args:
-        change: takes the stock model, returns what is called in its place.
+    An optimizer that is not made `capturable` refuses to be captured in a graph.
     """
 
-    graph = True
+    @functools.cache
+    def made(device):
+        stock = new_model(_config(cell.size("model")), device, torch.float32).train()
+        return stock, change(stock), optimizer_of(stock, lr=0.0)
 
-    def __init__(self, cell: Cell, change):
-        self.cell, self.change = cell, change
-        self.model = None
-
-    def implementation(self) -> Implementation:
-        return Implementation(self.call, self.prepare, graph=self.graph)
-
-    def prepare(self, ids, *rest):
-        if self.model is None:
-            self.make(ids.device)
-        return (ids, *rest)
-
-
-class _Training(_Run):
-    # An optimizer that is not made `capturable` refuses to be captured.
-    graph = False
-
-    def make(self, device):
-        self.stock = new_model(_config(self.cell.size("model")), device, torch.float32).train()
-        self.model = self.change(self.stock)
-        self.optimizer = optimizer_of(self.stock, lr=0.0)
-
-    def call(self, ids, targets):
+    def call(ids, targets):
         """-> the gradient of the position embedding (context, width), and the loss."""
-        self.optimizer.zero_grad(set_to_none=True)
+        stock, model, optimizer = made(ids.device)
+        optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():
-            with _autocast(self.cell, ids.device):
-                _, loss = self.model(ids, targets)
+            lower = cell.dtype != "float32"
+            with torch.autocast(ids.device.type, getattr(torch, cell.dtype), enabled=lower):
+                _, loss = model(ids, targets)
             loss.backward()
-        self.optimizer.step()
-        return self.stock.position_embedding.weight.grad, loss.detach()
+        optimizer.step()
+        return stock.position_embedding.weight.grad, loss.detach()
+
+    return call, lambda ids, targets: made(ids.device) and (ids, targets)
 
 
-class _Generation(_Run):
-    def make(self, device):
-        dtype = getattr(torch, self.cell.dtype)
-        self.model = self.change(new_model(_config(self.cell.size("model")), device, dtype).eval())
+def _generation(cell: Cell, change) -> tuple[Callable, Callable]:
+    """(call, prepare), as `_training`."""
 
-    def call(self, ids):
+    @functools.cache
+    def made(device):
+        return change(new_model(_config(cell.size("model")), device, getattr(torch, cell.dtype)).eval())
+
+    def call(ids):
         """-> the logits of the last position (1, vocab_size), and ids with the likeliest token behind them."""
         with torch.no_grad():
-            logits, _ = self.model(ids)
+            logits, _ = made(ids.device)(ids)
             last = logits[:, -1].float()
             return last, torch.cat([ids, last.argmax(-1, keepdim=True)], dim=1)
 
-
-def _autocast(cell: Cell, device: torch.device):
-    if cell.dtype == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, getattr(torch, cell.dtype))
+    return call, lambda ids: made(ids.device) and (ids,)
 
 
 # --- The check ------------------------------------------------------------------------------------------------------
