@@ -89,10 +89,8 @@ def tests() -> list[str]:
 
 def sanitizer() -> str | None:
     """Where compute-sanitizer is: on the PATH, or in a CUDA toolkit."""
-    toolkits = filter(None, (os.environ.get("CUDA_HOME"), "/usr/local/cuda"))
-    return shutil.which(
-        "compute-sanitizer", path=os.pathsep.join([os.environ["PATH"], *(f"{t}/bin" for t in toolkits)])
-    )
+    toolkits = (f"{os.environ.get('CUDA_HOME') or '/usr/local/cuda'}/bin", "/usr/local/cuda/bin")
+    return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ["PATH"], *toolkits]))
 
 
 def sanitized() -> list[list[str]]:

@@ -178,16 +178,13 @@ def test_where_the_numbers_come_from(results):
         "| copy | 4,000 GB/s |", "| bfloat16 | 800 TFLOP/s |", "| int8 | 1,400 TOP/s |", "at most 2.4e-03",
         "| host time, layer\\_norm |",
     )  # fmt: skip
-    assert not any(words in text for words in ("it fell", "SMOKE", "tables of gptkern", "not all peers"))
+    assert not any(words in text for words in ("it fell", "tables of gptkern"))
     results["cells"][0] |= {"clocks": {"sm_mhz": 1400, "memory_mhz": 3201}, "options": ["--rounds", "9"]}
-    results["cells"][1]["peers_asked"] = ["eager"]
     results["machine"] |= {"backend": "triton", "tables": "fedcba987654"}
-    results["costs"][0]["extent"] = "smoke"
     assert_said(
         "SM 1400 to 1980 MHz (it fell during the run)", "GPTKERN\\_BACKEND=triton gptkern bench --rounds 9; GPTKERN",
-        "digest fedcba987654", "| not all peers were asked for | in 1 cell |", f"> **{report.SMOKE}costs**",
+        "digest fedcba987654",
     )  # fmt: skip
-    assert report.terminal(results).startswith(f"{report.SMOKE}costs\n")
 
 
 def test_each_reason_stands_once(results):

@@ -81,6 +81,12 @@ def test_ceilings_are_rates(monkeypatch):
     assert {entry["unit"] for entry in found.values()} == {"B/s", "FLOP/s"}
     assert "64x64x64" in found["bfloat16"]["how"] and "copy" in found["copy"]["how"]
 
+    def refuses(*_):
+        raise RuntimeError("not implemented")
+
+    monkeypatch.setattr(torch, "_int_mm", refuses)
+    assert found.keys() - ceilings.measure("cpu", smoke=True) == {"int8"}, "what the device cannot is left out"
+
 
 def test_the_machine_is_identified(monkeypatch):
     assert machine.slug("Intel(R) Xeon(R) CPU @ 2.20GHz") == "intel-xeon-2-20ghz"

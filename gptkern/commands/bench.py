@@ -96,10 +96,9 @@ def _measured(args, recorder, extent: str, rounds: int, peers, end: float) -> in
     try:
         if not recorder.has_ceilings(extent):
             recorder.set_ceilings(ceilings.measure(kind, smoke=args.smoke), extent)
-        if not args.costs_only:
-            status = _cells(args, recorder, kind, extent, rounds, peers, end)
-        if not args.no_costs and not args.op:
-            status = max(status, _costs(recorder, extent, end))
+        for line, failed in _records(args, recorder, kind, extent, rounds, peers, end):
+            print(line, flush=True)
+            status = FAILED if failed else status
     except KeyboardInterrupt:
         print("\ngptkern bench: interrupted; what was measured is kept", file=sys.stderr)
         status = INTERRUPTED
@@ -120,50 +119,40 @@ def _options(args) -> list[str]:
     return options + (["--rounds", str(args.rounds)] if args.rounds is not None else [])
 
 
-def _cells(args, recorder, kind: str, extent: str, rounds: int, peers, end: float) -> int:
-    from gptkern.measuring import rates, runner
+def _records(args, recorder, kind: str, extent: str, rounds: int, peers, end: float):
+    """Measures what is not there yet, and yields (a line on it, whether it failed)."""
+    from gptkern.measuring import costs, rates, runner
 
-    cells = runner.cells(kind, extent, args.op or runner.OPERATORS)
-    status = PASSED
+    cells = [] if args.costs_only else runner.cells(kind, extent, args.op or runner.OPERATORS)
     for number, cell in enumerate(cells):
         where = f"[{number + 1}/{len(cells)}] {cell.operator} {cell.direction}, {cell.label} {cell.dtype}"
         if recorder.done(cell.key, rounds, peers):
-            print(f"{where}: there already")
+            yield f"{where}: there already", False
             continue
         if time.monotonic() > end:
-            print(f"The time is up: {len(cells) - number} of {len(cells)} cells were not measured")
+            yield f"The time is up: {len(cells) - number} of {len(cells)} cells were not measured", False
             break
         record, _ = runner.measure(cell, kind, rounds, peers)
         recorder.add("cells", record | {"options": recorder.results["machine"]["options"], "extent": extent})
         mine, best = rates.ours(record), rates.best_peer(record)
         if mine is None:
             reason = next(i["skipped"] for i in record["implementations"] if i["name"] == runner.GPTKERN)
-            print(f"{where}: FAILED, {reason}", flush=True)
-            status = FAILED
+            yield f"{where}: FAILED, {reason}", True
             continue
         versus = f"{best['name']}'s time / gptkern's: {form.times(rates.lead(record))}" if best else "no peer"
-        print(f"{where}: {form.seconds(rates.median(mine))}, {versus}", flush=True)
-    return status
-
-
-def _costs(recorder, extent: str, end: float) -> int:
-    from gptkern.measuring import costs
-
-    status = PASSED
-    for key, measure in costs.listed(extent):
+        yield f"{where}: {form.seconds(rates.median(mine))}, {versus}", False
+    for key, measure in () if args.no_costs or args.op else costs.listed(extent):
         if recorder.has_cost(key, extent):
             continue
         if time.monotonic() > end:
-            print("The time is up: some of the costs that are no kernels were not measured")
+            yield "The time is up: some of the costs that are no kernels were not measured", False
             break
         try:
             record = measure() | {"extent": extent}
         except costs.CostError as error:
-            print(f"{key}: FAILED, {error}", flush=True)
-            status = FAILED
+            yield f"{key}: FAILED, {error}", True
             continue
         recorder.add("costs", record)
         parts = {"gptkern": record["gptkern"], **record["peers"]}
-        amounts = [f"{name} {part.get('skipped') or form.seconds(part['median'])}" for name, part in parts.items()]
-        print(f"{key}: {', '.join(amounts)}", flush=True)
-    return status
+        amounts = (f"{name} {part.get('skipped') or form.seconds(part['median'])}" for name, part in parts.items())
+        yield f"{key}: {', '.join(amounts)}", False

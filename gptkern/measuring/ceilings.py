@@ -10,6 +10,7 @@ They are what libraries reach here, not a data sheet's peak: a kernel may pass 1
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -35,33 +36,29 @@ def measure(kind: str, smoke: bool = False) -> dict[str, dict[str, Any]]:
         found = {"copy": _copy(kind, COPY_BYTES[kind] if not smoke else 2**20)}
         for name in ("float32", "bfloat16", "int8"):
             size = 64 if smoke else (MATRIX if name == "float32" else SMALL_MATRIX)[kind]
-            try:
+            # Not every device has an 8-bit product.
+            with contextlib.suppress(RuntimeError):
                 found[name] = _product(kind, name, size)
-            except RuntimeError:
-                # Not every device has an 8-bit product.
-                continue
     return found
 
 
 def _copy(kind: str, size: int) -> dict[str, Any]:
     source = torch.randint(256, (size,), dtype=torch.uint8, device=kind)
-    target = torch.empty_like(source)
-    seconds = _seconds(lambda a, b: b.copy_(a), [(source, target)])
+    seconds = _seconds(lambda a, b: b.copy_(a), [(source, torch.empty_like(source))])
     return {"value": 2 * size / seconds, "unit": "B/s", "how": f"a copy of {size >> 20} MiB, bytes read and written"}
 
 
 def _product(kind: str, name: str, size: int) -> dict[str, Any]:
+    how, function = f"a {size}x{size}x{size} product of {name}", torch.mm
+    left, right = torch.randn(2, size, size, device=kind).unbind()
     if name == "int8":
-        left, right = (torch.randint(-127, 128, (size, size), dtype=torch.int8, device=kind) for _ in range(2))
-        function: Callable = torch._int_mm
+        left, right, function, how = left.mul(32).char(), right.mul(32).char(), torch._int_mm, f"{how} (torch._int_mm)"
+    elif name == "float32":
+        how += f", precision {torch.get_float32_matmul_precision()}"
     else:
-        left, right = (torch.randn(size, size, device=kind, dtype=getattr(torch, name)) for _ in range(2))
-        function = torch.mm
+        left, right = left.to(getattr(torch, name)), right.to(getattr(torch, name))
     # The second operand as a linear layer's weight: transposed.
     seconds = _seconds(lambda a, b: function(a, b), [(left, right.t())])
-    how = f"a {size}x{size}x{size} product of {name}" + (" (torch._int_mm)" if name == "int8" else "")
-    if name == "float32":
-        how += f", precision {torch.get_float32_matmul_precision()}"
     return {"value": 2 * size**3 / seconds, "unit": "FLOP/s", "how": how}
 
 

@@ -209,9 +209,3 @@ def promises(results: dict[str, Any]) -> list[Promise]:
             of = cost["peers"][peer].get("median") if peer else 1
             found.append(Promise(cost["key"], peer, cost["limit"], mine / of if mine is not None and of else None))
     return found
-
-
-def meaningless(results: dict[str, Any]) -> list[str]:
-    """Which of "cells", "ceilings" and "costs" hold numbers of a smoke run, on tiny sizes."""
-    parts = {"cells": results["cells"], "ceilings": results["ceilings"].values(), "costs": results["costs"]}
-    return [name for name, entries in parts.items() if any(entry.get("extent") == "smoke" for entry in entries)]

@@ -15,7 +15,6 @@ from gptkern.measuring import plots, rates
 from gptkern.measuring import results as files
 
 NAME = "report.md"
-SMOKE = "SMOKE RUN: of tiny sizes or few samples, and without meaning, are some "
 LOST_MARK, BROKEN_MARK, EVENTS_MARK, UNCLEAR_MARK = "▼", "✗", "†", "≈"
 # A reason in the list of what was not measured is cut here, in letters.
 LONGEST_REASON = 240
@@ -56,7 +55,6 @@ def markdown(results: dict[str, Any], pictures: Mapping[str, str], level: int = 
     """
     device = results["machine"]["device"]
     parts = [f"{'#' * level} {device}"]
-    parts += [f"> **{line}**" for line in _warnings(results)]
     parts += [_provenance(results), _ceilings(results), _summary(results), _legend(results)]
     deeper = "#" * (level + 1)
     for operator, panels in rates.by_operator(results).items():
@@ -73,11 +71,6 @@ def markdown(results: dict[str, Any], pictures: Mapping[str, str], level: int = 
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _warnings(results: dict[str, Any]) -> list[str]:
-    parts = rates.meaningless(results)
-    return [SMOKE + ", ".join(parts)] if parts else []
-
-
 # --- Where the numbers come from --------------------------------------------------------------------------------------
 
 
@@ -87,7 +80,6 @@ def _provenance(results: dict[str, Any]) -> str:
     dates = sorted({cell["date"] for cell in cells if cell.get("date")} or {machine.get("date") or ""})
     versions = {"Python": "python", "PyTorch": "torch", "Triton": "triton", "CUDA": "cuda", "driver": "driver"}
     peers = [f"{name} {version}" for name, version in (machine.get("peers") or {}).items() if version]
-    chosen = sum(cell.get("peers_asked") is not None for cell in cells)
     timed = [mine for cell in cells if (mine := rates.ours(cell))]
     # On a GPU "torch" is a call that no kernel covers.
     ran = [mine["backend"] for mine in timed if mine.get("backend")]
@@ -103,7 +95,6 @@ def _provenance(results: dict[str, Any]) -> str:
         "gptkern": f"{machine['gptkern']}, commit {commit}, digest of sources {machine['source']}",
         "versions": ", ".join(f"{name} {machine[key]}" for name, key in versions.items() if machine.get(key)),
         "peers": ", ".join(peers) or "PyTorch alone",
-        "not all peers were asked for": f"in {form.count(chosen, 'cell')}" if chosen else "",
         "tables of gptkern tune": f"digest {machine['tables']}" if machine.get("tables") else "",
         "backends": ", ".join(f"{name} in {form.count(ran.count(name), 'cell')}" for name in dict.fromkeys(ran)),
         "clocks": _clocks(cells),
@@ -310,7 +301,7 @@ def terminal(results: dict[str, Any]) -> str:
     """One table an operator; cells that are lost by more than noise say so."""
     words = {rates.FASTEST: "ahead", rates.LEVEL: "level", rates.BEHIND: "LOST", rates.FAILED: "FAILED"}
     headings = ("direction", "shape", "dtype", ">time", ">rate", ">of ceiling", "best peer", ">its time / ours", "")
-    parts = _warnings(results)
+    parts = []
     for operator, panels in rates.by_operator(results).items():
         rows = []
         for cell in (cell for panel in panels for cell in panel.cells):
