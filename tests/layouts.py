@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 # Elements of guard on each side. A multiple of 16 keeps a tensor as aligned as a fresh one.
@@ -52,6 +54,34 @@ def expanded(tensor: torch.Tensor) -> torch.Tensor:
 def permuted_batch(tensor: torch.Tensor) -> torch.Tensor:
     """The first two dimensions swapped in memory, as (batch, length, width) from (length, batch, width)."""
     return guarded(tensor.transpose(0, 1)).transpose(0, 1)
+
+
+def of_own_strides(*tensors: torch.Tensor, step: int = 1) -> list[torch.Tensor]:
+    """The tensors in strides that none shares with another: a kernel that walks one by another's strides shows it.
+
+    Args:
+        step: rows begin whole numbers of so many elements apart. A vector's elements keep a kernel on its vectors.
+    """
+    views, taken = [], set()
+    for tensor in tensors:
+        for room in itertools.count(2):
+            view = _with_room(tensor, room, step)
+            # Of one dimension the elements' own; else those of rows, and of what is around them.
+            strides = set(enumerate(reversed(view.stride()[:-1]), 1)) or {(0, view.stride(0))}
+            if not strides & taken:
+                break
+        taken |= strides
+        views.append(view)
+    return views
+
+
+def _with_room(tensor: torch.Tensor, room: int, step: int) -> torch.Tensor:
+    """A copy with room behind each dimension, or between the elements of a tensor that has but one."""
+    if tensor.dim() == 1:
+        return guarded(tensor.new_full((len(tensor) * room,), FAR))[::room].copy_(tensor)
+    *sizes, width = tensor.shape
+    buffer = guarded(tensor.new_full([*(size + room for size in sizes), (-(-width // step) + room) * step], FAR))
+    return buffer[tuple(map(slice, tensor.shape))].copy_(tensor)
 
 
 LAYOUTS = [strided_rows, every_other_row, transposed, every_other_element, expanded, permuted_batch]

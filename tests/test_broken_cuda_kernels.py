@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -30,10 +28,8 @@ if emulated.compiler() is None:
 
 import count_cuda
 import emulation
-import test_cuda_counters
-
-sys.path.append(str(Path(__file__).parent / "operators"))
 import test_attention
+import test_cuda_counters
 
 
 class Case(NamedTuple):

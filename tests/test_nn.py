@@ -7,6 +7,8 @@ import functools
 import io
 import pickle
 
+import oracle_int8_linear
+import oracle_quantize_int8
 import oracles
 import pytest
 import torch
@@ -117,15 +119,17 @@ def linear(in_features=31, out_features=7, bias=True, dtype=torch.float32, devic
 
 def judge(module, input, weight, bias):
     """module(input) and its gradients against the oracle on the quantised `weight`, (out_features, in_features)."""
-    q, weight_scale = oracles.quantize_int8(weight)
+    q, weight_scale = oracle_quantize_int8.quantize_int8(weight)
     assert torch.equal(module.weight.cpu(), q)
     assert torch.equal(module.weight_scale.cpu(), weight_scale)
     rows = input.numel() // input.shape[-1]
-    quantized = oracles.quantize_int8(input) if rows > 16 else None  # mode "auto"
+    quantized = oracle_quantize_int8.quantize_int8(input) if rows > 16 else None  # mode "auto"
 
     def oracle(precision):
         def layer(input, *bias):
-            return oracles.int8_linear(input, q, weight_scale, *bias, quantized=quantized, precision=precision)
+            return oracle_int8_linear.int8_linear(
+                input, q, weight_scale, *bias, quantized=quantized, precision=precision
+            )
 
         tensors = [t.detach().cpu() for t in (input, bias) if t is not None]
         grads = oracles.gradients(layer, tensors, torch.ones(*input.shape[:-1], len(q)), precision)

@@ -8,7 +8,7 @@ import io
 import logging
 import pickle
 
-import oracles
+import oracle_quantize_int8
 import pytest
 import torch
 from quantized_models import Pair, classes, gpt, ids, int8_names, logits, quantized_names
@@ -28,7 +28,7 @@ def test_the_linear_layers_of_a_gpt():
     assert quantized_names(report) == int8_names(model) == names
     assert report.skipped == [("lm_head", "Linear", "skip names 'lm_head'")]
     for name in names:
-        q, scale = oracles.quantize_int8(float_model.get_submodule(name).weight)
+        q, scale = oracle_quantize_int8.quantize_int8(float_model.get_submodule(name).weight)
         layer = model.get_submodule(name)
         assert torch.equal(layer.weight, q) and torch.equal(layer.weight_scale, scale) and layer.mode == "auto"
     expected = copy.deepcopy(float_model)
@@ -48,7 +48,9 @@ def test_the_mode_reaches_each_layer(mode):
 
 def test_each_backend_quantises_the_same(backend, device):
     model = Pair().to(device)
-    expected = [oracles.quantize_int8(layer.weight.detach().cpu()) for layer in (model.first, model.second)]
+    expected = [
+        oracle_quantize_int8.quantize_int8(layer.weight.detach().cpu()) for layer in (model.first, model.second)
+    ]
     gptkern.quantize(model)
     for layer, (q, scale) in zip((model.first, model.second), expected):
         assert torch.equal(layer.weight.cpu(), q) and torch.equal(layer.weight_scale.cpu(), scale)
@@ -63,7 +65,7 @@ def test_sizes_and_errors(dtype):
     first, second = report.quantized
     assert first[:5] == ("first", "Linear", (6, 8), 48 * itemsize, 48 + 6 * 4)
     assert second[:5] == ("second", "Linear", (5, 6), 35 * itemsize, 30 + 5 * 4 + 5 * itemsize)
-    q, scale = oracles.quantize_int8(weight)
+    q, scale = oracle_quantize_int8.quantize_int8(weight)
     expected = (weight - q * scale.double()[:, None]).norm() / weight.norm()
     assert 0 < first.error == pytest.approx(expected.item(), rel=1e-3)
     assert (report.bytes_before, report.bytes_after) == (83 * itemsize, 72 + 50 + 5 * itemsize)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import oracles
+import oracle_quantize_int8
 import pytest
 import torch
 from quantized_models import classes, ids, logits, on_meta, read, saved
@@ -52,7 +52,7 @@ def test_models_of_transformers(transformers, tmp_path, make):
     for layer in report.quantized:
         weight = weights[layer.name].t() if conv1d else weights[layer.name]
         assert layer.shape == tuple(weight.shape) and layer.error < 0.01
-        q, scale = oracles.quantize_int8(weight.detach())
+        q, scale = oracle_quantize_int8.quantize_int8(weight.detach())
         int8 = model.get_submodule(layer.name)
         assert torch.equal(int8.weight, q) and torch.equal(int8.weight_scale, scale)
     assert 0 < (logits(model) - float_logits).norm() / float_logits.norm() < 0.02

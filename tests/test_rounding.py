@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import math
 
-import oracles
+import oracle_int8_linear
+import oracle_layer_norm
+import oracle_rms_norm
+import oracle_softmax
 import pytest
 import torch
 
@@ -105,7 +108,7 @@ def test_the_gradient_of_a_softmax_of_one_key_has_the_noise_of_its_terms():
 
     def gradient(size):
         leaf = x.clone().requires_grad_()
-        return torch.autograd.grad(oracles.softmax(leaf), leaf, size * dy)
+        return torch.autograd.grad(oracle_softmax.softmax(leaf), leaf, size * dy)
 
     assert gradient(1)[0].abs().max() == 0
     small, large = noise(lambda: gradient(1))[0], noise(lambda: gradient(128))[0]
@@ -118,7 +121,7 @@ def test_gradients_are_rounded_too():
 
     def gradient():
         leaf = x.clone().requires_grad_()
-        return torch.autograd.grad(oracles.softmax(leaf).square().sum(), leaf)
+        return torch.autograd.grad(oracle_softmax.softmax(leaf).square().sum(), leaf)
 
     assert 0.1 * UNIT_ROUNDOFF < noise(gradient)[0] < 10 * UNIT_ROUNDOFF
 
@@ -132,19 +135,21 @@ def test_what_is_not_finite_is_left_alone():
 
 
 def softmax(x):
-    return oracles.softmax(x, scale=0.5, is_causal=True, precision=x.dtype)
+    return oracle_softmax.softmax(x, scale=0.5, is_causal=True, precision=x.dtype)
 
 
 def layer_norm(x):
-    return oracles.layer_norm(x, x.shape[-1:], eps=1e-5, precision=x.dtype)[0]
+    return oracle_layer_norm.layer_norm(x, x.shape[-1:], eps=1e-5, precision=x.dtype)[0]
 
 
 def rms_norm(x):
-    return oracles.rms_norm(x, x.shape[-1:], eps=1e-5, precision=x.dtype)
+    return oracle_rms_norm.rms_norm(x, x.shape[-1:], eps=1e-5, precision=x.dtype)
 
 
 def gelu(x):
-    return oracles.gelu(x @ torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype).outer(torch.ones_like(x[0, :7])), "gelu")
+    return oracle_int8_linear.gelu(
+        x @ torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype).outer(torch.ones_like(x[0, :7])), "gelu"
+    )
 
 
 FUNCTIONS = [softmax, layer_norm, rms_norm, gelu]
@@ -214,7 +219,7 @@ def test_a_causal_mask_that_is_off_by_one(shape):
 
         def off_by_one(x):
             seen = torch.ones(x.shape, dtype=torch.bool).tril(1)
-            return oracles.softmax(x, scale=0.5, mask=seen, precision=x.dtype)
+            return oracle_softmax.softmax(x, scale=0.5, mask=seen, precision=x.dtype)
 
         wrong, wrong_gradient = results(off_by_one, x, dy, torch.float64)
         assert_caught(right, wrong, noises[0], FORWARD_FACTOR, 100)

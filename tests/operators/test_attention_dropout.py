@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import oracles
+import oracle_attention
 import pytest
 import torch
 import torch.nn.functional as F
@@ -66,7 +66,7 @@ KNOWN_ANSWERS = [
 
 @pytest.mark.parametrize("counter, key, words", KNOWN_ANSWERS)
 def test_known_answers(counter, key, words):
-    assert tuple(int(word) for word in oracles.philox(key, counter)) == words
+    assert tuple(int(word) for word in oracle_attention.philox(key, counter)) == words
     assert tuple(word.item() for word in philox.philox(key, counter)) == words
 
 
@@ -78,7 +78,7 @@ SEEDS = [0, 1, -1, 2**32, 2**63 - 1, -(2**63), 0x243F6A8885A308D3]
 def test_the_mask_is_the_same_bit_for_bit(device, seed, dropout_p):
     for shape in ((2, 3, 5, 7), (1, 1, 9, 64)):
         kept = philox.kept(torch.tensor([seed], device=device), shape, dropout_p).cpu()
-        assert torch.equal(kept, oracles.kept_by_dropout(seed, shape, dropout_p))
+        assert torch.equal(kept, oracle_attention.kept_by_dropout(seed, shape, dropout_p))
 
 
 @pytest.mark.parametrize("seed, dropout_p", [(-1, 0.1), (0x243F6A8885A308D3, 0.75), (2**32, 0.5)])
@@ -86,7 +86,7 @@ def test_the_mask_is_the_same_bit_for_bit(device, seed, dropout_p):
 def test_the_kernels_mask_is_the_same_in_all_tiles(triton_backend, device, tiles, seed, dropout_p):
     with gptkern.backends.dispatch.load("triton", "attention").forced_tiles(*tiles):
         kept = kept_by_the_kernel(device, seed, 21, 48, dropout_p, batch=2, heads=1).cpu()
-    assert torch.equal(kept, oracles.kept_by_dropout(seed, (2, 1, 21, 48), dropout_p))
+    assert torch.equal(kept, oracle_attention.kept_by_dropout(seed, (2, 1, 21, 48), dropout_p))
 
 
 # --- Statistics: more than 10⁶ draws of the mask that was compared bit for bit above ----------------------------------
@@ -147,13 +147,13 @@ def check_dropped(name, device, tensors, dropout_p, is_causal=False, mask=None, 
     seed = -0x1234567890ABCDEF
     shape = (*query.shape[:3], key.shape[2])
     known = dict(attn_mask=mask, lower_right=lower_right, dropout_p=dropout_p, is_causal=is_causal, scale=0.25)
-    known["kept"] = oracles.kept_by_dropout(seed, shape, dropout_p).to(device)
+    known["kept"] = oracle_attention.kept_by_dropout(seed, shape, dropout_p).to(device)
     seed = torch.tensor([seed], device=device)
     return check(
         lambda q, k, v: AttentionFunction.apply(
             q, k, v, is_causal, 0.25, name, mask, dropout_p, lower_right, seed
         ),
-        lambda q, k, v, precision: oracles.attention(q, k, v, **known, precision=precision),
+        lambda q, k, v, precision: oracle_attention.attention(q, k, v, **known, precision=precision),
         *tensors, need=need, floor=OF_EXPONENTS if query.dtype == torch.float32 else 0.0,
     )  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-import oracles
+import oracle_attention
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,6 @@ from gptkern.autograd import AttentionFunction
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 B, H, Q, K, D = 2, 2, 19, 45, 16
-
 
 # Exponents of up to 16 are known to 16 * 2⁻²⁴ in float32, and so are the logarithms of the probabilities; a gradient
 # sums several.
@@ -43,7 +42,7 @@ def check_masked(query, key, value, mask, need=None):
     gqa = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
     return check(
         lambda q, k, v: G.scaled_dot_product_attention(q, k, v, attn_mask=mask, **gqa),
-        lambda q, k, v, precision: oracles.attention(q, k, v, attn_mask=mask, precision=precision),
+        lambda q, k, v, precision: oracle_attention.attention(q, k, v, attn_mask=mask, precision=precision),
         query, key, value, floor=floor, need=need,
     )  # fmt: skip
 
@@ -66,6 +65,7 @@ def hidden_by(mask: torch.Tensor, number: float, dtype=torch.float32) -> torch.T
 
 
 LOWEST = torch.finfo(torch.float32).min
+
 MASKS = {
     "bool (B, 1, 1, K)": padding,
     "bool (B, 1, Q, K)": lambda: seen(B, 1, Q, K),
@@ -113,7 +113,7 @@ def test_the_pytorch_launchers(device, name):
     mask = MASKS[name]().to(device)
     check(
         lambda q, k, v: AttentionFunction.apply(q, k, v, False, 0.25, "torch", mask),
-        lambda q, k, v, precision: oracles.attention(q, k, v, attn_mask=mask, scale=0.25, precision=precision),
+        lambda q, k, v, precision: oracle_attention.attention(q, k, v, attn_mask=mask, scale=0.25, precision=precision),
         *call(device, heads=4, kv_heads=2),
         floor=OF_EXPONENTS,
     )
@@ -194,7 +194,7 @@ def test_a_row_of_the_lowest_number_is_uniform(triton_backend, device, name):
     query, key, value = call(device)
     output = check(
         lambda q, k, v: AttentionFunction.apply(q, k, v, False, 0.25, name, mask),
-        lambda q, k, v, precision: oracles.attention(q, k, v, attn_mask=mask, scale=0.25, precision=precision),
+        lambda q, k, v, precision: oracle_attention.attention(q, k, v, attn_mask=mask, scale=0.25, precision=precision),
         query, key, value, floor=OF_EXPONENTS,
     )  # fmt: skip
     torch.testing.assert_close(output[:, :, 3], value.mean(2))
@@ -339,7 +339,7 @@ def check_lower_right(query, key, value):
     gqa = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
     return check(
         lambda q, k, v: G.scaled_dot_product_attention(q, k, v, attn_mask=bias, **gqa),
-        lambda q, k, v, precision: oracles.attention(
+        lambda q, k, v, precision: oracle_attention.attention(
             q, k, v, is_causal=True, lower_right=True, precision=precision
         ),
         query, key, value, floor=floor,
@@ -361,7 +361,9 @@ def test_lower_right_of_every_dtype(triton_backend, device, dtype):
 def test_lower_right_of_the_pytorch_launchers(device):
     check(
         lambda q, k, v: AttentionFunction.apply(q, k, v, True, 0.25, "torch", None, 0.0, True),
-        lambda q, k, v, precision: oracles.attention(q, k, v, is_causal=True, lower_right=True, precision=precision),
+        lambda q, k, v, precision: oracle_attention.attention(
+            q, k, v, is_causal=True, lower_right=True, precision=precision
+        ),
         *call(device),
         floor=OF_EXPONENTS,
     )

@@ -1,0 +1,237 @@
+"""int8_linear: what it takes: strides, frozen inputs, autocast, errors, registered ops, compiled code."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional
+from checking import Watched, assert_compiles, raised_by, same_bits
+from int8_linear_calls import MODES, judge, tensors_of
+from layouts import LAYOUTS, every_other_element, expanded, of_own_strides, strided_rows, transposed
+
+import gptkern
+from gptkern import functional as F
+
+# --- Memory layouts -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides_of_the_input_and_its_gradient(backend, device, layout, mode):
+    flat, weight, weight_scale, bias = tensors_of(18, 31, 7, torch.float32, device)
+    input = flat.view(3, 6, 31)
+    judge(layout(input), weight, weight_scale, bias, mode=mode, activation="gelu")
+    grad = layout(torch.randn(3, 6, 7, device=device))
+    judge(input, weight, weight_scale, bias, mode=mode, grad_output=grad)
+    judge(input, weight, weight_scale, bias, mode=mode, activation="gelu_tanh", grad_output=grad)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", [transposed, strided_rows, every_other_element, expanded])
+def test_strides_of_the_weight(backend, device, layout, mode):
+    input, weight, weight_scale, bias = tensors_of(18, 31, 7, torch.float32, device)
+    judge(input, layout(weight), weight_scale, bias, mode=mode)
+    judge(input.bfloat16(), layout(weight), weight_scale, None, mode=mode, activation="gelu")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_strides_of_scale_and_bias(backend, device, mode):
+    input, weight, weight_scale, bias = tensors_of(18, 31, 7, torch.float32, device)
+    strided = [torch.full((14,), torch.nan, device=device)[::2].copy_(t) for t in (weight_scale, bias)]
+    judge(input, weight, *strided, mode=mode)
+    judge(input, weight, weight_scale[:1].expand(7), bias[:1].expand(7), mode=mode, activation="gelu")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("step", [1, 16])
+@pytest.mark.parametrize("rows", [5, 18])
+def test_every_operand_has_strides_of_its_own(kernel_backend, device, rows, step, mode):
+    # 16 bytes of the weight are what kernels copy at a time.
+    tensors = tensors_of(rows, 48, 20, torch.float32, device)
+    *tensors, grad_output = of_own_strides(*tensors, torch.randn(rows, 20, device=device), step=step)
+    judge(*tensors, mode=mode, activation="gelu", grad_output=grad_output)
+
+
+# --- Autograd, memory, repetition -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("need", [(True, True), (True, False), (False, True), (False, False)], ids=str)
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_only_what_requires_grad_gets_one(backend, device, activation, need):
+    for mode in MODES:
+        judge(*tensors_of(18, 31, 7, torch.float32, device), mode=mode, activation=activation, need=need)
+
+
+@pytest.mark.parametrize("need", [(True, False), (False, True)], ids=str)
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_nothing_is_computed_that_nobody_asked_for(kernel_backend, device, activation, need):
+    input, weight, weight_scale, bias = tensors_of(18, 31, 7, torch.float32, device)
+    input.requires_grad_(need[0])
+    bias.requires_grad_(need[1])
+    output = F.int8_linear(input, weight, weight_scale, bias, activation=activation)
+    with Watched() as watched:
+        output.sum().backward()
+    results = [result for name, result in watched.calls if name == "int8_linear_backward"]
+    assert [[tensor.numel() > 0 for tensor in result] for result in results] == [list(need)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_kept_for_the_backward(kernel_backend, device, mode):
+    input, weight, weight_scale, bias = tensors_of(18, 31, 7, torch.float32, device)
+    input.requires_grad_()
+    bias.requires_grad_()
+    kept = []
+
+    def keep(tensor):
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    for activation, expected in ((None, False), ("gelu", True)):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            F.int8_linear(input, weight, weight_scale, bias, mode=mode, activation=activation)
+        assert (input.shape in kept) == expected
+        assert (18, 7) not in kept  # the activation's argument
+
+
+def test_the_weight_and_its_scale_get_no_gradient(backend, device):
+    input, weight, weight_scale, bias = tensors_of(18, 31, 7, torch.float32, device)
+    F.int8_linear(input.requires_grad_(), weight, weight_scale, bias).sum().backward()
+    assert weight.grad is None
+    assert weight_scale.grad is None
+    with torch.no_grad():
+        assert not F.int8_linear(input, weight, weight_scale, bias).requires_grad
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_second_derivative_is_refused(kernel_backend, device, activation):
+    input, weight, weight_scale, bias = tensors_of(3, 31, 7, torch.float32, device)
+    input.requires_grad_()
+    output = F.int8_linear(input, weight, weight_scale, bias, activation=activation)
+    (gradient,) = torch.autograd.grad(output.square().sum(), input, create_graph=True)
+    with pytest.raises(NotImplementedError, match="int8_linear has no second derivative"):
+        gradient.sum().backward()
+
+
+# --- Autocast, errors -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_autocast_as_linear(backend, device, dtype, mode):
+    if backend != "torch" and dtype == torch.float64:
+        pytest.skip("there are no float64 kernels, and autocast leaves float64 alone")
+    input, weight, weight_scale, bias = tensors_of(18, 31, 7, dtype, device)
+    bias = bias.bfloat16().to(dtype).requires_grad_()
+    input.requires_grad_()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        output = F.int8_linear(input, weight, weight_scale, bias, mode=mode)
+        linear = torch.nn.functional.linear(input, weight.to(dtype), bias)
+    assert output.dtype == linear.dtype
+    cast = input.detach().to(linear.dtype)
+    same_bits("output", output.detach(), F.int8_linear(cast, weight, weight_scale, bias.detach(), mode=mode))
+    output.sum().backward()
+    assert (input.grad.dtype, bias.grad.dtype) == (dtype, dtype)
+
+
+def _call(**changes):
+    """int8_linear with these arguments in place of right ones: made from (input, weight, weight_scale, bias)."""
+
+    def call(device):
+        arguments = dict(zip(("input", "weight", "weight_scale", "bias"), tensors_of(3, 5, 7, torch.float32, device)))
+        arguments.update({name: make(arguments) if callable(make) else make for name, make in changes.items()})
+        return F.int8_linear(**arguments)
+
+    return call
+
+
+# what is wrong -> the call, the exception, and what the message says: the argument, what it got, what it needs
+BAD_CALLS = {
+    "weight is float": (_call(weight=lambda a: a["weight"].float()), TypeError, ("weight", "float32", "int8")),
+    "weight is uint8": (_call(weight=lambda a: a["weight"].to(torch.uint8)), TypeError, ("weight", "uint8", "int8")),
+    "input is a list": (_call(input=[[1.0] * 5]), TypeError, ("input", "list", "ensor")),
+    "input is None": (_call(input=None), TypeError, ("input", "None", "ensor")),
+    "weight is a list": (_call(weight=[1]), TypeError, ("weight", "list", "ensor")),
+    "scale is a number": (_call(weight_scale=0.5), TypeError, ("weight_scale", "float", "ensor")),
+    "bias is a number": (_call(bias=1.0), TypeError, ("bias", "float", "ensor")),
+    "input is too wide": (_call(input=lambda a: a["input"].new_ones(3, 6)), RuntimeError, ("input", "6", "5")),
+    "input has no dimension": (_call(input=lambda a: a["input"].sum()), RuntimeError, ("input", "()", "5")),
+    "weight has three dimensions": (_call(weight=lambda a: a["weight"][None]), RuntimeError, ("weight", "(1, 7, 5)")),
+    "weight has one dimension": (_call(weight=lambda a: a["weight"][0]), RuntimeError, ("weight", "(5,)")),
+    "scale is too short": (_call(weight_scale=lambda a: a["weight_scale"][:6]), RuntimeError, ("scale", "6", "7")),
+    "scale is a column": (
+        _call(weight_scale=lambda a: a["weight_scale"][:, None]), RuntimeError, ("weight_scale", "(7, 1)", "(7,)"),
+    ),
+    "bias is too short": (_call(bias=lambda a: a["bias"][:6]), RuntimeError, ("bias", "6", "7")),
+    "bias is a row": (_call(bias=lambda a: a["bias"][None]), RuntimeError, ("bias", "(1, 7)", "(7,)")),
+    "scale is float16": (
+        _call(weight_scale=lambda a: a["weight_scale"].half()), RuntimeError, ("weight_scale", "float16", "float32"),
+    ),
+    "scale requires grad": (
+        _call(weight_scale=lambda a: a["weight_scale"].requires_grad_()), RuntimeError, ("weight_scale", "grad"),
+    ),
+    "input is integer": (_call(input=lambda a: a["input"].long()), RuntimeError, ("input", "int64", "floating")),
+    "input is complex": (
+        _call(input=lambda a: a["input"].to(torch.complex64)), RuntimeError, ("input", "complex64", "floating"),
+    ),
+    "bias is integer": (_call(bias=lambda a: a["bias"].int()), RuntimeError, ("bias", "int32", "floating")),
+    "weight is elsewhere": (_call(weight=lambda a: a["weight"].to("meta")), RuntimeError, ("weight", "meta")),
+    "scale is elsewhere": (_call(weight_scale=lambda a: a["weight_scale"].to("meta")), RuntimeError, ("scale", "meta")),
+    "bias is elsewhere": (_call(bias=lambda a: a["bias"].to("meta")), RuntimeError, ("bias", "meta")),
+    "activation is unknown": (_call(activation="relu"), ValueError, ("activation", "relu", "gelu_tanh")),
+    "mode is unknown": (_call(mode="w4a16"), ValueError, ("mode", "w4a16", "w8a16")),
+    "mode is None": (_call(mode=None), ValueError, ("mode", "None", "auto")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", BAD_CALLS)
+def test_mistakes(backend, device, mistake):
+    call, expected, words = BAD_CALLS[mistake]
+    error = raised_by(call, device)
+    assert type(error) is expected, repr(error)
+    for word in words:
+        assert word in str(error), str(error)
+
+
+def test_options_are_given_by_name(backend, device):
+    with pytest.raises(TypeError):
+        F.int8_linear(*tensors_of(3, 5, 7, torch.float32, device), "gelu")
+
+
+def test_float64_has_no_kernels(kernel_backend, device):
+    input, weight, weight_scale, bias = tensors_of(3, 5, 7, torch.float64, device)
+    with pytest.raises(gptkern.BackendError, match="float64"):
+        F.int8_linear(input, weight, weight_scale, bias)
+
+
+# --- The autograd.Function and the registered ops -------------------------------------------------------------------
+
+
+def test_registered_ops(backend, device):
+    ops = torch.ops.gptkern
+    input, weight, weight_scale, bias = tensors_of(3, 31, 7, torch.bfloat16, device)
+    grad = torch.randn(3, 7, device=device).bfloat16()
+    cases = [("gelu", "w8a8", bias), (None, "w8a16", None), ("gelu_tanh", "w8a16", bias.float())]
+    tests = {}  # all of them on the first case; the slow ones, of torch.compile, are the same for the others
+    for activation, mode, other_bias in cases:
+        call = (input, weight, weight_scale, other_bias, activation, mode)
+        torch.library.opcheck(ops.int8_linear_forward.default, (*call, backend), **tests)
+        call = (None if activation is None else input, *call[1:], backend)
+        torch.library.opcheck(ops.int8_linear_backward.default, (grad, True, other_bias is not None, *call), **tests)
+        tests = {"test_utils": ("test_schema", "test_faketensor")}
+    torch.library.opcheck(ops.int8_linear_backward.default, (grad, False, False, *call), **tests)
+
+
+@pytest.mark.parametrize(("mode", "activation"), [("auto", "gelu"), ("w8a16", None), ("w8a8", "gelu_tanh")])
+def test_compiles_to_one_graph(backend, device, mode, activation):
+    input, weight, weight_scale, bias = tensors_of(18, 31, 7, torch.float32, device)
+
+    def layer(input, bias):
+        return F.int8_linear(input, weight, weight_scale, bias, mode=mode, activation=activation)
+
+    assert_compiles(layer, input, bias)
+
+
+def test_explained_without_running(backend, device):
+    tensors = tensors_of(3, 5, 7, torch.float32, device)
+    assert gptkern.explain(F.int8_linear, *tensors).backend == backend
