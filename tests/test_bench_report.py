@@ -197,14 +197,10 @@ def test_each_reason_stands_once(results):
     assert "CUDAGraph \\| accessing tensor output of a replay" in text
 
 
-def test_the_terminal_marks_what_is_lost(results):
+def test_the_terminal_names_what_is_lost(results):
     lines = report.terminal(results).splitlines()
-    row = next(line for line in lines if line.startswith("forward") and "32768x1024 " in line)
-    assert re.findall(r"\S+ µs|\S+ GB/s|67%|quack|0\.80×|LOST", row) == [
-        "50.0 µs", "2,684 GB/s", "67%", "quack", "0.80×", "LOST",
-    ]  # fmt: skip
+    assert "LOST: layer_norm forward, 32768x1024 bfloat16: 0.80× of quack" in lines
     assert sum("LOST" in line for line in lines) == 26
-    assert any("4096x65536" in line and "FAILED" in line for line in lines)
     assert "BROKEN: host time, layer_norm: 4 × F.layer_norm's, promised 3 × F.layer_norm's" in lines
 
 

@@ -213,7 +213,7 @@ WARM_UP = [0] * timing.WARM_UPS + [0, 1, 2]
 def test_a_graph_holds_each_set_once_after_all_are_warm_in_memory_of_its_own(device):
     function, captured = Function(device, 1e-6), []
     device.log = types.SimpleNamespace(append=lambda entry: captured.append((entry, list(function.calls))))
-    timing.graph_sampler(function, SETS)
+    timing.device_sampler(function, SETS)
     assert [calls for entry, calls in captured if entry == "capture"] == [WARM_UP]
     assert function.calls == [*WARM_UP, 0, 1, 2], "nothing is called after the capture"
     assert function.alive[-3:] == [0, 1, 2]
@@ -222,7 +222,7 @@ def test_a_graph_holds_each_set_once_after_all_are_warm_in_memory_of_its_own(dev
 @pytest.mark.parametrize("seconds", [0.0, 1e-6, 1e-2])
 def test_graph_time_is_the_kernels_alone(device, seconds):
     function = Function(device, seconds)
-    sample = timing.graph_sampler(function, SETS)
+    sample = timing.device_sampler(function, SETS)
     for _ in range(2):
         device.synchronize()
         device.now += 1.0  # idle before the sample
@@ -237,7 +237,7 @@ def test_graph_time_is_the_kernels_alone(device, seconds):
 
 def test_events_time_plain_calls_of_each_set(device):
     function = Function(device, 1e-4)
-    sample = timing.event_sampler(function, SETS)
+    sample = timing.device_sampler(function, SETS, graph=False)
     assert function.calls[: len(WARM_UP)] == WARM_UP
     device.synchronize()
     device.now += 1.0

@@ -78,18 +78,17 @@ def clocks(busy: Callable[[], Any] | None = None) -> dict[str, int] | None:
     if kind() != "cuda":
         return None
     device, query = _device_id(), "clocks.sm,clocks.mem"
-    # The calls wait for the GPU, or a queue of long ones would outlast the question by far.
-    end = time.perf_counter() + _RISE_SECONDS
-    while busy is not None and time.perf_counter() < end:
-        busy()
-        torch.cuda.synchronize()
+    rise = time.perf_counter() + _RISE_SECONDS
     with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
-        asked = thread.submit(_nvidia_smi, query, device)
-        while busy is not None and not asked.done():
-            busy()
-            torch.cuda.synchronize()
-    answer = asked.result()
-    numbers = re.findall(r"\d+", answer or "")
+        asked = None
+        while asked is None or (busy is not None and not asked.done()):
+            if asked is None and (busy is None or time.perf_counter() >= rise):
+                asked = thread.submit(_nvidia_smi, query, device)
+            if busy is not None:
+                # It waits for the GPU, or a queue of long calls would outlast the question by far.
+                busy()
+                torch.cuda.synchronize()
+    numbers = re.findall(r"\d+", asked.result() or "")
     return {"sm_mhz": int(numbers[0]), "memory_mhz": int(numbers[1])} if len(numbers) == 2 else None
 
 

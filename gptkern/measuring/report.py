@@ -294,23 +294,11 @@ def _skipped(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-# --- The terminal -----------------------------------------------------------------------------------------------------
-
-
 def terminal(results: dict[str, Any]) -> str:
-    """One table an operator; cells that are lost by more than noise say so."""
-    words = {rates.FASTEST: "ahead", rates.LEVEL: "level", rates.BEHIND: "LOST", rates.FAILED: "FAILED"}
-    headings = ("direction", "shape", "dtype", ">time", ">rate", ">of ceiling", "best peer", ">its time / ours", "")
-    parts = []
-    for operator, panels in rates.by_operator(results).items():
-        rows = []
-        for cell in (cell for panel in panels for cell in panel.cells):
-            mine, best = rates.ours(cell), rates.best_peer(cell)
-            rate, share = rates.rate(cell, mine), rates.share(cell, mine, results["ceilings"])
-            row = [cell["direction"], cell["label"], cell["dtype"], _time(mine), form.rate(rate, rates.unit([cell]))]
-            row += [form.percent(share), best["name"] if best else form.NONE]
-            rows.append([*row, form.times(rates.lead(cell)) + _events(best), words.get(rates.outcome(cell), "")])
-        parts.append(f"\n{operator} on {results['machine']['device']}\n{form.columns(headings, rows)}")
-    if results["cells"]:
-        parts.append(f"\n{verdict(results['cells'])}.")
-    return "\n".join([*parts, *(f"BROKEN: {promise}" for promise in rates.promises(results) if promise.broken)])
+    """The counts, the cells that are lost by more than noise, and the promises that are broken."""
+    lost = [cell for cell in results["cells"] if rates.outcome(cell) == rates.BEHIND]
+    lines = [f"\n{verdict(results['cells'])}."] if results["cells"] else []
+    for cell in lost:
+        lead, best = form.times(rates.lead(cell)), rates.best_peer(cell)["name"]
+        lines.append(f"LOST: {cell['operator']} {cell['direction']}, {cell['label']} {cell['dtype']}: {lead} of {best}")
+    return "\n".join([*lines, *(f"BROKEN: {promise}" for promise in rates.promises(results) if promise.broken)])

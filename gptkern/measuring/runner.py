@@ -252,8 +252,8 @@ def _samplers(function, arguments, kind, may_graph) -> tuple[dict[str, timing.Sa
     wall = {"wall_s": timing.wall_sampler(function, arguments, kind)}
     if kind != "cuda":
         return wall, "wall"
-    timed, sampler = ("graph", timing.graph_sampler) if may_graph else ("events", timing.event_sampler)
-    return {"device_s": sampler(function, arguments)} | wall, timed
+    device = timing.device_sampler(function, arguments, may_graph)
+    return {"device_s": device} | wall, "graph" if may_graph else "events"
 
 
 # --- Small parts ----------------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def in_turn(samplers: Sequence[Sampler], rounds: int, seconds: float = float("in
 def durations(functions: Sequence[Callable], inputs: Sequence[tuple], rounds: int) -> list[list[float]]:
     """Seconds of one call of each function on the same sets of inputs: device time on a GPU, wall time on a CPU."""
     on_gpu = any(isinstance(value, torch.Tensor) and value.is_cuda for value in inputs[0])
-    sampler = graph_sampler if on_gpu else wall_sampler
+    sampler = device_sampler if on_gpu else wall_sampler
     return in_turn([sampler(function, inputs) for function in functions], rounds)
 
 
@@ -159,28 +159,27 @@ def host_durations(functions: Sequence[Callable[[], Any]], rounds: int) -> list[
     return in_turn([functools.partial(then_drained, sample) for sample in samplers], rounds)
 
 
-def graph_sampler(function: Callable[..., Any], inputs: Sequence[tuple]) -> Sampler:
-    """Device time of one call. A backward runs on its forward's stream: enter `own_stream` before the forward."""
+def device_sampler(function: Callable[..., Any], inputs: Sequence[tuple], graph: bool = True) -> Sampler:
+    """Device time of one call; short samples are repeated. A backward runs on its forward's stream: enter `own_stream`
+    before the forward. Without a graph, where calls are short, the gaps between launches count as well.
+    """
     _warm_up(function, inputs)
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        # The results' memory remains the graph's until the graph is released.
-        _run_all(function, inputs)
-    graph.replay()
-    return _event_sampler(graph.replay, len(inputs))
 
+    def run():
+        return _run_all(function, inputs)
 
-def event_sampler(function: Callable[..., Any], inputs: Sequence[tuple]) -> Sampler:
-    """As `graph_sampler` without a graph: where calls are short, the gaps between launches count as well."""
-    _warm_up(function, inputs)
-    return _event_sampler(lambda: _run_all(function, inputs), len(inputs))
+    if graph:
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured, stream=torch.cuda.current_stream()):
+            # The results' memory remains the graph's until the graph is released.
+            run()
+        captured.replay()
+        run = captured.replay
 
-
-def _event_sampler(run: Callable[[], Any], calls: int) -> Sampler:
-    """Device time of one of the `calls` calls that `run` queues; short runs are repeated to fill a sample."""
-
-    def seconds(runs: int, busy: float) -> float:
+    def seconds(runs: int, queueing: float) -> float:
+        """Of so many runs, where the host takes `queueing` seconds to queue them."""
+        busy = min(max(BUSY_FACTOR * queueing, LEAST_BUSY_SECONDS), MOST_BUSY_SECONDS)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         # An idle GPU would pass `start` at once and wait for the first launch, which would count as time of the call.
         torch.cuda._sleep(round(busy * CYCLES_PER_SECOND))
@@ -196,15 +195,9 @@ def _event_sampler(run: Callable[[], Any], calls: int) -> Sampler:
     run()
     queueing = time.perf_counter() - begin
     torch.cuda.synchronize()
-    one = seconds(1, _busy_seconds(queueing))
+    one = seconds(1, queueing)
     runs = min(MOST_RUNS, math.ceil(SAMPLE_SECONDS_GPU / one)) if one > 0 else MOST_RUNS
-    busy = _busy_seconds(runs * queueing)
-    return lambda: seconds(runs, busy) / (runs * calls)
-
-
-def _busy_seconds(queueing: float) -> float:
-    """How long the GPU has to be busy where the host takes `queueing` seconds to queue a sample."""
-    return min(max(BUSY_FACTOR * queueing, LEAST_BUSY_SECONDS), MOST_BUSY_SECONDS)
+    return lambda: seconds(runs, runs * queueing) / (runs * len(inputs))
 
 
 @contextlib.contextmanager
