@@ -35,7 +35,7 @@ LAYERS = (
 # What may name an operator: the public faces, swap's map of PyTorch's functions, the peers' adapters.
 MAY_NAME = {
     "functional.py", "nn.py", "autograd.py", "optim.py", "swapping/twins.py", "measuring/peers.py",
-    "measuring/peers.py",
+
 }  # fmt: skip
 
 
