@@ -9,10 +9,11 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+
+from gptkern.measuring import runner
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "bench" / "gpu.py"
@@ -56,6 +57,8 @@ def test_a_dry_run_lists_every_step_its_time_and_its_command(tmp_path):
     # For the GPUs that it finds: no architectures are given.
     assert "GPTKERN_CUDA=1 " in commands["build"] and "-m building" in commands["build"]
     assert "--tool memcheck" in commands["sanitizer"] and "--tool racecheck" in commands["sanitizer"]
+    # As many samples as the quick cells have: these are not measured again.
+    assert f"--rounds {runner.ROUNDS['quick']}" in commands["bench"] and "--rounds" not in commands["quick"]
     assert f"--out {out}" in commands["bench"] and "--costs-only" in commands["costs"]
     for name in ("tests", "check", "bench"):
         (command,) = commands[name].splitlines()
@@ -78,13 +81,6 @@ def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1))
     assert gpu.main([str(tmp_path / "out")]) == 2
     assert "sees no GPU" in capsys.readouterr().err and not (tmp_path / "out").exists()
-
-
-def test_the_whole_bench_does_not_repeat_the_quick_one(tmp_path):
-    from gptkern.measuring import runner
-
-    (command,) = gpu.steps(tmp_path, "abc")[-1].commands
-    assert command[command.index("--rounds") + 1] == str(runner.ROUNDS["quick"])
 
 
 # --- Running ----------------------------------------------------------------------------------------------------------
@@ -156,26 +152,16 @@ def test_a_step_is_asked_to_stop_first_and_may_keep_what_it_found(run, tmp_path)
     assert not (tmp_path / "step.done").exists(), "it had not come to its end"
 
 
-def test_ctrl_c_stops_the_step(tmp_path):
-    program = f"""
-import runpy, sys
-gpu = runpy.run_path({str(SCRIPT)!r})
-step = "import os, time; print('pid', os.getpid(), flush=True); time.sleep(60)"
-print("begun", flush=True)
-gpu["run"](gpu["Step"]("step", 100, [[sys.executable, "-c", step]]), gpu["Path"]({str(tmp_path)!r}), "abc")
-"""
-    # Ctrl-C is taken even where these tests run in the background of a script.
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    while not (found := re.search(r"^pid (\d+)\n", _text(tmp_path / "step.txt"), re.MULTILINE)):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    assert "KeyboardInterrupt" in process.communicate(timeout=60)[1]
-    assert gone(int(found[1])) and not (tmp_path / "step.done").exists()
-
-
-def _text(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
+def test_ctrl_c_stops_the_step(run, tmp_path, monkeypatch):
+    # Where these tests run in the background of a script it would be ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    program = (
+        "import os, signal, time; print(os.getpid(), flush=True); os.kill(os.getppid(), signal.SIGINT); time.sleep(60)"
+    )
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(planted("step", program))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    pid = re.search(r"^\d+$", (tmp_path / "step.txt").read_text(), re.MULTILINE)
+    assert gone(int(pid[0])) and not (tmp_path / "step.done").exists()

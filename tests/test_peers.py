@@ -49,24 +49,20 @@ def linear(mode, *sizes):
     return cell("int8_linear", *(sizes or (24, 64, 48)), None, mode)
 
 
-NORM, RMS, SOFTMAX, CAUSAL = (
-    cell("layer_norm", 4, 8),
-    cell("rms_norm", 4, 8),
-    *(cell("softmax", (4, 4), -1, 1.0, None, causal) for causal in (False, True)),
-)
-GPU = "cuda"
-LIBRARIES_OF = {
-    "liger_kernel.transformers.functional": [
-        lambda c=c: peers.of_rows(peers.LIGER, c, GPU) for c in (NORM, RMS, SOFTMAX)
-    ],
-    "quack.rmsnorm": [lambda c=c: peers.of_rows(peers.QUACK, c, GPU) for c in (NORM, RMS)],
-    "quack.softmax": [lambda: peers.of_rows(peers.QUACK, SOFTMAX, GPU)],
-    "flash_attn": [lambda: peers.flash_attn(2, attention(), GPU)],
-    "flash_attn_interface": [lambda: peers.flash_attn(3, attention(), GPU)],
-    "flash_attn.cute": [lambda: peers.flash_attn(4, attention(), GPU)],
-    "torchao.quantization": [lambda: peers.torchao(linear("w8a8"), GPU), lambda: peers.torchao_model(None, GPU)],
-    "bitsandbytes": [lambda: peers.bitsandbytes(linear("w8a8"), GPU)],
-}
+GPU, LIGER, QUACK = "cuda", peers.LIGER, peers.QUACK
+NORM, RMS = cell("layer_norm", 4, 8), cell("rms_norm", 4, 8)
+SOFTMAX, CAUSAL = (cell("softmax", (4, 4), -1, 1.0, None, causal) for causal in (False, True))
+IMPORTED = [
+    *(("liger_kernel.transformers.functional", peers.of_rows, LIGER, each, GPU) for each in (NORM, RMS, SOFTMAX)),
+    *(("quack.rmsnorm", peers.of_rows, QUACK, each, GPU) for each in (NORM, RMS)),
+    ("quack.softmax", peers.of_rows, QUACK, SOFTMAX, GPU),
+    ("flash_attn", peers.flash_attn, 2, attention(), GPU),
+    ("flash_attn_interface", peers.flash_attn, 3, attention(), GPU),
+    ("flash_attn.cute", peers.flash_attn, 4, attention(), GPU),
+    ("torchao.quantization", peers.torchao, linear("w8a8"), GPU),
+    ("torchao.quantization", peers.torchao_model, None, GPU),
+    ("bitsandbytes", peers.bitsandbytes, linear("w8a8"), GPU),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -77,42 +73,42 @@ def any_gpu(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name == "triton" or found(name, *rest))
 
 
-@pytest.mark.parametrize("module", LIBRARIES_OF)
-def test_a_library_that_cannot_be_imported(monkeypatch, module):
+def test_a_library_that_cannot_be_imported(monkeypatch):
+    asked = []
+
     def import_module(name):
-        assert name == module
+        asked.append(name)
         # A library that is built for another PyTorch raises almost anything.
         raise OSError("undefined symbol: x\nmore")
 
     monkeypatch.setattr(importlib, "import_module", import_module)
-    for adapter in LIBRARIES_OF[module]:
-        assert adapter() == Missing(f"{module} cannot be imported: OSError: undefined symbol: x")
+    for module, adapter, *arguments in IMPORTED:
+        assert adapter(*arguments) == Missing(f"{module} cannot be imported: OSError: undefined symbol: x")
+    assert asked == [module for module, *_ in IMPORTED]
 
 
 @pytest.mark.parametrize(
-    ("found", "reason"),
+    ("adapter", "arguments", "reason"),
     [
-        (lambda: peers.flash_attn(2, attention(lengths=(4, 6)), GPU), "causal limit at the last key"),
-        (lambda: peers.flash_attn(2, attention(head_dim=20), GPU), "in steps of 8, not 20"),
-        (lambda: peers.flash_attn(2, attention(dtype="float32"), GPU), "bfloat16 alone, not float32"),
-        (lambda: peers.sdpa("efficient", attention(), GPU), "no grouped heads"),
-        (lambda: peers.sdpa("flash", attention(lengths=(4, 6)), GPU), "equal lengths alone"),
-        (lambda: peers.of_rows(peers.LIGER, cell("layer_norm", 4, 8, True), GPU), "no layer_norm with a residual"),
-        (lambda: peers.of_rows(peers.QUACK, cell("layer_norm", 4, 8, True), GPU), "no layer_norm with a residual"),
-        (lambda: peers.of_rows(peers.LIGER, CAUSAL, GPU), "no causal softmax"),
-        (lambda: peers.of_rows(peers.QUACK, CAUSAL, GPU), "no causal softmax"),
-        (lambda: peers.of_rows(peers.QUACK, cell("layer_norm", 4, 8, direction="backward"), GPU), "autograd"),
-        (lambda: peers.of_rows(peers.QUACK, SOFTMAX, "cpu"), "needs a GPU"),
-        (lambda: peers.int_mm(linear("w8a16"), GPU), "no w8a16"),
-        (lambda: peers.int_mm(linear("auto", 1, 64, 64), GPU), "no w8a16"),
-        (lambda: peers.int_mm(linear("w8a8", 16, 64, 64), GPU), "more than 16 rows on a GPU, not 16"),
-        (lambda: peers.int_mm(linear("w8a8", 17, 60, 64), GPU), "multiples of 8"),
-        (lambda: peers.bitsandbytes(linear("w8a16"), GPU), "no w8a16"),
-        (lambda: peers.compiled_max_autotune(torch.neg, "cpu"), "GPUs alone"),
+        (peers.flash_attn, (2, attention(lengths=(4, 6)), GPU), "causal limit at the last key"),
+        (peers.flash_attn, (2, attention(head_dim=20), GPU), "in steps of 8, not 20"),
+        (peers.flash_attn, (2, attention(dtype="float32"), GPU), "bfloat16 alone, not float32"),
+        (peers.sdpa, ("efficient", attention(), GPU), "no grouped heads"),
+        (peers.sdpa, ("flash", attention(lengths=(4, 6)), GPU), "equal lengths alone"),
+        (peers.of_rows, (LIGER, cell("layer_norm", 4, 8, True), GPU), "no layer_norm with a residual"),
+        (peers.of_rows, (LIGER, CAUSAL, GPU), "no causal softmax"),
+        (peers.of_rows, (QUACK, cell("layer_norm", 4, 8, direction="backward"), GPU), "autograd"),
+        (peers.of_rows, (QUACK, SOFTMAX, "cpu"), "needs a GPU"),
+        (peers.int_mm, (linear("w8a16"), GPU), "no w8a16"),
+        (peers.int_mm, (linear("auto", 1, 64, 64), GPU), "no w8a16"),
+        (peers.int_mm, (linear("w8a8", 16, 64, 64), GPU), "more than 16 rows on a GPU, not 16"),
+        (peers.int_mm, (linear("w8a8", 17, 60, 64), GPU), "multiples of 8"),
+        (peers.bitsandbytes, (linear("w8a16"), GPU), "no w8a16"),
+        (peers.compiled_max_autotune, (torch.neg, "cpu"), "GPUs alone"),
     ],
 )
-def test_reasons(found, reason):
-    result = found()
+def test_reasons(adapter, arguments, reason):
+    result = adapter(*arguments)
     assert isinstance(result, Missing) and reason in result.reason
 
 

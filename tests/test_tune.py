@@ -10,7 +10,7 @@ import importlib.util
 import json
 import math
 import shutil
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ import gptkern
 from gptkern import cli, operators
 from gptkern.backends import dispatch
 from gptkern.backends.problem import BACKWARD, BFLOAT16, BOTH, FLOAT32, FORWARD, Tuned
-from gptkern.backends.tables import configurations, files, orders, user
+from gptkern.backends.tables import files, orders, user
 from gptkern.commands import tune as command
 from gptkern.measuring import tuning, tuning_tasks
 from gptkern.measuring.tuning_tasks import ClassTask, RowTask
@@ -166,9 +166,8 @@ def test_the_order_of_the_backends_and_dispatch_follows_it(class_task, where, ti
 
 
 def test_a_kernel_that_is_wrong_is_not_compared(class_task, where, monkeypatch):
-    kernels = dispatch.load("triton", "softmax")
-    forward = kernels.forward
-    monkeypatch.setattr(kernels, "forward", lambda call: forward(call) * 2)
+    forward = dispatch.load("triton", "softmax").forward
+    monkeypatch.setattr(dispatch.load("triton", "softmax"), "forward", lambda call: forward(call) * 2)
     (outcome,), kept = tuned([class_task], where, Clock(lambda name: 1.0))
     assert outcome.chosen is None and not kept and outcome.dropped[0].candidate == "triton"
 
@@ -281,21 +280,10 @@ def test_a_backward_runs_the_kernel_that_its_row_is_of(where, monkeypatch, wrt, 
     assert len(variant(*inputs)) == len(wrt) and found == launched
 
 
-def test_the_candidates_of_compiled_kernels_are_their_instances(monkeypatch, tmp_path):
-    monkeypatch.setattr(configurations, "TABLES", {})
-
-    class Instance(NamedTuple):
-        rows: int
-
-    listed = {"forward": (16, 48, 80), "backward": (32,)}
-    rows = [{"kernel": "forward", "width": None, "rows": 48}]
-    path = tmp_path / "cuda.json"
-    files.write(path, dict(operator="softmax", entries=[dict(architecture=80, source="reasoned", rows=rows)]))
-    table = configurations.Table(
-        "softmax", {"kernel": tuple(listed), "width": None}, Instance, backend="cuda", path=path,
-        instances=lambda kernel, width: map(Instance, listed[kernel]),
-    )  # fmt: skip
-    assert tuning_tasks.candidates(table, ("forward", None), Instance(48), 80) == (Instance(16), Instance(80))
+def test_the_candidates_of_compiled_kernels_are_their_instances():
+    listed = {("forward", None): (16, 48, 80)}
+    table = SimpleNamespace(instances=lambda *key: listed[key])
+    assert tuning_tasks.candidates(table, ("forward", None), 48, 80) == (16, 80)
 
 
 @pytest.mark.parametrize("operator", operators.NAMES)
