@@ -33,10 +33,7 @@ LAYERS = (
     {"operators", "models", "version", "formatting"},
 )
 # What may name an operator: the public faces, swap's map of PyTorch's functions, the peers' adapters.
-MAY_NAME = {
-    "functional.py", "nn.py", "autograd.py", "optim.py", "swapping/twins.py", "measuring/peers.py",
-
-}  # fmt: skip
+MAY_NAME = {"functional.py", "nn.py", "autograd.py", "optim.py", "swapping/twins.py", "measuring/peers.py"}
 
 
 def layer(name: str) -> int:
