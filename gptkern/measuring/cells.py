@@ -44,10 +44,10 @@ class Cell:
     @property
     def label(self) -> str:
         """The sizes as they are printed: "4x16x4096x128 causal"; a size that is True shows its name."""
-        flags = [name if value is True else str(value) for name, value in self.sizes if isinstance(value, (bool, str))]
-        flags = [flag for flag in flags if flag != "False"]
-        numbers = [str(value) for _, value in self.sizes if not isinstance(value, (bool, str))]
-        return " ".join(["x".join(numbers), *flags]).strip()
+        flags = {name: isinstance(value, (bool, str)) for name, value in self.sizes}
+        numbers = "x".join(str(value) for name, value in self.sizes if not flags[name])
+        words = [name if value is True else value for name, value in self.sizes if flags[name] and value is not False]
+        return " ".join([numbers, *words]).strip()
 
     @property
     def key(self) -> str:
@@ -56,13 +56,9 @@ class Cell:
 
     def record(self) -> dict[str, Any]:
         """The cell's own part of a results file."""
-        return {
-            **{part.name: getattr(self, part.name) for part in fields(self) if part.name != "of"},
-            "key": self.key,
-            "label": self.label,
-            "sizes": dict(self.sizes),
-            "limits": dict(self.limits),
-        }
+        sizes, limits = dict(self.sizes), dict(self.limits)
+        kept = {part.name: getattr(self, part.name) for part in fields(self) if part.name != "of"}
+        return kept | {"key": self.key, "label": self.label, "sizes": sizes, "limits": limits}
 
 
 @dataclass(frozen=True)

@@ -113,11 +113,9 @@ def _user_tables() -> str | None:
 
 def _commit() -> tuple[str | None, bool | None]:
     """(the commit that the package is checked out at, whether the checkout differs from it), or (None, None)."""
-    if not (PACKAGE.parent / ".git").exists():
-        return None, None
     git = "git", "-C", str(PACKAGE.parent)
-    commit, changes = _output(*git, "rev-parse", "HEAD"), _output(*git, "status", "--porcelain", "--", PACKAGE.name)
-    return (None, None) if commit is None else (commit, bool(changes))
+    commit = _output(*git, "rev-parse", "HEAD") if (PACKAGE.parent / ".git").exists() else None
+    return commit, None if commit is None else bool(_output(*git, "status", "--porcelain", "--", PACKAGE.name))
 
 
 def _device_id() -> str:

@@ -14,6 +14,7 @@ that is cut off loses the cell that it was measuring and no other, and the next 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -93,10 +94,8 @@ class Recorder:
 
     def _set_aside(self, machine: dict[str, Any]) -> Path:
         name = (machine.get("commit") or machine.get("source") or "before")[:12]
-        target, number = self.path.with_name(f"results-{name}.json"), 1
-        while target.exists():
-            number += 1
-            target = self.path.with_name(f"results-{name}-{number}.json")
+        names = (f"results-{name}{f'-{number}' if number > 1 else ''}.json" for number in itertools.count(1))
+        target = next(path for path in map(self.path.with_name, names) if not path.exists())
         os.replace(self.path, target)
         return target
 
@@ -124,9 +123,9 @@ class Recorder:
 
     def add(self, kind: str, record: dict[str, Any]) -> None:
         """Puts one of the "cells" or "costs" in the place of that of the same key, else at the end."""
-        records = self.results[kind]
-        place = next((place for place, other in enumerate(records) if other["key"] == record["key"]), len(records))
-        records[place : place + 1] = [record]
+        self.results[kind] = list(
+            ({each["key"]: each for each in self.results[kind]} | {record["key"]: record}).values()
+        )
         self._save()
 
     def _save(self) -> None:

@@ -121,10 +121,8 @@ class Table:
     def in_force(self, device: torch.device) -> dict[tuple, Row]:
         """key -> row, for a device: the user's measurements, then gptkern's own on this device, then the defaults."""
         found = user.identify(device)
-        if found is None:
-            rows = self.defaults(self._architecture(device))
-        else:
-            rows = self.defaults(found.architecture)
+        rows = self.defaults(found.architecture if found else INTERPRETED_ARCHITECTURE)
+        if found:
             for entry in self.measured(found):
                 rows |= entry.rows
             rows |= self._users(found)
@@ -152,21 +150,9 @@ class Table:
         ]
 
     def shipped(self, architecture: int) -> list[tuple[str, dict[tuple, Row]]]:
-        """(how it is called, rows) of all that ships for an architecture, each configuration of a key once.
-
-        The first is the default, called ""; then come the rows that were measured on its devices.
-        """
-        everything = [("", self.defaults(architecture))]
-        for entry in self.measured():
-            if entry.architecture == architecture:
-                known = [rows for _, rows in everything]
-                new = {
-                    key: row
-                    for key, row in entry.rows.items()
-                    if all(key not in rows or rows[key].configuration != row.configuration for rows in known)
-                }
-                everything.append((f" ({entry.device})", new))
-        return everything
+        """(how it is called, rows) of all that ships for an architecture: the default, called "", then its devices'."""
+        measured = [entry for entry in self.measured() if entry.architecture == architecture]
+        return [("", self.defaults(architecture)), *((f" ({entry.device})", entry.rows) for entry in measured)]
 
     def row(self, key: tuple, configuration: Any, measured: dict[str, Any]) -> dict[str, Any]:
         """The row as a file has it."""
@@ -177,12 +163,6 @@ class Table:
             return self._rows(where, listed, f"measured by you on {date}", self.defaults(device.architecture))
 
         return user.rows(device, "configurations", f"{self.operator}, {self.backend}", made)
-
-    def _architecture(self, device: torch.device) -> int:
-        if device.type != "cuda":
-            return INTERPRETED_ARCHITECTURE
-        major, minor = torch.cuda.get_device_capability(device)
-        return major * 10 + minor
 
     # Reading
 
