@@ -10,6 +10,7 @@ import importlib
 import subprocess
 import sys
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -104,7 +105,7 @@ def test_a_library_that_cannot_be_imported(monkeypatch):
         (peers.int_mm, (linear("w8a8", 16, 64, 64), GPU), "more than 16 rows on a GPU, not 16"),
         (peers.int_mm, (linear("w8a8", 17, 60, 64), GPU), "multiples of 8"),
         (peers.bitsandbytes, (linear("w8a16"), GPU), "no w8a16"),
-        (peers.compiled_max_autotune, (torch.neg, "cpu"), "GPUs alone"),
+        (partial(peers.compiled, mode="max-autotune"), (torch.neg, "cpu"), "GPUs alone"),
     ],
 )
 def test_reasons(adapter, arguments, reason):
@@ -312,7 +313,7 @@ def test_how_it_is_compiled(monkeypatch):
     seen = []
     monkeypatch.setattr(torch, "compile", lambda function, **options: seen.append(options) or function)
     assert peers.compiled(torch.neg, "cuda").call is torch.neg
-    assert peers.compiled_max_autotune(torch.neg, "cuda").call is torch.neg
+    assert peers.compiled(torch.neg, "cuda", **peers._MAX_AUTOTUNE).call is torch.neg
     assert peers.compiled_int8(linear("w8a8"), GPU).call is peers.w8a8_of_operators
     assert peers.compiled_int8(linear("w8a16"), GPU).call is peers.w8a16_of_operators
     peers.compiled_model(lambda change: change(torch.neg), "cuda")

@@ -140,18 +140,12 @@ def _need_compiler(kind: str) -> None:
 
 
 @_adapter
-def compiled(function: Callable, kind: str) -> Implementation:
-    """torch.compile of the same function, for exactly these shapes."""
+def compiled(function: Callable, kind: str, **search) -> Implementation:
+    """torch.compile of the same function, for exactly these shapes; with `_MAX_AUTOTUNE` it searches for kernels."""
+    if search:
+        _compared_on_gpus(kind)
     _need_compiler(kind)
-    return Implementation(fresh_compile(function))
-
-
-@_adapter
-def compiled_max_autotune(function: Callable, kind: str) -> Implementation:
-    """torch.compile that searches for the fastest kernels."""
-    _compared_on_gpus(kind)
-    _need_compiler(kind)
-    return Implementation(fresh_compile(function, **_MAX_AUTOTUNE))
+    return Implementation(fresh_compile(function, **search))
 
 
 def fresh_compile(function: Callable, **options) -> Callable:
@@ -439,7 +433,7 @@ def of_operator(plain: Callable | None, written_out: Callable | None, cell: Cell
         return found
     if plain is not None:
         found[COMPILE] = compiled(written_out, kind)
-        found[COMPILE_MAX] = compiled_max_autotune(written_out, kind)
+        found[COMPILE_MAX] = compiled(written_out, kind, **_MAX_AUTOTUNE)
     if cell.operator == "attention":
         # A compiler that tries many kernels finds none for attention that is written out.
         del found[COMPILE_MAX]
