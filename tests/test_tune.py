@@ -109,9 +109,7 @@ def forward_on(monkeypatch, table):
 
 
 @pytest.mark.parametrize(
-    "fastest, spread, wins",
-    [(0.5, 0.0, True), (0.97, 0.0, True), (0.985, 0.0, False), (0.90, 0.02, True), (0.90, 0.06, False)],
-    ids=["half", "3 % faster", "1.5 % faster", "10 % faster, 4 % of noise", "10 % faster, 12 % of noise"],
+    "fastest, spread, wins", [(0.97, 0.0, True), (0.985, 0.0, False), (0.90, 0.02, True), (0.90, 0.06, False)]
 )
 def test_the_fastest_wins_by_more_than_the_noise_and_is_kept(task, where, fastest, spread, wins):
     best = task.candidates[2]
@@ -137,13 +135,10 @@ def test_what_is_wrong_or_does_not_run_gets_no_time(task, where, forward_on):
     assert [drop.candidate for drop in outcome.dropped] == list(task.candidates[:2])
     assert "forward: worst error" in outcome.dropped[0].reason
     assert outcome.dropped[1].reason.endswith("out of resource: shared memory")
-
-
-def test_a_present_configuration_that_is_wrong_is_said_and_nothing_is_kept(task, where, forward_on):
+    # Where the present one is wrong there is nothing to compare with.
     forward_on(task.present, lambda forward, call: forward(call) + 1)
-    (outcome,), kept = tuned([task], where, Clock(lambda candidate: 1e-3))
-    assert outcome.chosen is None and not kept
-    assert "the present configuration: forward: worst error" in outcome.note
+    (outcome,), kept = tuned([task], where, clock)
+    assert outcome.chosen is None and not kept and "forward: worst error" in outcome.note
 
 
 @pytest.mark.parametrize(
@@ -153,7 +148,6 @@ def test_a_present_configuration_that_is_wrong_is_said_and_nothing_is_kept(task,
         (dict(triton=1.5, torch=1.0), ["torch", "triton"], 1.5),
         (dict(triton=1.01, torch=1.0), ["triton", "torch"], 1.0),
     ],
-    ids=["a kernel", "PyTorch", "within the margin"],
 )
 def test_the_order_of_the_backends_and_dispatch_follows_it(class_task, where, times, order, ratio):
     if dispatch.unavailable("cuda", where) is None:
@@ -346,54 +340,36 @@ def test_shipped_adds_an_entry_of_the_device(task, class_task, table, where, a_c
     assert orders.preferences("softmax", H200)[class_task.key].order[0] == "torch"
     # Again, with another result: the row is replaced. With other versions: the entry is.
     tune(task, lambda candidate: 1e-3)
-    entry = a_copy("int8_linear", "triton")[-1]
-    assert [row["gain"] for row in entry["rows"]] == [1.0]
+    assert [row["gain"] for row in a_copy("int8_linear", "triton")[-1]["rows"]] == [1.0]
     monkeypatch.setattr(user, "versions", lambda: {"gptkern": "9", "torch": "9", "triton": "9"})
-    other = ("w8a32", None)
-    sizes = task.tuned.checked._replace(rows=20)
-    present = table.defaults(80)[other].configuration
-    tune(RowTask("int8_linear", other, Tuned(FORWARD, FLOAT32, sizes, sizes), present=present), lambda candidate: 1e-3)
-    (*_, entry) = a_copy("int8_linear", "triton")
-    assert [row["rows"] for row in entry["rows"]] == [None] and entry["versions"]["torch"] == "9"
+    tune(task, lambda candidate: 1e-4 if candidate == fastest else 2e-4)
+    *others, entry = a_copy("int8_linear", "triton")
+    assert others == before and [row["gain"] for row in entry["rows"]] == [2.0]
+    assert entry["versions"]["torch"] == "9"
 
 
 # --- The command ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def no_gpu(monkeypatch):
+def test_without_a_gpu_it_lists_what_it_would_do_and_measures_nothing(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
-@pytest.fixture
-def a_gpu(monkeypatch, where):
-    """The command sees an H200, whose kernels run where the tests run."""
-    monkeypatch.setattr(command, "_gpu", lambda name: where)
-    monkeypatch.setattr(user, "identify", lambda device: H200)
-
-
-def test_without_a_gpu_it_says_so_and_lists_what_it_would_do(no_gpu, capsys, monkeypatch):
+    monkeypatch.setattr(tuning, "tune", lambda *_, **__: pytest.fail("it measured"))
     assert cli.main(["tune"]) == cli.main(["tune", "--reset"]) == 2
-    printed = capsys.readouterr()
-    assert "there is nothing to choose" in printed.out and "--reset removes the file of one GPU" in printed.err
-    monkeypatch.setattr(tuning, "tune", lambda *_, **__: pytest.fail("a dry run measured"))
     assert cli.main(["tune", "--dry-run", "--op", "attention"]) == 0
     output = capsys.readouterr().out
     table = dispatch.load("triton", "attention").TABLE
     tasks = list(tuning_tasks.row_tasks(table, 90, table.defaults(90)))
     assert all(task.name in output for task in tasks) and "softmax" not in output
     assert output.count("  against  ") == sum(len(task.candidates) for task in tasks) > 100
-    assert cli.main(["tune", "--show"]) == 0
-    output = capsys.readouterr().out
-    for words in (*operators.NAMES, "torch:cudnn, triton, cuda, torch", "not measured"):
-        assert words in output
     assert user.written() == []
 
 
-def test_tune_keeps_what_it_finds_and_show_and_reset_see_it(a_gpu, task, class_task, capsys, monkeypatch):
+def test_tune_keeps_what_it_finds_and_show_and_reset_see_it(where, task, class_task, capsys, monkeypatch):
+    # The command sees an H200, whose kernels run where the tests run.
+    monkeypatch.setattr(command, "_gpu", lambda name: where)
+    monkeypatch.setattr(user, "identify", lambda device: H200)
     monkeypatch.setattr(tuning, "plan", lambda operators, device: [task, class_task])
-    fastest = task.candidates[0]
-    clock = Clock(lambda candidate: 1e-4 if candidate in (fastest, "torch") else 2e-4)
+    clock = Clock(lambda candidate: 1e-4 if candidate in (task.candidates[0], "torch") else 2e-4)
     run, path = tuning.tune, user.path(H200)
     monkeypatch.setattr(tuning, "tune", lambda *given, **more: run(*given, **more, timer=clock))
 
@@ -401,45 +377,10 @@ def test_tune_keeps_what_it_finds_and_show_and_reset_see_it(a_gpu, task, class_t
         assert cli.main(["tune", *arguments]) == 0
         return capsys.readouterr().out
 
-    output = told("--seconds", "60")
-    assert str(path) in output and path.exists()
-    assert "block_n 32" in output and "(2.00 x faster)" in output and "chosen: torch before triton" in output
+    assert "(2.00 x faster)" in told("--seconds", "60") and path.exists()
     output = told("--show", "--op", "int8_linear", "--op", "softmax")
     assert f"measured by you on {tuning.today()}, 2.00 x faster on 5x70->37 float32" in output
     assert "measured 2.00 x faster than triton on NVIDIA H200" in output
-    monkeypatch.setattr(user, "versions", lambda: {"gptkern": "9", "torch": "9", "triton": "9"})
-    dispatch.forget()
-    assert "is ignored: it was made for gptkern" in told("--show", "--op", "softmax")
-    assert f"removed {path}" in told("--reset") and not path.exists()
-    assert "nothing was measured here" in told("--reset")
+    assert str(path) in told("--reset") and not path.exists()
     monkeypatch.setattr(tuning, "tune", lambda *_, **__: iter([tuning.Left(task), tuning.Left(task)]))
-    assert "not measured, because 5 s were over: int8_linear 2" in told("--seconds", "5")
-
-
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["--op", "polish"], "invalid choice: 'polish'"),
-        (["--device", "cpu"], "there is something to choose on a GPU alone"),
-        (["--dry-run", "--architecture", "42"], "--architecture 42: it needs 80 or more"),
-    ],
-)
-def test_arguments_that_make_no_sense_exit_with_2(arguments, words, capsys):
-    try:
-        status = cli.main(["tune", *arguments])
-    except SystemExit as exit:
-        status = exit.code
-    assert status == 2 and words in capsys.readouterr().err
-
-
-def test_what_cannot_be_done_is_a_message(a_gpu, task, capsys, monkeypatch):
-    def refused(*_, **__):
-        raise OSError("read-only file system")
-
-    monkeypatch.setattr(tuning, "plan", lambda operators, device: [task])
-    monkeypatch.setattr(tuning, "tune", refused)
-    assert cli.main(["tune"]) == 2
-    assert "cannot be written: read-only file system" in capsys.readouterr().err
-    monkeypatch.setattr(dispatch, "load", lambda *_: (_ for _ in ()).throw(ImportError("No module named 'triton'")))
-    assert cli.main(["tune", "--show"]) == 2
-    assert "there are no kernels to tune: No module named 'triton'" in capsys.readouterr().err
+    assert "int8_linear 2" in told("--seconds", "5"), "what the time did not reach is said"
