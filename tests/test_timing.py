@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import types
 import weakref
 
@@ -79,22 +78,12 @@ def test_ceilings_are_rates(monkeypatch):
     assert found["copy"]["value"] == 2 * 2**20 / 0.5, "bytes read and bytes written"
     assert found["float32"]["value"] == 2 * 64**3 / 0.5
     assert {entry["unit"] for entry in found.values()} == {"B/s", "FLOP/s"}
-    assert "64x64x64" in found["bfloat16"]["how"] and "copy" in found["copy"]["how"]
 
     def refuses(*_):
         raise RuntimeError("not implemented")
 
     monkeypatch.setattr(torch, "_int_mm", refuses)
     assert found.keys() - ceilings.measure("cpu", smoke=True) == {"int8"}, "what the device cannot is left out"
-
-
-def test_the_machine_is_identified(monkeypatch):
-    assert machine.slug("Intel(R) Xeon(R) CPU @ 2.20GHz") == "intel-xeon-2-20ghz"
-    monkeypatch.setenv("GPTKERN_BACKEND", "triton")
-    found = machine.identify()
-    assert found["torch"] == torch.__version__ and found["threads"] == torch.get_num_threads()
-    assert found["slug"] == machine.slug(found["device"]) and found["backend"] == "triton"
-    assert found["commit"] is None or len(found["commit"]) == 40
 
 
 def test_the_digest_is_that_of_what_is_measured(tmp_path):
@@ -122,8 +111,7 @@ class Device:
 
     def __init__(self):
         self.now, self.free = 0.0, 0.0  # the host's clock, and when the device will have done all
-        self.capturing = None
-        self.log = []
+        self.capturing, self.replays = None, 0
 
     def launch(self, seconds):
         if self.capturing is not None:
@@ -170,7 +158,6 @@ def device(monkeypatch):
             assert enable_timing
 
         def record(self):
-            assert device.capturing is None
             self.at = device.free = max(device.free, device.now)
 
         def synchronize(self):
@@ -184,14 +171,11 @@ def device(monkeypatch):
             self.kernels = []
 
         def replay(self):
-            assert device.capturing is None
-            device.log.append("replay")
+            device.replays += 1
             device.launch(sum(self.kernels))
 
     @contextlib.contextmanager
     def capture(graph, stream):
-        assert stream == "current"
-        device.log.append("capture")
         device.capturing = graph.kernels
         yield
         device.capturing = None
@@ -200,7 +184,7 @@ def device(monkeypatch):
     cuda_has(
         monkeypatch, Event=Event, CUDAGraph=Graph, graph=capture, current_stream=lambda: "current",
         synchronize=device.synchronize,
-        _sleep=lambda cycles: device.log.append("sleep") or device.launch(cycles / timing.CYCLES_PER_SECOND),
+        _sleep=lambda cycles: device.launch(cycles / timing.CYCLES_PER_SECOND),
     )  # fmt: skip
     return device
 
@@ -210,35 +194,24 @@ SETS = [(0,), (1,), (2,)]
 WARM_UP = [0] * timing.WARM_UPS + [0, 1, 2]
 
 
-def test_a_graph_holds_each_set_once_after_all_are_warm_in_memory_of_its_own(device):
-    function, captured = Function(device, 1e-6), []
-    device.log = types.SimpleNamespace(append=lambda entry: captured.append((entry, list(function.calls))))
-    timing.device_sampler(function, SETS)
-    assert [calls for entry, calls in captured if entry == "capture"] == [WARM_UP]
-    assert function.calls == [*WARM_UP, 0, 1, 2], "nothing is called after the capture"
-    assert function.alive[-3:] == [0, 1, 2]
-
-
 @pytest.mark.parametrize("seconds", [0.0, 1e-6, 1e-2])
 def test_graph_time_is_the_kernels_alone(device, seconds):
     function = Function(device, seconds)
     sample = timing.device_sampler(function, SETS)
+    assert function.calls == [*WARM_UP, 0, 1, 2], "each set once in the graph, after all are warm"
+    assert function.alive[-3:] == [0, 1, 2], "in memory of its own"
     for _ in range(2):
         device.synchronize()
         device.now += 1.0  # idle before the sample
-        device.log.clear()
+        device.replays = 0
         assert sample() == pytest.approx(seconds), "of one call, without the latency of a launch"
-        assert device.log[0] == "sleep" and device.log.count("sleep") == 1
-        replays = device.log.count("replay")
-        lasts = replays * len(SETS) * seconds
-        assert lasts >= timing.SAMPLE_SECONDS_GPU or replays == timing.MOST_RUNS
-        assert (replays - 1) * len(SETS) * seconds < timing.SAMPLE_SECONDS_GPU, "no more than needed"
+        lasts = device.replays * len(SETS) * seconds
+        assert lasts >= timing.SAMPLE_SECONDS_GPU or device.replays == timing.MOST_RUNS
 
 
 def test_events_time_plain_calls_of_each_set(device):
     function = Function(device, 1e-4)
     sample = timing.device_sampler(function, SETS, graph=False)
-    assert function.calls[: len(WARM_UP)] == WARM_UP
     device.synchronize()
     device.now += 1.0
     function.forget()
@@ -291,62 +264,21 @@ def test_peak_bytes_is_what_one_warm_call_adds(monkeypatch):
     assert timing.peak_bytes(function, (24,)) is None
 
 
-def test_own_stream_is_left_again_by_an_error_as_well(monkeypatch):
-    waits = []
-
-    class Stream:
-        def __init__(self, name="own"):
-            self.name = name
-
-        def wait_stream(self, other):
-            waits.append((self.name, other.name))
-
-    current = [Stream("former")]
-
-    @contextlib.contextmanager
-    def on(stream):
-        current.append(stream)
-        try:
-            yield
-        finally:
-            current.pop()
-
-    cuda_has(monkeypatch, Stream=Stream, current_stream=lambda: current[-1], stream=on)
-    with timing.own_stream("cpu"):
-        assert current[-1].name == "former" and waits == []
-    with pytest.raises(ZeroDivisionError), timing.own_stream("cuda"):
-        assert current[-1].name == "own" and waits == [("own", "former")], "what was queued before comes first"
-        raise ZeroDivisionError
-    assert len(current) == 1 and waits[1:] == [("former", "own")], "what comes after waits for it"
-
-
-def test_clocks_are_read_while_work_is_queued(monkeypatch):
-    now, events, more = [0.0], [], threading.Event()
+@pytest.mark.parametrize(
+    "answer, clocks", [("345, 1593\n", {"sm_mhz": 345, "memory_mhz": 1593}), ("[N/A], 2619\n", None)]
+)
+def test_clocks_are_read_after_the_gpu_had_work(monkeypatch, answer, clocks):
+    now, worked = [0.0], []
 
     def busy():
         now[0] += machine._RISE_SECONDS / 4
-        events.append("busy")
-        if "asked" in events[:-2]:
-            more.set()
+        worked.append(now[0])
 
     def ask(command, **_):
-        assert "--id=GPU-ffc79498-8ff3" in command
-        events.append("asked")
-        # In another thread than the work: it goes on until this returns.
-        assert more.wait(timeout=60), "no work while nvidia-smi was asked"
+        assert "--id=GPU-ffc79498-8ff3" in command and len(worked) >= 4, "an idle GPU's clocks say nothing"
         return types.SimpleNamespace(stdout=answer)
 
     monkeypatch.setattr(machine.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(machine.subprocess, "run", ask)
-    properties = types.SimpleNamespace(uuid="ffc79498-8ff3")
-    cuda_has(monkeypatch, synchronize=lambda: events.append("wait"), get_device_properties=lambda: properties)
-    answer = "345, 1593\n"
-    assert machine.clocks(busy) == {"sm_mhz": 345, "memory_mhz": 1593}
-    before = events[: events.index("asked")]
-    assert before.count("busy") >= 4, "the clocks had time to rise"
-    work = [event for event in events if event != "asked"]
-    assert work == ["busy", "wait"] * (len(work) // 2), "never more than a call is queued"
-    answer = "[N/A], 2619\n"
-    assert machine.clocks() is None
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert machine.clocks(busy) is None
+    cuda_has(monkeypatch, get_device_properties=lambda: types.SimpleNamespace(uuid="ffc79498-8ff3"))
+    assert machine.clocks(busy) == clocks
