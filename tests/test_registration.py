@@ -103,6 +103,26 @@ def test_a_call_writes_in_place_and_returns_nothing(operator, clip):
     assert gradients[0]._version == 0
 
 
+def test_autograd_notices_what_a_kernel_writes(operator):
+    """Of a launcher that PyTorch does not see writing, as it does not see a kernel."""
+
+    def by_address(call):
+        for parameter in (*call.parameters, *([] if call.momentum is None else [call.momentum])):
+            parameter.numpy()[:] = 5.0
+
+    of = operator("test_step_unseen", Step, 0, lambda call: None, forward=by_address)
+    for place in ("parameters", "momentum"):
+        weight, saved, other = torch.ones(3, requires_grad=True), torch.ones(3), torch.ones(3)
+        loss = (weight * saved).sum()
+        parameters, momentum = ([saved], other) if place == "parameters" else ([other], saved)
+        of.forward(Step(parameters, [torch.ones(3)], momentum, 1.0, None, 1, []), "torch")
+        assert saved.tolist() == [5.0] * 3
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    with torch.inference_mode():
+        of.forward(Step([torch.ones(3)], [torch.ones(3)], None, 1.0, None, 1, []), "torch")
+
+
 def test_what_is_written_is_seen_by_a_compiler(operator):
     of = operator("test_step_compiled", Step, 0, lambda call: None, forward=step)
     gradients = [torch.full((3,), 2.0)]

@@ -110,6 +110,7 @@ class Operator:
         returned = {0: "()", 1: "Tensor"}.get(results, f"({', '.join(['Tensor'] * results)})")
         _library.define(f"{name}({', '.join([*arguments, 'str backend'])}) -> {returned}")
         sizes = [len(record._fields) for record in records]
+        written = [index for index, argument in enumerate(arguments) if "!" in argument.split()[0]]
 
         def split(given: tuple) -> list:
             if len(records) == 1:
@@ -121,7 +122,12 @@ class Operator:
             launcher = getattr(dispatch.load(backend, operator), direction)
             first = dispatch.first_tensor(given)
             with on_device_of(first), without_autocast(first.device.type):
-                return launcher(*split(given))
+                results = launcher(*split(given))
+            # A kernel writes unseen by autograd, which would take what it has saved for what it was.
+            for index in written:
+                if given[index] is not None:
+                    torch.autograd.graph.increment_version(given[index])
+            return results
 
         def shapes(*given):
             return fake(*split(given[:-1]))

@@ -11,5 +11,6 @@ report.py          what a swap did, as data and as a table
 
 from gptkern.swapping.report import SwapReport
 from gptkern.swapping.swapping import kernels, swap, unswap
+from gptkern.swapping.twins import SWAPPABLE
 
-__all__ = ["SwapReport", "kernels", "swap", "unswap"]
+__all__ = ["SWAPPABLE", "SwapReport", "kernels", "swap", "unswap"]
