@@ -5,14 +5,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import subprocess
-from pathlib import Path
 
 import pytest
-import torch
 import torch.nn.functional as F
 
 import gptkern
-import gptkern.functional as G
 from gptkern.backends import dispatch
 from gptkern.measuring import costs, runner, timing
 
@@ -44,55 +41,22 @@ def clock(monkeypatch) -> Clock:
     return clock
 
 
-@pytest.fixture
-def processes(monkeypatch):
-    """What new processes print, by a word of their program: numbers, or a CompletedProcess's stderr as a str."""
-    answers = {}
-
-    def run(command, **options):
-        word = next((word for word in answers if word in command[-1]), None)
-        assert word is not None, f"nobody expected {command[-1]}"
-        answer = answers[word]
-        if isinstance(answer, str):
-            return subprocess.CompletedProcess(command, 1, "", answer)
-        return subprocess.CompletedProcess(command, 0, f"a warning\n{answer.pop(0)}\n", "")
-
-    monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    return answers
-
-
-def assert_whole(record: dict) -> None:
-    """The record has the form that results files promise."""
-    assert set(record) == {"key", "what", "gptkern", "peers", "limit", "limit_to"}
-    for found in (record["gptkern"], *record["peers"].values()):
-        assert "skipped" in found or 0 < found["low"] <= found["median"] <= found["high"]
-    assert record["limit_to"] is None or (record["limit_to"] in record["peers"] and record["limit"])
-
-
-# --- Which ------------------------------------------------------------------------------------------------------------
-
-
 def test_the_extents_and_what_the_smallest_measures():
     smoke, quick, full = (costs.listed(extent) for extent in costs.EFFORTS)
     assert [key for key, _ in full] == [key for key, _ in quick] and len(dict(full)) == len(full)
     assert [key for key, _ in full[len(smoke) :]] == ["host time, swapped step", "import"]
     records = [measure() for _, measure in smoke]
-    for record in records:
-        assert_whole(record)
-        assert "skipped" not in record["gptkern"] or importlib.util.find_spec("triton") is None
     assert [record["key"] for record in records] == [key for key, _ in smoke]
+    for record in records:
+        assert record["gptkern"].get("n") or importlib.util.find_spec("triton") is None
+        assert record["limit_to"] is None or (record["limit_to"] in record["peers"] and record["limit"])
     limited = {record["key"]: record["limit"] for record in records if record["limit"]}
     assert limited == {f"host time, {name}": costs.HOST_LIMIT for name in FUNCTIONS_OF_PYTORCH}
-
-
-# --- Host time --------------------------------------------------------------------------------------------------------
 
 
 def test_a_slow_twin_shows_in_its_own_place(monkeypatch, clock):
     monkeypatch.setattr(costs, "calls", lambda cell: (clock.taking(3e-3), clock.taking(1e-3), "eager"))
     record = costs.host_time("softmax", rounds=5)
-    assert_whole(record)
     assert record["gptkern"] == pytest.approx({"median": 3e-3, "low": 3e-3, "high": 3e-3, "n": 5})
     assert record["peers"][record["limit_to"]]["median"] == pytest.approx(1e-3)
 
@@ -103,13 +67,9 @@ def test_the_path_to_the_launch_is_measured_without_the_launch(monkeypatch, cloc
     monkeypatch.setattr(kernels, "forward", clock.taking(5e-3, kernels.forward))
     monkeypatch.setattr(F, "layer_norm", clock.taking(1e-3))
     record = costs.kernels_path("layer_norm", "triton", rounds=3)
-    assert_whole(record)
     assert record["gptkern"]["median"] == pytest.approx(5e-3)
     assert record["peers"]["eager"]["median"] == pytest.approx(1e-3)
-    # Everything is as it was.
-    assert kernels._forward_kernel is real
-    if not torch.cuda.is_available():
-        assert gptkern.explain(G.layer_norm, torch.ones(2, 4), (4,)).backend == "torch"
+    assert kernels._forward_kernel is real, "everything is as it was"
     monkeypatch.setattr(dispatch, "load", lambda *_: importlib.import_module("no_triton"))
     assert "No module named 'no_triton'" in costs.kernels_path("layer_norm", "triton", 2)["gptkern"]["skipped"]
 
@@ -137,42 +97,30 @@ def test_a_swapped_step_is_held_against_stock(monkeypatch, clock):
     monkeypatch.setattr(gptkern, "swap", slower)
     monkeypatch.setattr(costs.GPT, "forward", clock.taking(1e-3, costs.GPT.forward))
     record = costs.swapped_step(2)
-    assert_whole(record)
     assert (record["gptkern"]["median"], record["peers"]["stock"]["median"]) == pytest.approx((4e-3, 1e-3))
     assert record["peers"]["stock again"] == record["peers"]["stock"] and record["limit"] == 1.05
 
 
-# --- New processes ----------------------------------------------------------------------------------------------------
+def test_import_is_timed_in_new_processes(monkeypatch):
+    answers = {"import gptkern": ["0.1", "0.3", "0.2"], "import liger": []}
 
+    def run(command, **options):
+        answer = next(answers[word] for word in answers if word in command[-1])
+        if not answer:
+            return subprocess.CompletedProcess(command, 1, "", "Traceback …\nImportError: libcuda.so\n")
+        return subprocess.CompletedProcess(command, 0, f"a warning\n{answer.pop(0)}\n", "")
 
-def test_import(processes):
-    processes |= {"import gptkern": [0.1, 0.3, 0.2], "import liger": [3, 1, 2]}
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     record = costs.import_time(3)
-    assert_whole(record)
     assert record["gptkern"] == pytest.approx({"median": 0.2, "low": 0.15, "high": 0.25, "n": 3})
-    assert record["peers"]["Liger-Kernel"]["median"] == 2
     assert (record["limit"], record["limit_to"]) == (0.3, None)
-
-
-def test_a_process_that_fails_is_a_reason_or_gptkerns_error(processes, monkeypatch):
-    processes |= {"import gptkern": [0.1, 0.1], "import liger": "Traceback …\nImportError: libcuda.so\n"}
-    assert costs.import_time(1)["peers"] == {"Liger-Kernel": {"skipped": "failed: ImportError: libcuda.so"}}
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert costs.import_time(1)["peers"] == {"Liger-Kernel": {"skipped": "liger_kernel is not installed"}}
-    processes |= {"import gptkern": "Traceback …\nSyntaxError: here\n"}
-    with pytest.raises(costs.CostError, match=r"(?s)ended with 1:.*Traceback …\nSyntaxError: here"):
+    assert record["peers"] == {"Liger-Kernel": {"skipped": "failed: ImportError: libcuda.so"}}
+    with pytest.raises(costs.CostError, match=r"(?s)ended with 1:.*Traceback"):
         costs.import_time(1)
 
 
-def test_a_real_process_has_this_gptkern_and_ends(monkeypatch):
-    folder = str(Path(gptkern.__file__).parents[1])
-    program = f"""
-import importlib.util, pathlib
-assert pathlib.Path(importlib.util.find_spec("gptkern").origin).parents[1] == pathlib.Path({folder!r})
-print("noise")
-print(0.5)
-"""
-    assert costs._seconds(program) == 0.5
+def test_a_process_that_hangs_is_ended(monkeypatch):
     monkeypatch.setattr(costs, "PATIENCE", 0.05)
     with pytest.raises(costs.CostError, match=r"did not end within 0\.05 s"):
         costs._seconds("import time\ntime.sleep(60)")
