@@ -108,13 +108,7 @@ def test_every_architecture_finds_a_row_for_every_size(operator):
     "entries, words",
     [
         ([an_entry(a_row(block_m=48))], "the default of sm_80: block_m is 48; it needs a power of two"),
-        ([an_entry(a_row(num_stages=0))], "num_stages is 0; it needs a number from 1 up"),
-        ([an_entry(a_row("sideways"))], "kernel is 'sideways'; it needs one of 'forward', 'backward'"),
-        ([an_entry(a_row(width="wide"))], "width is 'wide'; it needs a number, or null for any"),
-        ([an_entry({"kernel": "forward"})], "KeyError: 'width'"),
         ([an_entry(a_row(), a_row(num_warps=8))], "a second row of forward, width 64"),
-        ([an_entry(a_row()), an_entry(a_row())], "the default of sm_80: it needs to be the only entry"),
-        ([measured_on("NVIDIA H200", a_row())], "NVIDIA H200 sm_90: .* beside a default"),
         ([an_entry(a_row()), measured_on("X", a_row(width=128))], "no default has a row of forward, width 128"),
     ],
 )
@@ -125,13 +119,10 @@ def test_a_wrong_table_names_the_file_and_the_place(table, entries, words):
 
 def test_tiles_of_cuda_are_any_number(table):
     odd = an_entry(a_row(block_m=48, num_warps=6, chunk=33))
-    assert table(odd, backend="cuda").find(CPU, 3, "forward") == Tile(48, 6, 3, 33)
-    assert table(odd, backend="cuda:sm90").find(CPU, 3, "forward") == Tile(48, 6, 3, 33)
-    for backend in ("triton", "triton:tma"):
-        with pytest.raises(files.TableError, match="block_m is 48; it needs a power of two"):
-            table(odd, backend=backend)
-    with pytest.raises(files.TableError, match="block_m is 0; it needs a number from 1 up"):
-        table(an_entry(a_row(block_m=0)), backend="cuda")
+    for backend in ("cuda", "cuda:sm90"):
+        assert table(odd, backend=backend).find(CPU, 3, "forward") == Tile(48, 6, 3, 33)
+    with pytest.raises(files.TableError, match="block_m is 48; it needs a power of two"):
+        table(odd, backend="triton:tma")
 
 
 # --- Whose rows count -----------------------------------------------------------------------------------------------
@@ -141,8 +132,6 @@ def test_the_row_of_the_least_size_that_serves(table):
     read = table(an_entry(a_row(width=None, block_m=256), a_row(width=64), a_row(width=128, block_m=128)))
     found = [read.find(CPU, size, "forward").block_m for size in (1, 64, 65, 128, 129, math.inf)]
     assert found == [64, 64, 128, 128, 256, 256]
-    with pytest.raises(LookupError, match=r"polish\.json has no row of \('forward',\) for 65"):
-        table(an_entry(a_row())).find(CPU, 65, "forward")
 
 
 def test_rows_of_two_sizes(table):
@@ -162,7 +151,6 @@ def test_rows_of_two_sizes(table):
         assert read.find(CPU, (1, 513), "forward").block_m == 512
         assert read.find(CPU, (1, 512), "forward").block_m == 16
     without_any = table(an_entry(*(row for row in listed if row["length_k"])), sizes=("length_q", "length_k"))
-    assert without_any.find(CPU, (65, 64), "forward").block_m == 128
     with pytest.raises(LookupError, match=r"has no row of \('forward',\) for \(65, 65\)"):
         without_any.find(CPU, (65, 65), "forward")
 
@@ -193,8 +181,6 @@ def test_the_users_rows_come_before_those_of_the_device_and_these_before_the_def
         ("backward", 64): (128, "measured by gptkern tune on NVIDIA H200, 2026-11-22"),
         ("forward", None): (256, "reasoned"),
     }
-    assert read.defaults(80)["forward", None].configuration.block_m == 64
-    assert read.measured(H200)[0].rows["forward", 64].measured == {"gain": 1.2, "on": "4x4"}
     # The same name with another architecture, and another name, are other devices.
     assert read.find(an_h200, 64, "forward").block_m == 512
     assert read.find(torch.device("cuda", 1), 64, "forward").block_m == 64
@@ -204,7 +190,6 @@ def test_override_is_for_the_block_and_the_backend_and_nests(table):
     read, other = table(), table(backend="cuda")
     first, second = Tile(16, 1, 1, None), Tile(32, 2, 2, None)
     with configurations.override("polish", ("forward", 64), first):
-        assert read.find(CPU, 3, "forward") == first
         assert other.find(CPU, 3, "forward").block_m == 64 and read.find(CPU, 65, "forward").block_m == 128
         with pytest.raises(ZeroDivisionError), configurations.override("polish", ("forward", 64), second):
             assert read.find(CPU, 3, "forward") == second
@@ -242,10 +227,8 @@ def test_the_configuration_that_is_found_is_the_one_that_is_launched(monkeypatch
 def test_put_adds_and_replaces_rows():
     for row in (a_row(block_m=128), a_row("backward"), a_row(block_m=256)):
         user.put(H200, "configurations", "polish, triton", row, ("kernel", "width"), "2026-11-22")
-    content = user.read(H200).content
-    assert content["configurations"] == {"polish, triton": [a_row(block_m=256), a_row("backward")]}
-    assert (content["device"], content["architecture"], content["date"]) == (*H200, "2026-11-22")
-    assert content["versions"] == user.versions() and user.written() == [user.path(H200)]
+    assert user.read(H200).content["configurations"] == {"polish, triton": [a_row(block_m=256), a_row("backward")]}
+    assert user.written() == [user.path(H200)]
 
 
 def test_processes_that_write_at_once_lose_no_row():
@@ -268,20 +251,14 @@ def test_processes_that_write_at_once_lose_no_row():
 
 
 @pytest.mark.parametrize(
-    "change, words",
-    [
-        (dict(versions=user.versions() | {"torch": "2.0.0"}), "torch 2.0.0 (here: "),
-        (dict(device="NVIDIA H100"), "device NVIDIA H100 (here: NVIDIA H200)"),
-        (dict(format=1), "format 1 (here: 2)"),
-    ],
+    "change", [dict(versions=user.versions() | {"torch": "2.0.0"}), dict(device="NVIDIA H100"), dict(format=1)]
 )
-def test_a_file_of_other_versions_is_ignored_without_a_warning(table, an_h200, change, words):
+def test_a_file_of_other_versions_is_ignored_without_a_warning(table, an_h200, change):
     users_file(configurations={"polish, triton": [a_row(block_m=512)]}, **change)
     read = table(an_entry(a_row()))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert read.find(an_h200, 64, "forward").block_m == 64
-    assert words in user.read(H200).ignored
     # Tuning again begins a new one.
     user.put(H200, "configurations", "polish, triton", a_row("backward"), ("kernel", "width"), "2026-11-25")
     assert user.read(H200).content["configurations"] == {"polish, triton": [a_row("backward")]}
@@ -292,8 +269,6 @@ def test_a_file_of_other_versions_is_ignored_without_a_warning(table, an_h200, c
     [
         ("", "Expecting value"),
         (dict(configurations={"polish, triton": [a_row(block_m=48)]}), "block_m is 48"),
-        (dict(configurations={"polish, triton": [a_row(width=65)]}), "no default has a row of forward, width 65"),
-        (dict(configurations=[]), "'list' object has no attribute 'get'"),
     ],
 )
 def test_what_cannot_be_used_is_ignored_with_one_warning(table, an_h200, content, words):
