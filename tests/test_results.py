@@ -35,10 +35,6 @@ def test_what_is_recorded_is_loaded(tmp_path):
     found = results.load(folder)
     assert [c["key"] for c in found["cells"]] == ["a cell"] and found["ceilings"]["copy"]["value"] == 1e9
     assert found["costs"] == [{"key": "import"}] and found["machine"] == MACHINE
-    before = (folder / "results.json").read_text()
-    with pytest.raises(ValueError):
-        recorder.add("costs", {"key": "x", "gptkern": float("nan")})
-    assert (folder / "results.json").read_text() == before, "a write that fails leaves it as it was"
     assert [path.name for path in folder.iterdir()] == ["results.json"]
 
 
@@ -63,9 +59,8 @@ def test_less_does_not_stand_for_more(tmp_path):
     for extent, reached in (("smoke", ["smoke"]), ("quick", ["smoke", "quick", "full"])):
         recorder.set_ceilings(CEILINGS, extent)
         assert [e for e in results.EXTENTS if recorder.has_ceilings(e)] == reached, "quick and full are the same"
-    for extent, reached in (("smoke", 1), ("quick", 2), ("full", 3)):
-        recorder.add("costs", {"key": "import", "extent": extent})
-        assert [e for e in results.EXTENTS if recorder.has_cost("import", e)] == list(results.EXTENTS[:reached])
+    recorder.add("costs", {"key": "import", "extent": "quick"})
+    assert [e for e in results.EXTENTS if recorder.has_cost("import", e)] == ["smoke", "quick"]
 
 
 @pytest.mark.skipif(results.files.fcntl is None, reason="this system has no flock")
@@ -75,10 +70,6 @@ def test_a_second_run_is_kept_out(tmp_path):
             results.locked(tmp_path / "new").__enter__()
         with results.locked(tmp_path / "other"):
             pass
-    with results.locked(tmp_path / "new"):
-        (tmp_path / "file").write_text("")
-    with pytest.raises(results.ResultsError, match=r"file.* cannot be written"), results.locked(tmp_path / "file"):
-        pass
 
 
 @pytest.mark.parametrize("name", results.SAME)
@@ -96,7 +87,6 @@ def test_results_of_other_sources_or_devices_are_moved_aside(tmp_path, name):
     ("content", "says"),
     [
         ("not json", "Expecting value"),
-        ("[]", "it needs to be a file that"),
         ('{"format": 2}', "its format is 2; it needs 1"),
         (json.dumps({"format": 1, "machine": {}}), "its format is 1; it needs 1, with machine, ceilings, cells, costs"),
     ],
@@ -109,5 +99,3 @@ def test_what_is_no_results_file_is_named_and_left_alone(tmp_path, content, says
             read()
         assert str(path) in str(error.value)
     assert path.read_text() == content
-    with pytest.raises(results.ResultsError, match=r"absent.*No such file"):
-        results.load(tmp_path / "absent")

@@ -10,8 +10,6 @@ import torch
 from gptkern.measuring import rates, runner, timing
 from gptkern.measuring.cells import Cell, Implementation, Missing
 
-directions = pytest.mark.parametrize("direction", ["backward", "both"])
-
 
 def cell(direction="forward", rows=6):
     return Cell("product", direction, "float32", (("rows", rows), ("width", 4)), "product", "width")
@@ -109,11 +107,9 @@ def test_what_differs_from_the_first_peer_at_full_size_is_named_and_not_timed(me
     assert record["agreement"] == {"worst": 0.0, "with": "eager"}
     assert all("computes something else" in by_name[name]["skipped"] for name in ("shape", "nan"))
     assert set(samples) == {"gptkern", "eager", "near"}, "another precision is no other function"
-    record, _, by_name = measure(gptkern=Implementation(lambda x, w: 6 * x * w), eager=Implementation(right))
-    assert "computes something else" in by_name["gptkern"]["skipped"] and by_name["eager"]["wall_s"]
 
 
-@directions
+@pytest.mark.parametrize("direction", ["backward", "both"])
 def test_a_gradient_wrong_at_full_size_is_wrong(measure, direction):
     record, _, by_name = measure(
         direction,
@@ -124,21 +120,6 @@ def test_a_gradient_wrong_at_full_size_is_wrong(measure, direction):
     assert "its gradient of input 1 differs from that of eager by 20.0%" in by_name["gptkern"]["skipped"]
     assert "its gradient of input 1 differs" in by_name["peer"]["skipped"]
     assert by_name["eager"]["wall_s"] and record["agreement"] is None
-
-
-@directions
-def test_every_set_has_a_gradient_of_its_own(measure, monkeypatch, direction):
-    seen, samplers = [], runner._samplers
-
-    def spied(function, arguments, *rest):
-        tensors = (a for call in arguments for part in call for a in (part if isinstance(part, tuple) else [part]))
-        seen.extend(id(tensor) for tensor in tensors if tensor.shape == (6, 4))
-        return samplers(function, arguments, *rest)
-
-    monkeypatch.setattr(runner, "_samplers", spied)
-    measure(direction, gptkern=Implementation(right))
-    tensors = 3 if direction == "backward" else 2
-    assert len(set(seen)) == len(seen) == tensors * timing.CPU_SETS, "inputs, outputs, and gradients"
 
 
 def test_failures_and_absences_keep_their_reason(measure, monkeypatch):
@@ -199,13 +180,7 @@ def test_directions_time_what_they_say(measure):
     assert added == {"forward": (10, 0), "backward": (0, 10), "both": (10, 10)}
 
 
-def test_cells_are_ordered_by_importance_and_have_keys_of_their_own(monkeypatch):
+def test_cells_are_ordered_by_importance(monkeypatch):
     lists = {"attention": ["a1", "a2", "a3"], "softmax": ["s1"]}
     monkeypatch.setattr(runner, "module", lambda name: types.SimpleNamespace(cells=lambda kind, extent: lists[name]))
     assert runner.cells("cpu", "full", ("attention", "softmax")) == ["a1", "s1", "a2", "a3"]
-    causal, full = (
-        Cell("attention", "forward", "bfloat16", (("batch", 4), ("head_dim", 64), ("causal", value)), "p", "batch")
-        for value in (True, False)
-    )
-    assert (causal.label, full.label) == ("4x64 causal", "4x64")
-    assert len({causal.key, full.key, cell("forward").key, cell("backward").key}) == 4
