@@ -6,7 +6,6 @@ import importlib.util
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -143,18 +142,3 @@ def test_a_step_is_asked_to_stop_first_and_may_keep_what_it_found(run, tmp_path)
     assert run(planted("step", program, seconds=gpu.GRACE + 1.5, unfinished=True))[0] == 0
     assert (tmp_path / "step.txt").read_text().endswith("so far\n")
     assert not (tmp_path / "step.done").exists(), "it had not come to its end"
-
-
-def test_ctrl_c_stops_the_step(run, tmp_path, monkeypatch):
-    # Where these tests run in the background of a script it would be ignored.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    program = (
-        "import os, signal, time; print(os.getpid(), flush=True); os.kill(os.getppid(), signal.SIGINT); time.sleep(60)"
-    )
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            run(planted("step", program))
-    finally:
-        signal.signal(signal.SIGINT, before)
-    pid = re.search(r"^\d+$", (tmp_path / "step.txt").read_text(), re.MULTILINE)
-    assert gone(int(pid[0])) and not (tmp_path / "step.done").exists()

@@ -224,13 +224,6 @@ def test_the_configuration_that_is_found_is_the_one_that_is_launched(monkeypatch
 # --- The user's file ------------------------------------------------------------------------------------------------
 
 
-def test_put_adds_and_replaces_rows():
-    for row in (a_row(block_m=128), a_row("backward"), a_row(block_m=256)):
-        user.put(H200, "configurations", "polish, triton", row, ("kernel", "width"), "2026-11-22")
-    assert user.read(H200).content["configurations"] == {"polish, triton": [a_row(block_m=256), a_row("backward")]}
-    assert user.written() == [user.path(H200)]
-
-
 def test_processes_that_write_at_once_lose_no_row():
     """As two runs of `gptkern tune` at once."""
     processes = multiprocessing.get_context("fork")

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from simulated_gpus import H200, simulate
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gptkern
@@ -26,7 +27,6 @@ from gptkern.measuring import tuning, tuning_tasks
 from gptkern.measuring.tuning_tasks import ClassTask, RowTask
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-H200 = user.Device("NVIDIA H200", 90)
 # The row of few rows of w8a16 with float32 input.
 KEY = ("w8a32", 16)
 
@@ -199,9 +199,7 @@ def test_what_was_found_is_in_force_at_once_and_known_to_the_next_run(task, tabl
     next(run)
     with pytest.raises(KeyboardInterrupt):
         next(run)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H200")
-    gpu = torch.device("cuda", 0)
+    gpu = simulate(monkeypatch, ("NVIDIA H200", (9, 0)))
     assert table.find(gpu, 16, "w8a32") == fastest
     # The next run begins with what is not measured yet, rows before classes.
     tasks = tuning.plan(("int8_linear", "softmax"), gpu)
