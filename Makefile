@@ -10,22 +10,28 @@ ifeq ($(GPU),)
 test-deep: export GPTKERN_CUDA_ARCHS ?= 80;90a
 endif
 
-.PHONY: demo test test-deep emulator lint bench gpu figures tables docs clean
+.PHONY: help demo test test-deep emulator lint bench gpu figures tables docs clean
 
 # Why no environment can be made, in one line; nothing where one can.
 obstacle = $(shell $(PYTHON) building/obstacle.py 2>/dev/null || echo it cannot be run)
 
-# Editable, so that a change to a kernel is what runs next.
+help:  ## what there is to make
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+# Editable, so that a change to a kernel is what runs next; by a path, since setuptools' finder loses against a folder
+# `gptkern` in the working directory, which is what a clone is called.
+EDITABLE := --config-settings editable_mode=compat -e
+
 $(VENV)/installed: pyproject.toml setup.py MANIFEST.in constraints.txt
 	$(if $(obstacle),$(error $(PYTHON): $(obstacle). `make PYTHON=…` takes another one))
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	GPTKERN_CUDA=0 $(BIN)/pip install --quiet -c constraints.txt -e '.[test]'
+	GPTKERN_CUDA=0 $(BIN)/pip install --quiet -c constraints.txt $(EDITABLE) '.[test]'
 	touch $@
 
 # The compiled CUDA kernels. Where there is nothing to compile them with, pip says so and goes on.
 $(VENV)/cuda: $(VENV)/installed $(wildcard building/*.py csrc/*.* csrc/*/*)
-	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/pip install --verbose --no-deps -e . >$(VENV)/cuda.log 2>&1 || (cat $(VENV)/cuda.log; exit 1)
+	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/pip install --verbose --no-deps $(EDITABLE) . >$(VENV)/cuda.log 2>&1 || (cat $(VENV)/cuda.log; exit 1)
 	@grep -h '^ *gptkern: ' $(VENV)/cuda.log
 	touch $@
 
@@ -42,11 +48,11 @@ test-deep: $(VENV)/cuda emulator  ## the rest: compilers, sanitizers, mutants, a
 emulator: $(VENV)/installed
 	$(BIN)/python -m gptkern.backends.cuda.emulated
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed  ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(VENV)/installed $(if $(GPU),$(VENV)/cuda)
+bench: $(VENV)/installed $(if $(GPU),$(VENV)/cuda)  ## the quick cells on pytest-benchmark
 	$(BIN)/python -m pytest bench --benchmark-sort=name
 
 OUT ?= out/gpu

@@ -23,17 +23,17 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "__pycache__" not in 
 LAYERS = (
     {"cli", "__main__"},
     {"commands"},
-    {"measuring", "training", "generation", "compress"},
+    {"measuring", "training"},
     {"integrations"},
     {"swapping", "quantizing"},
-    {"nn", "optim"},
+    {"nn"},
     {"functional", "autograd"},
     {"rooms"},
     {"backends"},
     {"operators", "models", "version", "formatting"},
 )
 # What may name an operator: the public faces, swap's map of PyTorch's functions, the peers' adapters.
-MAY_NAME = {"functional.py", "nn.py", "autograd.py", "optim.py", "swapping/twins.py", "measuring/peers.py"}
+MAY_NAME = {"functional.py", "nn.py", "autograd.py", "swapping/twins.py", "measuring/peers.py"}
 
 
 def layer(name: str) -> int:

@@ -38,7 +38,7 @@ def write(folder: str | Path) -> list[Path]:
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
-        pictures, note = {}, "\nThere are no pictures: matplotlib is not installed (`pip install 'gptkern[cli]'`).\n"
+        pictures, note = {}, "\nThere are no pictures: matplotlib is not installed (it is in the extra `cli`).\n"
     text = markdown(results, {name.removesuffix(".svg"): name for name in pictures}, level=1) + note
     written = {NAME: text, **pictures}
     for name, content in written.items():

@@ -309,3 +309,10 @@ def test_inline_calls_are_routed(kernel_backend, device):
     with Watched() as watched:
         model(input)
     assert watched.names == ["rms_norm_forward"]
+
+
+def test_complex_numbers_are_pytorchs(device):
+    input = torch.randn(3, 8, dtype=torch.complex64, device=device)
+    torch.testing.assert_close(F.rms_norm(input, (8,)), torch.nn.functional.rms_norm(input, (8,)))
+    with gptkern.backend("torch:launchers"), pytest.raises(gptkern.BackendError, match="complex64"):
+        F.rms_norm(input, (8,))

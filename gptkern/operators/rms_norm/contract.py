@@ -131,7 +131,9 @@ def _flattened(input, weight, normalized_shape, eps):
 # --- The torch backend: bare launchers in plain PyTorch -------------------------------------------------------------
 
 
-def unsupported(call: Call) -> None:
+def unsupported(call: Call) -> str | None:
+    if call.input.is_complex():
+        return f"input is {call.input.dtype}; these launchers are for real numbers"
     return None
 
 
