@@ -101,7 +101,7 @@ def _missing(command: str, error: ModuleNotFoundError) -> int:
         raise error
     missing = [EXTRA[name] for name in EXTRA if importlib.util.find_spec(name) is None]
     print(
-        f"gptkern {command} needs {' and '.join(missing or [EXTRA[package]])}: pip install '.[cli]' where gptkern's sources are",
+        f"gptkern {command} needs {' and '.join(missing or [EXTRA[package]])}: install the extra cli (README)",
         file=sys.stderr,
     )
     return 2

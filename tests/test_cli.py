@@ -107,7 +107,7 @@ def test_a_missing_extra_is_named(command, capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in absent else found(name, *rest))
     command("demo", lambda args: _raise(ModuleNotFoundError("No module named 'rich.live'", name="rich.live")))
     assert cli.main(["demo"]) == 2
-    assert capsys.readouterr().err == "gptkern demo needs rich and matplotlib: pip install '.[cli]' where gptkern's sources are\n"
+    assert capsys.readouterr().err == "gptkern demo needs rich and matplotlib: install the extra cli (README)\n"
 
 
 def test_a_missing_module_that_is_no_extra_is_a_defect(command):
