@@ -50,7 +50,7 @@ def linear(mode, *sizes):
 
 
 GPU, LIGER, QUACK = "cuda", peers.LIGER, peers.QUACK
-NORM, RMS = cell("layer_norm", 4, 8), cell("rms_norm", 4, 8)
+NORM = cell("layer_norm", 4, 8)
 SOFTMAX, CAUSAL = (cell("softmax", (4, 4), -1, 1.0, None, causal) for causal in (False, True))
 IMPORTED = [
     ("liger_kernel.transformers.functional", peers.of_rows, LIGER, NORM, GPU),
@@ -163,29 +163,17 @@ def test_flex_attention(monkeypatch, kind, lengths):
     torch.testing.assert_close(peer.call(*inputs), expected(kind == "causal"))
 
 
-@pytest.mark.parametrize("name", [peers.LIGER, peers.QUACK])
-def test_functions_of_rows(monkeypatch, name):
+def test_quacks_norm_gets_parameters_in_float32(monkeypatch):
     def layernorm_fwd(x, weight, bias, eps):
         assert x.dtype == BF16 and weight.dtype == bias.dtype == torch.float32
         return F.layer_norm(x.float(), weight.shape, weight, bias, eps).to(x.dtype)
 
-    library(
-        monkeypatch,
-        "liger_kernel.transformers.functional",
-        liger_layer_norm=lambda x, weight, bias, eps: F.layer_norm(x, weight.shape, weight, bias, eps),
-        liger_rms_norm=lambda x, weight, eps, casting_mode, in_place: F.rms_norm(x, weight.shape, weight, eps),
-        liger_softmax=torch.neg,
-    )
-    rmsnorm = lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps)  # noqa: E731
-    library(monkeypatch, "quack.rmsnorm", layernorm_fwd=layernorm_fwd, rmsnorm=rmsnorm)
-    library(monkeypatch, "quack.softmax", softmax=torch.neg)
+    library(monkeypatch, "quack.rmsnorm", layernorm_fwd=layernorm_fwd)
     x, weight, bias = torch.randn(4, 8).to(BF16), torch.randn(8).to(BF16), torch.randn(8).to(BF16)
-    norm = peers.of_rows(name, NORM, GPU)
-    prepared = norm.prepare(x, weight, bias) if norm.prepare else (x, weight, bias)
+    norm = peers.of_rows(QUACK, NORM, GPU)
+    prepared = norm.prepare(x, weight, bias)
     assert prepared[0] is x
     torch.testing.assert_close(norm.call(*prepared), F.layer_norm(x, (8,), weight, bias, 1e-5))
-    torch.testing.assert_close(peers.of_rows(name, RMS, GPU).call(x, weight), F.rms_norm(x, (8,), weight, 1e-6))
-    assert peers.of_rows(name, SOFTMAX, GPU).call is torch.neg
 
 
 # --- int8 -----------------------------------------------------------------------------------------------------------
@@ -235,15 +223,3 @@ def test_every_cell_is_compiled_afresh():
 
 def _negated_sum(x):
     return (-x).sum()
-
-
-def test_how_it_is_compiled(monkeypatch):
-    seen = []
-    monkeypatch.setattr(torch, "compile", lambda function, **options: seen.append(options) or function)
-    assert peers.compiled(torch.neg, "cuda").call is torch.neg
-    assert peers.compiled(torch.neg, "cuda", **peers._MAX_AUTOTUNE).call is torch.neg
-    assert peers.compiled_int8(linear("w8a8"), GPU).call is peers.w8a8_of_operators
-    assert peers.compiled_int8(linear("w8a16"), GPU).call is peers.w8a16_of_operators
-    plain = {"dynamic": False}
-    # CUDA graphs are the runner's own: a mode with graphs would be captured twice.
-    assert seen == [plain, plain | {"mode": "max-autotune-no-cudagraphs"}, plain, plain]

@@ -79,12 +79,6 @@ def test_ceilings_are_rates(monkeypatch):
     assert found["float32"]["value"] == 2 * 64**3 / 0.5
     assert {entry["unit"] for entry in found.values()} == {"B/s", "FLOP/s"}
 
-    def refuses(*_):
-        raise RuntimeError("not implemented")
-
-    monkeypatch.setattr(torch, "_int_mm", refuses)
-    assert found.keys() - ceilings.measure("cpu", smoke=True) == {"int8"}, "what the device cannot is left out"
-
 
 def test_the_digest_is_that_of_what_is_measured(tmp_path):
     measured = ("a.py", "tables/b.json", "training/optimizers.py", "measuring/timing.py")
@@ -222,16 +216,9 @@ def test_eager_wall_time_waits_for_the_device(device):
 
 def test_host_time_does_not_wait_and_drains_the_queue(device):
     function = Function(device, 1e-3)
-    queued = []
-
-    def call():
-        queued.append(device.free - device.now)
-        function(0)
-
-    (samples,) = timing.host_durations([call], 3)
+    (samples,) = timing.host_durations([lambda: function(0)], 3)
     assert samples == [pytest.approx(LAUNCH_SECONDS)] * 3, "the launch, not the kernel"
-    calls = round(timing.SAMPLE_SECONDS / LAUNCH_SECONDS)
-    assert [queue > 0 for queue in queued[-2 * calls :]] == ([False] + [True] * (calls - 1)) * 2, "empty at each start"
+    assert device.free <= device.now, "drained: a full queue would make the next sample wait"
 
 
 def test_peak_bytes_is_what_one_warm_call_adds(monkeypatch):
