@@ -92,16 +92,3 @@ def test_interrupted_keeps_what_is_done(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "measure", interrupted)
     assert bench()[0] == 130
     assert len(results.load(tmp_path)["cells"]) == 1
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        (["--op", "convolution"], "--op convolution: there is no such name; there are attention"),
-        (["--smoke", "--peers", "eager,nobody"], "--peers nobody: there is no such name; there are eager, compile"),
-        (["--rounds", "0"], "--rounds 0: it needs at least 1"),
-    ],
-)
-def test_what_cannot_be_run_is_said(options, says, capsys):
-    assert cli.main(["bench", *options]) == 2
-    assert says in capsys.readouterr().err

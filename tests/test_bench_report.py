@@ -8,8 +8,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
-import re
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
@@ -165,15 +163,6 @@ def test_where_the_numbers_come_from(results):
         assert words in text
 
 
-def test_each_reason_stands_once(results):
-    text = report.markdown(results, {})
-    assert (
-        text.count("flash\\_attn\\_interface cannot be imported (10 × attention forward, 10 × attention backward)") == 1
-    )
-    # A bar or a line's end within a reason breaks no table.
-    assert "CUDAGraph \\| accessing tensor output of a replay" in text
-
-
 def test_the_terminal_names_what_is_lost(results):
     lines = report.terminal(results).splitlines()
     assert "LOST: layer_norm forward, 32768x1024 bfloat16: 0.80× of quack" in lines
@@ -217,22 +206,14 @@ def test_what_a_picture_shows(results):
     assert [place for place, *_ in int8["series"]["int_mm + dequantise"]] == [2, 3, 4]
 
 
-def test_report_writes_the_tables_and_a_picture_an_operator(results, tmp_path, monkeypatch):
-    _write(tmp_path, _only(results, "layer_norm", "model"))
-    written = report.write(tmp_path)
-    assert [path.name for path in written] == ["report.md", "layer_norm.svg", "model.svg"]
-    assert "](layer_norm.svg)" in written[0].read_text(encoding="utf-8")
-    assert all(ElementTree.parse(path).getroot() is not None for path in written[1:])
-    again = [path.read_bytes() for path in written]
-    assert [path.read_bytes() for path in report.write(tmp_path)] == again, "nothing changes from run to run"
-
+def test_report_without_matplotlib_or_cells(results, tmp_path, monkeypatch):
     def absent(results):
         raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
 
     monkeypatch.setattr(plots, "draw_all", absent)
-    assert [path.name for path in report.write(tmp_path)] == ["report.md"]
-    _write(tmp_path, results | {"cells": [], "costs": [], "ceilings": {}})
-    report.write(tmp_path)
+    for found in (results, results | {"cells": [], "costs": [], "ceilings": {}}):
+        _write(tmp_path, found)
+        assert [path.name for path in report.write(tmp_path)] == ["report.md"]
 
 
 # --- The documentation ------------------------------------------------------------------------------------------------
@@ -285,15 +266,9 @@ def test_what_is_stale_is_named(tree, results, monkeypatch):
     text = (tree / publish.PAGE).read_text(encoding="utf-8")
     (tree / publish.PAGE).write_text(text.replace("2,684 GB/s", "3,684 GB/s"), encoding="utf-8")
     assert publish.stale(tree, write=True) == [page]
-    # A word of a picture and a point of it; not what a rounding moves.
     picture = tree / folder / "layer_norm.svg"
     text = picture.read_text(encoding="utf-8")
-
-    def moved(by):
-        return re.sub(r"(?<=L )\d+\.\d+", lambda number: f"{float(number.group()) + by:.2f}", text)
-
-    edited = text.replace(">Liger-Kernel<", ">Liger<"), moved(0.5), moved(0.01)
-    assert text not in edited and [publish.same(text, other) for other in edited] == [False, False, True]
+    assert not publish.same(text, text.replace(">Liger-Kernel<", ">Liger<"))
 
     # A picture that is gone, and one that nothing is left of.
     picture.unlink()

@@ -210,21 +210,14 @@ def test_what_was_found_is_in_force_at_once_and_known_to_the_next_run(task, tabl
 
 
 @pytest.mark.parametrize("operator", operators.NAMES)
-def test_what_is_timed_is_the_operators_own_result(operator, where):
-    """In every direction, and a gradient of every argument."""
+def test_every_operators_backends_pass_the_check_in_every_direction(operator, where):
     sizes = next(iter(operators.problem(operator).checks()["small"].values())).sizes
     if operator == "attention":  # 150 long: too much for an interpreter four times
         sizes = sizes._replace(heads=1, kv_heads=1, length_q=9, length_k=9, head_dim=16)
     for direction in (FORWARD, BACKWARD, BOTH)[: 1 if operator == "quantize_int8" else 3]:
         task = ClassTask(operator, (), Tuned(direction, FLOAT32, sizes, sizes))
-        variants = [tuning.Variant(task, name) for name in ("triton", "torch")]
-        inputs = variants[0].inputs(torch.Generator(where).manual_seed(1))
-        ours, again, theirs = (tuning._tuple(variant(*inputs)) for variant in (variants[0], *variants))
-        if direction != FORWARD:
-            assert len(ours) == len(inputs[0].tensors)
-        for result, second, other in zip(ours, again, theirs, strict=True):
-            assert torch.equal(result, second)
-            torch.testing.assert_close(result.float(), other.float(), rtol=2e-2, atol=2e-2)
+        (outcome,), _ = tuned([task], where, clock := Clock(lambda name: 1.0))
+        assert not outcome.dropped and {"triton", "torch"} <= set(*clock.timed)
 
 
 # --- What is planned ------------------------------------------------------------------------------------------------
@@ -306,44 +299,21 @@ def test_a_class_is_timed_by_a_call_of_that_class(operator, monkeypatch):
 # --- What ships -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def a_copy(tmp_path, monkeypatch, table):
-    """The rooms' files, in a folder where they may be written."""
-    for path in (files.PACKAGE / "operators").glob("*/*.json"):
-        target = tmp_path / "operators" / path.parent.name
-        target.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, target)
-    monkeypatch.setattr(files, "PACKAGE", tmp_path)
-    monkeypatch.setattr(table, "path", files.shipped("int8_linear", "triton"))
-    monkeypatch.setattr(table, "entries", table.entries)
-    dispatch.forget()
-    return lambda operator, name: json.loads(files.shipped(operator, name).read_text())["entries"]
-
-
-def test_shipped_adds_an_entry_of_the_device(task, class_task, table, where, a_copy, monkeypatch):
+def test_shipped_adds_an_entry_of_the_device(task, table, where, tmp_path, monkeypatch):
+    shipped = files.shipped("int8_linear", "triton")
+    path = tmp_path / shipped.relative_to(files.PACKAGE)
+    path.parent.mkdir(parents=True)
+    before = json.loads(shutil.copy(shipped, path).read_text())["entries"]
+    for of, name, value in ((files, "PACKAGE", tmp_path), (table, "path", path), (table, "entries", table.entries)):
+        monkeypatch.setattr(of, name, value)
     fastest = task.candidates[0]
-    before = a_copy("int8_linear", "triton")
-
-    def tune(task, seconds):
+    for seconds in (lambda candidate: 1e-3, lambda candidate: 1e-4 if candidate == fastest else 2e-4):
         list(tuning.tune([task], where, tuning.keep_shipped(H200), timer=Clock(seconds)))
-
-    tune(task, lambda candidate: 1e-4 if candidate == fastest else 2e-4)
-    tune(class_task, lambda candidate: 1e-4 if candidate == "torch" else 2e-4)
-    assert user.written() == []
-    *others, entry = a_copy("int8_linear", "triton")
-    assert others == before and len(entry["rows"]) == 1
+    *others, entry = json.loads(path.read_text())["entries"]
+    assert others == before and [row["gain"] for row in entry["rows"]] == [2.0], "the row is replaced"
     assert (entry["device"], entry["architecture"], entry["date"]) == (*H200, tuning.today())
-    assert entry["versions"] == user.versions()
+    assert entry["versions"] == user.versions() and user.written() == []
     assert table.measured(H200)[0].rows[KEY].configuration == fastest
-    assert orders.preferences("softmax", H200)[class_task.key].order[0] == "torch"
-    # Again, with another result: the row is replaced. With other versions: the entry is.
-    tune(task, lambda candidate: 1e-3)
-    assert [row["gain"] for row in a_copy("int8_linear", "triton")[-1]["rows"]] == [1.0]
-    monkeypatch.setattr(user, "versions", lambda: {"gptkern": "9", "torch": "9", "triton": "9"})
-    tune(task, lambda candidate: 1e-4 if candidate == fastest else 2e-4)
-    *others, entry = a_copy("int8_linear", "triton")
-    assert others == before and [row["gain"] for row in entry["rows"]] == [2.0]
-    assert entry["versions"]["torch"] == "9"
 
 
 # --- The command ----------------------------------------------------------------------------------------------------
