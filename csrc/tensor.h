@@ -1,6 +1,7 @@
 // A PyTorch tensor as a launcher sees it, and how its dimensions lie in memory. For the host alone.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <optional>
 
@@ -10,6 +11,9 @@ using Address = std::uintptr_t;
 
 // gptkern/backends/cuda/common.py, DTYPES, has the first three. OTHER: what no kernel reads.
 enum Dtype : int { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2, BOOL = 3, INT8 = 4, OTHER = -1 };
+
+// Bytes of an element that kernels compute with.
+inline size_t bytes_of(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
 // Valid while the launcher's call lasts: shape and strides are the tensor's own, not copies.
 struct Tensor {

@@ -51,11 +51,17 @@ _HOMES = {
 }
 
 
+# Packages that are no public names, and are there without an import of their own all the same.
+_PACKAGES = ("quantizing", "swapping")
+
+
 def __getattr__(name: str):
     try:
         home = _HOMES[name]
     except KeyError:
-        raise AttributeError(f"module 'gptkern' has no attribute {name!r}") from None
+        if name not in _PACKAGES:
+            raise AttributeError(f"module 'gptkern' has no attribute {name!r}") from None
+        home = None
     # With any name come the operators: `explain` knows PyTorch's functions by those that registered as their twins.
     importlib.import_module("gptkern.functional")
     value = importlib.import_module(f"gptkern.{name}") if home is None else getattr(importlib.import_module(home), name)

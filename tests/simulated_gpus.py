@@ -22,6 +22,7 @@ def simulate(monkeypatch, *gpus: tuple[str, tuple[int, int]]) -> torch.device:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: of(device)[1])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: of(device)[0])
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91501)
     dispatch.forget()
     return torch.device("cuda", 0)
 

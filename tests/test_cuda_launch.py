@@ -18,12 +18,14 @@ import types
 import emulation
 import numpy as np
 import pytest
+import simulated_gpus
 import torch
 from conftest import DEVICE, _forced
 from cuda_modules import address, module
 
 import gptkern
 import gptkern.functional as G
+from gptkern.backends import dispatch
 from gptkern.backends.cuda import common, emulated
 from gptkern.operators.attention import cuda as attention
 from gptkern.operators.int8_linear import cuda as int8_linear
@@ -423,3 +425,30 @@ def test_more_heads_than_a_grid_are_refused_attention():
     assert "65536 heads" in attention.unsupported(attention.Call(query, query, query, False, 1.0))
     query = query[:, 1:]
     assert attention.unsupported(attention.Call(query, query, query, False, 1.0)) is None
+
+
+def test_what_is_written_in_a_copy_goes_back(monkeypatch):
+    """A launcher that cannot read a caller's tensor in place writes a copy of it."""
+    parameter, gradient = torch.ones(4, 6)[:, ::2], torch.full((4, 3), 2.0)
+
+    def call(name, tensor, parameter, gradient):
+        if not parameter.is_contiguous():
+            return parameter
+        parameter -= gradient
+        return None
+
+    monkeypatch.setattr(common, "call", call)
+    common.start("step", parameter, gradient)
+    assert (parameter == 1).all()
+    common.start("step", parameter, gradient, written=(parameter,))
+    assert (parameter == -1).all() and (gradient == 2).all()
+
+
+def test_a_users_tile_that_was_not_compiled_is_ignored_with_a_warning(monkeypatch, tmp_path):
+    monkeypatch.setenv("GPTKERN_CACHE", str(tmp_path))
+    device = simulated_gpus.simulate(monkeypatch, (simulated_gpus.H200.name, (9, 0)))
+    row = {"kernel": "w8a8", "rows": None, "share": None, "block_m": 48, "block_n": 40}
+    simulated_gpus.users_file(configurations={"int8_linear, cuda": [row]})
+    with pytest.warns(UserWarning, match="block_m=48, block_n=40.* is not compiled"):
+        assert int8_linear.TABLE.find(device, (4096, 10**6), "w8a8") == (128, 128)
+    dispatch.forget()

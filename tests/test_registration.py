@@ -186,3 +186,27 @@ def test_two_fields_of_one_name_are_an_error(operator):
 def test_a_field_that_no_schema_knows_is_an_error(hint):
     with pytest.raises(TypeError, match=r"odd is .*; a registered op takes "):
         list(registration.schema_of([NamedTuple("Odd", [("odd", hint)])]))
+
+
+def test_a_backward_writes_none_of_the_calls_tensors():
+    class Step(NamedTuple):
+        parameter: registration.Written
+        state: list[registration.Written]
+
+    class Both(NamedTuple):
+        gradient: registration.Written
+
+    arguments = list(registration.schema_of([Both, Step], read_only=Step))
+    assert arguments == ["Tensor(a!) gradient", "Tensor? parameter", "Tensor[] state"]
+    assert list(registration.schema_of([Both, Step])) == [
+        "Tensor(a!) gradient", "Tensor(b!) parameter", "Tensor(c!)[] state",
+    ]  # fmt: skip
+
+
+def test_no_field_is_called_backend():
+    class Named(NamedTuple):
+        input: torch.Tensor
+        backend: str
+
+    with pytest.raises(TypeError, match="none is `backend`"):
+        registration.Operator("test_named", Named, 1, lambda call: call.input)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -104,7 +105,8 @@ def named_in(path: Path) -> set[str]:
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation
     }
     rooms = {name.split(".")[1] for name in imports(path) if layer(name) == layer("operators.softmax")}
-    return {name for name in operators.NAMES if name in rooms or name in strings}
+    paths = set(re.findall(r"\boperators\.(\w+)", " ".join(strings)))
+    return {name for name in operators.NAMES if name in rooms | strings | paths}
 
 
 def test_only_the_short_list_names_an_operator():
@@ -119,6 +121,8 @@ def test_a_name_in_code_is_seen(tmp_path):
     path = tmp_path / "module.py"
     path.write_text('"""Of softmax."""\nif operator == "rotary":\n    from gptkern.operators.layer_norm import cuda\n')
     assert named_in(path) == {"rotary", "layer_norm"}
+    path.write_text('import importlib\nimportlib.import_module("gptkern.operators.softmax.contract")\n')
+    assert named_in(path) == {"softmax"}
 
 
 # --- A new operator ---------------------------------------------------------------------------------------------------

@@ -36,7 +36,6 @@ GPTKERN_DEVICE void load_row_of(Raw<sizeof(T), V> (&held)[SLOTS], const Rows& ro
 
 // --- For launchers ---------------------------------------------------------------------------------------------------
 
-inline size_t bytes_of(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
 // Whether a tensor's rows, `stride` elements apart, are made of whole vectors that are aligned to their bytes: 16, or 8
 // where 16-bit elements are widened. No tensor has no vectors.

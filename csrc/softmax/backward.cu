@@ -243,7 +243,7 @@ Unreadable softmax_backward(const Tensor& dy, const Tensor& y, const Tensor& dx,
     if (dim < 0) dim += dy.rank;
     if (is_spread_row(dy, dim)) return &dy;
     if (!is_contiguous(y)) return &y;
-    int y_bytes = bytes_of(y.dtype), dx_bytes = bytes_of(dx.dtype), V = 16 / y_bytes;
+    int y_bytes = int(bytes_of(y.dtype)), dx_bytes = int(bytes_of(dx.dtype)), V = 16 / y_bytes;
     Walk walk = walk_of(dy, dim, {});
     Options options{.scale = float(scale), .in_is_half = dx.dtype == FLOAT16, .out_is_half = y.dtype == FLOAT16,
                     .mask_kind = NO_MASK, .causal_rows = is_causal ? unsigned(dy.shape[dy.rank - 2]) : 0};

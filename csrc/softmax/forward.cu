@@ -302,7 +302,7 @@ Unreadable softmax_forward(const Tensor& x, const Tensor& mask, const Tensor& y,
     if (y.elements() == 0) return nullptr;
     if (dim < 0) dim += x.rank;
     if (is_spread_row(x, dim)) return &x;
-    int x_bytes = bytes_of(x.dtype), y_bytes = bytes_of(y.dtype), V = 16 / y_bytes;
+    int x_bytes = int(bytes_of(x.dtype)), y_bytes = int(bytes_of(y.dtype)), V = 16 / y_bytes;
     Walk walk = walk_of(x, dim, mask);
     Options options{.scale = float(scale), .in_is_half = x.dtype == FLOAT16, .out_is_half = y.dtype == FLOAT16,
                     .mask_kind = mask.object ? int(mask.dtype) : NO_MASK,

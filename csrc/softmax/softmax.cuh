@@ -158,7 +158,6 @@ struct ColumnScratches {
 
 // --- For launchers --------------------------------------------------------------------------------------------------
 
-inline int bytes_of(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
 // How the kernels walk tensors of one shape: every dimension but `dim` counts rows, neighbours merged where all strides
 // allow. Where something lies inside of `dim`, the innermost of it is `lanes`.
@@ -218,7 +217,7 @@ inline bool is_spread_row(const Tensor& in, int dim) {
 
 // Whether a tensor's vectors of V elements along the lanes are whole and aligned everywhere.
 inline bool lanes_take_vectors(const Walk& walk, const Tensor& in, int V) {
-    int in_bytes = bytes_of(in.dtype), piece = std::min(16, V * in_bytes) / in_bytes;
+    int in_bytes = int(bytes_of(in.dtype)), piece = std::min(16, V * in_bytes) / in_bytes;
     bool whole = walk.lanes % V == 0 && walk.in_stride_lane == 1 && in.address % (piece * in_bytes) == 0 &&
                  walk.in_stride_n % piece == 0;
     for (int i = 0; i < walk.count; ++i) whole = whole && walk.dimensions[i].in_stride % piece == 0;

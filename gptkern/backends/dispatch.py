@@ -273,7 +273,7 @@ def _uncovered(name: str, operator: str, call: tuple) -> str | None:
     return _modules[name, operator].unsupported(call)
 
 
-def _constant_while_compiling(function: Callable) -> Callable:
+def constant_while_compiling(function: Callable) -> Callable:
     """torch.compile calls the function once and keeps the result.
 
     What torch.compiler.assume_constant_result does, without its import of torch._dynamo (and of triton), which
@@ -293,7 +293,7 @@ _class_of: dict[str, Callable[[tuple], tuple]] = {}
 
 
 # A file cannot be read while tracing.
-@_constant_while_compiling
+@constant_while_compiling
 def _unmeasured_order(operator: str, device_type: str, device_index: int | None) -> orders.Preference | None:
     """The architecture's order where nothing was measured for the operator on the device, else None.
 
@@ -312,7 +312,7 @@ def _unmeasured_order(operator: str, device_type: str, device_index: int | None)
         return order
 
 
-@_constant_while_compiling
+@constant_while_compiling
 def _preference(operator: str, device_index: int | None, shape_class: tuple) -> orders.Preference:
     """The order where something was measured on this GPU, perhaps not for this class."""
     found = _preferences.get((operator, device_index), {}).get(shape_class)
@@ -329,7 +329,7 @@ def forget() -> None:
 
 
 # An import cannot be traced, and the answer does not change within a process.
-@_constant_while_compiling
+@constant_while_compiling
 def _unable(name: str, operator: str, device_type: str, device_index: int | None) -> str | None:
     """Why the backend cannot run anything on this device, or None. Imports the backend's module."""
     return missing(name, operator, torch.device(device_type, device_index))
@@ -397,7 +397,7 @@ def unavailable(name: str, device: torch.device) -> str | None:
 
 
 # A warning is no part of the graph.
-@_constant_while_compiling
+@constant_while_compiling
 def _warn_once(operator: str, reason: str) -> None:
     # Sizes and probabilities vary from call to call; the kind of reason does not.
     kind = operator, re.sub(r"[\d.]+", "#", reason)

@@ -7,6 +7,7 @@ launchers' arguments and what dispatch looks at are read from its fields: a new 
 from __future__ import annotations
 
 import contextlib
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator
@@ -26,11 +27,12 @@ _SCHEMA_TYPES = {
 }  # fmt: skip
 
 
-def schema_of(records: Iterable[type], *, tensors_may_be_none: bool = False) -> Iterator[str]:
+def schema_of(records: Iterable[type], *, read_only: type | None = None) -> Iterator[str]:
     """The arguments of a schema, as torch.library writes them, of the fields of NamedTuple classes.
 
     Args:
-        tensors_may_be_none: of a backward, which is not given what it does not read.
+        read_only: the call's record in a backward, which writes none of its tensors and is not given what it does not
+            read: there a tensor may be None.
 
     Raises:
         TypeError: a field has a type that no schema knows.
@@ -39,8 +41,9 @@ def schema_of(records: Iterable[type], *, tensors_may_be_none: bool = False) -> 
     for record in records:
         for name, hint in typing.get_type_hints(record, include_extras=True).items():
             written = _schema_type(name, hint, aliases)
-            if tensors_may_be_none and written == "Tensor":
-                written = "Tensor?"
+            if record is read_only:
+                written = re.sub(r"\(\w!\)", "", written)
+                written = "Tensor?" if written == "Tensor" else written
             yield f"{written} {name}"
 
 
@@ -90,7 +93,7 @@ class Operator:
         arguments = list(schema_of([call]))
         self._forward = self._registered("forward", arguments, results, (call,), fake)
         if gradient is not None:
-            arguments = [*schema_of([gradient]), *schema_of([call], tensors_may_be_none=True)]
+            arguments = list(schema_of([gradient, call], read_only=call))
             self._backward = self._registered("backward", arguments, gradients, (gradient, call), gradient_fake)
 
     def forward(self, call, backend: str):
@@ -105,8 +108,9 @@ class Operator:
         """Registers an op. `Library.define` and `impl`, not the `custom_op` decorator: half the host time of a call."""
         operator, name = self.name, f"{self.name}_{direction}"
         names = [argument.split()[-1] for argument in arguments]
-        if len(set(names)) < len(names):
-            raise TypeError(f"{name}: the records' fields are {', '.join(names)}; each needs a name of its own")
+        if len({*names, "backend"}) <= len(names):
+            needs = "each needs a name of its own, and none is `backend`"
+            raise TypeError(f"{name}: the records' fields are {', '.join(names)}; {needs}")
         returned = {0: "()", 1: "Tensor"}.get(results, f"({', '.join(['Tensor'] * results)})")
         _library.define(f"{name}({', '.join([*arguments, 'str backend'])}) -> {returned}")
         sizes = [len(record._fields) for record in records]

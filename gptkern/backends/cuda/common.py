@@ -47,25 +47,33 @@ def library(tensor: torch.Tensor) -> ModuleType:
     return compiled() if tensor.is_cuda else _emulated().load()
 
 
-def start(name: str, *arguments) -> None:
+def start(name: str, *arguments, written: tuple[torch.Tensor, ...] = ()) -> None:
     """Starts the kernels of a launcher `name` that a room of csrc/ binds. The first argument is a tensor on its device.
 
     Tensors go to it as they are, or None, and one that its kernels cannot read in place is copied: shapes, strides and
     alignments are looked at in C++ alone, where that costs a tenth of what it does here.
+
+    Args:
+        written: those of the arguments that are a caller's own and are written: a copy of one goes back.
     """
     unreadable = call(name, arguments[0], *arguments)
     if unreadable is not None:
-        _start_with_copies(name, list(arguments), unreadable)
+        _start_with_copies(name, list(arguments), unreadable, written)
 
 
-def _start_with_copies(name: str, arguments: list, unreadable: torch.Tensor) -> None:
+def _start_with_copies(name: str, arguments: list, unreadable: torch.Tensor, written: tuple) -> None:
+    copies = []
     # A copy can be read, so it takes at most one for each argument.
     for _ in range(len(arguments)):
         # Not contiguous(): a contiguous view may begin anywhere. One tensor may be several arguments.
         copy = unreadable.clone(memory_format=torch.contiguous_format)
+        copies.append((unreadable, copy))
         arguments = [copy if argument is unreadable else argument for argument in arguments]
         unreadable = call(name, arguments[0], *arguments)
         if unreadable is None:
+            for original, copy in copies:
+                if any(original is tensor for tensor in written):
+                    original.copy_(copy)
             return
     raise RuntimeError(f"{name} cannot read a contiguous copy: of shape {tuple(unreadable.shape)}")
 

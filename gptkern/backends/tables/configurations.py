@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable
-from operator import le
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,7 +113,7 @@ class Table:
             steps = self._steps[device.index] = stepped(self.in_force(device), self._sizes)
         sizes = size if type(size) is tuple else (size,)
         for most, configuration in steps[key]:
-            if all(map(le, sizes, most)):
+            if all(size <= limit for size, limit in zip(sizes, most, strict=True)):
                 return configuration
         raise LookupError(f"{self.path} has no row of {key} for {size}")
 
@@ -160,7 +159,14 @@ class Table:
 
     def _users(self, device: user.Device) -> dict[tuple, Row]:
         def made(where: str, listed: list, date: str) -> dict[tuple, Row]:
-            return self._rows(where, listed, f"measured by you on {date}", self.defaults(device.architecture))
+            rows = self._rows(where, listed, f"measured by you on {date}", self.defaults(device.architecture))
+            for key, row in rows.items():
+                # Compiled from other sources: a launch would refuse it.
+                if self.instances is not None and row.configuration not in self.instances(*key):
+                    raise files.TableError(
+                        f"{where}: {row.configuration} of {described(self.key, key)} is not compiled"
+                    )
+            return rows
 
         return user.rows(device, "configurations", f"{self.operator}, {self.backend}", made)
 
@@ -178,8 +184,17 @@ class Table:
                 source = f"{source} on {device}, {entry['date']}"
             known = next(iter(found.values())).rows if found else None
             rows = self._rows(where, entry["rows"], source, known)
+            if known is None:
+                self._serves_everything(where, rows)
             found[architecture, device] = Entry(architecture, device, source, rows)
         return list(found.values())
+
+    def _serves_everything(self, where: str, rows: dict[tuple, Row]) -> None:
+        """Of several sizes there is a row of any, for each kernel: a call never falls between two."""
+        for key in rows:
+            widest = (*key[: len(key) - self._sizes], *[None] * self._sizes)
+            if self._sizes > 1 and widest not in rows:
+                raise files.TableError(f"{where}: there is no row of {described(self.key, widest)}")
 
     def _rows(self, where: str, listed: list, source: str, known: dict | None = None) -> dict[tuple, Row]:
         """The rows, checked. known: those that there may be: another one would change which sizes the others serve."""
@@ -201,7 +216,7 @@ class Table:
         if values is not None:
             right, needs = value in values, f"one of {', '.join(map(repr, values))}"
         elif name in self.key:
-            right, needs = number or value is None, "a number, or null for any"
+            right, needs = value is None or (number and value >= 1), "a number from 1 up, or null for any"
         elif name in self._counts or not self.backend.startswith("triton"):
             right, needs = number and value >= 1, "a number from 1 up"
         else:

@@ -36,7 +36,7 @@ def reading(path: Path | None) -> Iterator[None]:
         yield
     except TableError:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise TableError(f"{path}: {type(error).__name__}: {error}") from error
 
 

@@ -140,7 +140,7 @@ def scaled_dot_product_attention(
         choice = dispatch.choose("attention", Call(*cast, causal, factor, mask, dropout_p, lower_right))
         if choice.backend == "torch:cudnn":
             cudnn = dispatch.load(choice.backend, "attention")
-            return cudnn.attention(query, key, value, mask, dropout_p, causal, scale, enable_gqa)
+            return cudnn.attention(query, key, value, causal, scale, enable_gqa)
         if choice.backend != "torch":
             signed_query, factor = _with_positive_scale(cast[0], factor)
             seed = new_seed(query.device) if dropout_p > 0 else None
