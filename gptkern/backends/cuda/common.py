@@ -15,7 +15,7 @@ from gptkern.backends.cuda import sources
 
 # csrc/tensor.h, enum Dtype.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-# layer_norm and rms_norm.
+# The norms.
 # Blocks a multiprocessor that share the rows of a backward: with 256 threads of at most 128 registers, as many as fit.
 BLOCKS_PER_MULTIPROCESSOR = 2
 # Of wider rows one block takes more of a multiprocessor, and its partial sums more memory: there are fewer of them.
@@ -111,7 +111,7 @@ def multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def most_partials(width: int, device: torch.device) -> int:
-    """How many partial sums of layer_norm's and rms_norm's parameter gradients are made, of enough rows."""
+    """How many partial sums of the norms' parameter gradients are made, of enough rows."""
     partials = BLOCKS_PER_MULTIPROCESSOR * multiprocessors(device)
     if width > FULL_BLOCKS_WIDTH:
         partials = partials * FULL_BLOCKS_WIDTH // width
@@ -119,7 +119,7 @@ def most_partials(width: int, device: torch.device) -> int:
 
 
 def as_read(parameter: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """A parameter of `dtype` or float32, as the kernels of layer_norm and rms_norm read it."""
+    """A parameter of `dtype` or float32, as the kernels of the norms read it."""
     if parameter is None or parameter.dtype is dtype or parameter.dtype is torch.float32:
         return parameter
     # 16-bit parameters beside a sum that a residual has widened, or beside the other 16-bit dtype.

@@ -1,0 +1,84 @@
+"""What attention asks of its arguments: each error names the argument, what it got and what it needs."""
+
+from __future__ import annotations
+
+import torch
+
+from gptkern.backends.registration import autocast
+
+
+def check(query, key, value, attn_mask, is_causal, scale, enable_gqa):
+    """Raises an error that names what is wrong. What PyTorch would broadcast passes."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"attention: {name} is {type(tensor).__name__}; it needs a Tensor")
+        if tensor.dim() < 2:
+            raise RuntimeError(
+                f"attention: {name} has shape {tuple(tensor.shape)}; it needs at least two dimensions, "
+                "(length, head_dim)"
+            )
+        if not tensor.is_floating_point():
+            raise RuntimeError(f"attention: {name} is {tensor.dtype}; it needs a floating-point dtype")
+        if tensor.device != query.device:
+            raise RuntimeError(f"attention: {name} is on {tensor.device}; it needs the query's device, {query.device}")
+    # Autocast makes one dtype of several, and leaves float64 alone.
+    dtypes = [tensor.dtype for tensor in autocast("lower", query, key, value)]
+    if dtypes[0] != dtypes[1] or dtypes[0] != dtypes[2]:
+        raise RuntimeError(
+            f"attention: query, key and value are {query.dtype}, {key.dtype} and {value.dtype}; they need one dtype"
+        )
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"attention: is_causal is {type(is_causal).__name__}; it needs a bool")
+    if attn_mask is not None and not isinstance(attn_mask, torch.Tensor):
+        raise TypeError(f"attention: attn_mask is {type(attn_mask).__name__}; it needs a Tensor or None")
+    if isinstance(scale, str):
+        raise TypeError("attention: scale is str; it needs a number or None")
+    if attn_mask is not None and is_causal:
+        raise RuntimeError("attention: attn_mask and is_causal are both given; it needs one of them at most")
+    if query.shape[-1] != key.shape[-1]:
+        raise RuntimeError(
+            f"attention: key has head_dim {key.shape[-1]}; it needs the query's, {query.shape[-1]} "
+            f"(shapes {tuple(query.shape)} and {tuple(key.shape)})"
+        )
+    if key.shape[-2] != value.shape[-2]:
+        raise RuntimeError(
+            f"attention: value has length {value.shape[-2]}; it needs the key's, {key.shape[-2]} "
+            f"(shapes {tuple(value.shape)} and {tuple(key.shape)})"
+        )
+    if query.dim() == key.dim() == value.dim() == 4:
+        _check_sizes("batch size", *(tensor.shape[0] for tensor in (query, key, value)))
+        heads, kv_heads = query.shape[1], key.shape[1]
+        if not enable_gqa:
+            _check_sizes("number of heads", heads, kv_heads, value.shape[1])
+        elif any(tensor.shape[1] > 0 and heads % tensor.shape[1] for tensor in (key, value)):
+            raise RuntimeError(
+                f"attention: key and value have {kv_heads} and {value.shape[1]} heads; with enable_gqa they need to "
+                f"divide the query's {heads}"
+            )
+
+
+def check_dropout(dropout_p):
+    if isinstance(dropout_p, (str, torch.Tensor)) or dropout_p is None:
+        raise TypeError(f"attention: dropout_p is {type(dropout_p).__name__}; it needs a number")
+    if not 0 <= dropout_p <= 1:
+        raise RuntimeError(f"attention: dropout_p is {dropout_p}; it needs to be between 0 and 1")
+
+
+def check_mask(mask, query, key):
+    if mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise RuntimeError(
+            f"attention: attn_mask is {mask.dtype}; it needs bool, float32 or the query's dtype, {query.dtype}"
+        )
+    if mask.device != query.device:
+        raise RuntimeError(f"attention: attn_mask is on {mask.device}; it needs the query's device, {query.device}")
+    wanted = *query.shape[:-1], key.shape[-2]
+    if any(1 != size != whole != 1 for size, whole in zip(reversed(mask.shape), reversed(wanted))):
+        raise RuntimeError(
+            f"attention: attn_mask has shape {tuple(mask.shape)}; it needs one that broadcasts to {tuple(wanted)}"
+        )
+
+
+def _check_sizes(what, query, key, value):
+    """Sizes of one dimension agree where those that PyTorch broadcasts, the 1s, are left out."""
+    if len({size for size in (query, key, value) if size != 1}) > 1:
+        raise RuntimeError(f"attention: query, key and value differ in {what}: {query}, {key} and {value}")
