@@ -122,10 +122,8 @@ def test_promised_limits(results):
 
 
 def test_panels_are_in_order_and_their_cells_rise(results):
-    order = list(rates.by_operator(results))
     assert sum(len(panel.cells) for panel in rates.panels(results)) == len(results["cells"])
     results["cells"].reverse()
-    assert set(rates.by_operator(results)) == set(order)
     attention = rates.by_operator(results)["attention"]
     assert [panel.direction for panel in attention] == ["forward", "backward"] * 2
     for panel in attention:
@@ -153,13 +151,13 @@ def test_a_table_says_what_was_measured(results):
 
 
 def test_where_the_numbers_come_from(results):
-    text = report.markdown(results, {})
-    for words in ("driver 580.00", "commit 0123456789ab with changes on top", "| copy | 4,000 GB/s |", "SM 1980 MHz"):
-        assert words in text
     results["cells"][0] |= {"clocks": {"sm_mhz": 1400, "memory_mhz": 3201}, "options": ["--rounds", "9"]}
     results["machine"] |= {"backend": "triton", "tables": "fedcba987654"}
     text = report.markdown(results, {})
-    for words in ("SM 1400 to 1980 MHz (it fell", "GPTKERN\\_BACKEND=triton gptkern bench --rounds 9", "fedcba987654"):
+    for words in (
+        "driver 580.00", "commit 0123456789ab with changes on top", "SM 1400 to 1980 MHz (it fell", "fedcba987654",
+        "GPTKERN\\_BACKEND=triton gptkern bench --rounds 9",
+    ):  # fmt: skip
         assert words in text
 
 
@@ -195,11 +193,10 @@ def _only(results, *operators):
 
 
 def test_what_a_picture_shows(results):
-    forward, backward = plots.plots_of(results, "layer_norm")
+    forward, _ = plots.plots_of(results, "layer_norm")
     assert (forward["unit"], forward["ticks"]) == ("B/s", ["1024", "4096", "16384"])
     assert forward["series"]["gptkern"][0] == (0, *(pytest.approx(134217728 / t) for t in (50e-6, 50.5e-6, 49.5e-6)))
     assert forward["limits"] == {place: pytest.approx(4e12) for place in range(3)}
-    assert "quack" in forward["series"] and "quack" not in backward["series"]
     # Where the ceiling changes, it is a share; a peer that was left out at some shapes has points at the others.
     (int8,) = plots.plots_of(results, "int8_linear")
     assert int8["unit"] == plots.PERCENT and int8["series"]["gptkern"][0][1] == pytest.approx(55, abs=0.1)

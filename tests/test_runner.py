@@ -68,16 +68,13 @@ def test_every_implementation_is_timed_in_one_run(measure, direction):
     assert record["check"] == {"error": 3e-7, "bound": 4e-7, "on": "2x4"}, "what came nearest to its bound"
 
 
-@pytest.mark.parametrize(
-    "error, reason",
-    [(5e-7, "wrong: grad w's worst error is 5.000e-07, the rule allows 4.000e-07 (2x4)"), (float("inf"), "wrong")],
-)
-def test_what_float64_refuses_gets_no_time(measure, error, reason):
+@pytest.mark.parametrize("error", [5e-7, float("inf")])
+def test_what_float64_refuses_gets_no_time(measure, error):
     compared = [("forward", 3.9e-7, 4e-7), ("grad w", error, 4e-7)]
     record, samples, by_name = measure(
         checked=lambda cell: compared, gptkern=Implementation(right), eager=Implementation(right)
     )
-    assert reason in by_name["gptkern"]["skipped"] and "wall_s" not in by_name["gptkern"]
+    assert "wrong: grad w's worst error" in by_name["gptkern"]["skipped"] and "wall_s" not in by_name["gptkern"]
     assert record["check"]["error"] == (None if error == float("inf") else error), "JSON has no infinity"
     assert rates.ours(record) is None and by_name["eager"]["wall_s"] and set(samples) == {"eager"}
 

@@ -150,9 +150,10 @@ def test_rows_of_two_sizes(table):
     with configurations.override("polish", ("forward", 1, None), Tile(512, 1, 1, None)):
         assert read.find(CPU, (1, 513), "forward").block_m == 512
         assert read.find(CPU, (1, 512), "forward").block_m == 16
-    without_any = table(an_entry(*(row for row in listed if row["length_k"])), sizes=("length_q", "length_k"))
-    with pytest.raises(LookupError, match=r"has no row of \('forward',\) for \(65, 65\)"):
-        without_any.find(CPU, (65, 65), "forward")
+    with pytest.raises(ValueError):
+        read.find(CPU, 65, "forward")
+    with pytest.raises(files.TableError, match="there is no row of forward, any larger length_q, any larger length_k"):
+        table(an_entry(*(row for row in listed if row["length_k"])), sizes=("length_q", "length_k"))
 
 
 @pytest.mark.parametrize(

@@ -137,10 +137,6 @@ class Function:
         self._results.add(result)
         return result
 
-    def forget(self):
-        self.calls.clear()
-        self.alive.clear()
-
 
 @pytest.fixture
 def device(monkeypatch):
@@ -208,7 +204,7 @@ def test_eager_wall_time_waits_for_the_device(device):
     assert function.calls == WARM_UP
     device.free += 1.0  # what others have queued is no part of the sample
     for _ in range(2):
-        function.forget()
+        function.calls, function.alive = [], []
         # The device runs while the host launches: only the first launch is waited for.
         assert sample() == pytest.approx(1e-3 + LAUNCH_SECONDS / 3)
         assert function.calls == function.alive == [0, 1, 2]

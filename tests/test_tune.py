@@ -201,12 +201,10 @@ def test_what_was_found_is_in_force_at_once_and_known_to_the_next_run(task, tabl
         next(run)
     gpu = simulate(monkeypatch, ("NVIDIA H200", (9, 0)))
     assert table.find(gpu, 16, "w8a32") == fastest
-    # The next run begins with what is not measured yet, rows before classes.
+    # The next run begins with what is not measured yet.
     tasks = tuning.plan(("int8_linear", "softmax"), gpu)
     assert (tasks[-1].operator, tasks[-1].key, tasks[-1].present) == ("int8_linear", KEY, fastest)
     assert [task.known for task in tasks].count(True) == 1
-    kinds = [type(task) for task in tasks[:-1]]
-    assert kinds == sorted(kinds, key=[RowTask, ClassTask].index) and len(set(kinds)) == 2
 
 
 @pytest.mark.parametrize("operator", operators.NAMES)
@@ -289,11 +287,7 @@ def test_a_class_is_timed_by_a_call_of_that_class(operator, monkeypatch):
             made = problem.inputs(task.tuned.timed, task.tuned.dtype, torch.Generator())
             operators.contract(operator).TWIN(**dict(zip(made.names, made.arguments)), **made.options)
         assert found[0] == (operator, task.key), task.name
-        # It is one that a file may hold.
-        row = dict(zip(problem.classes.parts, task.key)) | dict(order=["torch", "triton"], ratio=1)
-        assert task.key in orders._rows("here", operator, [row], orders.FAMILIES, "X", "today")
         found.clear()
-    assert [task.known for task in tuning_tasks.class_tasks(operator, {tasks[1].key})].index(True) == 1
 
 
 # --- What ships -----------------------------------------------------------------------------------------------------
