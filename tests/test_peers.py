@@ -107,12 +107,10 @@ def library(monkeypatch, name, **functions):
     return module
 
 
-def heads_first(lengths=(6, 6)):
+def heads_first():
     """(query, key, value, what attention makes of them), causal or not."""
-    query = torch.randn(2, 4, lengths[0], 16)
-    key, value = torch.randn(2, 2, 2, lengths[1], 16)
-    sdpa = F.scaled_dot_product_attention
-    return (query, key, value), lambda causal: sdpa(query, key, value, is_causal=causal, enable_gqa=True)
+    tensors, sdpa = (torch.randn(2, 4, 6, 16), *torch.randn(2, 2, 2, 6, 16)), F.scaled_dot_product_attention
+    return tensors, lambda causal: sdpa(*tensors, is_causal=causal, enable_gqa=True)
 
 
 @pytest.mark.parametrize("kind", ["causal", "full"])
@@ -145,19 +143,6 @@ def test_sdpa_is_forced(monkeypatch, backend, grouped):
     peers.sdpa(backend, attention(kv_heads=2 if grouped else 4), GPU).call(*torch.randn(3, 1, 1, 4, 64))
     kernel = getattr(SDPBackend, f"{backend.upper()}_ATTENTION")
     assert seen == [([kernel], {"is_causal": True, "enable_gqa": grouped})]
-
-
-@pytest.mark.parametrize("kind", ["causal", "full"])
-@pytest.mark.parametrize("lengths", [(6, 6), (4, 9)])
-@pytest.mark.filterwarnings("ignore:flex_attention called without")
-def test_flex_attention(monkeypatch, kind, lengths):
-    """Not compiled: it is slow on a CPU, and its kernels are for GPUs."""
-    monkeypatch.setattr(peers, "fresh_compile", lambda function: function)
-    peer = peers.flex_attention(attention(kind, lengths=lengths), GPU)
-    tensors, expected = heads_first(lengths)
-    inputs = peer.prepare(*tensors)
-    assert all(tensor is other for tensor, other in zip(inputs, tensors))
-    torch.testing.assert_close(peer.call(*inputs), expected(kind == "causal"))
 
 
 def test_quacks_norm_gets_parameters_in_float32(monkeypatch):

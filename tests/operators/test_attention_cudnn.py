@@ -70,6 +70,17 @@ def test_it_is_pytorchs_function(chosen, options):
     torch.testing.assert_close(actual, F.scaled_dot_product_attention(query, keys, keys, **options))
 
 
+def test_it_compiles_to_one_graph(chosen):
+    tensors = [torch.randn(2, 3, 5, 16, requires_grad=True) for _ in range(3)]
+
+    def call(*tensors):
+        return G.scaled_dot_product_attention(*tensors, is_causal=True)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*tensors), F.scaled_dot_product_attention(*tensors, is_causal=True))
+
+
 def test_what_is_switched_off_stays_off_and_the_order_is_put_back(chosen, monkeypatch):
     seen = []
 
