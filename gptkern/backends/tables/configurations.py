@@ -163,9 +163,7 @@ class Table:
             for key, row in rows.items():
                 # Compiled from other sources: a launch would refuse it.
                 if self.instances is not None and row.configuration not in self.instances(*key):
-                    raise files.TableError(
-                        f"{where}: {row.configuration} of {described(self.key, key)} is not compiled"
-                    )
+                    raise files.TableError(f"{where}: {row.configuration} is not compiled")
             return rows
 
         return user.rows(device, "configurations", f"{self.operator}, {self.backend}", made)
@@ -184,17 +182,12 @@ class Table:
                 source = f"{source} on {device}, {entry['date']}"
             known = next(iter(found.values())).rows if found else None
             rows = self._rows(where, entry["rows"], source, known)
-            if known is None:
-                self._serves_everything(where, rows)
+            for key in rows if known is None and self._sizes > 1 else ():
+                # Of several sizes there is a row of any, for each kernel: a call never falls between two.
+                if (widest := (*key[: -self._sizes], *[None] * self._sizes)) not in rows:
+                    raise files.TableError(f"{where}: there is no row of {described(self.key, widest)}")
             found[architecture, device] = Entry(architecture, device, source, rows)
         return list(found.values())
-
-    def _serves_everything(self, where: str, rows: dict[tuple, Row]) -> None:
-        """Of several sizes there is a row of any, for each kernel: a call never falls between two."""
-        for key in rows:
-            widest = (*key[: len(key) - self._sizes], *[None] * self._sizes)
-            if self._sizes > 1 and widest not in rows:
-                raise files.TableError(f"{where}: there is no row of {described(self.key, widest)}")
 
     def _rows(self, where: str, listed: list, source: str, known: dict | None = None) -> dict[tuple, Row]:
         """The rows, checked. known: those that there may be: another one would change which sizes the others serve."""
