@@ -72,7 +72,7 @@ class _Explained(Exception):
 
 class _State(threading.local):
     forced: str | None = None
-    # Told of each choice before anything runs: `explain` and `choices_made` set it.
+    # Told of each choice before anything runs: `explain` and `telling` set it.
     observer: Callable[[Choice], None] | None = None
 
 
@@ -171,14 +171,21 @@ def _raise_explained(choice: Choice) -> None:
 
 
 @contextlib.contextmanager
+def telling(observer: Callable[[Choice], None]):
+    """`observer` is told of each choice made inside the `with` block, in this thread, before the call runs."""
+    before, _state.observer = _state.observer, observer
+    try:
+        yield
+    finally:
+        _state.observer = before
+
+
+@contextlib.contextmanager
 def choices_made():
     """Yields a list to which each choice made inside the `with` block, in this thread, is added."""
     choices: list[Choice] = []
-    before, _state.observer = _state.observer, choices.append
-    try:
+    with telling(choices.append):
         yield choices
-    finally:
-        _state.observer = before
 
 
 def settled(tensor: Any) -> Choice | None:
@@ -394,6 +401,26 @@ def unavailable(name: str, device: torch.device) -> str | None:
 
         return common.unavailable(device.index)
     return None
+
+
+def expected(operator: str, device: torch.device) -> Choice:
+    """The choice for calls that the kernels cover, where no call is at hand: of a model that was not yet called."""
+    forced = _forced()
+    if forced is not None:
+        reason = _unable(forced, operator, device.type, device.index)
+        return Choice(forced, "asked for by name" if reason is None else f"asked for by name, and cannot: {reason}")
+    if device.type == "cpu":
+        return _ON_CPU._replace(reason="the model is on the CPU")
+    preference = _unmeasured_order(operator, device.type, device.index)
+    if preference is None:
+        return Choice("by size", "measured on this GPU: `gptkern tune --show`")
+    unable = {name: _unable(name, operator, device.type, device.index) for name in preference.order if name != "torch"}
+    reasons = []
+    for name in preference.order:
+        if unable.get(name) is None:
+            return Choice(name, "; ".join(reasons) or preference.reason)
+        reasons.append(f"not {name}: {unable[name]}")
+    raise AssertionError(f"{operator} has no order that ends with torch")
 
 
 # A warning is no part of the graph.
