@@ -12,14 +12,16 @@ from gptkern.version import __version__
 
 if TYPE_CHECKING:
     from gptkern import autograd, functional, nn
-    from gptkern.backends.dispatch import BackendError, backend, explain
+    from gptkern.backends.dispatch import BackendError, backend
     from gptkern.quantizing import QuantizeReport, load_quantized, quantize
-    from gptkern.swapping import SwapReport, kernels, swap, unswap
+    from gptkern.swapping import ExplainReport, SwapReport, UnswapReport, explain, kernels, swap, unswap
 
 __all__ = [
     "BackendError",
+    "ExplainReport",
     "QuantizeReport",
     "SwapReport",
+    "UnswapReport",
     "__version__",
     "autograd",
     "backend",
@@ -36,11 +38,13 @@ __all__ = [
 # name -> the module that defines it; None where the name is that of a module. The imports above, for Python.
 _HOMES = {
     "BackendError": "gptkern.backends.dispatch",
+    "ExplainReport": "gptkern.swapping",
     "QuantizeReport": "gptkern.quantizing",
     "SwapReport": "gptkern.swapping",
+    "UnswapReport": "gptkern.swapping",
     "autograd": None,
     "backend": "gptkern.backends.dispatch",
-    "explain": "gptkern.backends.dispatch",
+    "explain": "gptkern.swapping",
     "functional": None,
     "kernels": "gptkern.swapping",
     "load_quantized": "gptkern.quantizing",

@@ -78,7 +78,8 @@ def swapped(model):
 
 
 def unswapped(model):
-    return gptkern.unswap(model)
+    gptkern.unswap(model)
+    return model
 
 
 # How a model is made ready; each function takes the model and returns it.

@@ -39,7 +39,7 @@ def test_explain_takes_keywords():
 
 
 @pytest.mark.parametrize(
-    "function", [F.relu, torch.tanh, len, torch.nn.Softmax(1), print], ids=["relu", "tanh", "len", "Softmax", "print"]
+    "function", [F.relu, torch.tanh, len, torch.nn.Softmax, print], ids=["relu", "tanh", "len", "Softmax", "print"]
 )
 def test_explain_of_another_function_is_a_value_error(function):
     with pytest.raises(ValueError, match="explain: function is"):

@@ -56,7 +56,8 @@ def test_a_forward_that_is_patched_after_a_swap_counts(monkeypatch):
         torch.testing.assert_close(model(x), 2 * expected)
     assert calls_of_twins(monkeypatch, lambda: model(x)) == 1
     assert torch.equal(model(x), expected)
-    assert type(gptkern.unswap(model)) is BiaslessNorm
+    gptkern.unswap(model)
+    assert type(model) is BiaslessNorm
 
 
 def test_a_forward_that_somebody_holds_sees_a_patch(monkeypatch):
@@ -169,4 +170,5 @@ def test_a_copy_that_is_made_by_the_class_itself_can_be_unswapped():
     gptkern.swap(model)
     twin = copy.deepcopy(model)
     keys = list(ReducesItself().__dict__)
-    assert type(gptkern.unswap(twin)) is ReducesItself and list(twin.__dict__) == keys
+    gptkern.unswap(twin)
+    assert type(twin) is ReducesItself and list(twin.__dict__) == keys

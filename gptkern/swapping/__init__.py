@@ -6,11 +6,13 @@ reading.py         what a class's forward calls, read off its bytecode
 rerouting.py       a class's forward again, with some of the functions that it calls replaced
 routed_classes.py  the subclass of a module's class that has such a forward
 transformers.py    attention by name in Hugging Face's models; imported only where transformers is in use
+explaining.py      which backend would run what a model calls
 report.py          what a swap did, as data and as a table
 """
 
-from gptkern.swapping.report import SwapReport
+from gptkern.swapping.explaining import ExplainReport, explain
+from gptkern.swapping.report import SwapReport, UnswapReport
 from gptkern.swapping.swapping import kernels, swap, unswap
 from gptkern.swapping.twins import SWAPPABLE
 
-__all__ = ["SWAPPABLE", "SwapReport", "kernels", "swap", "unswap"]
+__all__ = ["SWAPPABLE", "ExplainReport", "SwapReport", "UnswapReport", "explain", "kernels", "swap", "unswap"]

@@ -12,8 +12,12 @@ class Replaced(NamedTuple):
 
     name: str  # its path in the model
     original: str  # its class before
-    replacement: str  # what it runs on now
+    replacement: str  # what it is now
     operator: str  # the operators, comma-separated
+    # What would run each of them on the device on which the model was, comma-separated; `explain(model, *inputs)` says
+    # it of a call.
+    backend: str = ""
+    reason: str = ""
 
 
 class Skipped(NamedTuple):
@@ -43,20 +47,51 @@ class SwapReport:
         lines = [f"{_count(len(self.replaced), 'module')} replaced, {len({s.name for s in self.skipped})} skipped"]
         if self.replaced:
             rows = [
-                (str(len(names)), original, operator, replacement, where(names))
-                for (original, operator, replacement), names in _grouped(
-                    (r.name, (r.original, r.operator, r.replacement)) for r in self.replaced
+                (str(len(names)), original, operator, replacement, backend, where(names))
+                for (original, operator, replacement, backend), names in grouped(
+                    (r.name, (r.original, r.operator, r.replacement, r.backend)) for r in self.replaced
                 ).items()
             ]
-            lines += ["", *table(("replaced", "module", "operator", "runs on", "where"), rows)]
+            lines += ["", *table(("replaced", "module", "operator", "became", "runs on", "where"), rows)]
+            why = {(r.backend, r.reason) for r in self.replaced if r.reason}
+            lines += ["", *(f"{backend}: {reason}" for backend, reason in sorted(why))] if why else []
         if self.skipped:
             rows = [
                 (str(len(names)), original, reason, where(names))
-                for (original, reason), names in _grouped(
-                    (s.name, (s.original, s.reason)) for s in self.skipped
-                ).items()
+                for (original, reason), names in grouped((s.name, (s.original, s.reason)) for s in self.skipped).items()
             ]
             lines += ["", *table(("skipped", "module", "reason", "where"), rows)]
+        return "\n".join(lines)
+
+
+class Restored(NamedTuple):
+    """A module that is again what it was before a swap."""
+
+    name: str
+    original: str  # its class
+
+
+class UnswapReport:
+    """What `unswap` did; `print(report)` shows it as a table.
+
+    Attributes:
+        restored: the modules that have their own class or config again.
+    """
+
+    def __init__(self, restored: list[Restored]):
+        self.restored = restored
+
+    def __repr__(self) -> str:
+        return f"UnswapReport({len(self.restored)} restored)"
+
+    def __str__(self) -> str:
+        lines = [f"{_count(len(self.restored), 'module')} restored"]
+        if self.restored:
+            rows = [
+                (str(len(names)), original, where(names))
+                for (original,), names in grouped((r.name, (r.original,)) for r in self.restored).items()
+            ]
+            lines += ["", *table(("restored", "module", "where"), rows)]
         return "\n".join(lines)
 
 
@@ -83,7 +118,8 @@ def _ranges(numbers: list[int]) -> str:
     return "{" + ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs) + "}"
 
 
-def _grouped(entries: Iterable[tuple[str, tuple]]) -> dict[tuple, list[str]]:
+def grouped(entries: Iterable[tuple[str, tuple]]) -> dict[tuple, list[str]]:
+    """(name, what it has in common with others) -> that, with all names."""
     groups: dict[tuple, list[str]] = {}
     for name, key in entries:
         groups.setdefault(key, []).append(name)

@@ -21,9 +21,10 @@ from collections.abc import Iterable
 import torch
 from torch.overrides import TorchFunctionMode
 
+from gptkern.backends import dispatch
 from gptkern.swapping import routed_classes
 from gptkern.swapping.reading import Calls
-from gptkern.swapping.report import Replaced, Skipped, SwapReport
+from gptkern.swapping.report import Replaced, Restored, Skipped, SwapReport, UnswapReport
 from gptkern.swapping.twins import MODULES, ROUTED_MODULES, SWAPPABLE, written_out
 
 _logger = logging.getLogger("gptkern")
@@ -78,10 +79,13 @@ def swap(model: torch.nn.Module, ops: Iterable[str] | None = None, strict: bool 
     return report
 
 
-def unswap(model: torch.nn.Module) -> torch.nn.Module:
+def unswap(model: torch.nn.Module) -> UnswapReport:
     """Take gptkern's operators out of a model again, in place: each swapped module gets its original class back.
 
     Modules that were built as gptkern.nn modules stay. A model that was never swapped is left as it is.
+
+    Returns:
+        The report: what was restored.
 
     Raises:
         TypeError: model is no torch.nn.Module.
@@ -98,14 +102,18 @@ def unswap(model: torch.nn.Module) -> torch.nn.Module:
                 f"unswap: {name or '(model)'} became a {type(module).__name__} after it was swapped (a "
                 "parametrisation, say); undo that first. The model is unchanged"
             )
+    names = {module: name or "(model)" for name, module in model.named_modules()}
+    restored: dict[str, str] = {}
     for _, module in swapped:
         module.__class__ = _in_place_of(type(module), module.__dict__.pop(_ORIGINAL))
+        restored[names[module]] = _bare(type(module)).__name__
     for module in model.modules():
         for attribute, config in module.__dict__.pop(_CONFIGS, {}).items():
             # Another config that was put there since stays.
             if module.__dict__.get(attribute) is config.current:
                 module.__dict__[attribute] = config.restore()
-    return model
+                restored.setdefault(names[module], type(module).__name__)
+    return UnswapReport([Restored(name, cls) for name, cls in restored.items()])
 
 
 def kernels(ops: Iterable[str] | None = None) -> TorchFunctionMode:
@@ -145,6 +153,7 @@ class _Plan:
     """What to do with each module of a model; nothing is changed before `carry_out`."""
 
     def __init__(self, model: torch.nn.Module, operators: tuple[str, ...]):
+        self.model = model
         self.operators = operators
         self.report = SwapReport([], [])
         self.classes: list[tuple[torch.nn.Module, type]] = []
@@ -187,9 +196,9 @@ class _Plan:
                 self.classes.append((module, replacement))
             wanted = tuple(o for o in SWAPPABLE if o in wanted or o in by_name)
             shown = f"{shown}, {by_its_name}" if by_name else shown
-            self.report.replaced.append(Replaced(name, original.__name__, shown, ", ".join(wanted)))
+            self.replaced(name, module, original, shown, wanted)
         elif by_name:
-            self.report.replaced.append(Replaced(name, original.__name__, by_its_name, ", ".join(by_name)))
+            self.replaced(name, module, original, by_its_name, by_name)
         else:
             reason = _reason_to_skip(original, self.operators)
             if reason is not None:
@@ -234,6 +243,15 @@ class _Plan:
         for operator, reason in reasons.items():
             if operator in self.operators:
                 self.skip(name, original, reason)
+
+    def replaced(
+        self, name: str, module: torch.nn.Module, original: type, shown: str, operators: tuple[str, ...]
+    ) -> None:
+        holder = next((held for held in (module, self.model) if next(held.parameters(), None) is not None), None)
+        device = torch.device("cpu") if holder is None else next(holder.parameters()).device
+        expected = [dispatch.expected(operator, device) for operator in operators]
+        backends, reasons = (", ".join(dict.fromkeys(column)) for column in zip(*expected))
+        self.report.replaced.append(Replaced(name, original.__name__, shown, ", ".join(operators), backends, reasons))
 
     def skip(self, name: str, cls: type, reason: str) -> None:
         self.report.skipped.append(Skipped(name, cls.__name__, reason))
