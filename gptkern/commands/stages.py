@@ -145,7 +145,7 @@ class Demo:
             self.data.train, self.recipe.batch, self.recipe.length, self.recipe.seed, torch.device(self.recipe.device)
         )
         with training.autocast(self.recipe):
-            self.findings.swapped_modules = observed(self.stock, report, batches.next()[0])
+            self.findings.swapped_modules = observed(self.swapped, report, batches.next()[0])
         self.findings.skipped_modules = [tuple(entry) for entry in report.skipped]
         table = Table(box=None, padding=(0, 2, 0, 0))
         for heading in ("module", "class", "operator", "backend", "why"):
