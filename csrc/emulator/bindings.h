@@ -42,6 +42,7 @@ inline void bind(pybind11::module_& module) {
     module.def("set_seed", &set_seed, Unlocked());
     module.def("seed", &seed, Unlocked());
     module.def("skip_launches", &skip_launches, Unlocked());
+    module.def("run_last_blocks", &run_last_blocks, Unlocked());
     module.def("check_races", &check_races, Unlocked());
     module.def("set_bounds", &set_bounds, Unlocked());
     module.def(

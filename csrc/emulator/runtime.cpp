@@ -43,7 +43,7 @@ namespace gptkern::emulator {
 namespace running {
 
 std::mutex launching;
-uint64_t the_seed = 0;
+uint64_t the_seed = 0, last_blocks = 0;
 bool skipping = false, checking_races = true;
 std::vector<std::pair<uintptr_t, uintptr_t>> bounds;
 
@@ -260,6 +260,10 @@ void skip_launches(bool skip) {
     std::lock_guard lock(launching);
     skipping = skip;
 }
+void run_last_blocks(uint64_t count) {
+    std::lock_guard lock(launching);
+    last_blocks = count;
+}
 void check_races(bool check) {
     std::lock_guard lock(launching);
     checking_races = check;
@@ -323,8 +327,9 @@ void launch(const char* kernel, Index grid, unsigned block_threads, size_t bytes
         counts->shared_bytes = std::max<uint64_t>(counts->shared_bytes, bytes);
     }
 
-    std::vector<uint64_t> order(size_t(grid.x) * grid.y * grid.z);
-    std::iota(order.begin(), order.end(), uint64_t(0));
+    const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
+    std::vector<uint64_t> order(size_t(last_blocks ? std::min(last_blocks, blocks) : blocks));
+    std::iota(order.begin(), order.end(), blocks - order.size());
     if (!in_order)
         for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random_numbers.below(uint32_t(i))]);
     for (uint64_t block : order) {

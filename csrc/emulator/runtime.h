@@ -74,6 +74,8 @@ uint64_t seed();
 void set_bounds(std::vector<std::pair<uintptr_t, uintptr_t>> extents);
 // Launches that follow check their configuration and do nothing more: what is left is the host's own time.
 void skip_launches(bool skip);
+// Launches that follow run the last `count` blocks of their grid, in which the largest offsets are; 0: all of them.
+void run_last_blocks(uint64_t count);
 // Whether accesses that nothing orders fail a launch (they do at first), and are not left to the schedule to show.
 void check_races(bool check);
 
