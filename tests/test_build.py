@@ -229,6 +229,9 @@ def test_the_digest_is_of_all_that_the_module_is_made_of(tree):
     csrc = tree / "csrc"
     (csrc / "emulator").mkdir()
     (csrc / "third").mkdir()
+    with open(csrc / "device" / "shared.cuh", "a") as file:
+        file.write('#include "device/inner.cuh"\n')
+    (csrc / "device" / "inner.cuh").touch()
     seen = [sources.digest(csrc)]
     for name in (
         "first/one.cu",
@@ -237,6 +240,7 @@ def test_the_digest_is_of_all_that_the_module_is_made_of(tree):
         "bindings.cpp",
         "binding.h",
         "device/shared.cuh",
+        "device/inner.cuh",
         "third/new.cu",
         "third/binding.cpp",
     ):

@@ -44,6 +44,18 @@ def test_what_was_built_is_not_built_again(cache, tmp_path):
     assert {path.stat().st_ino for path in cache.iterdir()} == inodes
 
 
+def test_a_header_of_a_header_is_part_of_what_was_built(cache, tmp_path):
+    (tmp_path / "outer.h").write_text('#include "inner.h"\n')
+    (tmp_path / "inner.h").write_text("constexpr int INNER = 1;\n")
+    source = tmp_path / "unit.cpp"
+    source.write_text('#include "outer.h"\nint value() { return INNER; }\n')
+    unit = sources.Unit("unit", source, ())
+    module = emulated.build_units("module", [unit], quiet=True)
+    assert emulated.build_units("module", [unit], quiet=True) == module
+    (tmp_path / "inner.h").write_text("constexpr int INNER = 2;\n")
+    assert emulated.build_units("module", [unit], quiet=True) != module
+
+
 def test_what_is_no_longer_used_is_removed_by_the_next_build(cache, tmp_path):
     old = build(tmp_path / "unit.cpp", 1)
     (cache / ".unit-of-a-build-that-was-killed.o.abcdef").touch()

@@ -70,6 +70,11 @@ def test_a_wrong_architecture_is_named(text, words):
         # PTX alone where the list has the machine code in another form.
         (("90a", "90+PTX"), ["arch=compute_90a,code=sm_90a", "arch=compute_90,code=compute_90"]),
         (("80", "90+PTX"), ["arch=compute_80,code=sm_80", "arch=compute_90,code=[sm_90,compute_90]"]),
+        # Nothing is compiled twice, in whatever order and under whatever name it was asked for.
+        (("90", "90+PTX"), ["arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"]),
+        (("100+PTX", "100f"), ["arch=compute_100,code=compute_100", "arch=compute_100f,code=sm_100f"]),
+        (("90a", "90a+PTX"), ["arch=compute_90a,code=sm_90a", "arch=compute_90a,code=compute_90a"]),
+        (("100a", "100f+PTX"), ["arch=compute_100a,code=sm_100a", "arch=compute_100f,code=compute_100f"]),
     ],
 )
 def test_nvcc_is_told_the_architectures(architectures, codes):
