@@ -42,7 +42,9 @@ from typing import Any, NamedTuple
 import torch
 
 from gptkern import operators
+from gptkern.backends import tracing
 from gptkern.backends.tables import configurations, orders, user
+from gptkern.backends.tracing import constant_while_compiling
 
 BACKENDS = orders.FAMILIES
 # The launchers in plain PyTorch, of every operator.
@@ -86,6 +88,7 @@ _lock = threading.Lock()
 _ON_CPU = Choice("torch", "the input is on the CPU")
 _FORCED_TORCH = Choice("torch", "asked for by name")
 _NOT_DENSE = Choice("torch", "the input is a nested or sparse tensor, which kernels cannot read")
+_TRACED = Choice("torch", "torch.jit.trace records it, whose graphs hold PyTorch's operators alone")
 _modules: dict[tuple[str, str], Any] = {}
 _warned: set[tuple[str, str]] = set()
 
@@ -205,7 +208,16 @@ def settled(tensor: Any) -> Choice | None:
         if forced is not None:
             raise BackendError(f"backend {forced!r} was asked for and cannot run a nested or sparse tensor")
         return _announced(_NOT_DENSE)
+    if tracing.in_jit_trace():
+        return _announced(_while_traced(forced))
     return None
+
+
+def _while_traced(forced: str | None) -> Choice:
+    if forced is not None:
+        raise BackendError(f"backend {forced!r} was asked for and cannot run: {_TRACED.reason}")
+    _warn_once("an operator", _TRACED.reason)
+    return _TRACED
 
 
 def choose(operator: str, call: tuple) -> Choice:
@@ -267,7 +279,7 @@ def _decide(operator: str, forced: str | None, call: tuple) -> Choice:
 
 def _uncovered(name: str, operator: str, call: tuple) -> str | None:
     """Why the backend's kernels do not cover this call, or None."""
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+    if tracing.in_torch_func():
         return "a torch.func transform is active, and the kernels' autograd.Functions have no rules for it"
     device = first_tensor(call).device
     for argument in call:
@@ -277,17 +289,9 @@ def _uncovered(name: str, operator: str, call: tuple) -> str | None:
                     return f"{type(tensor).__name__} is a tensor subclass, which kernels cannot read"
                 if tensor.device != device:
                     return f"tensors are on {device} and {tensor.device}"
+                if tracing.is_dual(tensor):
+                    return "a tensor carries a tangent (torch.autograd.forward_ad), which kernels do not see"
     return _modules[name, operator].unsupported(call)
-
-
-def constant_while_compiling(function: Callable) -> Callable:
-    """torch.compile calls the function once and keeps the result.
-
-    What torch.compiler.assume_constant_result does, without its import of torch._dynamo (and of triton), which
-    would take most of the time of `import gptkern`.
-    """
-    function._dynamo_marked_constant = True
-    return function
 
 
 # (operator, index of a GPU) -> class of calls -> preference; what was measured on that GPU, most often nothing.

@@ -1,0 +1,69 @@
+"""Who else is there while a call runs: torch.func, forward mode, torch.jit.trace, a compiler, fake tensors.
+
+Kernels know none of them, and PyTorch's own operators all. A tensor that one of them holds may have no values to look
+at, or ones that a graph must not keep; a size that torch.jit.trace hands out is a tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+from torch.autograd import forward_ad
+
+# Where make_fx and torch.export keep their modes while they trace above autograd.
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+
+
+def constant_while_compiling(function: Callable) -> Callable:
+    """torch.compile calls the function once and keeps the result.
+
+    What torch.compiler.assume_constant_result does, without its import of torch._dynamo (and of triton), which
+    would take most of the time of `import gptkern`.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+# A compiler traces a transform by entering it, and guards on it.
+@constant_while_compiling
+def in_torch_func() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp, …) is active."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def in_jit_trace() -> bool:
+    """Whether torch.jit.trace, and with it the older ONNX export, records what runs."""
+    return torch._C._get_tracing_state() is not None
+
+
+def is_dual(tensor: torch.Tensor) -> bool:
+    """Whether the tensor carries a tangent (torch.autograd.forward_ad)."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def has_values(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's values may be looked at: it is plain, and nothing records, transforms or fakes it."""
+    return (
+        type(tensor) is torch.Tensor
+        and not torch.compiler.is_compiling()
+        and not in_torch_func()
+        and not in_jit_trace()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
+    )
+
+
+@contextlib.contextmanager
+def untraced():
+    """Sizes are numbers inside the block, also while torch.jit.trace makes them tensors; nothing in it is recorded."""
+    state = torch._C._get_tracing_state()
+    if state is None:
+        yield
+        return
+    torch._C._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)
