@@ -54,6 +54,9 @@ def main():
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    device_type = torch.device(args.device).type
+    if device_type == "cpu" and args.model is None:
+        torch.set_num_threads(1)  # matrices as small as these are slower on more
     torch.manual_seed(0)
     text = args.text.read_text(encoding="utf-8") if args.text else "\n".join(pydoc_data.topics.topics.values())
     model, tokens, decode = load(args.model, text)
@@ -64,7 +67,7 @@ def main():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for step in range(1, args.steps + 1):
         batch = {name: tensor.to(args.device) for name, tensor in padded_batch(tokens).items()}
-        with torch.autocast(args.device, dtype=torch.bfloat16):
+        with torch.autocast(device_type, dtype=torch.bfloat16):
             loss = model(**batch).loss
         optimizer.zero_grad()
         loss.backward()
