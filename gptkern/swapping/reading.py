@@ -14,7 +14,7 @@ from __future__ import annotations
 import dis
 import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 # A name that code loads, and the attributes that it takes from it.
@@ -68,7 +68,7 @@ def followed(cls: type, find: Callable = lambda function: None) -> Links:
         function = waiting.pop()
         if not isinstance(function, types.FunctionType) or function in links:
             continue
-        links[function] = dict(_links(function, cls))
+        links[function] = dict(_links(function, cls, find))
         for chain, target in links[function].items():
             is_global = not is_method(function, chain) and chain[0] not in function.__code__.co_freevars
             same_package = f"{getattr(target, '__module__', None) or ''}.".startswith(package)
@@ -88,7 +88,7 @@ def is_method(function: types.FunctionType, chain: Chain) -> bool:
     return len(chain) == 2 and chain[:1] == function.__code__.co_varnames[:1]
 
 
-def _links(function: types.FunctionType, cls: type) -> Iterator[tuple[Chain, Callable]]:
+def _links(function: types.FunctionType, cls: type, find: Callable) -> Iterator[tuple[Chain, Callable]]:
     code = function.__code__
     cells = dict(zip(code.co_freevars, function.__closure__ or ()))
     for chain in chains(code):
@@ -101,6 +101,12 @@ def _links(function: types.FunctionType, cls: type) -> Iterator[tuple[Chain, Cal
             target = _attribute(first, chain[1:])
             if callable(target):
                 yield chain, target
+                continue
+            # A table in which functions are looked up by a name, `TABLE[name]` or `TABLE.get(name)`.
+            for end in range(1, len(chain) + 1):
+                target = _attribute(first, chain[1:end])
+                if isinstance(target, Mapping) and find(target):
+                    yield chain[:end], target
 
 
 def contents(cell: types.CellType) -> object:

@@ -160,6 +160,8 @@ class _Plan:
         # Found out once per swap, and not kept: a class's methods may be patched at any time.
         self.found: dict[type, Calls] = {}
         self.made: dict[tuple[type, tuple[str, ...]], type | str] = {}
+        # The names of modules whose attention was eager's, which alone gives a call's output_attentions.
+        self.was_eager: set[str] = set()
         transformers = routed_classes.transformers()
         self.attention = transformers.Attention(model, _original_class, _noted_configs) if transformers else None
 
@@ -170,6 +172,7 @@ class _Plan:
             self.skip(name, type(module), "its class was changed after it was swapped")
             return
         by_name, refused = self.decide_attention(name, module, original)
+        eager = ' (was "eager": no output_attentions)' if name in self.was_eager else ""
         twin, operator = MODULES.get(original, (None, ""))
         if twin is not None:
             replacement, wanted = twin, (operator,) if operator in self.operators else ()
@@ -181,11 +184,9 @@ class _Plan:
             wanted = tuple(o for o in asked_for if o in self.calls_of(original).operators and o not in refused)
             replacement = self.routed(original, wanted) if wanted and "forward" not in module.__dict__ else None
             wanted = wanted if set(wanted) & set(self.operators) else ()
-            shown = f"{original.__name__}, routed"
+            shown = f"{original.__name__}, routed{eager * (not by_name)}"
             self.name_what_is_written_out(name, module, original)
-        by_its_name = 'attn_implementation="gptkern"'
-        if by_name and self.attention.was_eager(module):
-            by_its_name += ' (was "eager": no output_attentions)'
+        by_its_name = f'attn_implementation="gptkern"{eager}'
         if wanted and isinstance(replacement, str):
             self.skip(name, original, replacement)
             wanted = ()
@@ -219,8 +220,8 @@ class _Plan:
         return self.made[cls, operators]
 
     def decide_attention(self, name: str, module: torch.nn.Module, original: type) -> tuple[tuple, tuple]:
-        """-> (attention,), () where the module's attention comes by a name in its config; (), (attention,) where it
-        would and cannot."""
+        """-> (attention,) where the module's attention is to come by the name in its config; (attention,) where its
+        forward is not to be rerouted for it."""
         if self.attention is None or not routed_classes.takes_attention_by_name(original):
             return (), ()
         wanted = tuple(operator for operator in (self.attention.operator,) if operator in self.operators)
@@ -228,9 +229,14 @@ class _Plan:
         if reason is not None:
             self.skip(name, original, reason)
             return (), wanted
-        if wanted:
-            self.attention.want(module)
-        return wanted, ()
+        if not wanted:
+            return (), ()
+        if self.attention.was_eager(module):
+            self.was_eager.add(name)
+        if self.attention.keeps_its_name(module):
+            return (), ()
+        self.attention.want(module)
+        return wanted, () if self.attention.is_overridden(original) else wanted
 
     def name_what_is_written_out(self, name: str, module: torch.nn.Module, original: type) -> None:
         found = self.calls_of(original)

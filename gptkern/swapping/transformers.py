@@ -16,6 +16,11 @@ Masks arrive as for "sdpa", because the mask function is the same: None for plai
 (batch, 1, length_q, length_k) where there is padding, a sliding window, or a cache that makes the keys longer than the
 queries: its last rows then say lower-right causal. A model that was built with "eager" gets such masks, too.
 
+A model's own code may ask for the name, `if self.config._attn_implementation == "sdpa"`, and would then take another
+way (attention_names.py finds such code). There the config stays as it is: the attention's forward is made anew with
+another table in the name ALL_ATTENTION_FUNCTIONS, in which "sdpa" leads to gptkern. A model that was built by the name
+"gptkern" and asks for it raises.
+
 GPT-J computes its attention itself, in its method `_attn`: it is replaced.
 
 Llama's RMSNorm, and every other model's whose code is the same, runs on gptkern.functional.rms_norm. transformers
@@ -48,7 +53,9 @@ from transformers.utils import logging
 
 from gptkern import functional as F
 from gptkern.backends import dispatch
-from gptkern.swapping.reading import names_in
+from gptkern.swapping import attention_names
+from gptkern.swapping.attention_names import Question
+from gptkern.swapping.reading import followed, names_in
 from gptkern.swapping.twins import ATTENTION, RMS_NORM, ROTARY, Replacement
 
 # Without the word "flash", by which transformers tells kernels that build their masks themselves.
@@ -87,8 +94,11 @@ def attention_forward(
         (batch, length_q, heads, head_dim), contiguous; and None, as the attention weights are never written down.
 
     Raises:
-        ValueError: the model needs scores capped (softcap) or attention sinks (s_aux), which these kernels have not.
+        ValueError: the model needs scores capped (softcap) or attention sinks (s_aux), which these kernels have not; or
+            it was built by the name "gptkern", and its code asks for that name.
     """
+    if type(module).__module__ not in _ask_nothing and not torch.compiler.is_compiling():
+        _refuse_questions(module)
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
             raise ValueError(f'attn_implementation="{NAME}" has no {name}; use attn_implementation="eager"')
@@ -124,6 +134,49 @@ def _runs_on_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
         return False
     choice = dispatch.explain(F.scaled_dot_product_attention, query, key, value, *arguments, enable_gqa=True)
     return choice.backend == "torch"
+
+
+# The Python modules whose code was read and asks nothing.
+_ask_nothing: set[str] = set()
+
+
+def _refuse_questions(module: torch.nn.Module) -> None:
+    """Raises ValueError where the module was built by the name "gptkern", and code in its file asks for it."""
+    if getattr(getattr(module, "config", None), "_attn_implementation", None) != NAME:
+        return
+    question = attention_names.find(attention_names.beside(type(module)), [], "sdpa", NAME)
+    if question is not None:
+        raise ValueError(f'attn_implementation="{NAME}": {_asked_by(question)}; build it with "sdpa" and swap it')
+    _ask_nothing.add(type(module).__module__)
+
+
+def _asked_by(question: Question) -> str:
+    return f"{question} asks for the name of the attention"
+
+
+class _Table:
+    """What stands for an AttentionInterface in a forward that is made anew: the names whose place gptkern takes lead to
+    gptkern's attention."""
+
+    def __init__(self, table: AttentionInterface):
+        self._table = table
+
+    def get_interface(self, attn_implementation: str | None, default: Callable) -> Callable:
+        if attn_implementation in _REPLACED:
+            return attention_forward
+        return self._table.get_interface(attn_implementation, default)
+
+    def get(self, attn_implementation: str | None, default: Callable | None = None) -> Callable | None:
+        return attention_forward if attn_implementation in _REPLACED else self._table.get(attn_implementation, default)
+
+    def __getitem__(self, attn_implementation: str) -> Callable:
+        return attention_forward if attn_implementation in _REPLACED else self._table[attn_implementation]
+
+    def __contains__(self, attn_implementation: object) -> bool:
+        return attn_implementation in self._table
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._table, name)
 
 
 AttentionInterface.register(NAME, attention_forward)
@@ -186,7 +239,9 @@ def _code_of(function: Callable) -> tuple | None:
 
 
 def find(function: Callable) -> Replacement | None:
-    """What takes the place of a function that a forward calls by its name."""
+    """What takes the place of a function that a forward calls by its name, or of the table in which it looks it up."""
+    if isinstance(function, AttentionInterface):
+        return Replacement(ATTENTION, _Table(function))
     if getattr(function, "__name__", "") != _ROTARY or not isinstance(function, types.FunctionType):
         return None
     return _rotary(function)
@@ -286,11 +341,7 @@ class SwappedConfig:
 
 def _models_beside(cls: type) -> list[type]:
     """The models that are written in the file of a module's class."""
-    return [
-        value
-        for value in list(vars(sys.modules.get(cls.__module__, object)).values())
-        if isinstance(value, type) and issubclass(value, PreTrainedModel) and value.__module__ == cls.__module__
-    ]
+    return [value for value in attention_names.beside(cls) if issubclass(value, PreTrainedModel)]
 
 
 class Attention:
@@ -316,6 +367,9 @@ class Attention:
             for name, value in vars(module).items()
             if isinstance(value, PreTrainedConfig)
         ]
+        self._model = model
+        # Implementation -> the question to which its name and ours get different answers.
+        self._questions: dict[str | None, Question | None] = {}
         self._original_class = original_class
         self._wanted: dict[int, PreTrainedConfig] = {}
         # The copies that an earlier swap made and that still stand in their places, by their own id and by their
@@ -336,25 +390,65 @@ class Attention:
             return "it has no config of transformers, in which its attention could be chosen"
         implementation = config._attn_implementation
         if implementation == NAME:
-            return None
+            question = None if id(config) in self._by_copy else self._question("sdpa")
+            return None if question is None else f'{_asked_by(question)}, which is "{NAME}"'
         if implementation not in _REPLACED:
             return f'attn_implementation="{implementation}" was asked for by name'
         if config.output_attentions:
             return "its config asks for the attention weights, which are never written down"
         if getattr(config, "attn_logit_softcapping", None) is not None:
             return "its scores are capped, which the kernels cannot"
-        if not overrides(self._original_class(module)):
+        cls = self._original_class(module)
+        question = self._question(implementation)
+        if question is not None and implementation == "eager" and "get_interface" not in names_in(cls):
+            return f'{_asked_by(question)}, which is "eager"'
+        if question is not None and overrides(cls):
+            return _asked_by(question)
+        if not overrides(cls):
+            if not self._looks_up(cls):
+                return f"its {_INTERFACE} is no AttentionInterface of transformers"
             for holder, _, held in self._holders:
                 if held is config and isinstance(holder, PreTrainedModel) and not holder._supports_sdpa:
                     return f"{type(holder).__name__} cannot run on scaled_dot_product_attention"
             # A part of a model does not hold the PreTrainedModel that says so; its file does.
-            models = _models_beside(self._original_class(module))
+            models = _models_beside(cls)
             if models and not any(model._supports_sdpa for model in models):
                 return f"{models[0].__name__} cannot run on scaled_dot_product_attention"
         return None
 
+    def keeps_its_name(self, module: torch.nn.Module) -> bool:
+        """Whether code of the model asks for the name in the module's config, so that it has to stay: what is replaced
+        is then the table in which the module's forward looks it up."""
+        implementation = vars(module)["config"]._attn_implementation
+        return implementation != NAME and self._question(implementation) is not None
+
+    @staticmethod
+    def is_overridden(cls: type) -> bool:
+        """Whether the class computes its attention in a method that is replaced."""
+        return bool(overrides(cls))
+
+    def _question(self, implementation: str | None) -> Question | None:
+        if implementation not in self._questions:
+            modules = list(self._model.modules())
+            written = {self._original_class(module) for module in modules}
+            classes = {cls for found in written for cls in attention_names.beside(found)}
+            classes |= {type(config) for _, _, config in self._holders}
+            objects = [value for module in modules for value in attention_names.held_by(module)]
+            # Where it was eager the masks become sdpa's, for which the answers have to be those of that name, too.
+            found = (attention_names.find(classes, objects, name, NAME) for name in (implementation, "sdpa"))
+            self._questions[implementation] = next(filter(None, found), None)
+        return self._questions[implementation]
+
+    def _looks_up(self, cls: type) -> bool:
+        """Whether a class's forward looks its attention up where the name "gptkern" is found."""
+        table = getattr(inspect.unwrap(cls.forward), "__globals__", {}).get(_INTERFACE)
+        if isinstance(table, AttentionInterface) or (isinstance(table, dict) and NAME in table):
+            return True
+        targets = [target for links in followed(cls, find).values() for target in links.values()]
+        return any(isinstance(target, AttentionInterface) for target in targets)
+
     def was_eager(self, module: torch.nn.Module) -> bool:
-        """Whether the module's attention was eager's, which alone gives a call's output_attentions."""
+        """Whether the module's attention was eager's before a swap."""
         config = vars(module)["config"]
         note = self._by_copy.get(id(config))
         return (config if note is None else note.original)._attn_implementation == "eager"
