@@ -6,6 +6,8 @@ constructor; only `forward` differs. So `gptkern.swap` sets a module's class, an
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import torch
 
 from gptkern import functional as F
@@ -36,20 +38,28 @@ class Softmax(torch.nn.Softmax):
 class Int8Linear(torch.nn.Module):
     """A linear layer whose weight is int8 with one scale for each output: gptkern.functional.int8_linear.
 
-        y = act(x @ (weight * weight_scale)^T + bias)
+        y = act(x @ (int8_weight * weight_scale)^T + bias)
 
     A new one holds zeros and waits for a state_dict; `from_linear` quantises a trained layer. The weight does not
     learn: it and its scales are buffers. The bias does, as torch.nn.Linear's, and gradients pass to the input.
+
+    In a state_dict the codes have a key of their own, so that no load takes them for weights, nor weights for them:
+    `int8_weight` (out_features, in_features) int8, `weight_scale` (out_features,) float32, `bias` as it is. Codes that
+    an older file has under "weight" are taken too.
 
     Args:
         in_features, out_features: widths of the input's and of the output's last dimension.
         bias: whether there is one.
         activation: None, "gelu" or "gelu_tanh", applied in the same pass.
         mode: "w8a8", "w8a16" or "auto", as for int8_linear.
-        device, dtype: of the bias. `weight` is int8 and `weight_scale` float32, and they stay so when a model is cast.
+        device, dtype: of the bias. `int8_weight` is int8 and `weight_scale` float32, and they stay so when a model is
+            cast.
 
     Raises:
         ValueError: unknown activation or mode.
+        RuntimeError: `load_state_dict`, strict or not, of a weight that is not int8, or of scales that are not
+            float32. Nothing of the layer is changed; in a model that `quantize` or `load_quantized` went through,
+            nothing of the model.
     """
 
     def __init__(
@@ -69,7 +79,7 @@ class Int8Linear(torch.nn.Module):
         self.out_features = out_features
         self.activation = activation
         self.mode = mode
-        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
+        self.register_buffer("int8_weight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
         self.register_buffer("weight_scale", torch.ones(out_features, dtype=torch.float32, device=device))
         zeros = torch.nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         self.register_parameter("bias", zeros)
@@ -101,28 +111,90 @@ class Int8Linear(torch.nn.Module):
         bias = module.bias
         # On the meta device nothing is filled in only to be replaced.
         layer = cls(in_features, out_features, bias is not None, activation=activation, mode=mode, device="meta")
-        layer.weight, layer.weight_scale = F.quantize_int8(weight)
+        layer.int8_weight, layer.weight_scale = F.quantize_int8(weight)
         if bias is not None:
             layer.bias = torch.nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
         return layer.train(module.training)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """`int8_weight`, for code that asks a linear layer's weight for its device or dtype; it cannot be set."""
+        return self.int8_weight
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.int8_linear(
-            input, self.weight, self.weight_scale, self.bias, activation=self.activation, mode=self.mode
+            input, self.int8_weight, self.weight_scale, self.bias, activation=self.activation, mode=self.mode
         )
 
     def _apply(self, fn, recurse=True):
         # .half(), .to(dtype) and .type(dtype) would round the scales, or the weight, to a dtype that they cannot have.
-        kept = self.weight, self.weight_scale
+        kept = self.int8_weight, self.weight_scale
         super()._apply(fn, recurse)
-        for name, before in zip(("weight", "weight_scale"), kept):
+        for name, before in zip(("int8_weight", "weight_scale"), kept):
             after = getattr(self, name)
             if after.dtype != before.dtype:
                 setattr(self, name, before.to(after.device))
         return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *arguments):
+        state_dict = with_own_keys(state_dict, [prefix])
+        refuse_unfit(f"load_state_dict of {type(self).__name__}", unfit(state_dict, prefix))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        # Pickled when the codes' name was that of a float weight.
+        if "weight" in self._buffers:
+            self._buffers = with_own_keys(self._buffers, [""])
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"activation={self.activation!r}, mode={self.mode!r}"
         )
+
+
+# --- What a state_dict holds for an int8 layer -----------------------------------------------------------------------
+
+_NAMED_AT_MOST = 8
+
+
+def with_own_keys(state_dict: Mapping[str, torch.Tensor], prefixes: Iterable[str]) -> dict[str, torch.Tensor]:
+    """The state_dict with the codes of the int8 layers of these prefixes ("blocks.0.fc.") under their own key."""
+    renamed, marks = {}, set()
+    for prefix in prefixes:
+        old, new = f"{prefix}weight", f"{prefix}int8_weight"
+        if _dtype(state_dict, old) == torch.int8:
+            if new not in state_dict:
+                renamed[old] = new
+            elif state_dict[old].dim() == 1:
+                marks.add(old)  # by save_pretrained, for who does not know int8 layers
+    return {renamed.get(key, key): value for key, value in state_dict.items() if key not in marks}
+
+
+def unfit(state_dict: Mapping[str, torch.Tensor], prefix: str) -> list[str]:
+    """What the state_dict holds for the int8 layer of this prefix that it cannot take: "key is …; it needs …"."""
+    needed = {"int8_weight": torch.int8, "weight_scale": torch.float32}
+    found = {key: _dtype(state_dict, f"{prefix}{key}") for key in ("weight", *needed)}
+    return [
+        f"{prefix}{key} is {dtype}; the layer is int8 and needs "
+        + (f"{prefix}int8_weight, {torch.int8}" if key == "weight" else f"{needed[key]}")
+        for key, dtype in found.items()
+        # Codes under the older key are no float weight.
+        if dtype is not None and dtype != needed.get(key, torch.int8)
+    ]
+
+
+def refuse_unfit(what: str, lines: list[str], error: type[Exception] = RuntimeError) -> None:
+    """Raise an error that names what does not fit, if anything."""
+    if lines:
+        more = len(lines) - _NAMED_AT_MOST
+        listed = [*lines[:_NAMED_AT_MOST], *([f"and {more} more"] if more > 0 else [])]
+        raise error(
+            f"{what}: {'; '.join(listed)}. Float weights go into a float model, which gptkern.quantize makes int8 then"
+        )
+
+
+def _dtype(state_dict: Mapping[str, torch.Tensor], key: str) -> torch.dtype | None:
+    # A state_dict may hold more than tensors.
+    return getattr(state_dict.get(key), "dtype", None)

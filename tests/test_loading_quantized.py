@@ -6,7 +6,7 @@ import gc
 
 import pytest
 import torch
-from quantized_models import Pair, gpt, ids, int8_names, logits, on_meta, read, saved
+from quantized_models import Pair, gpt, ids, int8_names, logits, on_meta, quantized_names, read, saved
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -59,9 +59,9 @@ def test_a_gpt_comes_back_bit_for_bit_and_its_float_weights_never_exist(tmp_path
             gptkern.swap(fresh)
         if quantise_first:
             gptkern.quantize(fresh)
-        assert gptkern.load_quantized(fresh, read(path)) is fresh
+        report = gptkern.load_quantized(fresh, read(path))
     assert max(tensor.numel() for tensor in made.tensors if tensor.is_floating_point()) < 32 * 32
-    assert int8_names(fresh) == int8_names(model)
+    assert int8_names(fresh) == int8_names(model) == quantized_names(report)
     assert fresh.lm_head.weight is fresh.token_embedding.weight
     assert list(fresh.state_dict()) == list(model.state_dict())
     assert all(p.requires_grad for p in fresh.parameters())
@@ -90,7 +90,7 @@ def state_dict_hooks(layer, seen):
         layer.register_state_dict_pre_hook(lambda module, *_: seen.append(("saving", type(module)))),
         layer.register_load_state_dict_pre_hook(lambda module, *_: seen.append(("loading", type(module)))),
         layer._register_load_state_dict_pre_hook(
-            lambda state_dict, *_: seen.append(("loading it", "first.weight" in state_dict))
+            lambda state_dict, *_: seen.append(("loading it", "first.int8_weight" in state_dict))
         ),
         layer.register_load_state_dict_post_hook(lambda module, _: seen.append(("loaded", type(module)))),
     ]
@@ -139,7 +139,8 @@ def test_a_model_with_weights_loses_them_and_keeps_the_rest():
 def test_what_was_skipped_is_float_again(tmp_path):
     model = gpt()
     gptkern.quantize(model, skip=["lm_head", "blocks.1"])
-    fresh = gptkern.load_quantized(on_meta(gpt), read(saved(model, tmp_path / "model.safetensors")))
+    fresh = on_meta(gpt)
+    gptkern.load_quantized(fresh, read(saved(model, tmp_path / "model.safetensors")))
     assert int8_names(fresh) == int8_names(model) and len(int8_names(fresh)) == 4
     assert torch.equal(logits(fresh), logits(model))
 
@@ -151,7 +152,8 @@ def test_shared_layers_come_back_shared(tmp_path):
 
     model = make()
     gptkern.quantize(model)
-    fresh = gptkern.load_quantized(on_meta(make), read(saved(model, tmp_path / "model.safetensors")))
+    fresh = on_meta(make)
+    gptkern.load_quantized(fresh, read(saved(model, tmp_path / "model.safetensors")))
     x = torch.randn(3, 6)
     assert fresh[0] is fresh[2] and torch.equal(fresh(x), model(x))
 
@@ -160,7 +162,8 @@ def test_another_dtype_is_the_file_s(tmp_path):
     model = gpt()
     gptkern.quantize(model)
     model.bfloat16()
-    fresh = gptkern.load_quantized(on_meta(gpt), read(saved(model, tmp_path / "model.safetensors")))
+    fresh = on_meta(gpt)
+    gptkern.load_quantized(fresh, read(saved(model, tmp_path / "model.safetensors")))
     assert fresh.final_norm.weight.dtype == torch.bfloat16
     assert fresh.blocks[0].attention.qkv.weight_scale.dtype == torch.float32
     assert torch.equal(logits(fresh), logits(model))
@@ -199,9 +202,16 @@ REFUSED = {
         lambda: (gpt(), state_of_gpt(**{"blocks.0.attention.qkv.weight_scale": torch.ones(96).half()})),
         TypeError, "blocks.0.attention.qkv.weight_scale is torch.float16.*needs torch.float32",
     ),
+    "codes that are none": (
+        lambda: (gpt(), state_of_gpt(**{"blocks.0.attention.qkv.int8_weight": torch.ones(96, 32)})),
+        TypeError, "blocks.0.attention.qkv.int8_weight is torch.float32.*needs torch.int8",
+    ),
+    "nothing int8": (
+        lambda: (Pair(), Pair().state_dict()), ValueError, "nothing in state_dict is int8.*model.load_state_dict loads",
+    ),
     "a float weight for an int8 layer": (
         lambda: (quantised_pair(), {**quantised_pair().state_dict(), "second.weight": torch.zeros(5, 6)}),
-        TypeError, "second.weight is torch.float32.*needs torch.int8",
+        TypeError, "second.weight is torch.float32; the layer is int8 and needs second.int8_weight",
     ),
     "no linear layer": (
         lambda: (Pair(torch.nn.Sequential()), {"first.weight": torch.zeros(2, 2, dtype=torch.int8)}),
@@ -211,7 +221,8 @@ REFUSED = {
         lambda: (gpt(), state_of_gpt(**{"lm_head.weight": torch.zeros(61, 32)})), ValueError, "the model ties",
     ),
     "a buffer on meta": (
-        lambda: (on_meta(WithBuffer), Pair().state_dict()), RuntimeError, "table would stay on the meta device",
+        lambda: (on_meta(WithBuffer), quantised_pair().state_dict()),
+        RuntimeError, "table would stay on the meta device",
     ),
 }  # fmt: skip
 

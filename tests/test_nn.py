@@ -228,7 +228,7 @@ def test_int8_linear_shares_nothing_with_its_source(device):
 def test_int8_linear_state_dict(backend, device, bias):
     module = nn.Int8Linear.from_linear(linear(bias=bias, device=device))
     state = module.state_dict()
-    assert set(state) == {"weight", "weight_scale"} | ({"bias"} if bias else set())
+    assert set(state) == {"int8_weight", "weight_scale"} | ({"bias"} if bias else set())
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)

@@ -4,6 +4,8 @@ quantizing.py   quantize: a model's linear layers one after another
 choosing.py     which layers become int8, and why the others do not
 layers.py       where a model holds its layers, and how one takes the place of another
 loading.py      load_quantized
+refusing.py     state_dicts of the other kind, refused before anything is loaded
+transformers.py save_pretrained and from_pretrained of quantised models; imported only where transformers is in use
 report.py       what quantize did, as data and as a table
 """
 

@@ -28,7 +28,7 @@ def planned(
     chosen, skipped = [], []
     for held in held_in:
         module, name = held[0].module(), held[0].name
-        if not _looks_linear(module):
+        if not looks_linear(module):
             continue
         reason = _skip_named(held, skip) or _obstacle(held, module, holders)
         if reason is None and module in read:
@@ -44,7 +44,7 @@ def planned(
     return chosen, skipped
 
 
-def _looks_linear(module: torch.nn.Module) -> bool:
+def looks_linear(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.Linear | Int8Linear) or any(
         cls.__name__ == "Conv1D" for cls in type(module).__mro__
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import types
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,15 @@ _HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
+
+
+def transformers() -> types.ModuleType | None:
+    """gptkern.quantizing.transformers, where the process has loaded what a model of transformers is made of."""
+    if "transformers.modeling_utils" not in sys.modules:
+        return None
+    from gptkern.quantizing import transformers
+
+    return transformers
 
 
 class Place(NamedTuple):
@@ -68,3 +78,15 @@ def take_over(module: torch.nn.Module, layer: Int8Linear) -> None:
             layer._load_state_dict_pre_hooks[key] = type(hook)(hook.hook, layer)
     for name, value in vars(module).items():
         vars(layer).setdefault(name, value)
+
+
+def put_empty(held: list[Place], mode: str, activation: str | None = None) -> None:
+    """An Int8Linear without memory, in all places of a torch.nn.Linear or Conv1D; its bias stays as it is."""
+    module = held[0].module()
+    out_features, in_features = module.weight.t().shape if is_conv1d(module) else module.weight.shape
+    layer = Int8Linear(
+        in_features, out_features, module.bias is not None, activation=activation, mode=mode, device="meta"
+    )
+    take_over(module, layer.train(module.training))
+    for place in held:
+        place.put(layer)

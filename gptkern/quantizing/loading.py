@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 
 import torch
 
-from gptkern.nn import Int8Linear, check_options
-from gptkern.quantizing.layers import is_conv1d, places, take_over
+from gptkern.nn import Int8Linear, check_options, refuse_unfit, with_own_keys
+from gptkern.quantizing import layers
+from gptkern.quantizing.choosing import looks_linear
+from gptkern.quantizing.layers import Place, is_conv1d, places, put_empty
+from gptkern.quantizing.refusing import look_first, unfit_for
+from gptkern.quantizing.report import Quantized, QuantizeReport, Skipped, size_in_bytes
+
+_logger = logging.getLogger("gptkern")
+
+_CODES = ".int8_weight"
 
 
 def load_quantized(
     model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor], mode: str = "auto"
-) -> torch.nn.Module:
+) -> QuantizeReport:
     """Load a quantised model's state_dict into a fresh model that need not be quantised, or hold anything, yet.
 
         save_model(quantised_model, "model.safetensors")            # of safetensors.torch; it writes tied weights once
         with torch.device("meta"):
             model = GPT(config)                                     # no memory at all
-        gptkern.load_quantized(model, load_file("model.safetensors"))
+        print(gptkern.load_quantized(model, load_file("model.safetensors")))
 
-    Layers whose weight is int8 in the state_dict become gptkern.nn.Int8Linear; those that are already stay so. The
-    tensors are taken as they are, not copied, with their device and dtype; weights that the model ties stay tied, and
-    the state_dict needs only one of their names.
+    Layers that have an `int8_weight` in the state_dict become gptkern.nn.Int8Linear, in place; those that are already
+    stay so. The tensors are taken as they are, not copied, with their device and dtype; weights that the model ties
+    stay tied, and the state_dict needs only one of their names. Hooks, attributes and the training flag are the
+    model's. Files of before the codes had a key of their own, with int8 under "weight", are taken as well.
 
     Args:
         model: of the class and the configuration that was quantised, on any device.
@@ -30,12 +40,13 @@ def load_quantized(
         mode: of the layers that become int8, as for `quantize`; a state_dict does not say it.
 
     Returns:
-        The model.
+        A report as `quantize` gives: the layers that are int8 now, with their bytes before and after, and the linear
+        layers that are not. A layer's error is None: what was rounded is not known any more.
 
     Raises:
-        TypeError: model is no module, state_dict is no mapping, holds an int8 weight for a module that is no linear
+        TypeError: model is no module, state_dict is no mapping, holds int8 codes for a module that is no linear
             layer, or for an int8 layer a weight that is not int8 or scales that are not float32.
-        ValueError: unknown mode, or tied weights differ in the state_dict.
+        ValueError: unknown mode, nothing in the state_dict is int8, or tied weights differ in it.
         RuntimeError: names or shapes do not fit (what torch.nn.Module.load_state_dict says about it); or something
             stays on the meta device, because state_dicts leave it out.
 
@@ -49,48 +60,88 @@ def load_quantized(
             "safetensors.torch.load_file returns"
         )
     check_options("load_quantized", None, mode)
+    held_in = [held for held in places(model) if looks_linear(held[0].module())]
+    before = {held[0].name: (type(held[0].module()).__name__, size_in_bytes(held[0].module())) for held in held_in}
+    bytes_before = size_in_bytes(model)
     # Nothing is written into a tensor below: these dictionaries are all that changes.
-    before = [
+    kept = [
         (d, dict(d))
         for m in model.modules()
         for d in (m._modules, m._parameters, m._buffers, m._load_state_dict_pre_hooks)
     ]
     try:
-        _put_empty_layers(model, state_dict, mode)
+        state_dict = _put_empty_layers(model, state_dict, mode)
         groups = list(_tied_names(model))
         model.load_state_dict(_with_tied_names(state_dict, groups), strict=True, assign=True)
         for names in groups:
             _tie(model, names)
-        _check_dtypes(model)
         _check_filled(model, state_dict)
+        look_first(model)
+        if transformers := layers.transformers():
+            transformers.let_save(model)
     except BaseException:
-        for dictionary, content in before:
+        for dictionary, content in kept:
             dictionary.clear()
             dictionary.update(content)
         raise
-    return model
+    report = _report(held_in, before, bytes_before, size_in_bytes(model))
+    _logger.info("load_quantized: %s", report)
+    return report
 
 
-def _put_empty_layers(model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor], mode: str) -> None:
-    """Int8Linear on the meta device where the state_dict has int8 weights and the model other linear layers."""
-    # A state_dict may hold more than tensors.
-    names = {
-        key.removesuffix(".weight") for key, value in state_dict.items() if getattr(value, "dtype", None) == torch.int8
+def _put_empty_layers(
+    model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor], mode: str
+) -> Mapping[str, torch.Tensor]:
+    """Int8Linear on the meta device where the state_dict has int8 codes and the model other linear layers.
+
+    Returns:
+        The state_dict with all codes under their own keys.
+    """
+    held_in = places(model)
+    names = {key.removesuffix(_CODES) for key in state_dict if key.endswith(_CODES)} | {
+        # Of older files; a state_dict may hold more than tensors.
+        key.removesuffix(".weight")
+        for key, value in state_dict.items()
+        if key.endswith(".weight") and getattr(value, "dtype", None) == torch.int8
     }
-    for held in places(model):
+    for held in held_in:
         name, module = held[0].name, held[0].module()
         if isinstance(module, Int8Linear) or names.isdisjoint(place.name for place in held):
             continue
         if type(module) is not torch.nn.Linear and not is_conv1d(module):
+            if "int8_weight" in {*module._parameters, *module._buffers}:
+                continue  # a module of another kind that has the name
             raise TypeError(
                 f"load_quantized: state_dict has an int8 weight for {name}, which is a {type(module).__name__}; it "
                 "needs torch.nn.Linear, or Conv1D of transformers"
             )
-        out_features, in_features = module.weight.shape if type(module) is torch.nn.Linear else module.weight.t().shape
-        layer = Int8Linear(in_features, out_features, module.bias is not None, mode=mode, device="meta")
-        take_over(module, layer.train(module.training))
-        for place in held:
-            place.put(layer)
+        put_empty(held, mode)
+    int8_layers = [f"{place.name}." for held in held_in if isinstance(held[0].module(), Int8Linear) for place in held]
+    if isinstance(model, Int8Linear):
+        int8_layers.append("")
+    state_dict = with_own_keys(state_dict, int8_layers)
+    refuse_unfit("load_quantized", unfit_for(model, state_dict), TypeError)
+    if not any(f"{prefix}int8_weight" in state_dict for prefix in int8_layers):
+        raise ValueError(
+            "load_quantized: nothing in state_dict is int8; it needs the state_dict of a model that gptkern.quantize "
+            "went through. model.load_state_dict loads float weights, and gptkern.quantize(model) makes them int8 then"
+        )
+    return state_dict
+
+
+def _report(
+    held_in: list[list[Place]], before: dict[str, tuple[str, int]], bytes_before: int, bytes_after: int
+) -> QuantizeReport:
+    loaded, skipped = [], []
+    for held in held_in:
+        name, module = held[0].name, held[0].module()
+        original, size = before[name]
+        if isinstance(module, Int8Linear):
+            shape = (module.out_features, module.in_features)
+            loaded.append(Quantized(name, original, shape, size, size_in_bytes(module), None))
+        else:
+            skipped.append(Skipped(name, original, "it is float in the state_dict"))
+    return QuantizeReport(loaded, skipped, bytes_before, bytes_after)
 
 
 def _named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -128,16 +179,6 @@ def _tie(model: torch.nn.Module, names: list[str]) -> None:
     tensor = getattr(*first)
     for module, key in others:
         (module._parameters if key in module._parameters else module._buffers)[key] = tensor
-
-
-def _check_dtypes(model: torch.nn.Module) -> None:
-    for path, module in model.named_modules():
-        for name, dtype in (("weight", torch.int8), ("weight_scale", torch.float32)):
-            if isinstance(module, Int8Linear) and getattr(module, name).dtype != dtype:
-                raise TypeError(
-                    f"load_quantized: {f'{path}.{name}'.lstrip('.')} is {getattr(module, name).dtype} in the "
-                    f"state_dict; an int8 layer needs {dtype}"
-                )
 
 
 def _check_filled(model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor]) -> None:

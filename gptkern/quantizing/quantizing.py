@@ -1,6 +1,6 @@
 """quantize(model): int8 linear layers in a model that was trained without them.
 
-    weight_scale = max|row| / 127        weight = round(row / weight_scale)        a row holds one output's weights
+    weight_scale = max|row| / 127        int8_weight = round(row / weight_scale)        a row holds one output's weights
 
 torch.nn.Linear and transformers' Conv1D become gptkern.nn.Int8Linear, in place in the modules that hold them, one after
 another: the float weight of a layer is let go before the next layer is looked at.
@@ -16,8 +16,10 @@ import torch
 from gptkern import functional as F
 from gptkern.backends.dispatch import explain
 from gptkern.nn import Int8Linear, check_options
+from gptkern.quantizing import layers
 from gptkern.quantizing.choosing import ends_with, planned
 from gptkern.quantizing.layers import Place, is_conv1d, places, take_over
+from gptkern.quantizing.refusing import look_first
 from gptkern.quantizing.report import Quantized, QuantizeReport, Skipped, size_in_bytes
 
 _logger = logging.getLogger("gptkern")
@@ -58,7 +60,8 @@ def quantize(
     Raises:
         TypeError: model is no module, or is itself a linear layer, which can only be replaced where something holds it;
             skip is a string or holds something else than strings; filter cannot be called.
-        ValueError: unknown mode, or skip names no module of the model.
+        ValueError: unknown mode, skip names no module of the model, or transformers has quantised it already
+            (`quantization_config`).
         gptkern.BackendError: a backend is forced and cannot quantise one of the layers.
 
     All of these are raised before anything is changed. An error later (out of memory, say) leaves every layer whole:
@@ -79,16 +82,27 @@ def quantize(
     held_in = places(model)
     skip = _checked_skip(skip, [place.name for held in held_in for place in held])
     chosen, skipped = planned(model, held_in, skip, filter)
+    transformers = layers.transformers()
+    if method := transformers and transformers.other_method(model):
+        raise ValueError(
+            f"quantize: transformers has quantised the model by {method!r}; it needs one that was loaded in floating "
+            "point, as save_pretrained could write layers of one kind alone"
+        )
     for held in chosen:
         explain(F.quantize_int8, held[0].module().weight)
 
     bytes_before = size_in_bytes(model)
     quantized = []
-    for held in chosen:
-        try:
-            quantized.append(_quantize_in_place(held, mode))
-        except _NotFiniteError:
-            skipped.append(Skipped(held[0].name, _class_name(held[0]), "its weight holds a NaN or an infinity"))
+    try:
+        for held in chosen:
+            try:
+                quantized.append(_quantize_in_place(held, mode))
+            except _NoScaleError as reason:
+                skipped.append(Skipped(held[0].name, _class_name(held[0]), str(reason)))
+    finally:
+        look_first(model)
+        if transformers:
+            transformers.let_save(model)
     report = QuantizeReport(quantized, skipped, bytes_before, size_in_bytes(model))
     _logger.info("quantize: %s", report)
     return report
@@ -111,8 +125,8 @@ def _checked_skip(skip: Iterable[str], names: list[str]) -> tuple[str, ...]:
     return skip
 
 
-class _NotFiniteError(Exception):
-    pass
+class _NoScaleError(Exception):
+    """Why float32 scales do not hold a weight."""
 
 
 def _class_name(place: Place) -> str:
@@ -126,20 +140,28 @@ def _quantize_in_place(held: list[Place], mode: str) -> Quantized:
     weight = module.weight if isinstance(module, torch.nn.Linear) else module.weight.t()
     error = None
     if not weight.is_meta:
-        if not layer.weight_scale.isfinite().all():
-            raise _NotFiniteError
-        error = _error(weight, layer.weight, layer.weight_scale)
+        _check_scales(weight, layer.weight_scale)
+        error = _error(weight, layer.int8_weight, layer.weight_scale)
     take_over(module, layer)
     for place in held:
         place.put(layer)
     return Quantized(
         held[0].name,
         type(module).__name__,
-        tuple(layer.weight.shape),
+        tuple(layer.int8_weight.shape),
         size_in_bytes(module),
         size_in_bytes(layer),
         error,
     )
+
+
+def _check_scales(weight: torch.Tensor, scale: torch.Tensor) -> None:
+    if scale.isfinite().all():
+        return
+    if weight.isfinite().all():
+        # Of float64 alone.
+        raise _NoScaleError(f"its weight goes up to {weight.abs().max().item():.2g}, past a scale of float32")
+    raise _NoScaleError("its weight holds a NaN or an infinity")
 
 
 def _error(weight: torch.Tensor, q: torch.Tensor, scale: torch.Tensor) -> float:
