@@ -52,7 +52,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from gptkern import functional as F
-from gptkern.backends import dispatch
+from gptkern.backends import dispatch, tracing
 from gptkern.swapping import attention_names
 from gptkern.swapping.attention_names import Question
 from gptkern.swapping.reading import followed, names_in
@@ -116,13 +116,14 @@ def attention_forward(
         is_causal = getattr(module, "is_causal", True)
     # Without a mask, keys longer than several queries are those of a cache of fixed size at its first call: upper-left
     # causal leaves out what is not filled yet. A single query is the newest and sees all.
-    is_causal = query.shape[2] > 1 and attention_mask is None and is_causal
-    groups = query.shape[1] // key.shape[1]
+    (_, heads, length_q, _), (_, kv_heads, *_) = tracing.sizes(query), tracing.sizes(key)
+    is_causal = length_q > 1 and attention_mask is None and is_causal
+    groups = heads // kv_heads
     arguments = attention_mask, dropout, is_causal, scaling
     if groups > 1 and attention_mask is not None and query.is_cuda and _runs_on_torch(query, key, value, arguments):
         # With a mask and enable_gqa PyTorch has nothing but its slowest kernel; copies are the smaller price.
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    output = F.scaled_dot_product_attention(query, key, value, *arguments, enable_gqa=query.shape[1] != key.shape[1])
+    output = F.scaled_dot_product_attention(query, key, value, *arguments, enable_gqa=heads != kv_heads)
     # (batch, heads, length_q, head_dim) -> (batch, length_q, heads, head_dim): the kernels write it in this order.
     return output.transpose(1, 2).contiguous(), None
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
+from gptkern.backends import tracing
 from gptkern.backends.registration import autocast
 
 
@@ -71,11 +74,19 @@ def check_mask(mask, query, key):
         )
     if mask.device != query.device:
         raise RuntimeError(f"attention: attn_mask is on {mask.device}; it needs the query's device, {query.device}")
-    wanted = *query.shape[:-1], key.shape[-2]
-    if any(1 != size != whole != 1 for size, whole in zip(reversed(mask.shape), reversed(wanted))):
-        raise RuntimeError(
-            f"attention: attn_mask has shape {tuple(mask.shape)}; it needs one that broadcasts to {tuple(wanted)}"
-        )
+    queries, keys, of_mask = map(tracing.sizes, (query, key, mask))
+    wanted = *queries[:-1], keys[-2]
+    if len(of_mask) <= len(wanted) and _broadcasts(of_mask, wanted):
+        return
+    # Of what PyTorch broadcasts, the 1s, the scores have the other size.
+    lead = itertools.zip_longest(reversed(queries[:-2]), reversed(keys[:-2]), fillvalue=1)
+    wanted = *reversed([one if one != 1 else other for one, other in lead]), *wanted[-2:]
+    if not _broadcasts(of_mask, wanted) or any(size != 1 for size in of_mask[: -len(wanted)]):
+        raise RuntimeError(f"attention: attn_mask has shape {tuple(of_mask)}; it needs one that broadcasts to {wanted}")
+
+
+def _broadcasts(sizes, wanted) -> bool:
+    return all(size in (1, whole) for size, whole in zip(reversed(sizes), reversed(wanted)))
 
 
 def _check_sizes(what, query, key, value):

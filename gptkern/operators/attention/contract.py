@@ -35,11 +35,11 @@ import torch.nn.functional as F
 
 from gptkern.backends import dispatch, philox
 from gptkern.backends.philox import new_seed
-from gptkern.backends.registration import Operator, autocast, once_differentiable, without_autocast
+from gptkern.backends.registration import Operator, autocast, once_differentiable
+from gptkern.operators.attention import pytorch
 from gptkern.operators.attention.checks import check, check_dropout, check_mask
 
 _LOG2E = math.log2(math.e)
-_SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 
 class Call(NamedTuple):
@@ -113,9 +113,8 @@ def scaled_dot_product_attention(
 
     Raises (of the same type as PyTorch):
         RuntimeError: the dtypes, devices, batch sizes or head_dims differ; the head counts differ (without
-            enable_gqa) or do not divide; key and value differ in length; attn_mask together with is_causal
-            (PyTorch's own kernel for the CPU takes both), of another dtype, or not broadcastable; dropout_p is
-            below 0 or above 1; fewer than two dimensions.
+            enable_gqa) or do not divide; key and value differ in length; attn_mask together with is_causal,
+            of another dtype, or not broadcastable; dropout_p is below 0 or above 1; fewer than two dimensions.
         TypeError: an argument that must be a tensor is none.
         ValueError: a causal bias together with is_causal.
 
@@ -128,33 +127,49 @@ def scaled_dot_product_attention(
     """
     choice = dispatch.settled(query)
     if choice is None:
-        mask, causal, lower_right = attn_mask, is_causal, False
-        if mask is not None and _is_causal_bias(mask):
-            mask, causal, lower_right = _alignment(mask, query, key, is_causal)
-        check(query, key, value, mask, causal, scale, enable_gqa)
+        cast, mask, causal, lower_right = _checked(query, key, value, attn_mask, is_causal, scale, enable_gqa)
         check_dropout(dropout_p)
-        cast = autocast("lower", query, key, value)
-        if mask is not None:
-            mask = _as_autocast_has_it(mask, query)
-            check_mask(mask, *cast[:2])
         factor = 1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else float(scale)
         choice = dispatch.choose("attention", Call(*cast, causal, factor, mask, dropout_p, lower_right))
         if choice.backend == "torch:cudnn":
             cudnn = dispatch.load(choice.backend, "attention")
             return cudnn.attention(query, key, value, causal, scale, enable_gqa)
         if choice.backend != "torch":
-            signed_query, factor = _with_positive_scale(cast[0], factor)
+            signed_query, factor = pytorch.with_positive_scale(cast[0], factor)
             seed = new_seed(query.device) if dropout_p > 0 else None
             return AttentionFunction.apply(
                 signed_query, *cast[1:], causal, factor, choice.backend, mask, dropout_p, lower_right, seed
             )
-    return _on_pytorch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if is_causal and attn_mask is not None:
+        # One kernel of PyTorch's, the CPU's, takes both.
+        _checked(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+    try:
+        return pytorch.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    except RuntimeError:
+        if _is_plain(query):
+            _checked(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+        raise
 
 
-def _is_causal_bias(mask) -> bool:
-    # By its name: an import of torch.nn.attention.bias takes as long as that of PyTorch's compiler, which it loads.
-    kind = type(mask)
-    return kind.__name__ == "CausalBias" and kind.__module__ == "torch.nn.attention.bias"
+def _checked(query, key, value, attn_mask, is_causal, scale, enable_gqa):
+    """-> (query, key, value) and the mask as autocast has them, is_causal, whether it is aligned to the lower right.
+
+    Raises an error that names what is wrong: before a kernel runs, or once PyTorch has refused a call.
+    """
+    lower_right = False
+    if attn_mask is not None and pytorch.is_causal_bias(attn_mask):
+        attn_mask, is_causal, lower_right = _alignment(attn_mask, query, key, is_causal)
+    check(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+    cast = autocast("lower", query, key, value)
+    if attn_mask is not None:
+        attn_mask = _as_autocast_has_it(attn_mask, query)
+        check_mask(attn_mask, *cast[:2])
+    return cast, attn_mask, is_causal, lower_right
+
+
+def _is_plain(tensor) -> bool:
+    """Whether it has a shape to check: it is neither nested nor sparse, nor of a subclass."""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
 
 
 def _alignment(bias, query, key, is_causal):
@@ -183,37 +198,6 @@ def _as_autocast_has_it(mask, query):
         if stride == 0 and shape[dim] > 1:
             mask = mask.narrow(dim, 0, 1)
     return autocast("lower", query, mask)[1].expand(shape)
-
-
-def _with_positive_scale(query, scale):
-    """The same scores from a positive scale, without rounding: kernels take a row's maximum before they scale it."""
-    if scale < 0:
-        return -query, -scale
-    return (query * 0.0, 1.0) if scale == 0 else (query, scale)
-
-
-def _on_pytorch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
-    if isinstance(query, torch.Tensor) and query.is_cpu:
-        if is_causal and scale is not None:
-            # PyTorch's causal kernel for the CPU gives NaN where the scale is not positive (seen in 2.13).
-            query, scale = _with_positive_scale(query, scale)
-        may_be_16_bits = query.dtype in _SIXTEEN_BITS or torch.is_autocast_enabled("cpu")
-        if may_be_16_bits and isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor):
-            cast = autocast("lower", query, key, value)
-            dtype = cast[0].dtype
-            if dtype in _SIXTEEN_BITS and all(tensor.dtype == dtype for tensor in cast):
-                # PyTorch rounds P and dS to 16 bits on the CPU and sums a group's dK and dV in 16 bits: up to twice
-                # the error that gptkern.measuring.tolerance allows.
-                query, key, value = (tensor.float() for tensor in cast)
-                if isinstance(attn_mask, torch.Tensor) and attn_mask.dtype == dtype:
-                    attn_mask = attn_mask.float()
-                with without_autocast("cpu"):
-                    return F.scaled_dot_product_attention(
-                        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-                    ).to(dtype)
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
 
 
 # --- What kernels take ---------------------------------------------------------------------------------------------
