@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import oracle_quantize_int8
 import pytest
 import torch
-from quantized_models import classes, ids, logits, on_meta, read, saved
+from quantized_models import classes, ids, int8_names, logits, on_meta, read, saved
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import gptkern
@@ -107,3 +109,166 @@ def test_weights_of_transformers_are_freed_one_by_one(transformers, monkeypatch)
     gptkern.quantize(model)
     # c_fc is the third of a block's four
     assert alive == [2, 2, 2, 1, 1, 1, 1, 0]
+
+
+# --- save_pretrained and from_pretrained ------------------------------------------------------------------------------
+
+
+def whisper(transformers):
+    torch.manual_seed(1)
+    config = transformers.WhisperConfig(
+        vocab_size=61, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=8, max_source_positions=10,
+        max_target_positions=24, pad_token_id=0, bos_token_id=0, eos_token_id=0, decoder_start_token_id=1,
+    )  # fmt: skip
+    return transformers.WhisperForConditionalGeneration(config).eval()
+
+
+def equal(model, other):
+    first, second = model.state_dict(), other.state_dict()
+    return list(first) == list(second) and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("make", [gpt2, llama, whisper])
+@pytest.mark.parametrize("shard", ["50GB", "10kB"])
+def test_save_pretrained_and_from_pretrained(transformers, tmp_path, make, shard):
+    model = make(transformers)
+    gptkern.quantize(model, "w8a16")
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert classes(loaded) == classes(model) and equal(loaded, model)
+    assert {loaded.get_submodule(name).mode for name in int8_names(loaded)} == {"w8a16"}
+    assert not any(module.training for module in loaded.modules())
+    if make is not whisper:
+        assert torch.equal(logits(loaded), logits(model))
+    # What was loaded is what quantize makes: it can be cast, loads nothing of the other kind, and is saved again.
+    before = {key: value.clone() for key, value in loaded.state_dict().items()}
+    with pytest.raises(RuntimeError, match="the layer is int8"):
+        loaded.load_state_dict(make(transformers).state_dict(), strict=False)
+    assert all(torch.equal(value, before[key]) for key, value in loaded.state_dict().items())
+    loaded.save_pretrained(tmp_path / "again")
+    again = type(model).from_pretrained(tmp_path / "again", dtype=torch.bfloat16)
+    assert equal(again, model.bfloat16())
+    assert equal(again.float(), model.float())
+
+
+def test_a_part_is_saved_and_loaded_as_the_whole(transformers, tmp_path):
+    model = llama(transformers)
+    gptkern.quantize(model)
+    model.save_pretrained(tmp_path / "whole")
+    part = transformers.LlamaModel.from_pretrained(tmp_path / "whole")
+    assert equal(part, model.model)
+    model.model.save_pretrained(tmp_path / "part")
+    whole = transformers.LlamaForSequenceClassification.from_pretrained(tmp_path / "part")
+    assert equal(whole.model, model.model)
+
+
+def test_the_names_of_layers_are_those_of_the_moment(transformers, tmp_path):
+    """Saved is what the model is, not what an earlier quantize made of it; a swap in between changes nothing."""
+    model = gpt2(transformers)
+    gptkern.quantize(model, skip=["h.1"])
+    model.save_pretrained(tmp_path)
+    gptkern.swap(model)
+    gptkern.quantize(model, "w8a16", skip=["lm_head"])
+    model.save_pretrained(tmp_path)
+    loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
+    assert equal(loaded, model)
+    assert [loaded.get_submodule(name).mode for name in int8_names(loaded)] == ["auto"] * 4 + ["w8a16"] * 4
+    gptkern.unswap(model)
+    model.save_pretrained(tmp_path)
+    assert equal(transformers.GPT2LMHeadModel.from_pretrained(tmp_path), model)
+
+
+def test_a_float_model_of_the_same_config_stays_float(transformers, tmp_path):
+    model = gpt2(transformers)
+    other = transformers.GPT2LMHeadModel(model.config)
+    gptkern.quantize(model)
+    model.save_pretrained(tmp_path / "int8")
+    other.save_pretrained(tmp_path / "float")
+    loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "float")
+    assert int8_names(loaded) == [] and equal(loaded, other)
+    loaded.save_pretrained(tmp_path / "again")
+    assert equal(transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "again"), other)
+
+
+def test_load_quantized_takes_what_save_pretrained_wrote(transformers, tmp_path):
+    model, filled, quantised = (gpt2(transformers) for _ in range(3))
+    gptkern.quantize(model)
+    model.save_pretrained(tmp_path)
+    state = read(tmp_path / "model.safetensors")
+    assert len(gptkern.load_quantized(filled, state).quantized) == 8
+    gptkern.quantize(quantised)
+    result = quantised.load_state_dict(state, strict=False)
+    assert result.missing_keys == ["lm_head.weight"] and not result.unexpected_keys
+    for other in (filled, quantised):
+        assert equal(other, model)
+    # What load_quantized filled is saved as what quantize made.
+    filled.save_pretrained(tmp_path / "again")
+    assert equal(transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "again"), model)
+
+
+def test_the_config_alone_says_nothing_until_the_model_is_saved(transformers):
+    model = gpt2(transformers)
+    before = model.config.to_dict()
+    gptkern.quantize(model)
+    assert model.config.to_dict() == before
+
+
+@pytest.mark.parametrize("method", ["another", None])
+def test_where_the_method_is_not_known_it_is_an_error(transformers, tmp_path, method):
+    """transformers without gptkern's name: a warning, and then random weights, if the file did not forbid it."""
+    model = llama(transformers)
+    gptkern.quantize(model)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    if method is None:
+        del config["quantization_config"]
+    else:
+        config["quantization_config"]["quant_method"] = method
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match="mismatch"):
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["int8_weight", "weight_scale"])
+def test_codes_that_the_checkpoint_has_not_are_an_error(transformers, tmp_path, key):
+    from safetensors.torch import save_file
+
+    model = llama(transformers)
+    gptkern.quantize(model)
+    model.save_pretrained(tmp_path)
+    state, name = read(tmp_path / "model.safetensors"), f"model.layers.1.mlp.up_proj.{key}"
+    del state[name]
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"the checkpoint has no {name}; config.json says"):
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_float_state_dict_for_an_int8_config_is_an_error(transformers, tmp_path):
+    model = llama(transformers)
+    floats = {key: value.clone() for key, value in model.state_dict().items()}
+    gptkern.quantize(model)
+    model.save_pretrained(tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has no model\.layers\.0\.self_attn\.q_proj\.int8_weight, "):
+        transformers.LlamaForCausalLM.from_pretrained(None, config=config, state_dict=floats)
+    codes = model.state_dict()
+    assert equal(transformers.LlamaForCausalLM.from_pretrained(None, config=config, state_dict=codes), model)
+
+
+def test_a_float_model_is_not_quantised_by_from_pretrained(transformers, tmp_path):
+    from gptkern.quantizing.transformers import Int8Config
+
+    gpt2(transformers).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="gptkern does require the model to be pre-quantized"):
+        transformers.GPT2LMHeadModel.from_pretrained(tmp_path, quantization_config=Int8Config())
+
+
+def test_what_another_method_has_quantised_is_refused(transformers):
+    model = gpt2(transformers)
+    model.hf_quantizer = transformers.quantizers.AutoHfQuantizer.from_config(
+        transformers.QuantoConfig(weights="int8"), pre_quantized=False
+    )
+    with pytest.raises(ValueError, match="transformers has quantised the model by 'quanto'; it needs one"):
+        gptkern.quantize(model)
+    assert int8_names(model) == []
