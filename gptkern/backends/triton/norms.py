@@ -63,7 +63,8 @@ def backward_kernel(
 
     # A program takes every num_programs-th tile, so the sums do not depend on the order in which programs run.
     for start in range(program * BLOCK_ROWS, rows, tl.num_programs(0).to(tl.int64) * BLOCK_ROWS):
-        row = start + tl.arange(0, BLOCK_ROWS)
+        # int64 like `start`, of which an interpreter makes Python's int
+        row = start + tl.arange(0, BLOCK_ROWS).to(tl.int64)
         inside = (row[:, None] < rows) & in_row
         dy = tl.load(dy_ptr + row[:, None] * dy_stride + column[None, :], mask=inside, other=0.0).to(statistic)
         if dx_ptr is not None or dweight_ptr is not None:
@@ -188,7 +189,7 @@ def parameter_gradient_wide_kernel(
     dweight = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=statistic)
     dbias = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=statistic)
     for start in range(split * BLOCK_ROWS, rows, tl.num_programs(1).to(tl.int64) * BLOCK_ROWS):
-        row = start + tl.arange(0, BLOCK_ROWS)
+        row = start + tl.arange(0, BLOCK_ROWS).to(tl.int64)
         inside = (row[:, None] < rows) & (column[None, :] < width)
         dy = tl.load(dy_ptr + row[:, None] * dy_stride + column[None, :], mask=inside, other=0.0).to(statistic)
         if dbias_ptr is not None:
