@@ -136,6 +136,35 @@ def test_a_model_with_weights_loses_them_and_keeps_the_rest():
     assert torch.equal(logits(fresh), logits(model))
 
 
+@pytest.mark.parametrize("make", [gpt, lambda: on_meta(gpt)], ids=["float", "meta"])
+@pytest.mark.parametrize("quantise_first", [False, True])
+def test_training_flags_are_the_model_s(make, quantise_first):
+    """All of them: in eval mode, and of one block that trains in it."""
+    model, fresh = gpt(), make().eval()
+    gptkern.quantize(model.train())
+    fresh.blocks[1].train()
+    if quantise_first:
+        gptkern.quantize(fresh)
+    gptkern.load_quantized(fresh, model.state_dict())
+    assert {name for name, module in fresh.named_modules() if module.training} == {
+        name for name, _ in fresh.named_modules() if name.startswith("blocks.1")
+    }
+    assert model.training
+
+
+def test_the_report_says_what_is_int8_and_what_is_not():
+    model, fresh = Pair(second=Pair()), Pair(second=Pair())
+    gptkern.quantize(model, skip=["second.second"])
+    fresh.first = Int8Linear.from_linear(fresh.first)
+    report = gptkern.load_quantized(fresh, model.state_dict())
+    assert report.quantized == [
+        ("first", "Int8Linear", (6, 8), 96, 96, None), ("second.first", "Linear", (6, 8), 216, 96, None),
+    ]  # fmt: skip
+    assert report.skipped == [("second.second", "Linear", "it is float in the state_dict")]
+    assert (report.model_bytes_before, report.model_bytes_after) == (96 + 216 + 140, 96 + 96 + 140)
+    assert str(report).splitlines()[0] == "2 layers quantized, 1 skipped"
+
+
 def test_what_was_skipped_is_float_again(tmp_path):
     model = gpt()
     gptkern.quantize(model, skip=["lm_head", "blocks.1"])

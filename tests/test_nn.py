@@ -255,6 +255,7 @@ CONVERSIONS = {
     "half": (lambda module: module.half(), torch.float16),
     "bfloat16": (lambda module: module.to(torch.bfloat16), torch.bfloat16),
     "double": (lambda module: module.double(), torch.float64),
+    "type, which casts integers too": (lambda module: module.type(torch.float16), torch.float16),
     "in a model": (lambda module: torch.nn.Sequential(module).to(dtype=torch.float16)[0], torch.float16),
     "there and back": (lambda module: module.half().float(), torch.float32),
 }

@@ -86,6 +86,20 @@ def test_a_weight_of_zeros_has_no_error():
     assert gptkern.quantize(model).quantized[0].error == 0
 
 
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [(1e300, "its weight goes up to 1e+300, past a scale of float32"),
+     (-1e41, "its weight goes up to 1e+41, past a scale of float32"),
+     (float("inf"), "its weight holds a NaN or an infinity"), (float("nan"), "its weight holds a NaN or an infinity")],
+)  # fmt: skip
+def test_float64_weights_that_no_float32_scale_holds_are_left_alone(value, reason):
+    model = Pair().double()
+    with torch.no_grad():
+        model.first.weight[2, 3] = value
+    report = gptkern.quantize(model)
+    assert report.skipped == [("first", "Linear", reason)] and quantized_names(report) == ["second"]
+
+
 def test_a_second_call_changes_nothing():
     model = gpt()
     first = gptkern.quantize(model)
@@ -160,6 +174,56 @@ def test_hooks_are_kept_and_can_still_be_removed():
     assert len(seen) == 4
 
 
+HOOKS = {
+    "forward": (lambda m, f: m.register_forward_hook(f), 1),
+    "forward, with kwargs": (lambda m, f: m.register_forward_hook(f, with_kwargs=True), 1),
+    "forward, always": (lambda m, f: m.register_forward_hook(f, always_call=True), 2),
+    "before the forward": (lambda m, f: m.register_forward_pre_hook(f), 2),
+    "before the forward, with kwargs": (lambda m, f: m.register_forward_pre_hook(f, with_kwargs=True), 2),
+    "backward": (lambda m, f: m.register_full_backward_hook(f), 1),
+    "before the backward": (lambda m, f: m.register_full_backward_pre_hook(f), 1),
+    "older backward": (lambda m, f: m.register_backward_hook(f), 1),
+    "saved": (lambda m, f: m._register_state_dict_hook(f), 1),
+    "before saving": (lambda m, f: m.register_state_dict_pre_hook(f), 1),
+    "before loading": (lambda m, f: m.register_load_state_dict_pre_hook(f), 1),
+    "loaded": (lambda m, f: m.register_load_state_dict_post_hook(f), 1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
+@pytest.mark.parametrize("make", [gptkern.quantize, lambda model: gptkern.load_quantized(model, quantised_pair())])
+@pytest.mark.parametrize("kind", HOOKS)
+def test_a_hook_of_each_kind_is_called_as_often_as_before(kind, make):
+    """By a forward and a backward, a forward that fails, a save and a load; and no more once it is removed."""
+    register, times = HOOKS[kind]
+    model, calls = Pair(), []
+    handle = register(model.first, lambda module, *_: calls.append(type(module)))
+    layer, hooks = model.first, {name: value for name, value in vars(model.first).items() if "hook" in name}
+    make(model)
+    assert type(model.first) is Int8Linear and model.first is not layer
+    # Of the hooks that PyTorch has none is forgotten, of whatever kind: the same dictionaries, which handles know.
+    assert len(hooks) >= 12 and all(vars(model.first)[name] is value for name, value in hooks.items())
+    del calls[:]
+
+    def all_of_it():
+        model(torch.randn(3, 8, requires_grad=True)).sum().backward()
+        with pytest.raises(RuntimeError):
+            model.first(torch.randn(3, 7))
+        model.load_state_dict(model.state_dict())
+
+    all_of_it()
+    assert calls == [Int8Linear] * times
+    handle.remove()
+    all_of_it()
+    assert len(calls) == times
+
+
+def quantised_pair():
+    model = Pair()
+    gptkern.quantize(model)
+    return model.state_dict()
+
+
 def test_swap_before_quantize_after_and_the_other_way_round():
     stock = gpt()
     swapped_first, quantised_first, quantised = (copy.deepcopy(stock) for _ in range(3))
@@ -177,13 +241,25 @@ def test_swap_before_quantize_after_and_the_other_way_round():
         assert torch.equal(logits(model), logits(quantised))
 
 
-@pytest.mark.parametrize("convert", [lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double()])
-def test_a_model_that_is_cast_keeps_its_int8_weights_and_their_scales(convert):
+CASTS = {
+    "half": lambda m: m.half(),
+    "double": lambda m: m.double(),
+    "to a dtype": lambda m: m.to(torch.bfloat16),
+    "as a tensor is": lambda m: m.to(torch.zeros(1, dtype=torch.float64)),
+    # These cast integers, too.
+    "type": lambda m: m.type(torch.float16),
+    "type, by name": lambda m: m.type("torch.DoubleTensor"),
+    "applied": lambda m: m._apply(lambda tensor: tensor.to(torch.bfloat16)),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_a_model_that_is_cast_keeps_its_int8_weights_and_their_scales(cast):
     model = gpt()
     gptkern.quantize(model)
     before = {name: tensor.clone() for name, tensor in model.named_buffers()}
     assert len(before) == 16
-    dtype = convert(model).final_norm.weight.dtype
+    dtype = CASTS[cast](model).final_norm.weight.dtype
     assert dtype != torch.float32
     for name, tensor in model.named_buffers():
         assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name]), name
