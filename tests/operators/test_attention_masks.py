@@ -288,27 +288,50 @@ def test_the_cuda_kernels_refuse_a_mask(cuda_backend, device):
         G.scaled_dot_product_attention(query, key, value, attn_mask=causal_lower_right(Q, K))
 
 
-# name: the mask, PyTorch's error, and what the message names on a kernel backend.
+# name: the mask, what the message says of it, and the queries' shape where it is another one.
+OF_SHAPE = rf"attn_mask has shape .*; it needs one that broadcasts to \({B}, {H}, {Q}, {K}\)"
 BAD_MASKS = {
-    "integers": (lambda: torch.ones(Q, K, dtype=torch.int32), RuntimeError, "attn_mask"),
-    "float64": (lambda: torch.ones(Q, K, dtype=torch.float64), RuntimeError, "attn_mask"),
-    "another 16-bit dtype": (lambda: torch.ones(Q, K, dtype=torch.bfloat16), RuntimeError, "attn_mask"),
-    "too few keys": (lambda: torch.ones(Q, K - 1), RuntimeError, "attn_mask"),
-    "too many queries": (lambda: torch.ones(Q + 1, K), RuntimeError, "attn_mask"),
-    "another batch": (lambda: torch.ones(3, 1, Q, K, dtype=torch.bool), RuntimeError, "attn_mask"),
+    "integers": (lambda: torch.ones(Q, K, dtype=torch.int32), "attn_mask is torch.int32"),
+    "float64": (lambda: torch.ones(Q, K, dtype=torch.float64), "attn_mask is torch.float64"),
+    "another 16-bit dtype": (lambda: torch.ones(Q, K, dtype=torch.bfloat16), "attn_mask is torch.bfloat16"),
+    "too few keys": (lambda: torch.ones(Q, K - 1), OF_SHAPE),
+    "too many queries": (lambda: torch.ones(Q + 1, K), OF_SHAPE),
+    "another batch": (lambda: torch.ones(3, 1, Q, K, dtype=torch.bool), OF_SHAPE),
+    "a dimension more": (lambda: torch.ones(2, 1, 1, Q, K), OF_SHAPE),
+    "rows for one query": (lambda: torch.ones(Q, K), rf"broadcasts to \({B}, {H}, 1, {K}\)", (B, H, 1, D)),
+    "batches for one text": (lambda: torch.ones(3, 1, Q, K), OF_SHAPE, (1, H, Q, D)),
+    "heads for one head": (lambda: torch.ones(3, Q, K, dtype=torch.bool), OF_SHAPE, (B, 1, Q, D)),
 }
 
 
 @pytest.mark.parametrize("name", BAD_MASKS)
-def test_bad_masks_raise_as_in_pytorch(triton_backend, device, name):
-    build, expected, words = BAD_MASKS[name]
-    tensors = call(device, torch.float16 if "16-bit" in name else torch.float32)
+def test_bad_masks_raise_alike_on_every_backend(backend, device, name):
+    build, words, *shape = BAD_MASKS[name]
+    query, key, value = call(device, torch.float16 if "16-bit" in name else torch.float32)
+    if shape:
+        query = torch.randn(*shape, device=device)
     mask = build().to(device)
-    pytorchs = raised_by(F.scaled_dot_product_attention, *tensors, attn_mask=mask)
-    assert isinstance(pytorchs, expected), f"the table is wrong about PyTorch: {pytorchs!r}"
-    with pytest.raises(expected, match=words) as raised:
-        G.scaled_dot_product_attention(*tensors, attn_mask=mask)
+    pytorchs = raised_by(F.scaled_dot_product_attention, query, key, value, attn_mask=mask)
+    assert isinstance(pytorchs, RuntimeError), f"the table is wrong about PyTorch: {pytorchs!r}"
+    with pytest.raises(RuntimeError, match=words) as raised:
+        G.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     assert not isinstance(raised.value, gptkern.BackendError)
+
+
+def test_a_mask_of_what_key_broadcasts_is_none_too_large(device):
+    query, key, value = call(device)
+    mask = torch.randn(B, 1, Q, K, device=device)
+    output = G.scaled_dot_product_attention(query[:1], key, value, attn_mask=mask)
+    torch.testing.assert_close(output, F.scaled_dot_product_attention(query[:1].expand(B, H, Q, D), key, value, mask))
+
+
+@pytest.mark.parametrize("mask", ["bool", "added", "a causal bias"])
+def test_a_mask_beside_is_causal_is_refused_alike_on_every_backend(backend, device, mask):
+    # PyTorch's kernel for the CPU takes both in float32; its documentation, and its other kernels, do not.
+    masks = {"bool": seen(Q, K), "added": torch.randn(Q, K), "a causal bias": causal_lower_right(Q, K)}
+    expected = ValueError if mask == "a causal bias" else RuntimeError
+    with pytest.raises(expected, match=r"attn_mask .*is_causal"):
+        G.scaled_dot_product_attention(*call(device), attn_mask=masks[mask].to(device), is_causal=True)
 
 
 @pytest.mark.parametrize("shape", [(K,), (1, 1, 1, Q, K)], ids=str)

@@ -76,7 +76,8 @@ def _flash_may_lose_a_row(query, key, value, mask) -> bool:
         return False  # It is is_causal, or refused.
     needed = query.requires_grad or key.requires_grad or value.requires_grad
     if torch.compiler.is_compiling():
-        return needed  # which torch.compile guards, unlike the other ways to trace
+        # torch.compile guards what needs a gradient, unlike the other ways to trace.
+        return needed or torch.compiler.is_exporting()
     return not tracing.has_values(mask) or (needed and _has_a_large_row(mask.detach()))
 
 
