@@ -207,6 +207,8 @@ BAD_CALLS = {
     "weight is on another device": (lambda f, x, w: f(x, (5,), w.to("meta")), ("weight", "meta", "cpu|cuda")),
     "eps is a string": (lambda f, x, w: f(x, (5,), w, "1e-5"), ("eps", "str", "float")),
     "eps is a list": (lambda f, x, w: f(x, (5,), w, [1e-5]), ("eps", "list", "float")),
+    "eps is a bias": (lambda f, x, w: f(x, (5,), w, torch.zeros_like(w)), ("eps", "(5,)", "float", "bias")),
+    "eps is a parameter": (lambda f, x, w: f(x, (5,), w, torch.nn.Parameter(w.sum())), ("eps", "()", "float")),
     "an argument too many": (lambda f, x, w: f(x, (5,), w, 1e-5, None), ()),
     "an argument of another name": (lambda f, x, w: f(x, (5,), bias=w), ()),
 }

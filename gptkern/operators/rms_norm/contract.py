@@ -98,6 +98,11 @@ def _check_types(input, normalized_shape, weight, eps):
             raise TypeError(f"rms_norm: normalized_shape holds a {type(size).__name__}; it needs ints")
     if eps is not None and not isinstance(eps, (int, float, torch.SymFloat, torch.Tensor)):
         raise TypeError(f"rms_norm: eps is a {type(eps).__name__}; it needs to be a float or None")
+    if isinstance(eps, torch.Tensor) and (eps.dim() > 0 or eps.requires_grad):
+        raise TypeError(
+            f"rms_norm: eps is a Tensor of shape {tuple(eps.shape)}; it needs to be a float or None (the fourth argument "
+            "is no bias: there is none)"
+        )
 
 
 def _flattened(input, weight, normalized_shape, eps):
