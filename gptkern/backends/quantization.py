@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from gptkern.backends import tracing
+
 # -128 is left out, so that the range is symmetric.
 LARGEST = 127
 # The least scale: below it float32 has too few digits for x / scale to stay within ±127.
@@ -16,7 +18,7 @@ SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 def quantized(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """-> q, int8 in x's shape; scale, float32 in x's shape without dim. dim is from 0 on."""
     without = [*x.shape[:dim], *x.shape[dim + 1 :]]
-    if x.numel() == 0:
+    if not tracing.in_jit_trace() and x.numel() == 0:
         return torch.empty(x.shape, dtype=torch.int8, device=x.device), x.new_ones(without, dtype=torch.float32)
     x = x if x.dtype == torch.float64 else x.float()
     # scale = max|x| / 127; by a tensor, because on a GPU PyTorch multiplies by a number's reciprocal, an ulp off

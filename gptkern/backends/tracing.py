@@ -6,7 +6,6 @@ at, or ones that a graph must not keep; a size that torch.jit.trace hands out is
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 
 import torch
@@ -43,6 +42,32 @@ def is_dual(tensor: torch.Tensor) -> bool:
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
+def is_transformed() -> bool:
+    """Whether torch.func, forward mode or torch.jit.trace is there: PyTorch's operators, and no autograd.Function."""
+    return in_torch_func() or forward_ad._current_level >= 0 or in_jit_trace()
+
+
+@constant_while_compiling
+def in_derivative() -> bool:
+    """Whether torch.func or forward mode may be taking a derivative, for which no tensor need require grad."""
+    if forward_ad._current_level >= 0:
+        return True
+    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    # Inside of vmap a tensor does not say whether the batch that it is of requires grad.
+    is_batched = all(transform.key() == torch._C._functorch.TransformType.Vmap for transform in transforms)
+    return bool(transforms) and (torch.is_grad_enabled() or not is_batched)
+
+
+def is_for_any_size(size: int | torch.SymInt | torch.Tensor) -> bool:
+    """Whether a graph is made that is kept whatever the size will be: by torch.jit.trace, make_fx or torch.export.
+
+    A compiler looks at the size again at each call.
+    """
+    if type(size) is int:
+        return False
+    return isinstance(size, torch.Tensor) or not torch.compiler.is_compiling() or torch.compiler.is_exporting()
+
+
 def has_values(tensor: torch.Tensor) -> bool:
     """Whether the tensor's values may be looked at: it is plain, and nothing records, transforms or fakes it."""
     return (
@@ -55,15 +80,21 @@ def has_values(tensor: torch.Tensor) -> bool:
     )
 
 
-@contextlib.contextmanager
-def untraced():
+def sizes(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The tensor's shape, to be compared: of numbers, also while torch.jit.trace makes them tensors."""
+    return tensor.shape if torch._C._get_tracing_state() is None else tuple(torch.ops.aten.size(tensor))
+
+
+class untraced:
     """Sizes are numbers inside the block, also while torch.jit.trace makes them tensors; nothing in it is recorded."""
-    state = torch._C._get_tracing_state()
-    if state is None:
-        yield
-        return
-    torch._C._set_tracing_state(None)
-    try:
-        yield
-    finally:
-        torch._C._set_tracing_state(state)
+
+    __slots__ = ("_state",)
+
+    def __enter__(self):
+        self._state = torch._C._get_tracing_state()
+        if self._state is not None:
+            torch._C._set_tracing_state(None)
+
+    def __exit__(self, *_):
+        if self._state is not None:
+            torch._C._set_tracing_state(self._state)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from gptkern.backends import dispatch
+from gptkern.backends import dispatch, tracing
 from gptkern.backends.quantization import quantized
 from gptkern.backends.registration import Operator, autocast, once_differentiable, without_autocast
 
@@ -93,14 +93,25 @@ def int8_linear(
     Source: Dettmers et al., "LLM.int8()", 2022 (arXiv:2208.07339), section 2.1, vector-wise quantisation.
     """
     choice = dispatch.settled(input)
-    _check_tensors(input, weight, weight_scale, bias)
+    with tracing.untraced():
+        _check_tensors(input, weight, weight_scale, bias)
+        check_options("int8_linear", activation, mode)
+    if mode == "auto":
+        rows = math.prod(input.shape[:-1])
+        if tracing.is_for_any_size(rows):
+            return _for_any_rows(rows, input, weight, weight_scale, bias, activation)
+        mode = "w8a16" if rows <= AUTO_W8A16_ROWS else "w8a8"
     (input,) = autocast("lower", input)
-    call = Call(input, weight, weight_scale, bias, activation, _checked_mode(input, activation, mode))
+    call = Call(input, weight, weight_scale, bias, activation, mode)
     if choice is None:
         choice = dispatch.choose("int8_linear", call)
-    if choice.backend == "torch" and not (torch.is_grad_enabled() and _requires_grad(input, bias)):
-        with without_autocast(input.device.type):
-            return forward(call)
+    if choice.backend == "torch":
+        needs_grad = torch.is_grad_enabled() and _requires_grad(input, bias)
+        is_transformed = tracing.is_transformed()
+        if is_transformed or not needs_grad:
+            differentiable = is_transformed and (needs_grad or tracing.in_derivative())
+            with without_autocast(input.device.type):
+                return _straight_through(call) if differentiable else forward(call)
     return Int8LinearFunction.apply(*call, choice.backend)
 
 
@@ -148,16 +159,45 @@ def check_options(where, activation, mode):
         raise ValueError(f"{where}: mode is {mode!r}; it needs 'w8a8', 'w8a16' or 'auto'")
 
 
-def _checked_mode(input, activation, mode):
-    """ "w8a8" or "w8a16"."""
-    check_options("int8_linear", activation, mode)
-    if mode == "auto":
-        return "w8a16" if math.prod(input.shape[:-1]) <= AUTO_W8A16_ROWS else "w8a8"
-    return mode
-
-
 def _requires_grad(input, bias):
     return input.requires_grad or (bias is not None and bias.requires_grad)
+
+
+# --- On PyTorch under torch.func, in forward mode and in traces ------------------------------------------------------
+
+
+def _straight_through(call: Call):
+    """`forward` in operators that PyTorch differentiates by itself, in every direction and as often as it is asked."""
+    return _computed(call, _straight_through_product)
+
+
+def _straight_through_product(x, weight, mode):
+    """`_product`, with the derivative of x @ weight^T."""
+    x = x.to(_computing_dtype(x))
+    z = _widened_product(x, weight)
+    if mode == "w8a16":
+        return z
+    # Of the quantised product the value, of the plain one the derivative: what is added is 0.
+    return _product(_constant(x), weight, mode) + (z - _constant(z))
+
+
+def _constant(tensor):
+    """The same values with the derivative 0."""
+    if tracing.in_jit_trace():
+        # The older ONNX export has no view of the bits.
+        return tensor.detach()
+    # In forward mode `detach` keeps the tangent, and integers have none.
+    return tensor.view(torch.int64 if tensor.dtype == torch.float64 else torch.int32).view(tensor.dtype)
+
+
+def _for_any_rows(rows, input, weight, weight_scale, bias, activation):
+    """mode="auto" in a graph that is kept for any number of rows: both modes, and the one that a call asks for."""
+    few, many = (
+        int8_linear(input, weight, weight_scale, bias, activation=activation, mode=mode) for mode in ("w8a16", "w8a8")
+    )
+    if not isinstance(rows, torch.Tensor):
+        rows = torch.full((), rows)
+    return torch.where((rows <= AUTO_W8A16_ROWS).to(input.device), few, many)
 
 
 # --- The torch backend: bare launchers in plain PyTorch -------------------------------------------------------------
@@ -177,11 +217,7 @@ def unsupported(call: Call) -> None:
 
 def forward(call: Call):
     """(…, in_features) -> (…, out_features) in the input's dtype."""
-    input, weight, weight_scale, bias, activation, mode = call
-    y = _preactivation(input, weight, weight_scale, bias, mode)
-    if activation is not None:
-        y = F.gelu(y, approximate=ACTIVATIONS[activation])
-    return y.to(input.dtype).view(*input.shape[:-1], weight.shape[0])
+    return _computed(call, _product)
 
 
 def backward(gradient: Gradient, call: Call):
@@ -194,7 +230,7 @@ def backward(gradient: Gradient, call: Call):
     dz = rows_of(grad_output).to(_computing_dtype(grad_output))
     if activation is not None:
         # dz = dy * act'(z)
-        z = _preactivation(input, weight, weight_scale, bias, mode)
+        z = _preactivation(input, weight, weight_scale, bias, mode, _product)
         dz = torch.ops.aten.gelu_backward(dz, z, approximate=ACTIVATIONS[activation])
     dinput = grad_output.new_empty(0)
     if need_input:
@@ -204,18 +240,30 @@ def backward(gradient: Gradient, call: Call):
     return dinput, dz.sum(0) if need_bias else dz.new_empty(0)
 
 
-def _preactivation(input, weight, weight_scale, bias, mode):
+def _computed(call, product):
+    input, weight, weight_scale, bias, activation, mode = call
+    y = _preactivation(input, weight, weight_scale, bias, mode, product)
+    if activation is not None:
+        y = F.gelu(y, approximate=ACTIVATIONS[activation])
+    return y.to(input.dtype).view(*input.shape[:-1], weight.shape[0])
+
+
+def _preactivation(input, weight, weight_scale, bias, mode, product):
     """z (rows, out_features) in float32 (float64 for float64 input)."""
-    dtype = _computing_dtype(input)
-    x = rows_of(input)
-    if mode == "w8a8":
-        q, input_scale = quantized(x, 1)
-        # z = (q @ weight^T) * input_scale * weight_scale + bias
-        z = integer_product(q, weight).to(dtype) * input_scale[:, None] * weight_scale
-    else:
-        # z = (x @ weight^T) * weight_scale + bias
-        z = _widened_product(x.to(dtype), weight) * weight_scale
-    return z if bias is None else z + bias.to(dtype)
+    # z = product * weight_scale + bias
+    z = product(rows_of(input), weight, mode) * weight_scale
+    return z if bias is None else z + bias.to(z.dtype)
+
+
+def _product(x, weight, mode):
+    """(rows, out_features) in float32 (float64 for float64 x), before the weight's scale."""
+    dtype = _computing_dtype(x)
+    if mode == "w8a16":
+        # x @ weight^T
+        return _widened_product(x.to(dtype), weight)
+    # (q @ weight^T) * input_scale
+    q, input_scale = quantized(x, 1)
+    return integer_product(q, weight).to(dtype) * input_scale[:, None]
 
 
 def rows_of(tensor):
@@ -228,24 +276,28 @@ def integer_product(q, weight):
 
     q: (rows, in_features) int8 within ±127. weight: (out_features, in_features) int8.
     """
-    rows, terms = q.shape
-    out_features = weight.shape[0]
+    out_features, terms = tracing.sizes(weight)
     # The shapes that torch._int_mm takes on a GPU. On a CPU without VNNI it takes 25 times as long as float32.
-    if q.is_cuda and rows > 16 and terms > 0 and terms % 8 == 0 and out_features % 8 == 0 and terms <= INT32_TERMS:
+    fits = q.is_cuda and 0 < terms <= INT32_TERMS and terms % 8 == 0 and out_features % 8 == 0
+    # It has no rule for vmap, and a trace is for any number of rows.
+    if fits and not tracing.is_transformed() and q.shape[0] > 16:
         return torch._int_mm(q, weight.contiguous().t())
     if terms <= EXACT_TERMS:
         return _widened_product(q.float(), weight)
-    total = torch.zeros(rows, out_features, dtype=torch.int32 if terms <= INT32_TERMS else torch.int64, device=q.device)
+    dtype = torch.int32 if terms <= INT32_TERMS else torch.int64
+    total = None
     for start in range(0, terms, EXACT_TERMS):
         chunk = slice(start, start + EXACT_TERMS)
-        total += _widened_product(q[:, chunk].float(), weight[:, chunk]).to(total.dtype)
+        part = _widened_product(q[:, chunk].float(), weight[:, chunk]).to(dtype)
+        total = part if total is None else total.add_(part)
     return total
 
 
 def _widened_product(x, weight):
     """x @ weight^T in x's dtype, with never more than a slice of the weight widened to it."""
-    channels = max(WIDENED_ELEMENTS["cuda" if x.is_cuda else "cpu"] // max(weight.shape[1], 1), 1)
-    if weight.shape[0] <= channels:
+    out_features, terms = tracing.sizes(weight)
+    channels = max(WIDENED_ELEMENTS["cuda" if x.is_cuda else "cpu"] // max(terms, 1), 1)
+    if out_features <= channels:
         return x @ weight.to(x.dtype).t()
     return torch.cat([x @ part.to(x.dtype).t() for part in weight.split(channels)], 1)
 

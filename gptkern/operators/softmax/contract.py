@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from gptkern.backends import dispatch
+from gptkern.backends import dispatch, tracing
 from gptkern.backends.registration import Operator, once_differentiable
 
 
@@ -119,7 +119,9 @@ def _autocast_dtype(input, dtype):
 
 
 def _check(input, dim, dtype, scale, mask, is_causal):
-    if not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
+    is_number = isinstance(scale, (int, float, torch.SymInt, torch.SymFloat))
+    # What is computed from a size is a tensor there.
+    if not is_number and not (isinstance(scale, torch.Tensor) and scale.dim() == 0 and tracing.in_jit_trace()):
         raise TypeError(f"softmax: scale is {type(scale).__name__}; it needs a number")
     if type(dim) is bool or not isinstance(dim, int):
         raise TypeError(f"softmax: dim is {type(dim).__name__}; it needs an int")
@@ -144,12 +146,12 @@ def _check(input, dim, dtype, scale, mask, is_causal):
         raise TypeError(f"softmax: mask is {mask.dtype}; it needs bool (True takes part) or floating point (added)")
     if mask.device != input.device:
         raise RuntimeError(f"softmax: mask is on {mask.device}; it needs the input's device, {input.device}")
-    if mask.dim() > input.dim() or any(
-        size not in (1, wanted) for size, wanted in zip(reversed(mask.shape), reversed(input.shape))
+    mask_shape, shape = tracing.sizes(mask), tracing.sizes(input)
+    if len(mask_shape) > len(shape) or any(
+        size not in (1, wanted) for size, wanted in zip(reversed(mask_shape), reversed(shape))
     ):
         raise RuntimeError(
-            f"softmax: mask has shape {tuple(mask.shape)}; it needs one that broadcasts to the input's, "
-            f"{tuple(input.shape)}"
+            f"softmax: mask has shape {tuple(mask_shape)}; it needs one that broadcasts to the input's, {tuple(shape)}"
         )
 
 
@@ -161,9 +163,10 @@ def _on_pytorch(input, dim, dtype, scale, mask, is_causal):
     z = input.to(dtype).to(_compute_dtype(dtype))
     # z is written in place once it is no longer the caller's tensor: one pass over memory an extension.
     if mask is not None and mask.dtype != torch.bool:
-        # z = mask + scale * x, in one pass
-        z = torch.add(mask.to(z.dtype), z, alpha=scale)
-    elif scale != 1.0:
+        # z = mask + scale * x, in one pass where scale is a number
+        mask = mask.to(z.dtype)
+        z = z * scale + mask if isinstance(scale, torch.Tensor) else torch.add(mask, z, alpha=scale)
+    elif isinstance(scale, torch.Tensor) or scale != 1.0:
         z = z * scale
     hidden = None if mask is None or mask.dtype != torch.bool else ~mask
     if is_causal:
@@ -187,10 +190,13 @@ def _above_diagonal(input):
 
 def _empty_rows(z, dim):
     """True for the rows of which nothing takes part, or None where there is none (asked on the CPU alone)."""
+    if tracing.in_jit_trace():
+        # In a graph that is for any size: amax refuses rows without elements.
+        return (z == -torch.inf).all(dim, keepdim=True)
     if z.numel() == 0:
         return None
     empty = z.amax(dim, keepdim=True) == -torch.inf
-    if z.device.type == "cpu" and not torch.compiler.is_compiling() and not empty.any():
+    if z.is_cpu and tracing.has_values(z) and not empty.any():
         return None
     return empty
 
