@@ -84,4 +84,18 @@ def _with_room(tensor: torch.Tensor, room: int, step: int) -> torch.Tensor:
     return buffer[tuple(map(slice, tensor.shape))].copy_(tensor)
 
 
+def in_order(tensor: torch.Tensor, order: tuple[int, ...], room: int) -> torch.Tensor:
+    """A copy whose dimensions lie in memory in this order, outermost first, with NaN behind them.
+
+    Args:
+        room: elements behind the innermost dimension, and as many rows behind the last of them. Of integers and bools
+            all bits are set there.
+    """
+    sizes = [tensor.shape[dim] for dim in order]
+    sizes[-2:] = sizes[-2] + room, sizes[-1] + room
+    poison = torch.nan if tensor.is_floating_point() else True if tensor.dtype == torch.bool else FAR
+    buffer = tensor.new_full(sizes, poison).permute([order.index(dim) for dim in range(tensor.dim())])
+    return buffer[tuple(map(slice, tensor.shape))].copy_(tensor)
+
+
 LAYOUTS = [strided_rows, every_other_row, transposed, every_other_element, expanded, permuted_batch]
