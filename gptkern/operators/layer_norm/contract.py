@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import has_torch_function_variadic
 
-from gptkern.backends import dispatch
+from gptkern.backends import dispatch, tracing
 from gptkern.backends.registration import Operator, autocast, once_differentiable
 
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
@@ -146,8 +146,10 @@ def _check_types(input, normalized_shape, weight, bias, eps, residual):
         raise TypeError(
             f"layer_norm: normalized_shape is a {type(normalized_shape).__name__}; it needs to be a tuple of ints"
         )
+    # Where torch.jit.trace records, a size is a tensor.
+    kinds = (int, torch.SymInt, torch.Tensor) if tracing.in_jit_trace() else (int, torch.SymInt)
     for size in normalized_shape:
-        if not isinstance(size, (int, torch.SymInt)):
+        if not isinstance(size, kinds):
             raise TypeError(f"layer_norm: normalized_shape holds a {type(size).__name__}; it needs ints")
     if not isinstance(eps, (int, float, torch.SymFloat, torch.Tensor)):
         raise TypeError(f"layer_norm: eps is a {type(eps).__name__}; it needs to be a float")
@@ -206,7 +208,7 @@ def _check_parameter_dtypes(input, weight, bias):
 
 
 def _check_residual(input, residual):
-    if residual.shape != input.shape:
+    if tracing.sizes(residual) != tracing.sizes(input):
         raise ValueError(
             f"layer_norm: residual has shape {tuple(residual.shape)}; it needs the input's, {tuple(input.shape)}"
         )

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 
-from gptkern.backends import dispatch
+from gptkern.backends import dispatch, tracing
 from gptkern.backends.registration import Operator, once_differentiable, without_autocast
 
 
@@ -91,6 +91,8 @@ def rotary_embedding(
     Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021 (arXiv:2104.09864).
     """
     choice = dispatch.settled(input)
+    if tracing.in_jit_trace():
+        return _traced(input, cos, sin, interleaved, rotary_dim)
     rotary_dim = _checked_rotary_dim(input, cos, sin, interleaved, rotary_dim)
     if choice is None:
         call = Call(input, cos, sin, rotary_dim, interleaved)
@@ -100,6 +102,18 @@ def rotary_embedding(
     # Autocast would look at the 16-bit parts of the result, and on a CPU refuses float16.
     with without_autocast(input.device.type):
         return _turned(input, cos, sin, rotary_dim, interleaved)
+
+
+def _traced(input, cos, sin, interleaved, rotary_dim):
+    """The operator as torch.jit.trace records it: for any sizes, which are tensors there, as rotary_dim may be."""
+    with tracing.untraced():
+        if isinstance(rotary_dim, torch.Tensor) and rotary_dim.dim() == 0 and not rotary_dim.is_floating_point():
+            rotary_dim = rotary_dim.item()
+        rotary_dim = _checked_rotary_dim(input, cos, sin, interleaved, rotary_dim)
+        is_whole, is_double = rotary_dim == input.shape[-1], rotary_dim == cos.shape[-1]
+    rotary_dim = cos.shape[-1] if is_double else 2 * cos.shape[-1]
+    with without_autocast(input.device.type):
+        return _turned_pairs(input, cos, sin, rotary_dim, interleaved, is_whole, is_double)
 
 
 def _checked_rotary_dim(input, cos, sin, interleaved, rotary_dim) -> int:
@@ -177,13 +191,22 @@ def result_strides(shape: tuple, strides: tuple) -> tuple:
 
 
 def _turned(input, cos, sin, rotary_dim, interleaved):
-    """The operator in PyTorch's own, differentiable as often as they are."""
+    is_whole, is_double = rotary_dim == input.shape[-1], rotary_dim == cos.shape[-1]
+    return _turned_pairs(input, cos, sin, rotary_dim, interleaved, is_whole, is_double)
+
+
+def _turned_pairs(input, cos, sin, rotary_dim, interleaved, is_whole, is_double):
+    """The operator in PyTorch's own, differentiable as often as they are.
+
+    Args:
+        is_whole: whether all of head_dim is turned. is_double: whether cos and sin have an entry for each element.
+    """
     half = rotary_dim // 2
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     # In the order of memory, in which the result is written: (batch, heads, length, head_dim), or heads inside.
     heads_inside = input.stride(1) < input.stride(2)
     x = input.transpose(1, 2) if heads_inside else input
-    if cos.shape[-1] == rotary_dim:
+    if is_double:
         of_pairs = slice(0, None, 2) if interleaved else slice(0, half)
         cos, sin = cos[..., of_pairs], sin[..., of_pairs]
     # (…, length, half) -> (…, 1, length, half), or (…, length, 1, half)
@@ -198,7 +221,7 @@ def _turned(input, cos, sin, rotary_dim, interleaved):
     # y_b = x_b * cos + x_a * sin
     y_b = torch.addcmul(x_b * cos, x_a, sin).to(input.dtype)
     y = [torch.stack((y_a, y_b), -1).flatten(-2)] if interleaved else [y_a, y_b]
-    y = torch.cat([*y, rest], -1) if rotary_dim < input.shape[-1] or not interleaved else y[0]
+    y = torch.cat([*y, rest], -1) if not (is_whole and interleaved) else y[0]
     return y.transpose(1, 2) if heads_inside else y
 
 
