@@ -6,6 +6,7 @@ none of it.
 
 import importlib
 import os
+import sys
 from typing import TYPE_CHECKING
 
 from gptkern.version import __version__
@@ -77,6 +78,13 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-if os.environ.get("GPTKERN_BACKEND"):
-    # A wrong name is refused here, and not at the first call of an operator.
+def _is_command_line() -> bool:
+    """Whether Python was started as `gptkern` or `python -m gptkern`."""
+    if sys.argv[:1] == ["-m"]:  # the module is still being looked for
+        return sys.orig_argv[-len(sys.argv)].endswith("gptkern")
+    return os.path.splitext(os.path.basename(sys.argv[0]))[0] == "gptkern" if sys.argv else False
+
+
+if os.environ.get("GPTKERN_BACKEND") and not _is_command_line():
+    # A wrong name is refused here, and not at the first call of an operator. The command line says so in a line.
     importlib.import_module("gptkern.backends.dispatch")

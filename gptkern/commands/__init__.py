@@ -5,3 +5,7 @@ INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended, as the shel
 
 class UserError(Exception):
     """What the person at the command line has to mend: shown as one line, with exit status 2."""
+
+
+class RunError(Exception):
+    """A run that began and could not be brought to its end: shown as one line, with exit status 1."""

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 from gptkern import formatting as form
-from gptkern.commands import INTERRUPTED, UserError
+from gptkern.commands import INTERRUPTED, RunError, UserError, places
+from gptkern.commands import options as types
 
 SUMMARY = "time this machine's kernels against their peers; `bench report DIR` draws the report"
 
@@ -30,10 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FOLDER", help="where results.json goes (default: out/bench/<device>)")
     parser.add_argument("--peers", metavar="A,B", help="only these peers, by the names that the tables have")
     parser.add_argument(
-        "--seconds", type=float, metavar="N",
+        "--seconds", type=types.duration, metavar="N",
         help=f"start no new cell after N seconds (default: {QUICK_SECONDS} with --quick, else no limit)",
     )  # fmt: skip
-    parser.add_argument("--rounds", type=int, metavar="N", help="samples of each (default: 50, quick 20)")
+    parser.add_argument("--rounds", type=types.positive, metavar="N", help="samples of each (default: 50, quick 20)")
     costs = parser.add_mutually_exclusive_group()
     costs.add_argument("--no-costs", action="store_true", help="leave out what is no kernel: host time, import, …")
     costs.add_argument("--costs-only", action="store_true", help="nothing but what is no kernel")
@@ -41,6 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.action == "report":
+        names = ("quick", "smoke", "op", "out", "peers", "seconds", "rounds", "no_costs", "costs_only")
+        given = next((name for name in names if getattr(args, name) not in (None, False)), None)
+        if given is not None:
+            raise UserError(f"--{given.replace('_', '-')} is of a run, and bench report takes a folder alone")
+    elif args.out is not None:
+        places.folder("--out", args.out)
+
     from gptkern.measuring import results
 
     try:
@@ -52,10 +61,15 @@ def run(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     from gptkern.measuring import report, results
 
-    if args.folder is None:
+    if not args.folder:
         raise UserError("bench report needs the folder of a run: gptkern bench report FOLDER")
     folder = Path(args.folder)
-    for path in report.write(folder.parent if folder.name == results.NAME else folder):
+    folder = folder.parent if folder.name == results.NAME else folder
+    try:
+        written = report.write(folder)
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written: {places.reason(error)}") from error
+    for path in written:
         print(path)
     return PASSED
 
@@ -66,14 +80,12 @@ def _run(args: argparse.Namespace) -> int:
 
     if args.folder is not None:
         raise UserError(f"bench run takes no folder and got {args.folder!r}: --out FOLDER says where results go")
-    if args.rounds is not None and args.rounds < 1:
-        raise UserError(f"--rounds {args.rounds}: it needs at least 1")
     args.op = list(dict.fromkeys(args.op or ()))
     peers = None if args.peers is None else [name.strip() for name in args.peers.split(",")]
     for option, given, known in (("op", args.op, runner.OPERATORS), ("peers", peers or (), known_peers.NAMES)):
         for name in given:
             if name not in known:
-                raise UserError(f"--{option} {name}: there is no such name; there are {', '.join(known)}")
+                raise UserError(f"--{option} {types.shown(name)}: there is no such name; there are {', '.join(known)}")
     seconds = QUICK_SECONDS if args.seconds is None and args.quick else args.seconds
     end = float("inf") if seconds is None else time.monotonic() + seconds
     extent = "smoke" if args.smoke else "quick" if args.quick else "full"
@@ -102,6 +114,12 @@ def _measured(args, recorder, extent: str, rounds: int, peers, end: float) -> in
     except KeyboardInterrupt:
         print("\ngptkern bench: interrupted; what was measured is kept", file=sys.stderr)
         status = INTERRUPTED
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        recorder_says = f"{recorder.path} cannot be written: {places.reason(error)}"
+        print(f"\ngptkern bench: {recorder_says}; what was measured before is in it", file=sys.stderr)
+        status = FAILED
     except runner.DeviceLost as error:
         print(f"\ngptkern bench: {error}; what was measured is kept, start it again to go on", file=sys.stderr)
         status = FAILED

@@ -10,8 +10,10 @@ import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
-from gptkern.commands import UserError, tables
+from gptkern.commands import UserError, places, tables
+from gptkern.commands.options import duration, shown
 
 SUMMARY = "run this machine's kernels against float64 references"
 
@@ -26,32 +28,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--interpret", action="store_true", help="run the Triton kernels in Triton's interpreter, on the CPU"
     )
-    parser.add_argument("--seconds", type=float, metavar="N", help="start no new case after N seconds")
+    parser.add_argument("--seconds", type=duration, metavar="N", help="start no new case after N seconds")
     parser.add_argument("--json", metavar="FILE", help="write every comparison to FILE")
+    parser.add_argument(
+        "--require-gpu", action="store_true", help="refuse where no kernel can run on a GPU, for scripts"
+    )
     parser.add_argument("--all", action="store_true", help="show every comparison, not the worst of each kind")
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.interpret and os.environ.get("TRITON_INTERPRET") != "1":
-        # Triton and gptkern read the variable when they are imported, which may have happened in this process.
-        return subprocess.run(
-            [sys.executable, "-m", "gptkern", "check", *_as_options(args)],
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-        ).returncode
-
-    import torch
-
-    from gptkern.measuring import checking
     from gptkern.operators import NAMES
 
     unknown = [name for name in args.op or () if name not in NAMES]
     if unknown:
-        raise UserError(f"--op {unknown[0]}: there is no such operator; there are {', '.join(NAMES)}")
+        raise UserError(f"--op {shown(unknown[0])}: there is no such operator; there are {', '.join(NAMES)}")
+    json_path = None if args.json is None else places.file("--json", args.json)
+    if args.interpret:
+        if args.require_gpu:
+            raise UserError("--interpret runs kernels on the CPU, which --require-gpu refuses")
+        if importlib.util.find_spec("triton") is None:
+            raise UserError("--interpret: triton is not installed")
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            # Triton and gptkern read the variable when they are imported, which may have happened in this process.
+            return subprocess.run(
+                [sys.executable, "-m", "gptkern", "check", *_as_options(args)],
+                env={**os.environ, "TRITON_INTERPRET": "1"},
+            ).returncode
+
+    import torch
+
+    from gptkern.measuring import checking
+
     device = torch.device("cpu" if args.interpret else checking.default_device())
-    if args.interpret and importlib.util.find_spec("triton") is None:
-        raise UserError("--interpret: triton is not installed")
     backends = checking.available(device)
-    print(_introduction(device, backends, checking), flush=True)
+    if args.require_gpu:
+        _require_gpu(device, checking)
+    what = _what(device, backends, checking)
+    print(_introduction(what, device, backends, checking), flush=True)
     # Overflow and 0/0 in lanes that a mask then drops: NumPy warns of them, a GPU does not.
     warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter")
     results = []
@@ -59,9 +72,10 @@ def run(args: argparse.Namespace) -> int:
         results.append(result)
         _progress(len(results), result)
     _progress(len(results), None)
-    if args.json:
-        _write(args.json, results)
-    return _report(results, args.all)
+    status = _report(results, args.all, what)
+    if json_path is not None:
+        _write(json_path, results)
+    return status
 
 
 def _as_options(args: argparse.Namespace) -> list[str]:
@@ -76,42 +90,63 @@ def _as_options(args: argparse.Namespace) -> list[str]:
     return options + ["--all"] * args.all
 
 
-def _introduction(device, backends, checking) -> str:
+def _require_gpu(device, checking) -> None:
+    from gptkern.backends import dispatch
+
+    if device.type != "cuda":
+        raise UserError("--require-gpu: PyTorch sees no GPU here")
+    reasons = [f"{name}: {dispatch.unavailable(name, device)}" for name in checking.KERNELS]
+    if all(dispatch.unavailable(name, device) is not None for name in checking.KERNELS):
+        raise UserError(f"--require-gpu: no kernel can run on this GPU; {'; '.join(reasons)}")
+
+
+def _what(device, backends, checking) -> str:
+    """What runs, and on what: for the first line and the last."""
     import torch
 
+    if device.type == "cuda" and checking.LAUNCHERS not in backends:
+        return f"{', '.join(backends)} on {torch.cuda.get_device_name(device)}"
     if device.type == "cuda":
-        return f"Checking {', '.join(backends)} on {torch.cuda.get_device_name(device)}."
+        return f"plain PyTorch on {torch.cuda.get_device_name(device)}, no kernel"
+    if checking.LAUNCHERS in backends:
+        return "plain PyTorch on the CPU, no kernel"
+    how = {"triton": "triton (interpreted)", "cuda": "cuda (emulated)"}
+    return f"{', '.join(how.get(name, name) for name in backends)} on the CPU, no kernel on a GPU"
+
+
+def _introduction(what: str, device, backends, checking) -> str:
+    if device.type == "cuda":
+        return f"Checking {what}."
     if checking.LAUNCHERS not in backends:
-        how = {"triton": "triton (interpreted)", "cuda": "cuda (emulated)"}
-        return f"Checking {', '.join(how.get(name, name) for name in backends)} on the CPU, at small shapes."
+        return f"Checking {what}, at small shapes."
     return (
-        "There is no GPU here, so no kernel can run: checking what stands in for the kernels, the launchers in plain "
-        "PyTorch.\n`gptkern check --interpret` runs the Triton kernels on the CPU, and with GPTKERN_EMULATE_CUDA=1 set "
-        "`gptkern check` runs the CUDA kernels there."
+        f"Checking {what}. There is no GPU here, so no kernel can run, and what stands in for the kernels is checked, "
+        "the launchers in plain PyTorch.\n`gptkern check --interpret` runs the Triton kernels on the CPU, and with "
+        "GPTKERN_EMULATE_CUDA=1 set `gptkern check` runs the CUDA kernels there. `--require-gpu` makes this an error."
     )
 
 
 def _progress(count: int, result) -> None:
     """One line that is written over, in a terminal."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         return
     line = "" if result is None else f"{count} done, {result.operator} {result.shape_class} {result.dtype}"
     print(f"\r{line[:79]:79}\r", end="", file=sys.stderr, flush=True)
 
 
-def _write(path: str, results: list) -> None:
+def _write(path: Path, results: list) -> None:
     from gptkern.version import __version__
 
     report = {"gptkern": __version__, "results": [dataclasses.asdict(result) for result in results]}
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
-    except OSError as error:
-        raise UserError(f"--json {path}: {error.strerror}") from error
+    places.write(path, json.dumps(report, indent=1))
 
 
-def _report(results: list, show_all: bool) -> int:
-    """Print the table and the failures; the exit status."""
+def _report(results: list, show_all: bool, what: str) -> int:
+    """Print the table and the failures; the exit status.
+
+    Args:
+        what: ran, and on what.
+    """
     compared = [result for result in results if result.ok is not None]
     failed = [result for result in compared if not result.ok]
     skipped = [result for result in results if result.ok is None]
@@ -134,9 +169,9 @@ def _report(results: list, show_all: bool) -> int:
         what = result.note or f"worst error {result.error:.3e}, the rule allows {result.bound:.3e}"
         case = f"{result.operator} {result.direction} on {result.backend}, {result.dtype}, {result.shape_class}"
         print(f"FAILED {case} ({result.shape}): {what}")
-    print(f"{len(compared) - len(failed)} passed, {len(failed)} failed, {len(skipped)} cases not run")
     if not compared:
         print("Nothing was compared.")
+    print(f"{len(compared) - len(failed)} passed, {len(failed)} failed, {len(skipped)} cases not run: {what}")
     return FAILED if failed or not compared else PASSED
 
 

@@ -6,9 +6,9 @@ import argparse
 import importlib
 import time
 
-from gptkern.commands import INTERRUPTED
+from gptkern.commands import INTERRUPTED, places
 from gptkern.commands.interrupts import interruptible, uninterrupted
-from gptkern.commands.options import PRESETS, add_machine_arguments, positive
+from gptkern.commands.options import PRESETS, above_zero, add_machine_arguments, duration, positive, some_duration
 
 SUMMARY = "train a GPT stock and swapped, quantise it to int8, generate text, write a report"
 
@@ -21,15 +21,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=PRESETS, metavar="NAME", help="model; nano on a CPU, gpt2 on a GPU")
     parser.add_argument("--context", type=positive, help="tokens that the model sees at once")
     parser.add_argument("--batch", type=positive, help="rows of an update")
-    parser.add_argument("--lr", type=float, help="peak learning rate")
+    parser.add_argument("--lr", type=above_zero, help="peak learning rate")
     parser.add_argument("--steps", type=positive, help="updates of each training; as many as --seconds allow otherwise")
-    parser.add_argument("--seconds", type=float, help="time for both trainings together")
-    parser.add_argument("--check-seconds", type=float, default=20.0, help="time for checking kernels; 0 leaves it out")
+    parser.add_argument("--seconds", type=some_duration, help="time for both trainings together")
+    parser.add_argument("--check-seconds", type=duration, default=20.0, help="time for checking kernels; 0: not at all")
     parser.add_argument("--sample-bytes", type=positive, default=SAMPLE_BYTES, help="length of a generated sample")
     add_machine_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    places.folder("--out", args.out)
     # What is missing is said now and not after minutes of training.
     for package in ("matplotlib", "rich", "safetensors"):
         importlib.import_module(package)
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
             demo.run()
     except KeyboardInterrupt:
         demo.findings.interrupted = f"during: {demo.stage}"
-        demo.console.print(f"\n[bold yellow]interrupted[/] during: {demo.stage}; writing the report of what is done")
+        demo.console.print(f"\ninterrupted during: {demo.stage}; writing the report of what is done", style="yellow")
     with uninterrupted():
         demo.findings.seconds = time.monotonic() - start
         demo.write()

@@ -21,6 +21,11 @@ SECONDS_BETWEEN_LINES = 15.0
 SHOWN_LOSS_STEPS = 20
 
 
+def new_console() -> Console:
+    """Where commands print: what they are given, file names among it, is never read as markup or as an emoji's code."""
+    return Console(highlight=False, markup=False, emoji=False)
+
+
 class TrainingDisplay(contextlib.AbstractContextManager):
     """Shows trainers that advance together.
 

@@ -78,6 +78,8 @@ class Findings:
     samples: list[Sample] = dataclasses.field(default_factory=list)
     kernel_check: KernelCheck | None = None
     environment: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    # What could not be brought to its end, a line each.
+    failures: list[str] = dataclasses.field(default_factory=list)
     interrupted: str = ""  # the stage that Ctrl-C ended
     seconds: float = 0.0
 
@@ -117,7 +119,7 @@ class Findings:
 
     def problems(self) -> list[str]:
         """What is wrong, one line each; the exit status is 1 where there is anything."""
-        found = []
+        found = [*self.failures]
         difference = self.largest_difference
         if difference is not None and not difference <= self.loss_bound:
             found.append(

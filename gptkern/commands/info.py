@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import importlib.machinery
 import importlib.metadata
 import json
 import os
 import platform
+import sys
+import urllib.parse
+import urllib.request
+from pathlib import Path
 from typing import Any
 
 from gptkern.commands import tables
@@ -46,6 +51,7 @@ def gathered() -> dict[str, Any]:
         "versions": _versions(torch),
         "environment": {name: os.environ.get(name) for name in VARIABLES},
         "cuda_kernels": _cuda_kernels(),
+        "source": _source(),
         "cuda_emulator": _cuda_emulator(),
         "forced_backend": os.environ.get("GPTKERN_BACKEND") or None,
         "operators": {operator: problem(operator).coverage for operator in NAMES},
@@ -67,6 +73,32 @@ def _cuda_kernels() -> dict[str, str | None]:
         "architectures": module.architectures,
         "path": module.__file__,
     }
+
+
+def _source() -> dict[str, Any]:
+    """The folder that gptkern is imported from, and the compiled modules that are there and are not used."""
+    from gptkern.backends.cuda import common
+
+    here = Path(__file__).resolve().parents[1]
+    built = [path for folder in (here, *_other_folders(here)) for path in _modules(folder)]
+    used = common.compiled().__file__ if common.not_built() is None else None
+    return {"imported": str(here), "not_used": [str(path) for path in built if str(path) != used]}
+
+
+def _other_folders(here: Path) -> list[Path]:
+    """Where else a gptkern is: on the path of imports, and where pip has installed it, or was told to look for it."""
+    folders = [Path(entry or os.curdir, "gptkern") for entry in sys.path]
+    for distribution in importlib.metadata.distributions(name="gptkern"):
+        folders.append(Path(distribution.locate_file("gptkern")))
+        url = urllib.parse.urlparse(json.loads(distribution.read_text("direct_url.json") or "{}").get("url", ""))
+        if url.scheme == "file":
+            folders.append(Path(urllib.request.url2pathname(url.path), "gptkern"))
+    return [folder for folder in dict.fromkeys(folder.resolve() for folder in folders) if folder != here]
+
+
+def _modules(folder: Path) -> list[Path]:
+    paths = (folder / f"_cuda{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    return [path for path in paths if path.is_file()]
 
 
 def _cuda_emulator() -> dict[str, str | None]:
@@ -167,6 +199,9 @@ def _show(facts: dict[str, Any]) -> None:
     built = facts["cuda_kernels"]
     described = built["missing"] or f"built with {built['compiler']} for {built['architectures']}, {built['path']}"
     print(f"CUDA C++: {described}.")
+    print(f"gptkern is imported from {facts['source']['imported']}.")
+    for path in facts["source"]["not_used"]:
+        print(f"  compiled and not used: {path}")
     emulator = facts["cuda_emulator"]
     print(f"CUDA C++ on the CPU: {emulator['missing'] or 'can be built with ' + emulator['compiler']}.")
     for name, value in facts["environment"].items():

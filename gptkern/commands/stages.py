@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 
 import gptkern
-from gptkern.commands import checkpoints, text, training
+from gptkern.commands import RunError, checkpoints, places, text, training
 from gptkern.commands.findings import Curve, Findings, Int8, Sample, nats, signed
+from gptkern.commands.interrupts import uninterrupted
 from gptkern.commands.kernel_check import check
 from gptkern.commands.observing import observed
 from gptkern.commands.options import configured, resolved_dtype
@@ -30,6 +31,8 @@ from gptkern.models.gpt import GPT
 PROMPTS = ("The ", "If the object ")
 TEMPERATURE = 0.7
 TOP_K = 20
+
+REPORT, RESULTS = "report.html", "results.json"
 
 # Windows of the held-out text that are looked at on the way; at the end it is all of them.
 EVALUATION_WINDOWS = 64
@@ -74,14 +77,15 @@ class Demo:
     """The stages, in order; what they find out is in `findings`, and `stage` names the one under way."""
 
     def __init__(self, args: argparse.Namespace):
-        from rich.console import Console
+        from gptkern.commands.display import new_console
 
         self.args = args
         self.out = Path(args.out)
-        self.console = Console(highlight=False)
+        self.console = new_console()
         self.findings = Findings()
         self.stage = "start"
         self.number = 0
+        self.saved = False  # the checkpoint of this run
 
     def run(self) -> None:
         threads = torch.get_num_threads()
@@ -92,23 +96,33 @@ class Demo:
             self._quantise()
             self._generate()
             self._check_kernels()
+        except training.Diverged as error:
+            self.findings.failures.append(f"{error}, during: {self.stage}; a lower --lr may help")
         finally:
             torch.set_num_threads(threads)
 
     def _begin(self, stage: str) -> None:
         self.stage = stage
         self.number += 1
-        self.console.rule(f"[bold]{self.number}  {stage}", align="left", style="dim")
+        self._rule(f"{self.number}  {stage}", "dim")
+
+    def _rule(self, title: str, style: str) -> None:
+        from rich.text import Text
+
+        self.console.rule(Text(title, style="bold"), align="left", style=style)
 
     def _say(self, line: str) -> None:
         """A line; wrapped at words in a terminal, left whole in a log."""
-        # markup=False: a file's name may hold square brackets.
-        self.console.print(line, markup=False, soft_wrap=not self.console.is_terminal)
+        self.console.print(line, soft_wrap=not self.console.is_terminal)
 
     # --- the stages ---------------------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
         args = self.args
+        checkpoints.check_writable("--out", self.out / "checkpoint")
+        for name in (REPORT, RESULTS):
+            if self.out.is_dir():
+                places.file("--out", str(self.out / name))
         device = training.resolve_device(args.device)
         defaults = DEFAULTS.get(device.type, DEFAULTS["cpu"])
         preset = args.preset or defaults.preset
@@ -119,6 +133,9 @@ class Demo:
             steps=args.steps or 1, batch=args.batch or defaults.batch, length=config.context,
             lr=args.lr or defaults.lr, seed=args.seed, device=str(device), dtype=resolved_dtype(args.dtype, device),
         )  # fmt: skip
+        # The int8 model is made beside the two that are trained.
+        training.check_memory(config, self.recipe, preset, models=2, copies=1)
+        places.room("--out", self.out, training.parameter_bytes(config))
         self._begin("the model and the text")
         self.stock = training.new_model(config, self.recipe)
         findings = self.findings
@@ -135,7 +152,6 @@ class Demo:
         )
 
     def _swap(self) -> None:
-        from rich.markup import escape
         from rich.table import Table
 
         self._begin("gptkern.swap(model)")
@@ -152,9 +168,9 @@ class Demo:
             table.add_column(heading, no_wrap=heading != "why")
         for row in self.findings.swapped_modules:
             names = f"{row.names} ({row.count})"
-            table.add_row(names, row.original, row.operator, row.backend, escape(row.reason))
+            table.add_row(names, row.original, row.operator, row.backend, row.reason)
         for name, original, reason in self.findings.skipped_modules:
-            table.add_row(name, original, "-", "-", escape(f"left alone: {reason}"))
+            table.add_row(name, original, "-", "-", f"left alone: {reason}")
         self.console.print(table)
 
     def _train(self) -> None:
@@ -202,10 +218,14 @@ class Demo:
             f"validation loss: stock {findings.stock.final:.4f}, swapped {nats(findings.swapped.final)}; "
             f"largest difference {findings.largest_difference:.2g}; speed {findings.speed_up:.2f} x stock"
         )
-        checkpoints.save(
-            self.swapped, self.out / "checkpoint",
-            {"text": self.data.name, "recipe": dataclasses.asdict(recipe), "step": self.trainer.step},
-        )  # fmt: skip
+        history = {"text": self.data.name, "recipe": dataclasses.asdict(recipe), "step": self.trainer.step}
+        try:
+            with uninterrupted():
+                checkpoints.save(self.swapped, self.out / "checkpoint", history)
+            self.saved = True
+        except RunError as error:
+            # The stages that follow need no file.
+            findings.failures.append(str(error))
 
     def _steps_in(self, seconds: float) -> int:
         """How many steps of both trainings fit into the time, from a few steps of throw-away copies."""
@@ -271,8 +291,8 @@ class Demo:
             sample = Sample(prompt, *(self._sample(model, prompt) for model in (self.stock, self.swapped, self.int8)))
             self.findings.samples.append(sample)
             for title, generated in (("swapped", sample.swapped), ("int8", sample.int8)):
-                self.console.print(f"[bold]{title}[/]")
-                self.console.print(generated, markup=False, style="dim")
+                self.console.print(title, style="bold")
+                self.console.print(generated, style="dim")
 
     def _sample(self, model: GPT, prompt: str) -> str:
         device = torch.device(self.recipe.device)
@@ -294,20 +314,39 @@ class Demo:
     # --- the end ------------------------------------------------------------------------------------------------------
 
     def write(self) -> None:
-        """The report, the figures as JSON, and the verdict on the terminal."""
+        """The report, the figures as JSON, and the verdict on the terminal.
+
+        An interrupted run that has no checkpoint of its own leaves the report of a finished one, and its checkpoint.
+        """
+        findings = self.findings
+        if findings.interrupted and not self.saved and self._holds_a_finished_run():
+            where = f"{self.out / REPORT} is that of an earlier run, which was finished"
+        else:
+            where = f"report: {self.out / REPORT}"
+            try:
+                self._write_files()
+            except RunError as error:
+                findings.failures.append(str(error))
+                where = ""
+        problems = findings.problems()
+        self._rule("verdict", "red" if problems else "green")
+        self._say(findings.verdict())
+        for problem in problems:
+            self.console.print(problem, style="bold red")
+        self._say(f"\n{where}")
+
+    def _write_files(self) -> None:
         from gptkern.commands.demo_report import render
 
         findings = self.findings
-        self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "report.html").write_text(render(findings), encoding="utf-8")
         content = {**dataclasses.asdict(findings), "problems": findings.problems()}
-        (self.out / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        problems = findings.problems()
-        self.console.rule("[bold]verdict", align="left", style="red" if problems else "green")
-        self._say(findings.verdict())
-        for problem in problems:
-            self.console.print(problem, style="bold red", markup=False)
-        self._say(f"\nreport: {self.out / 'report.html'}")
+        places.write(self.out / RESULTS, json.dumps(content, indent=1) + "\n")
+        places.write(self.out / REPORT, render(findings))
+
+    def _holds_a_finished_run(self) -> bool:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            return json.loads((self.out / RESULTS).read_text(encoding="utf-8")).get("interrupted") == ""
+        return False
 
 
 def _device_name(device: torch.device) -> str:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import stat
 from pathlib import Path
 
 import torch
 
+from gptkern import formatting
 from gptkern.commands import UserError
+from gptkern.commands.options import shown
+from gptkern.training import memory
 
 # The text is cut into blocks of this many bytes and every tenth one is held out, so that training and validation
 # text are of the same kind wherever in the file they come from.
@@ -16,6 +21,9 @@ HELD_OUT_EVERY = 10
 
 # A paragraph that comes back word by word would be in both splits; shorter ones (rules, list items) may repeat.
 REPEATED_PARAGRAPH_CHARACTERS = 40
+
+# Of the text in memory at once: as it was read, in blocks, joined, and as tensors.
+COPIES = 4
 
 DEFAULT_TEXT = "the Python language reference (pydoc_data.topics)"
 
@@ -46,17 +54,38 @@ def load(path: str | None = None, shortest: int = 2) -> Text:
     if path is None:
         name, data = DEFAULT_TEXT, default_text().encode()
     else:
-        try:
-            name, data = Path(path).name, Path(path).read_bytes()
-        except OSError as error:
-            raise UserError(f"--text {path}: {error.strerror}") from error
+        name, data = printable(Path(path).name), _read(path)
     train, validation = split(data)
     if min(len(train), len(validation)) < shortest:
         raise UserError(
-            f"--text {name} has {len(data)} bytes: {len(train)} to train on and {len(validation)} held out; "
+            f"--text {shown(name)} has {len(data)} bytes: {len(train)} to train on and {len(validation)} held out; "
             f"each needs at least {shortest}"
         )
     return Text(name, train, validation)
+
+
+def _read(path: str) -> bytes:
+    if not path:
+        raise UserError("--text is empty; it needs a file")
+    try:
+        found = os.stat(path)
+        # What has no end, /dev/zero, would be read until the memory is.
+        if stat.S_ISCHR(found.st_mode) or stat.S_ISBLK(found.st_mode):
+            raise UserError(f"--text {shown(path)}: it is a device; it needs a file")
+        free = memory.available(torch.device("cpu"))
+        if free is not None and COPIES * found.st_size > free:
+            raise UserError(
+                f"--text {shown(path)} needs {formatting.size(COPIES * found.st_size)} of memory and there are "
+                f"{formatting.size(free)}"
+            )
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--text {shown(path)}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def printable(name: str) -> str:
+    """A file's name of which every character can be written; bytes of it that are no text are replaced."""
+    return name.encode("utf-8", errors="replace").decode()
 
 
 def default_text() -> str:
@@ -123,5 +152,9 @@ def decode(ids: torch.Tensor) -> str:
 
 
 def encode(text: str, device: torch.device) -> torch.Tensor:
-    """text -> (1, bytes), int64."""
-    return torch.tensor([list(text.encode())], device=device)
+    """text -> (1, bytes), int64. What was no text on the command line, and is surrogates in Python, is those bytes.
+
+    Raises:
+        UnicodeEncodeError: it has other surrogates, which stand for nothing.
+    """
+    return torch.tensor([list(text.encode("utf-8", errors="surrogateescape"))], device=device)

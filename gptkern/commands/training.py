@@ -11,11 +11,15 @@ import dataclasses
 import math
 import statistics
 import time
+import warnings
 
 import torch
 
+from gptkern import formatting
 from gptkern.commands import UserError, text
+from gptkern.commands.options import shown
 from gptkern.models.gpt import GPT, GPTConfig
+from gptkern.training import memory
 from gptkern.training.optimizers import optimizer_of
 
 GRADIENT_NORM = 1.0  # GPT-3, appendix B
@@ -59,6 +63,13 @@ class Recipe:
         return floor + (self.lr - floor) * (1 + math.cos(math.pi * progress)) / 2
 
 
+class Diverged(Exception):
+    """A loss that is no finite number: what the model holds is of no use any more."""
+
+    def __init__(self, step: int, loss: float):
+        super().__init__(f"the loss is {loss} at step {step}")
+
+
 def resolve_device(name: str) -> torch.device:
     """The device of that name; "auto" is the GPU where there is one, else the CPU.
 
@@ -67,12 +78,70 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    needs = "it needs auto, cpu, cuda or cuda:N"
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        with warnings.catch_warnings():
+            # Of names that PyTorch is to drop.
+            warnings.simplefilter("ignore")
+            device = torch.device(name)
+    except Exception as error:
+        raise UserError(f"--device {shown(name)}: no device has this name; {needs}") from error
+    reason = _unreachable(device)
+    if reason is not None:
+        raise UserError(f"--device {shown(name)}: {reason}; {needs}")
     return device
+
+
+def _unreachable(device: torch.device) -> str | None:
+    if device.type == "cpu":
+        return f"there is one CPU, and no {device}" if device.index else None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            return "PyTorch sees no GPU here"
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            return f"there {'is 1 GPU' if count == 1 else f'are {count} GPUs'}, the first of them cuda:0"
+    try:
+        # Not `empty` alone: a tensor on meta holds no values.
+        torch.zeros(1, device=device).item()
+    except Exception as error:
+        # Of a device that it was not built for PyTorch's own words are a dump of its dispatcher.
+        reason = f": {str(error).splitlines()[0]}" if device.type == "cuda" else ""
+        return f"this PyTorch cannot compute on {device.type} here{reason}"
+    return None
+
+
+def parameter_bytes(config: GPTConfig) -> int:
+    return memory.FLOAT32 * memory.parameter_count(config)
+
+
+def check_memory(config: GPTConfig, recipe: Recipe, preset: str, *, models: int = 1, copies: int = 0) -> None:
+    """Before anything is allocated: whether the models can be trained here.
+
+    Args:
+        preset: the name of the sizes, for people.
+        models: trained in turn. copies: of a model's parameters, held beside it in the CPU's memory.
+
+    Raises:
+        UserError: they need more memory than there is.
+    """
+    device, itemsize = torch.device(recipe.device), DTYPES[recipe.dtype].itemsize
+    on_cpu = device.type == "cpu"
+    need = memory.needed(config, recipe.tokens_per_step, itemsize, models=models, copies=copies if on_cpu else 0)
+    # The first weights are drawn on the CPU, whatever the device.
+    drawn = () if on_cpu else ((torch.device("cpu"), parameter_bytes(config)),)
+    for place, total in ((device, need.total), *drawn):
+        free = memory.available(place)
+        if free is None or total <= free:
+            continue
+        held = "parameters and a copy" if copies and on_cpu else "parameters"
+        parts = f"{held} {formatting.size(need.parameters)}, gradients {formatting.size(need.gradients)}, "
+        parts += f"AdamW's averages {formatting.size(need.optimizer)}, activations of {recipe.batch} x {recipe.length} "
+        parts += f"tokens at least {formatting.size(need.activations)}"
+        raise UserError(
+            f"--preset {preset} needs {formatting.size(total)} of memory on {place} and there are "
+            f"{formatting.size(free)} ({parts}): take a smaller --preset, --batch or --context"
+        )
 
 
 def new_model(config: GPTConfig, recipe: Recipe) -> GPT:
@@ -86,7 +155,8 @@ class Trainer:
     """One model on its way through a recipe.
 
     `losses` holds the training loss of each step done, `validations` pairs (step, loss on held-out text), `speeds`
-    the tokens per second of each call of `run`.
+    the tokens per second of each call of `run`. `run` and `validate` note a loss that is no finite number, and raise
+    Diverged.
     """
 
     def __init__(self, model: GPT, data: text.Text, recipe: Recipe):
@@ -98,6 +168,8 @@ class Trainer:
         self.losses: list[float] = []
         self.validations: list[tuple[int, float]] = []
         self.speeds: list[float] = []
+        # The step of the lowest validation loss that was noted, the loss, and a copy of the parameters.
+        self.best: tuple[int, float, list[torch.Tensor]] | None = None
         self.model.train()
 
     @property
@@ -118,7 +190,11 @@ class Trainer:
             losses.append(self._update(step))
         values = torch.stack(losses).tolist()  # waits for the device
         self.speeds.append(steps * self.recipe.tokens_per_step / (time.perf_counter() - start))
+        before = self.step
         self.losses += values
+        for step, value in enumerate(values, before + 1):
+            if not math.isfinite(value):
+                raise Diverged(step, value)
 
     def _update(self, step: int) -> torch.Tensor:
         for group in self.optimizer.param_groups:
@@ -136,7 +212,32 @@ class Trainer:
         """Note the mean loss over the held-out text, or over about `windows` of its windows, evenly spread."""
         loss = validation_loss(self.model, self.held_out, self.recipe, windows)
         self.validations.append((self.step, loss))
+        if not math.isfinite(loss):
+            raise Diverged(self.step, loss)
         return loss
+
+    def finite(self) -> bool:
+        """Whether every parameter is a finite number."""
+        return all(bool(parameter.isfinite().all()) for parameter in self.model.parameters())
+
+    def note_best(self) -> None:
+        """Keep a copy of the parameters if the validation before was the best one."""
+        step, loss = self.validations[-1]
+        if self.best is None or loss < self.best[1]:
+            copies = [parameter.detach().to("cpu", copy=True) for parameter in self.model.parameters()]
+            self.best = step, loss, copies
+
+    @torch.no_grad()
+    def back_to_best(self) -> bool:
+        """Put the noted parameters back, and forget what came after them; False where nothing was noted."""
+        if self.best is None:
+            return False
+        step, _, copies = self.best
+        for parameter, kept in zip(self.model.parameters(), copies):
+            parameter.copy_(kept)
+        del self.losses[step:]
+        self.validations = [(at, loss) for at, loss in self.validations if at <= step]
+        return True
 
 
 @torch.no_grad()

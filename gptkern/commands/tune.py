@@ -7,15 +7,16 @@ import contextlib
 from collections import Counter
 from typing import Any
 
-from gptkern.commands import UserError, tables
+from gptkern.commands import RunError, UserError, places, tables
+from gptkern.commands.options import duration, shown, whole
 
 SUMMARY = "choose tiles and backends for this machine's GPU by measuring them"
 
 PASSED, NOTHING_TO_CHOOSE = 0, 2
 # What `--dry-run` and `--show` speak of where there is no GPU.
 ARCHITECTURE = 90
-# What the kernels run on.
-OLDEST = 80
+# What the kernels run on, and more than any that there will be soon.
+OLDEST, NEWEST = 80, 999
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,10 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--op", action="append", type=_operator, metavar="OPERATOR", help="only this one; may be given several times"
     )
-    parser.add_argument("--seconds", type=float, metavar="N", help="start nothing new after N seconds")
+    parser.add_argument("--seconds", type=duration, metavar="N", help="start nothing new after N seconds")
     parser.add_argument("--device", default="cuda", help="the GPU: cuda, cuda:1, …")
     parser.add_argument(
-        "--architecture", type=int, metavar="N",
+        "--architecture", type=whole(OLDEST, NEWEST), metavar="N",
         help=f"with --dry-run or --show: 80, 90, …; the GPU's own, or {ARCHITECTURE} without one",
     )  # fmt: skip
     parser.add_argument(
@@ -42,15 +43,14 @@ def _operator(name: str) -> str:
     from gptkern.operators import NAMES
 
     if name not in NAMES:
-        raise argparse.ArgumentTypeError(f"invalid choice: {name!r} (choose from {', '.join(NAMES)})")
+        raise argparse.ArgumentTypeError(f"is {shown(name)}; it needs one of {', '.join(NAMES)}")
     return name
 
 
 def run(args: argparse.Namespace) -> int:
     from gptkern.operators import NAMES
 
-    if args.architecture is not None and args.architecture < OLDEST:
-        raise UserError(f"--architecture {args.architecture}: it needs {OLDEST} or more, as the kernels do")
+    _check_together(args)
     operators = tuple(dict.fromkeys(args.op or NAMES))
     device = _gpu(args.device)
     if args.dry_run:
@@ -68,6 +68,19 @@ def run(args: argparse.Namespace) -> int:
     return _reset(device) if args.reset else _tune(operators, device, args)
 
 
+def _check_together(args: argparse.Namespace) -> None:
+    """Raises UserError where an option would have no effect."""
+    listing = "--dry-run" if args.dry_run else "--show" if args.show else None
+    without = listing or ("--reset" if args.reset else None)
+    for option, given in (("--seconds", args.seconds is not None), ("--shipped", args.shipped)):
+        if given and without:
+            raise UserError(f"{option} has no effect on {without}, which measures nothing")
+    if args.op and args.reset:
+        raise UserError("--op has no effect on --reset, which removes the GPU's file")
+    if args.architecture is not None and listing is None:
+        raise UserError("--architecture needs --dry-run or --show: what is measured is this machine's GPU")
+
+
 def _gpu(name: str):
     """The GPU as torch.device with an index, or None where there is none."""
     import torch
@@ -75,9 +88,9 @@ def _gpu(name: str):
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--device {shown(name)}: no device has this name; it needs cuda or cuda:N") from error
     if device.type != "cuda":
-        raise UserError(f"--device {name}: there is something to choose on a GPU alone")
+        raise UserError(f"--device {shown(name)}: there is something to choose on a GPU alone, cuda or cuda:N")
     if not torch.cuda.is_available():
         return None
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -95,6 +108,8 @@ def _tune(operators: tuple[str, ...], device, args: argparse.Namespace) -> int:
     place = files.PACKAGE if args.shipped else user.path(found)
     if place is None:
         raise UserError("this system names no folder for caches: set GPTKERN_CACHE")
+    # Before the minutes that it takes to find something that is to be kept.
+    places.folder("the folder of tables", str(place if place.is_dir() else place.parent))
     _say_ignored(found)
     with _kernels_needed():
         tasks = tuning.plan(operators, device)
@@ -108,7 +123,7 @@ def _tune(operators: tuple[str, ...], device, args: argparse.Namespace) -> int:
             gains += outcome.gain > 1
             print(*_told(outcome), sep="\n", flush=True)
     except OSError as error:
-        raise UserError(f"{place} cannot be written: {error}") from error
+        raise RunError(f"{place} cannot be written: {error}") from error
     print(f"{gains} of {len(tasks) - left.total()} choices gain time; the others stay as they were")
     if left:
         counted = ", ".join(f"{operator} {count}" for operator, count in left.items())

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -241,30 +242,55 @@ class GPT(nn.Module):
         Raises:
             ValueError: ids are empty, or temperature, top_k or max_new_tokens is out of range.
         """
+        return torch.cat([ids, *self.stream(ids, max_new_tokens, temperature, top_k, generator)], dim=1)
+
+    def stream(
+        self,
+        ids: torch.Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """As `generate`, of which the arguments and errors are: each token, (batch, 1), as soon as it is drawn.
+
+        The model is in eval mode from the first token until the iterator is exhausted or closed.
+        """
         if ids.dim() != 2 or ids.shape[1] < 1:
             raise ValueError(f"generate: ids have shape {tuple(ids.shape)}; they need (batch, length), length >= 1")
         if max_new_tokens < 0:
             raise ValueError(f"generate: max_new_tokens is {max_new_tokens}; it needs to be at least 0")
-        if temperature < 0:
-            raise ValueError(f"generate: temperature is {temperature}; it needs to be at least 0")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"generate: temperature is {temperature}; it needs to be at least 0 and finite")
         if top_k is not None and top_k < 1:
-            raise ValueError(f"generate: top_k is {top_k}; it needs to be at least 1")
+            raise ValueError(f"generate: top_k is {top_k}; it needs to be at least 1, or None for all tokens")
+        return self._tokens(ids, max_new_tokens, temperature, top_k, generator)
+
+    @torch.no_grad()
+    def _tokens(self, ids, max_new_tokens, temperature, top_k, generator) -> Iterator[torch.Tensor]:
         was_training = self.training
         self.eval()
         try:
             for _ in range(max_new_tokens):
-                logits, _ = self(ids[:, -self.config.context :])
+                ids = ids[:, -self.config.context :]
+                logits, _ = self(ids)
                 chosen = _draw(logits[:, -1].float(), temperature, top_k, generator)
                 ids = torch.cat([ids, chosen], dim=1)
+                yield chosen
         finally:
             self.train(was_training)
-        return ids
+
+
+# Below the first, a quotient of logits may be infinite; below the second, one by the temperature itself.
+SMALL_TEMPERATURE, SMALLEST_TEMPERATURE = 1e-6, torch.finfo(torch.float32).tiny
 
 
 def _draw(logits, temperature, top_k, generator) -> torch.Tensor:
     """(batch, vocab_size) -> (batch, 1), one token for each row."""
-    if temperature == 0:
+    if temperature < SMALLEST_TEMPERATURE:
         return logits.argmax(-1, keepdim=True)
+    if temperature < SMALL_TEMPERATURE:
+        logits = logits - logits.amax(-1, keepdim=True)  # (batch, vocab_size), the same softmax
     if top_k is not None and top_k < logits.shape[-1]:
         # Drawn among the k best themselves: a threshold would let ties in.
         best, tokens = logits.topk(top_k)  # (batch, top_k), both
