@@ -22,6 +22,7 @@ import simulated_gpus
 import torch
 from conftest import DEVICE, _forced
 from cuda_modules import address, module
+from far_memory import LARGE, sparse
 
 import gptkern
 import gptkern.functional as G
@@ -38,9 +39,6 @@ if emulated.compiler() is None:
 if sys.platform != "linux":
     pytest.skip("memory that is reserved and not there needs Linux's MAP_NORESERVE", allow_module_level=True)
 
-LARGE = 2**31 + 4096
-MAP_NORESERVE = 0x4000
-
 
 @pytest.fixture
 def cuda(request):
@@ -48,19 +46,6 @@ def cuda(request):
     operator = re.search(r"layer_norm|rms_norm|rotary|softmax|attention|int8_linear", request.node.name)[0]
     with _forced("cuda", f"test_{operator}.py::{request.node.name}"):
         yield
-
-
-def sparse(elements: int, dtype: torch.dtype) -> torch.Tensor:
-    """So many elements of address space, zeros; a page takes memory once it is written."""
-    try:
-        memory = mmap.mmap(-1, elements * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
-    except (OSError, ValueError) as error:
-        pytest.skip(f"no {elements * dtype.itemsize} bytes of address space can be reserved: {error}")
-    # Without huge pages a touched row costs its own pages and no more.
-    madvise_off = getattr(mmap, "MADV_NOHUGEPAGE", None)
-    if madvise_off is not None:
-        memory.madvise(madvise_off)
-    return torch.frombuffer(memory, dtype=dtype)
 
 
 def spread(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
