@@ -87,7 +87,7 @@ def softmax(
     if not isinstance(input, torch.Tensor) and not torch.overrides.has_torch_function((input,)):
         raise TypeError(f"softmax: input is {type(input).__name__}; it needs a tensor")
     choice = dispatch.settled(input)
-    if choice is not None and mask is None and scale == 1.0 and not is_causal:
+    if choice is not None and mask is None and not is_causal and scale == 1.0:
         # One frame more than PyTorch counts: this one.
         return F.softmax(input, dim, _stacklevel + 1, dtype)
     if dim is None:
@@ -157,7 +157,7 @@ def _check(input, dim, dtype, scale, mask, is_causal):
 
 def _on_pytorch(input, dim, dtype, scale, mask, is_causal):
     """The twin on PyTorch's operators, differentiable as often as they are."""
-    if mask is None and scale == 1.0 and not is_causal:
+    if mask is None and not is_causal and scale == 1.0:
         return F.softmax(input, dim, dtype=dtype)
     dtype = dtype or input.dtype
     z = input.to(dtype).to(_compute_dtype(dtype))
