@@ -5,6 +5,7 @@ twins.py           what takes the place of what: the one map of operators
 reading.py         what a class's forward calls, read off its bytecode
 rerouting.py       a class's forward again, with some of the functions that it calls replaced
 routed_classes.py  the subclass of a module's class that has such a forward
+encoders.py        what torch.nn's encoders give on their fast path, in those that are rerouted
 transformers.py    attention by name in Hugging Face's models; imported only where transformers is in use
 explaining.py      which backend would run what a model calls
 report.py          what a swap did, as data and as a table

@@ -4,8 +4,9 @@
         return F.softmax(self.scores(x), -1)        torch.nn.functional with another softmax
 
 A Python function looks its names up in the dictionary `__globals__` that it was made with, and in the cells of its
-closure. `types.FunctionType` makes another function of the same code with another dictionary: nobody else sees the
-change, a call costs what it cost before, and an activation that is computed again in the backward takes the same way.
+closure. `types.FunctionType` makes another function with another dictionary: nobody else sees the change, a call costs
+what it cost before, and an activation that is computed again in the backward takes the same way. Its code is a copy
+(`own_code`): what torch.compile makes of a function it keeps by the code object, whatever the globals.
 
 Made anew are the functions that call a replaced one, or one that is made anew (gptkern.swapping.reading says which
 calls are seen). The new dictionary holds what the code names, as it was; `Rerouted.refresh` brings it up to date.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import types
 from collections.abc import Callable
 from typing import NamedTuple
@@ -25,6 +27,9 @@ _MISSING = object()
 # Code that writes its globals, or asks for them, has to keep its own. With a `__name__` in them, torch.compile would
 # take the names from the module of that name.
 _NEEDS_ITS_GLOBALS = {"globals", "eval", "exec", "__name__"}
+
+# How many code objects were copied.
+_copies = itertools.count()
 
 
 class CannotReroute(Exception):
@@ -59,8 +64,8 @@ class Rerouted:
         self._links = followed(cls, find)
         self._made: dict[types.FunctionType, types.FunctionType] = {}
         self._scopes: list[_Scope] = []
-        # A function's own cells that hold what is replaced, and what they hold.
-        self._cells: list[tuple[types.CellType, object]] = []
+        # The cells that hold what is replaced, and those that hold nothing yet: what `contents` gave of each.
+        self._cells = [(cell, None) for function in self._links for cell in _empty_cells(function)]
         self._changed: set[Callable] = set()
         while more := {f for f in self._links if f not in self._changed and self._replaced_in(f)}:
             self._changed |= more
@@ -125,9 +130,14 @@ class Rerouted:
         # All other cells are shared with the function's own code, and with its decorators'.
         old_cells = function.__closure__ or ()
         cells = tuple(types.CellType() if n in in_cells else cell for n, cell in zip(code.co_freevars, old_cells))
-        made = types.FunctionType(code, new, function.__name__, function.__defaults__, cells)
+        # torch.compile knows its own wrappers by their code; that they close over something else, its guards see.
+        keeps_code = new is own and _is_torchs(function)
+        made = types.FunctionType(
+            code if keeps_code else own_code(code), new, function.__name__, function.__defaults__, cells
+        )
         made.__kwdefaults__ = function.__kwdefaults__
         self._made[function] = functools.update_wrapper(made, function)
+        self._take_attributes(made, function)
 
         def replacement_of(name: str, value: object) -> object:
             paths = {chain[1:]: target for chain, target in replaced.items() if chain[0] == name}
@@ -141,9 +151,49 @@ class Rerouted:
             new[name] = replacement_of(name, own[name])
         return made
 
+    def _take_attributes(self, made: types.FunctionType, function: types.FunctionType) -> None:
+        """The attributes of the function, for the one that was made of it.
+
+        A decorator may note the function inside as one, and torch.compile, where it meets its own wrapper in what it
+        compiles, takes the function that is noted there.
+        """
+        del made.__wrapped__  # by functools.update_wrapper: the function itself
+        for name, value in vars(function).items():
+            if isinstance(value, types.FunctionType) and value in self._changed:
+                value = self._again(value)
+            # By this torch.compile tells its own wrapper from another decorator's, which copies the attributes.
+            elif name == "_torchdynamo_wrapper_id" and value == id(function):
+                value = id(made)
+            made.__dict__[name] = value
+
     def _new_target(self, target: Callable) -> Callable:
         found = self._find(target)
         return found.function if found else self._again(target)
+
+
+def with_own_code(function: types.FunctionType) -> types.FunctionType:
+    """Decorator of a function that is made for a class: torch.compile makes only so much of one code object."""
+    function.__code__ = own_code(function.__code__)
+    return function
+
+
+def own_code(code: types.CodeType) -> types.CodeType:
+    """The same code in an object of its own, which equals no other; so too the functions inside it.
+
+    What a traceback or a profiler shows of it (file, line, name) is the same.
+    """
+    inner = (own_code(constant) if isinstance(constant, types.CodeType) else constant for constant in code.co_consts)
+    # Codes are equal where their constants are: this one is never loaded.
+    return code.replace(co_consts=(*inner, ("copy", next(_copies))))
+
+
+def _empty_cells(function: types.FunctionType) -> list[types.CellType]:
+    # An empty cell equals no other than an empty one.
+    return [cell for cell in function.__closure__ or () if cell == types.CellType()]
+
+
+def _is_torchs(function: types.FunctionType) -> bool:
+    return f"{function.__globals__.get('__name__')}.".startswith("torch.")
 
 
 def _check_globals(function: types.FunctionType) -> None:

@@ -21,9 +21,10 @@ from collections.abc import Callable
 import torch
 from torch.overrides import TorchFunctionMode
 
-from gptkern.swapping import reading, twins
+from gptkern.backends import recomputation
+from gptkern.swapping import encoders, reading, twins
 from gptkern.swapping.reading import Calls
-from gptkern.swapping.rerouting import CannotReroute, Rerouted
+from gptkern.swapping.rerouting import CannotReroute, Rerouted, with_own_code
 from gptkern.swapping.twins import Replacement
 
 _logger = logging.getLogger("gptkern")
@@ -36,13 +37,25 @@ _CODE = "_gptkern_code"
 class Routing(TorchFunctionMode):
     """Sends the calls of PyTorch's functions made inside it to the operators' twins."""
 
+    block: recomputation.Block | None = None
+
     def __init__(self, operators: tuple[str, ...]):
         super().__init__()
         self.routes = twins.replacements(operators)
+        if not torch.compiler.is_compiling():
+            # Not in an `__enter__` of its own: torch.compile breaks no graph under one.
+            self.block = recomputation.Block(recomputation.here(), functools.partial(Routing, operators))
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         # PyTorch has popped this mode for the duration of the call: a twin may call the function that it replaces.
-        return self.routes.get(function, function)(*args, **(kwargs or {}))
+        route = self.routes.get(function)
+        if route is None:
+            return function(*args, **(kwargs or {}))
+        if self.block is not None and not torch.compiler.is_compiling():
+            if not recomputation.counts(self.block):
+                return function(*args, **(kwargs or {}))
+            recomputation.carry(self.block)
+        return route(*args, **(kwargs or {}))
 
 
 def transformers() -> types.ModuleType | None:
@@ -163,13 +176,17 @@ class _RoutedCode:
         cls = self.cls
         try:
             self.rerouted = Rerouted(cls, _find_for(cls, self.operators))
-            return self.rerouted.methods
+            methods = self.rerouted.methods
+            if cls in twins.ROUTED_MODULES:
+                return {**methods, "forward": encoders.with_fast_path(cls, methods["forward"])}
+            return methods
         except CannotReroute as reason:
             _logger.debug("swap: %s: a TorchFunctionMode routes its calls", reason)
         routing = Routing(self.operators)
 
+        @with_own_code
         def routed_forward(*args, **kwargs):
-            with routing:
+            with routing if torch.compiler.is_compiling() else Routing(self.operators):
                 return cls.forward(*args, **kwargs)
 
         return {"forward": routed_forward}
@@ -181,6 +198,7 @@ class _RoutedCode:
         inner = self.inner = inner.__func__ if isinstance(inner, staticmethod) else inner
 
         @functools.wraps(cls.forward)
+        @with_own_code
         def forward(*args, **kwargs):
             # torch.compile keeps what it has traced; in eager mode the class and the globals may have changed.
             if not torch.compiler.is_compiling():
@@ -190,6 +208,9 @@ class _RoutedCode:
                     return routed.forward(*args, **kwargs)
             return inner(*args, **kwargs)
 
+        # By these torch.compile would take it for a wrapper of its own, around the original forward.
+        for attribute in [name for name in vars(forward) if name.startswith("_torchdynamo_")]:
+            delattr(forward, attribute)
         return staticmethod(forward) if is_static else forward
 
     def is_current(self) -> bool:
