@@ -10,6 +10,7 @@ from int8_linear_calls import MODES, judge, tensors_of
 from layouts import LAYOUTS, every_other_element, expanded, of_own_strides, strided_rows, transposed
 
 import gptkern
+import gptkern.nn
 from gptkern import functional as F
 
 # --- Memory layouts -------------------------------------------------------------------------------------------------
@@ -202,6 +203,110 @@ def test_float64_has_no_kernels(kernel_backend, device):
     input, weight, weight_scale, bias = tensors_of(3, 5, 7, torch.float64, device)
     with pytest.raises(gptkern.BackendError, match="float64"):
         F.int8_linear(input, weight, weight_scale, bias)
+
+
+# --- torch.func and forward mode, on PyTorch -------------------------------------------------------------------------
+
+
+def derivatives(x, weight, weight_scale, bias, mode, activation):
+    """act(z), act'(z), act''(z) and dz/dx (out_features, in_features) of one row x in float64, by the straight-through
+    rule: z is the quantised product's."""
+    dz = weight.double() * weight_scale.double()[:, None]
+    z = F.int8_linear(x[None], weight, weight_scale, bias, mode=mode)[0].double().requires_grad_()
+    approximate = {"gelu": "none", "gelu_tanh": "tanh"}.get(activation)
+    y = z * 1 if activation is None else torch.nn.functional.gelu(z, approximate=approximate)
+    (first,) = torch.autograd.grad(y.sum(), z, create_graph=True)
+    second = torch.autograd.grad(first.sum(), z)[0] if activation else torch.zeros_like(z)
+    return y.detach(), first.detach(), second.detach(), dz
+
+
+TRANSFORMED = [(mode, activation) for mode in MODES for activation in (None, "gelu", "gelu_tanh")]
+
+
+@pytest.mark.parametrize(("mode", "activation"), TRANSFORMED)
+def test_every_derivative_follows_the_straight_through_rule(device, mode, activation):
+    input, weight, weight_scale, bias = tensors_of(1, 31, 7, torch.float32, device)
+    x, tangent, cotangent = input[0].clone(), torch.randn(31, device=device), torch.randn(7, device=device)
+
+    def layer(x):
+        return F.int8_linear(x, weight, weight_scale, bias, mode=mode, activation=activation)
+
+    with gptkern.backend("torch"):
+        y, first, second, dz = derivatives(x, weight, weight_scale, bias, mode, activation)
+        jacobian = (first[:, None] * dz).float()
+        value, pull = torch.func.vjp(layer, x)
+        same_bits("the value", value, layer(x))
+        torch.testing.assert_close(value, y.float())
+        close = {"rtol": 1e-4, "atol": 1e-5}
+        torch.testing.assert_close(pull(cotangent)[0], cotangent @ jacobian, **close)
+        value, pushed = torch.func.jvp(layer, (x,), (tangent,))
+        same_bits("the value", value, layer(x))
+        torch.testing.assert_close(pushed, jacobian @ tangent, **close)
+        for of in (torch.func.jacrev, torch.func.jacfwd):
+            torch.testing.assert_close(of(layer)(x), jacobian, **close)
+        hessian = torch.func.hessian(lambda x: layer(x) @ cotangent)(x)
+        expected = dz.T @ ((cotangent * second)[:, None] * dz)
+        torch.testing.assert_close(hessian, expected.float(), **close)
+        # Outside of torch.func, of what requires grad and of what does not.
+        for leaf in (x, x.clone().requires_grad_()):
+            with torch.autograd.forward_ad.dual_level():
+                dual = torch.autograd.forward_ad.make_dual(leaf, tangent)
+                pushed = torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent
+                torch.testing.assert_close(pushed, jacobian @ tangent, **close)
+
+
+@pytest.mark.parametrize(("mode", "activation"), TRANSFORMED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_a_gradient_of_torch_func_is_autograds(device, mode, activation, dtype):
+    # Longer than what float32 sums exactly.
+    input, weight, weight_scale, bias = tensors_of(3, 1100, 7, dtype, device)
+    grad_output = torch.randn(3, 7, device=device).to(dtype)
+    leaves = input.clone().requires_grad_(), bias.clone().requires_grad_()
+    with gptkern.backend("torch"), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+
+        def layer(input, bias):
+            return F.int8_linear(input, weight, weight_scale, bias, mode=mode, activation=activation)
+
+        expected = layer(*leaves)
+        value, pull = torch.func.vjp(layer, input, bias)
+    same_bits("the value", value, expected.detach())
+    for name, ours, autograds in zip(
+        ("input", "bias"), pull(grad_output), torch.autograd.grad(expected, leaves, grad_output)
+    ):
+        torch.testing.assert_close(
+            ours, autograds, rtol=2 * torch.finfo(dtype).eps, atol=1e-2 if dtype == torch.bfloat16 else 1e-9, msg=name
+        )
+
+
+@pytest.mark.parametrize("mode", [*MODES, "auto"])
+def test_vmap_over_inputs_weights_and_modules(device, mode):
+    count = 3
+    inputs = torch.randn(count, 20, 31, device=device)
+    layers = [gptkern.nn.Int8Linear.from_linear(torch.nn.Linear(31, 7, device=device), mode=mode) for _ in range(count)]
+    with gptkern.backend("torch"):
+        expected = torch.stack([layer(input) for layer, input in zip(layers, inputs)])
+        parameters, buffers = torch.func.stack_module_state(layers)
+
+        def run(parameters, buffers, input):
+            return torch.func.functional_call(layers[0], (parameters, buffers), (input,))
+
+        torch.testing.assert_close(torch.vmap(run)(parameters, buffers, inputs), expected)
+        gradients = torch.vmap(torch.func.grad(lambda *a: run(*a).square().sum()))(parameters, buffers, inputs)
+        expected.square().sum().backward()
+    torch.testing.assert_close(gradients["bias"], torch.stack([layer.bias.grad for layer in layers]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_scale_may_carry_a_tangent(device, mode):
+    """It gets no gradient, and in forward mode no silent zero."""
+    input, weight, weight_scale, bias = tensors_of(3, 31, 7, torch.float32, device)
+    tangent = torch.rand(7, device=device)
+    with gptkern.backend("torch"):
+        layer = lambda scale: F.int8_linear(input, weight, scale, bias, mode=mode)  # noqa: E731
+        _, pushed = torch.func.jvp(layer, (weight_scale,), (tangent,))
+        torch.testing.assert_close(pushed, layer(tangent) - bias, rtol=1e-4, atol=1e-4)
+        with pytest.raises(RuntimeError, match="weight_scale requires grad"):
+            torch.func.grad(lambda scale: layer(scale).sum())(weight_scale)
 
 
 # --- The autograd.Function and the registered ops -------------------------------------------------------------------
