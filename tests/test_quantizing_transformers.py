@@ -143,8 +143,9 @@ def test_save_pretrained_and_from_pretrained(transformers, tmp_path, make, shard
         assert torch.equal(logits(loaded), logits(model))
     # What was loaded is what quantize makes: it can be cast, loads nothing of the other kind, and is saved again.
     before = {key: value.clone() for key, value in loaded.state_dict().items()}
+    other = {key: value + 1 for key, value in make(transformers).state_dict().items()}
     with pytest.raises(RuntimeError, match="the layer is int8"):
-        loaded.load_state_dict(make(transformers).state_dict(), strict=False)
+        loaded.load_state_dict(other, strict=False)
     assert all(torch.equal(value, before[key]) for key, value in loaded.state_dict().items())
     loaded.save_pretrained(tmp_path / "again")
     again = type(model).from_pretrained(tmp_path / "again", dtype=torch.bfloat16)
@@ -156,11 +157,16 @@ def test_a_part_is_saved_and_loaded_as_the_whole(transformers, tmp_path):
     model = llama(transformers)
     gptkern.quantize(model)
     model.save_pretrained(tmp_path / "whole")
-    part = transformers.LlamaModel.from_pretrained(tmp_path / "whole")
+    part, told = transformers.LlamaModel.from_pretrained(tmp_path / "whole", output_loading_info=True)
     assert equal(part, model.model)
+    assert not told["missing_keys"] and told["unexpected_keys"] == {"lm_head.weight"}
     model.model.save_pretrained(tmp_path / "part")
     whole = transformers.LlamaForSequenceClassification.from_pretrained(tmp_path / "part")
     assert equal(whole.model, model.model)
+    whole.model.save_pretrained(tmp_path / "part of it")
+    assert equal(transformers.LlamaModel.from_pretrained(tmp_path / "part of it"), model.model)
+    # Who does not know the name is told so of a part, too.
+    assert read(tmp_path / "part of it" / "model.safetensors")["layers.0.mlp.up_proj.weight"].shape == (1,)
 
 
 def test_the_names_of_layers_are_those_of_the_moment(transformers, tmp_path):
