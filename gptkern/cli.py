@@ -86,7 +86,10 @@ def main(argv: list[str] | None = None) -> int:
             return 1
         except OSError as error:
             # Of a file, a disk or a terminal, standard output among them: none of them is a defect of the program.
-            _drop_output()
+            try:
+                sys.stdout.flush()
+            except (OSError, AttributeError):
+                _drop_output()
             where = "" if error.filename is None else f"{error.filename}: "
             return _ended(arguments, f"{where}{error.strerror or error}", 1)
 
@@ -165,7 +168,9 @@ def _check_environment() -> None:
         _check_cache(cache)
     if os.environ.get("GPTKERN_BACKEND"):
         try:
-            importlib.import_module("gptkern.backends.dispatch")
+            # The import raises, unless it was one before the variable was set.
+            dispatch = importlib.import_module("gptkern.backends.dispatch")
+            dispatch._checked_name(os.environ["GPTKERN_BACKEND"], "GPTKERN_BACKEND")
         except ValueError as error:
             raise UserError(str(error)) from error
 

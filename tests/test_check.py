@@ -152,6 +152,33 @@ def test_command_without_gpu_says_so_and_passes(without_kernels, capsys):
     output = capsys.readouterr().out
     assert "There is no GPU here" in output and "--interpret" in output
     assert LAUNCHERS in output and "0 failed" in output
+    first, *_, last = output.splitlines()
+    assert first.startswith("Checking plain PyTorch on the CPU, no kernel.")
+    assert last.endswith(" cases not run: plain PyTorch on the CPU, no kernel")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_command_that_requires_a_gpu_fails_without_one(capsys, monkeypatch):
+    monkeypatch.setattr(checking, "run", lambda *_, **__: pytest.fail("it checked"))
+    assert cli.main(["check", "--require-gpu"]) == 2
+    assert capsys.readouterr().err == "gptkern check: --require-gpu: PyTorch sees no GPU here\n"
+
+
+def test_command_that_requires_a_gpu_fails_where_no_kernel_runs_on_it(capsys, monkeypatch):
+    monkeypatch.setattr(checking, "default_device", lambda: "cuda")
+    monkeypatch.setattr(dispatch, "unavailable", lambda name, device: f"there is no {name}")
+    assert cli.main(["check", "--require-gpu"]) == 2
+    error = capsys.readouterr().err
+    assert "--require-gpu: no kernel can run on this GPU; " in error and "there is no triton" in error
+
+
+@pytest.mark.parametrize("switch, words", [("TRITON_INTERPRET", "triton (interpreted)"), (None, "plain PyTorch")])
+def test_first_and_last_line_say_what_ran(without_kernels, capsys, monkeypatch, switch, words):
+    if switch is not None:
+        monkeypatch.setenv(switch, "1")
+    assert cli.main(["check", "--op", "quantize_int8", "--seconds", "0"]) == 1
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"Checking {words} on the CPU, no kernel") and f"{words} on the CPU, no kernel" in last
 
 
 def test_command_reports_failures(without_kernels, capsys, monkeypatch, tmp_path):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.metadata
 import json
 import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,6 +106,28 @@ def test_text_and_json_say_what_the_compiled_module_is(capsys, monkeypatch):
     assert _facts(capsys)["cuda_kernels"]["architectures"] == "80;90a"
     assert cli.main(["info"]) == 0
     assert "CUDA C++: built with nvcc 13.0.88 for 80;90a, /a/_cuda.so." in capsys.readouterr().out
+
+
+def test_a_compiled_module_of_another_tree_is_shown_beside_the_tree_that_is_used(capsys, monkeypatch, tmp_path):
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+    for tree in ("on the path", "installed"):
+        module = tmp_path / tree / "gptkern" / f"_cuda{suffix}"
+        module.parent.mkdir(parents=True)
+        module.touch()
+    monkeypatch.syspath_prepend(tmp_path / "on the path")
+    # As pip notes an editable installation.
+    note = tmp_path / "site" / "gptkern-9.dist-info"
+    note.mkdir(parents=True)
+    (note / "METADATA").write_text("Metadata-Version: 2.1\nName: gptkern\nVersion: 9\n")
+    (note / "direct_url.json").write_text(json.dumps({"url": (tmp_path / "installed").as_uri(), "dir_info": {}}))
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    source = _facts(capsys)["source"]
+    modules = [str(tmp_path / tree / "gptkern" / f"_cuda{suffix}") for tree in ("on the path", "installed")]
+    assert source["imported"] == str(Path(info.__file__).parents[1]) and set(modules) <= set(source["not_used"])
+    assert cli.main(["info"]) == 0
+    output = capsys.readouterr().out
+    assert f"gptkern is imported from {source['imported']}." in output
+    assert all(f"  compiled and not used: {module}" in output for module in modules)
 
 
 def test_it_says_why_the_emulator_cannot_be_built(capsys, monkeypatch):

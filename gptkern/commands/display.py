@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import shutil
 import time
 from collections.abc import Sequence
 
@@ -23,7 +25,11 @@ SHOWN_LOSS_STEPS = 20
 
 def new_console() -> Console:
     """Where commands print: what they are given, file names among it, is never read as markup or as an emoji's code."""
-    return Console(highlight=False, markup=False, emoji=False)
+    # Of COLUMNS=0 rich makes lines of no width; what is no number is an error there.
+    given = [os.environ[name] for name in ("COLUMNS", "LINES") if name in os.environ]
+    odd = any(not value.isdecimal() or int(value) == 0 for value in given)
+    width, height = shutil.get_terminal_size() if odd else (None, None)
+    return Console(highlight=False, markup=False, emoji=False, width=width, height=height)
 
 
 class TrainingDisplay(contextlib.AbstractContextManager):

@@ -1,0 +1,238 @@
+"""Options that make no sense: refused before any work, with status 2 and one line that names the option."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+import torch
+
+from gptkern import cli
+from gptkern.commands import checkpoints, text, training
+from gptkern.models.gpt import GPT, GPTConfig
+from gptkern.training import memory
+
+TINY = GPTConfig(vocab_size=256, context=16, layers=1, width=32, heads=2)
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """refused(*arguments): the one line that a command ends with before it has begun, and wrote nothing."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("to be or not to be, that is the question. " * 50)
+
+    def run(*arguments):
+        before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
+        assert cli.main([str(argument) for argument in arguments]) == 2
+        printed = capsys.readouterr()
+        assert (
+            printed.out == "" and printed.err.count("\n") == 1 and printed.err.startswith(f"gptkern {arguments[0]}: ")
+        )
+        assert {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+        return printed.err.partition(": ")[2]
+
+    return run
+
+
+NUMBERS = {
+    ("train", "--lr"): ("nan", "inf", "-1", "0", "1e400", "abc", ""),
+    ("train", "--dropout"): ("nan", "-0.1", "1", "inf", "x"),
+    ("train", "--steps"): ("0", "-1", "1.5", "nan", 10**23, "", "9" * 5000),
+    ("train", "--batch"): ("0", "1e3"),
+    ("train", "--context"): ("-1", "0x10"),
+    ("train", "--seed"): (10**23, 2**64, -(2**63) - 1, "1.0", "abc"),
+    ("demo", "--lr"): ("0", "nan"),
+    ("demo", "--seconds"): ("0", "nan", "-1", "inf", "1e23"),
+    ("demo", "--check-seconds"): ("-1", "nan", "1e23"),
+    ("demo", "--sample-bytes"): ("0", "x"),
+    ("generate", "--tokens"): ("-1", "nan", 10**23),
+    ("generate", "--temperature"): ("nan", "-1", "inf", "warm"),
+    ("generate", "--top-k"): ("0", "-1", "1.5"),
+    ("check", "--seconds"): ("nan", "-1", "inf", "soon"),
+    ("bench", "--seconds"): ("nan", "-1"),
+    ("bench", "--rounds"): ("0", "2.5", 10**23),
+    ("tune", "--seconds"): ("nan", "-1"),
+    ("tune", "--architecture"): ("75", "nan", 10**23),
+}
+
+
+@pytest.mark.parametrize(
+    "command, option, value",
+    [(*key, value) for key, values in NUMBERS.items() for value in values],
+    ids=lambda value: str(value)[:12],
+)
+def test_numbers(refused, command, option, value):
+    folder = ["anywhere"] if command == "generate" else []
+    line = refused(command, *folder, option, value)
+    shown = repr(value) if value == "" else str(value)[:79]
+    assert line.startswith(f"{option} is {shown}") and "it needs a" in line
+
+
+@pytest.mark.parametrize("name", ["meta", "mps", "cuda:7", "gpu", "", "cpu:3", "mkldnn", "cuda:99999999999", "a\nb"])
+@pytest.mark.parametrize("command", ["train", "demo", "generate"])
+def test_devices(refused, command, name):
+    if name == "cuda:7" and torch.cuda.device_count() > 7:
+        pytest.skip("this machine has such a GPU")
+    line = refused(command, *(["anywhere"] if command == "generate" else []), "--device", name)
+    assert line.startswith("--device ") and "it needs auto, cpu, cuda or cuda:N" in line and len(line) < 150
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["train", "my.txt"], "unrecognized argument my.txt; did you mean --text my.txt?"),
+        (["generate", "anywhere", "Hello\nyou"], r"did you mean --prompt Hello\nyou?"),
+        (["check", "softmax"], "did you mean --op softmax?"),
+        (["info", "--jsn"], "did you mean --json?"),
+        (["train", "--preset", "huge"], "--preset: invalid choice: 'huge'"),
+        (["check", "--op", "convolution"], "--op convolution: there is no such operator"),
+        (["check", "--require-gpu", "--interpret"], "--interpret runs kernels on the CPU"),
+        (["bench", "--op", ""], "--op '': there is no such name"),
+        (["bench", "--peers", "eager,,x"], "--peers '': there is no such name"),
+        (["bench", "report"], "bench report needs the folder"),
+        (["bench", "report", "anywhere", "--quick"], "--quick is of a run"),
+        (["tune", "--op", "x"], "--op is x; it needs one of attention"),
+        (["tune", "--show", "--seconds", "5"], "--seconds has no effect on --show"),
+        (["tune", "--architecture", "90"], "--architecture needs --dry-run or --show"),
+        (["tune", "--reset", "--op", "softmax"], "--op has no effect on --reset"),
+        (["generate", "anywhere", "--prompt", "\ud800"], "--prompt '\\ud800': it needs to be text"),
+        (["generate", "anywhere", "--top-k", "0"], "256, the number of bytes, leaves none out"),
+    ],
+)
+def test_words(refused, arguments, words):
+    assert words in refused(*arguments)
+
+
+@pytest.mark.parametrize("command", ["train", "demo", "bench"])
+def test_out_is_tried_before_anything_else(refused, tmp_path, monkeypatch, command):
+    os.symlink("text.txt", tmp_path / "link")
+    os.symlink("nowhere", tmp_path / "dangling")
+    # Whatever else is wrong, this is said first; and PyTorch is not asked for anything.
+    monkeypatch.setattr(training, "resolve_device", lambda name: pytest.fail("the device was looked for"))
+    for out in ("text.txt", "text.txt/below", "link", "dangling", "/dev/full", "x" * 300, "", "/proc/nothing", "a\0b"):
+        line = refused(command, "--out", out)
+        assert line.startswith("--out ") and "it needs a folder that can be written" in line, out
+
+
+def test_check_tries_its_file_first(refused, tmp_path):
+    (tmp_path / "folder").mkdir()
+    for path in ("folder", "text.txt/below", "nowhere/x.json", "x" * 300, "", "/proc/nothing"):
+        line = refused("check", "--op", "softmax", "--json", path)
+        assert line.startswith("--json ") and "it needs a file that can be written" in line, path
+
+
+@pytest.mark.parametrize("command", ["train", "demo"])
+def test_texts(refused, tmp_path, command):
+    (tmp_path / "empty").touch()
+    reasons = {
+        ".": "Is a directory",
+        "empty": "0 bytes",
+        "none": "No such file",
+        "text.txt/x": "Not a directory",
+        "/dev/zero": "it is a device",
+        "": "is empty",
+        "x" * 300: "too long",
+        "a\0b": "null",
+    }
+    for path, why in reasons.items():
+        line = refused(command, "--text", path)
+        assert line.startswith("--text ") and why in line, path
+
+
+@pytest.mark.parametrize("command", ["train", "demo"])
+@pytest.mark.parametrize(
+    "sizes", [("--preset", "gpt3-175B"), ("--batch", 10**15), ("--preset", "gpt3-175B", "--batch", 1, "--context", 16)]
+)
+def test_what_does_not_fit_into_memory_is_said_before_it_is_allocated(refused, monkeypatch, command, sizes):
+    monkeypatch.setattr(training, "new_model", lambda *_: pytest.fail("a model was made"))
+    line = refused(command, "--device", "cpu", *sizes)
+    for words in ("of memory on cpu and there are", "parameters", "gradients", "AdamW", "activations"):
+        assert words in line
+
+
+@pytest.mark.parametrize("preset", ["nano", "gpt2", "gpt3-2.7B"])
+def test_the_memory_that_a_training_needs(preset):
+    config = GPTConfig.preset(preset, vocab_size=256)
+    with torch.device("meta"):
+        count = GPT(config).parameter_count()
+    assert memory.parameter_count(config) == count
+    need = memory.needed(config, tokens=1, itemsize=4, models=2, copies=1)
+    assert (need.parameters, need.gradients, need.optimizer) == (12 * count, 4 * count, 16 * count)
+    assert memory.available(torch.device("cpu")) > 2**20
+
+
+def test_the_activations_are_no_more_than_what_autograd_keeps():
+    kept = {}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    model, ids = GPT(TINY), torch.zeros(4, 16, dtype=torch.int64)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        _, loss = model(ids, ids)
+    total = sum(size for address, size in kept.items() if address not in parameters)
+    activations = memory.needed(TINY, tokens=64, itemsize=4).activations
+    # The logits' gradient comes in the backward.
+    assert 0.5 * total < activations - 4 * 64 * 256 <= total
+    assert loss.requires_grad
+
+
+# --- Folders of checkpoints -------------------------------------------------------------------------------------------
+
+
+def test_what_is_beside_a_checkpoint_is_told_from_one(refused, tmp_path):
+    checkpoints.save(GPT(TINY), tmp_path / "demo" / "checkpoint")
+    assert "did you mean demo/checkpoint?" in refused("generate", "demo")
+    assert "did you mean demo/checkpoint?" in refused("generate", "demo/checkpoint/config.json")
+    broken = GPT(TINY)
+    broken.blocks[0].perceptron.expand.bias.data[3] = torch.nan
+    checkpoints.save(broken, tmp_path / "broken")
+    assert "NaN or an infinity in blocks.0.perceptron.expand.bias" in refused("generate", "broken")
+    checkpoints.save(GPT(GPTConfig(100, 16, 1, 32, 2)), tmp_path / "small")
+    assert "a model of 100 tokens; it needs one of 256" in refused("generate", "small")
+
+
+# --- The environment --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *(("GPTKERN_EMULATE_CUDA", value) for value in ("yes", "2")),
+        ("TRITON_INTERPRET", "true"),
+        *(("GPTKERN_CACHE", value) for value in ("text.txt", "text.txt/below", "x" * 300)),
+        *(("GPTKERN_EMULATE_CUDA_SEED", value) for value in ("-1", "one", "9" * 30)),
+    ],
+)
+@pytest.mark.parametrize("command", ["info", "check"])
+def test_variables_that_mean_nothing(refused, monkeypatch, command, name, value):
+    monkeypatch.setenv(name, value)
+    assert refused(command).startswith(f"{name} is {value!r}; it needs ")
+
+
+@pytest.mark.parametrize("name", ["foo", "torch:", " torch", "Triton"])
+def test_a_backend_that_there_is_not(refused, monkeypatch, name):
+    monkeypatch.setenv("GPTKERN_BACKEND", name)
+    assert refused("info").startswith(f"GPTKERN_BACKEND got {name!r}; it needs one of 'cuda', 'triton', 'torch'")
+
+
+@pytest.mark.parametrize("started", [["gptkern"], ["/usr/bin/gptkern", "info"], ["gptkern.exe"], ["-m", "info"]])
+def test_the_command_line_knows_itself(monkeypatch, started):
+    """It says itself that GPTKERN_BACKEND means nothing; an import of gptkern raises."""
+    import gptkern
+
+    monkeypatch.setattr(sys, "argv", started)
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "-m", "gptkern", *started[1:]])
+    assert gptkern._is_command_line()
+    monkeypatch.setattr(sys, "argv", ["-m" if started[0] == "-m" else "/usr/bin/pytest", *started[1:]])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "pytest", *started[1:]])
+    assert not gptkern._is_command_line()
+
+
+def test_a_file_name_that_is_no_text(tmp_path):
+    assert text.printable("a\udcffb") == "a?b"
+    # Bytes of the command line that are no text are the bytes that they were.
+    assert text.encode("é\udcff", torch.device("cpu")).tolist() == [[0xC3, 0xA9, 0xFF]]

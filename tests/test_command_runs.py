@@ -1,0 +1,388 @@
+"""What runs of the commands leave behind: whole checkpoints, on a full disk and after a loss that is NaN as well; text
+as it is drawn; output that no terminal's encoding ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gptkern import cli
+from gptkern.commands import RunError, checkpoints, display, training
+from gptkern.models import gpt
+from gptkern.models.gpt import GPT, GPTConfig
+
+resource = pytest.importorskip("resource", reason="Windows has no limit of a file's size to set")
+
+TINY = GPTConfig(vocab_size=256, context=16, layers=1, width=32, heads=2)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("A kernel runs on the device; an operator is what it computes.\n" * 40)
+    return tmp_path
+
+
+def train(*arguments: str, steps: int = 4) -> int:
+    sizes = ["--steps", str(steps), "--context", "16", "--batch", "2", "--device", "cpu"]
+    return cli.main(["train", "--text", "text.txt", *sizes, *arguments])
+
+
+def content(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@contextlib.contextmanager
+def full_disk(size: int):
+    """No file can have more bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# --- Checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_training_is_replaced_where_that_is_asked_for(folder, capsys):
+    assert train("--out", "run") == 0
+    before = content(folder)
+    assert train("--out", "run", "--seed", "1") == 2
+    assert "--out run holds a checkpoint: --overwrite replaces it" in capsys.readouterr().err
+    assert content(folder) == before
+    # A part of one is not written over either.
+    os.remove("run/model.safetensors")
+    assert train("--out", "run") == 2
+    (folder / "run" / "notes.txt").write_text("mine")
+    assert train("--out", "run", "--seed", "1", "--overwrite") == 0
+    after = content(folder)
+    assert after.keys() == before.keys() | {"run/notes.txt"} and after["run/notes.txt"] == b"mine"
+    assert after["run/model.safetensors"] != before["run/model.safetensors"]
+
+
+@pytest.mark.parametrize("size", [0, 100_000])
+def test_a_full_disk_leaves_the_old_checkpoint_and_one_line(folder, capsys, size):
+    assert train("--out", "run") == 0
+    before = content(folder)
+    capsys.readouterr()
+    with full_disk(size):
+        assert train("--out", "run", "--overwrite", "--seed", "1") == 1
+        assert train("--out", "new/below") == 1
+    assert content(folder) == before and not (folder / "new" / "below").exists()
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "gptkern train: run cannot be written: File too large; the checkpoint there is as it was"
+    assert second == "gptkern train: new/below cannot be written: File too large"
+
+
+def test_a_checkpoint_is_put_in_its_place_when_it_is_whole(folder, monkeypatch):
+    """Whatever ends the writing, the disk or a signal."""
+    checkpoints.save(GPT(TINY), folder / "run", {"step": 1})
+    before = content(folder)
+    for error in (KeyboardInterrupt, OSError(28, "No space left on device")):
+        monkeypatch.setattr(os, "fsync", lambda handle, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises((KeyboardInterrupt, RunError)):
+            checkpoints.save(GPT(TINY), folder / "run", {"step": 2})
+        assert content(folder) == before and sorted(os.listdir("run")) == ["config.json", "model.safetensors"]
+
+
+def test_a_disk_that_is_too_small_is_said_before(folder, capsys, monkeypatch):
+    """The whole disk, through a size that none has."""
+    monkeypatch.setattr(training, "parameter_bytes", lambda config: 10**18)
+    assert train("--out", "run") == 2
+    printed = capsys.readouterr()
+    assert "--out run: it needs 1,000,000,000 GB on the disk and there are" in printed.err and "step" not in printed.out
+
+
+# --- A loss that is no number -----------------------------------------------------------------------------------------
+
+
+def test_a_training_that_diverges_writes_nothing_that_is_of_no_use(folder, capsys):
+    assert train("--out", "new", "--lr", "1e30") == 1
+    assert not (folder / "new").exists()
+    assert (
+        "gptkern train: the loss is nan at step 1: a lower --lr may help; nothing was written"
+        in capsys.readouterr().err
+    )
+    assert train("--out", "run") == 0
+    before = content(folder)
+    assert train("--out", "run", "--overwrite", "--lr", "1e30") == 1
+    assert content(folder) == before
+    assert "the checkpoint in run is as it was" in capsys.readouterr().err
+
+
+def poisoned_at(monkeypatch, step: int, value: float = torch.nan) -> None:
+    """A parameter is no finite number after this many updates, in trainers to come."""
+    update = training.Trainer._update
+
+    def poisoned(self, index):
+        loss = update(self, index)
+        if index + 1 == step:
+            self.model.final_norm.weight.data[0] = value
+        return loss
+
+    monkeypatch.setattr(training.Trainer, "_update", poisoned)
+
+
+@pytest.mark.parametrize("step, value", [(7, torch.nan), (8, torch.inf)])
+def test_the_best_until_then_is_kept(folder, capsys, monkeypatch, step, value):
+    # Evaluated every step but the last, of 8; at its end the whole held-out text is.
+    poisoned_at(monkeypatch, step, value)
+    assert train("--out", "run", "--lr", "1e-3", steps=8) == 1
+    assert f"at step {step}: a lower --lr may help; the checkpoint in run is that of step {step - 1}" in (
+        capsys.readouterr().err
+    )
+    config = json.loads((folder / "run" / "config.json").read_text())["training"]
+    assert config["step"] == step - 1 == config["validation_losses"][-1][0]
+    kept = checkpoints.load(folder / "run", torch.device("cpu"))
+    assert all(parameter.isfinite().all() for parameter in kept.parameters())
+    monkeypatch.undo()
+    os.chdir(folder)
+    trainer = a_trainer(folder, steps=8)
+    trainer.run(step - 1)
+    for (name, parameter), other in zip(kept.named_parameters(), trainer.model.parameters()):
+        assert torch.equal(parameter, other), name
+
+
+def a_trainer(folder, steps: int) -> training.Trainer:
+    recipe = training.Recipe(steps=steps, batch=2, length=16, lr=1e-3)
+    config = GPTConfig.preset("nano", vocab_size=256, context=16)
+    data = training.text.load(str(folder / "text.txt"), shortest=17)
+    return training.Trainer(training.new_model(config, recipe), data, recipe)
+
+
+def test_an_update_that_ends_in_nan_is_seen_though_every_loss_was_finite(folder, monkeypatch):
+    trainer = a_trainer(folder, steps=3)
+    poisoned_at(monkeypatch, 3)
+    trainer.run(3)
+    assert not trainer.finite()
+    with pytest.raises(training.Diverged, match="the loss is nan at step 3"):
+        trainer.validate()
+
+
+def test_back_to_the_best_is_the_best_and_not_the_last(folder):
+    trainer = a_trainer(folder, steps=9)
+    trainer.validations = [(0, 2.0)]
+    trainer.note_best()
+    expected = [parameter.clone() for parameter in trainer.model.parameters()]
+    trainer.run(2)
+    trainer.validations.append((2, 3.0))
+    trainer.note_best()
+    assert trainer.back_to_best() and trainer.step == 0 and trainer.validations == [(0, 2.0)]
+    assert all(map(torch.equal, trainer.model.parameters(), expected))
+
+
+def test_what_was_learnt_is_kept_when_the_terminal_goes_away(folder, monkeypatch):
+    def gone(self):
+        if self.trainers[0][1].step >= 2:
+            raise BrokenPipeError
+        self._line()
+
+    monkeypatch.setattr(display.TrainingDisplay, "update", gone)
+    monkeypatch.setattr(display.TrainingDisplay, "__exit__", lambda self, *exception: None)
+    assert train("--out", "run") == 1
+    assert json.loads((folder / "run" / "config.json").read_text())["training"]["step"] == 2
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_ctrl_c_keeps_what_was_learnt_if_anything_was(folder, monkeypatch, capsys, after):
+    run = training.Trainer.run
+
+    def interrupted(self, steps):
+        if self.step >= after:
+            raise KeyboardInterrupt
+        run(self, steps)
+
+    monkeypatch.setattr(training.Trainer, "run", interrupted)
+    assert train("--out", "run") == 130
+    assert f"interrupted at step {after} of 4" in capsys.readouterr().out
+    assert (folder / "run").exists() == (after > 0)
+
+
+# --- The demo ---------------------------------------------------------------------------------------------------------
+
+
+def demo(*arguments: str) -> int:
+    sizes = ["--preset", "nano", "--context", "16", "--batch", "2", "--device", "cpu", "--steps", "4"]
+    return cli.main(["demo", "--text", "text.txt", *sizes, "--sample-bytes", "4", "--check-seconds", "0", *arguments])
+
+
+def test_a_demo_that_diverges_ends_and_says_so(folder, capsys):
+    assert demo("--out", "out[b]:smile:", "--lr", "1e30") == 1
+    printed = capsys.readouterr().out
+    assert "the loss is nan at step 1" in printed and "out[b]:smile:/report.html" in printed
+    assert not (folder / "out[b]:smile:" / "checkpoint").exists()
+    assert "the loss is nan" in (folder / "out[b]:smile:" / "report.html").read_text()
+
+
+def test_an_interrupted_demo_leaves_the_report_of_a_finished_one(folder, capsys, monkeypatch):
+    def interrupted(self, steps):
+        raise KeyboardInterrupt
+
+    (folder / "out").mkdir()
+    (folder / "out" / "report.html").write_text("finished")
+    (folder / "out" / "results.json").write_text('{"interrupted": ""}')
+    before = content(folder)
+    monkeypatch.setattr(training.Trainer, "run", interrupted)
+    assert demo("--out", "out") == 130 and content(folder) == before
+    assert "out/report.html is that of an earlier run, which was finished" in capsys.readouterr().out
+    (folder / "out" / "results.json").write_text('{"interrupted": "during: start"}')
+    assert demo("--out", "out") == 130 and content(folder)["out/report.html"] != b"finished"
+
+
+# --- Generation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(folder):
+    torch.manual_seed(0)
+    checkpoints.save(GPT(TINY), folder / "run")
+    return "run"
+
+
+def generated(*arguments: str) -> int:
+    return cli.main(["generate", "run", "--device", "cpu", *arguments])
+
+
+@torch.no_grad()
+def test_a_stream_is_what_generate_returns_and_its_errors_come_at_once():
+    model = GPT(TINY)
+    ids = torch.randint(256, (2, 11))
+    seeded = lambda: torch.Generator().manual_seed(3)  # noqa: E731
+    stream = model.stream(ids, 9, 0.8, 20, seeded())
+    tokens = [next(stream), next(stream)]
+    assert not model.training
+    tokens += stream
+    assert model.training and {token.shape for token in tokens} == {(2, 1)}
+    assert torch.equal(torch.cat([ids, *tokens], 1), model.generate(ids, 9, 0.8, 20, seeded()))
+    stream = model.stream(ids, 9)
+    next(stream)
+    stream.close()
+    assert model.training
+    for wrong in ({"temperature": torch.nan}, {"temperature": torch.inf}, {"temperature": -1.0}, {"top_k": 0}):
+        with pytest.raises(ValueError, match=f"generate: {next(iter(wrong))} is"):
+            model.stream(ids, 1, **wrong)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-320, 1e-40, 1.2e-38, 1e-30, 1e-7])
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_a_small_temperature_takes_the_likeliest(temperature, top_k):
+    logits = 1e4 * torch.randn(64, 256)
+    assert torch.equal(gpt._draw(logits, temperature, top_k, None), logits.argmax(-1, keepdim=True))
+
+
+def test_a_temperature_that_is_small_still_draws():
+    """Of logits as close as the temperature."""
+    logits = torch.tensor([[0.0, 1e-9, -1.0]]).repeat(4000, 1)
+    share = (gpt._draw(logits, 1e-9, None, torch.Generator().manual_seed(0)) == 1).float().mean().item()
+    assert share == pytest.approx(torch.tensor(1.0).sigmoid().item(), abs=0.03)
+
+
+def test_text_is_printed_as_it_is_drawn_and_kept_at_ctrl_c(checkpoint, capsys, monkeypatch):
+    seen = []
+    stream = GPT.stream
+
+    def interrupted(self, *given):
+        for token in stream(self, *given):
+            yield token
+            seen.append(capsys.readouterr().out)
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(GPT, "stream", interrupted)
+    # The first of the three bytes of a character alone is not printed yet.
+    assert generated("--prompt", "aé", "--tokens", "100000", "--temperature", "0") == 130
+    printed = capsys.readouterr()
+    assert len(seen) == 3 and seen[0].startswith("aé")
+    assert printed.out.endswith("\n") and "[3 bytes of 100000, interrupted in " in printed.err
+
+
+def test_what_is_printed_is_the_text_whatever_its_bytes(checkpoint, capsys, monkeypatch):
+    data = "A … é".encode() + b"\xff\xe2\x80"
+    monkeypatch.setattr(GPT, "stream", lambda self, *_: (torch.tensor([[byte]]) for byte in data))
+    assert generated("--prompt", "\udce2\udc82", "--tokens", "9") == 0
+    assert capsys.readouterr().out == (b"\xe2\x82" + data).decode(errors="replace") + "\n"
+
+
+# --- Output -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stdout(monkeypatch):
+    """stdout(encoding): a pipe of that encoding in place of standard output; what it got, decoded."""
+
+    def install(encoding: str):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="\n")
+        monkeypatch.setattr(sys, "stdout", stream)
+
+        def read() -> str:
+            stream.flush()
+            assert stream.errors == "strict", "the stream is as it was"
+            return stream.buffer.getvalue().decode(encoding)
+
+        return read
+
+    return install
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_every_encoding_has_something_for_every_character(checkpoint, stdout, encoding):
+    read = stdout(encoding)
+    for command in cli.COMMANDS:
+        with pytest.raises(SystemExit) as exit:
+            cli.main([command, "--help"])
+        assert exit.value.code == 0
+    assert train("--out", "ré[sumé]\udcff…") == 0
+    assert generated("--prompt", "aé€\udcff", "--tokens", "8") == 0
+    assert cli.main(["info"]) == 0
+    printed = read()
+    # A path that no encoding has is shown all the same, its brackets included.
+    path = "ré[sumé]\udcff…".encode(encoding, errors="backslashreplace").decode(encoding)
+    assert f"checkpoint: {path} " in printed
+    assert ("aé€" in printed) == (encoding in ("cp1252", "utf-8"))
+
+
+@pytest.mark.parametrize("columns", ["0", "²"])
+def test_a_width_that_is_none(folder, monkeypatch, capsys, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    assert train("--out", "run") == 0
+    assert "checkpoint: run" in capsys.readouterr().out
+
+
+def test_without_standard_output_the_work_is_done(folder, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert train("--out", "run") == 0 and (folder / "run" / "config.json").exists()
+    assert generated("--tokens", "2") == 0 and cli.main(["info"]) == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_full_standard_output_is_one_line(folder, monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main(["info"]) == 1
+    assert capsys.readouterr().err == "gptkern info: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, status", [(["--help"], 0), pytest.param(["info"], 2, marks=pytest.mark.deep)], ids=["help", "info"]
+)
+def test_a_wrong_backend_in_the_environment_is_no_traceback(arguments, status):
+    done = subprocess.run(
+        [sys.executable, "-m", "gptkern", *arguments],
+        capture_output=True, text=True, env={**os.environ, "GPTKERN_BACKEND": "foo"},
+    )  # fmt: skip
+    assert done.returncode == status
+    if status == 0:
+        assert done.stdout.startswith("usage: gptkern") and done.stderr == ""
+        return
+    assert done.stderr.startswith("gptkern info: GPTKERN_BACKEND got 'foo'; it needs one of 'cuda', 'triton', 'torch'")
+    assert done.stderr.count("\n") == 1
