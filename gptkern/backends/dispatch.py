@@ -42,7 +42,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gptkern import operators
-from gptkern.backends import tracing
+from gptkern.backends import recomputation, tracing
 from gptkern.backends.tables import configurations, orders, user
 from gptkern.backends.tracing import constant_while_compiling
 
@@ -72,7 +72,12 @@ class _Explained(Exception):
         self.choice = choice
 
 
+# Of a thread whose innermost block asks for the automatic choice where GPTKERN_BACKEND forces one.
+_AUTOMATIC = "automatic"
+
+
 class _State(threading.local):
+    # What the innermost block asks for; None, which is all that an ordinary call looks at, is the automatic choice.
     forced: str | None = None
     # Told of each choice before anything runs: `explain` and `telling` set it.
     observer: Callable[[Choice], None] | None = None
@@ -122,11 +127,14 @@ def backend(name: str | None):
     _checked_name(name, "backend(name)")
     before = _state.forced
     block = (object(), name)
+    again = recomputation.Block(recomputation.here(), functools.partial(backend, name), name)
     with _lock:
         _open_blocks.append(block)
-        _state.forced = _forced_while_compiling = name
+        _forced_while_compiling = name
+        _state.forced = _AUTOMATIC if name is None and _default is not None else name
     try:
-        yield
+        with recomputation.opened(again):
+            yield
     finally:
         with _lock:
             # Blocks of several threads need not end in the order in which they began.
@@ -196,6 +204,8 @@ def settled(tensor: Any) -> Choice | None:
 
     None where kernels may run: the twin then checks its input and calls `choose`.
     """
+    if not torch.compiler.is_compiling() and _state.forced is not None:
+        recomputation.carry()
     forced = _forced()
     if forced is None:
         # `is_cpu` takes a tenth of the host time of `device.type`.
@@ -236,7 +246,15 @@ def first_tensor(arguments: Iterable[Any]) -> torch.Tensor:
 
 
 def _forced() -> str | None:
-    return _forced_while_compiling if torch.compiler.is_compiling() else _state.forced
+    if torch.compiler.is_compiling():
+        return _forced_while_compiling
+    return None if _state.forced is None else _forced_here()
+
+
+def _forced_here() -> str | None:
+    """What the innermost block asks for that counts here: what is recomputed knows its own blocks alone."""
+    blocks = recomputation.blocks()
+    return blocks[-1].backend if blocks else _default
 
 
 def _announced(choice: Choice) -> Choice:

@@ -100,8 +100,7 @@ def _check_types(input, normalized_shape, weight, eps):
         raise TypeError(f"rms_norm: eps is a {type(eps).__name__}; it needs to be a float or None")
     if isinstance(eps, torch.Tensor) and (eps.dim() > 0 or eps.requires_grad):
         raise TypeError(
-            f"rms_norm: eps is a Tensor of shape {tuple(eps.shape)}; it needs to be a float or None (the fourth argument "
-            "is no bias: there is none)"
+            f"rms_norm: eps is a Tensor of shape {tuple(eps.shape)}; it needs to be a float or None (there is no bias)"
         )
 
 
