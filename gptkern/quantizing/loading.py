@@ -32,7 +32,7 @@ def load_quantized(
     Layers that have an `int8_weight` in the state_dict become gptkern.nn.Int8Linear, in place; those that are already
     stay so. The tensors are taken as they are, not copied, with their device and dtype; weights that the model ties
     stay tied, and the state_dict needs only one of their names. Hooks, attributes and the training flag are the
-    model's. Files of before the codes had a key of their own, with int8 under "weight", are taken as well.
+    model's. Older files, which have the codes under "weight", are taken as well.
 
     Args:
         model: of the class and the configuration that was quantised, on any device.

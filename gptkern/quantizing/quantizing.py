@@ -44,6 +44,11 @@ def quantize(
     it takes the layer or the weight out of `self` under another name. Name such a layer in `skip`.
     Before or after `gptkern.swap` is the same; `gptkern.unswap` leaves int8 layers in place.
 
+    In a state_dict an int8 layer has `int8_weight` and `weight_scale` in the place of `weight`. load_state_dict of the
+    model, or of a part of it, refuses float weights for an int8 layer before anything is changed, with strict=False
+    too. A model of transformers is saved by its save_pretrained and loaded by from_pretrained, after
+    `import gptkern.integrations.transformers`; any other by safetensors and `load_quantized`.
+
     A float weight is freed before the next layer is quantised, if nobody else holds it (an optimizer would). On the
     meta device the layers become int8 and hold nothing: `load_quantized` fills them.
 
