@@ -14,8 +14,19 @@ from gptkern import functional as F
 from gptkern.operators.int8_linear.contract import check_options
 
 
+def _refuse_scripting(module: torch.nn.Module) -> None:
+    """What torch.jit.script calls of each module first: TorchScript cannot read a twin's forward."""
+    name = type(module).__name__
+    raise RuntimeError(
+        f"torch.jit.script: the model holds gptkern.nn.{name}, of which TorchScript knows nothing; it needs torch.nn."
+        f"{name}: call gptkern.unswap(model) first, if gptkern.swap put it there"
+    )
+
+
 class LayerNorm(torch.nn.LayerNorm):
     """`torch.nn.LayerNorm` on gptkern.functional.layer_norm."""
+
+    __prepare_scriptable__ = _refuse_scripting
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
@@ -24,12 +35,16 @@ class LayerNorm(torch.nn.LayerNorm):
 class RMSNorm(torch.nn.RMSNorm):
     """`torch.nn.RMSNorm` on gptkern.functional.rms_norm."""
 
+    __prepare_scriptable__ = _refuse_scripting
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
 
 class Softmax(torch.nn.Softmax):
     """`torch.nn.Softmax` on gptkern.functional.softmax."""
+
+    __prepare_scriptable__ = _refuse_scripting
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.softmax(input, self.dim, _stacklevel=5)

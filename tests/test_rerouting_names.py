@@ -224,3 +224,40 @@ def test_a_closure_variable_that_is_not_there_yet():
     gptkern.swap(model)
     later = torch.exp
     assert torch.equal(model(x), torch.exp(F.softmax(x, dim=-1)))
+
+
+@pytest.mark.parametrize("after", [torch.softmax, F.softmax, lambda x, dim: 2 * F.softmax(x, dim=dim)])
+def test_what_a_closure_variable_is_set_to_is_routed(after, monkeypatch):
+    """Another function that is replaced, or one that calls such a one."""
+    function = helper_of_one_argument
+
+    class Local(torch.nn.Module):
+        def forward(self, x):
+            return function(x, dim=-1)
+
+    model, x = Local(), torch.rand(2, 3)
+    gptkern.swap(model)
+    function = after
+    for _ in range(2):
+        with counting(monkeypatch) as count:
+            assert torch.equal(model(x), after(x, dim=-1))
+        # The expected value is stock: one call is the model's.
+        assert len(count) == 1
+
+
+def helper_of_one_argument(x, dim):
+    return F.softmax(x, dim=dim) + 1
+
+
+@pytest.mark.parametrize("after", [torch.softmax, helper_of_one_argument])
+def test_an_empty_closure_variable_is_routed_once_it_is_filled(after, monkeypatch):
+    class Local(torch.nn.Module):
+        def forward(self, x):
+            return F.softmax(x, dim=-1) + later(x, dim=-1)
+
+    model, x = Local(), torch.rand(2, 3)
+    gptkern.swap(model)
+    later = after
+    with counting(monkeypatch) as count:
+        torch.testing.assert_close(model(x), F.softmax(x, dim=-1) + after(x, dim=-1))
+    assert len(count) == 2

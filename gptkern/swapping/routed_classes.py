@@ -19,6 +19,7 @@ import types
 from collections.abc import Callable
 
 import torch
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
 from gptkern.backends import recomputation
@@ -32,6 +33,17 @@ _logger = logging.getLogger("gptkern")
 # Where a routed class keeps the operators that it routes, and its `_RoutedCode`.
 _ROUTED = "_gptkern_routed"
 _CODE = "_gptkern_code"
+# What torch.jit.script calls of each module, where there is one.
+PREPARE_SCRIPTABLE = "__prepare_scriptable__"
+
+
+def refuse_scripting(module: torch.nn.Module | None = None) -> None:
+    """Stands as `__prepare_scriptable__` in what was swapped: TorchScript cannot read what takes a forward's place."""
+    name = "a module" if module is None else f"a {type(module).__name__}"
+    raise RuntimeError(
+        f"torch.jit.script: {name} of the model was swapped to gptkern, of which TorchScript knows nothing; it needs "
+        "the original: call gptkern.unswap(model) first"
+    )
 
 
 class Routing(TorchFunctionMode):
@@ -89,7 +101,18 @@ def calls(cls: type) -> Calls:
     if takes_attention_by_name(cls):
         # What it has of products is that of another implementation than the one chosen.
         found = found._replace(products=0)
-    return found._replace(operators=found.operators | {r.operator for r in _overrides(cls).values()})
+    after = becomes(cls)
+    later = frozenset() if after in (None, cls) else _operators_of(after)
+    return found._replace(operators=found.operators | {r.operator for r in _overrides(cls).values()} | later)
+
+
+def becomes(cls: type) -> type | None:
+    """The class that a lazy module takes at its first call, when it knows its sizes."""
+    return cls.cls_to_become if issubclass(cls, LazyModuleMixin) else None
+
+
+def _operators_of(cls: type) -> frozenset[str]:
+    return frozenset({twins.MODULES[cls][1]}) if cls in twins.MODULES else calls(cls).operators
 
 
 def _overrides(cls: type) -> dict[str, Replacement]:
@@ -140,9 +163,22 @@ def routed(cls: type, operators: tuple[str, ...]) -> type:
         return reduced
 
     members = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    made = type(cls.__name__, (cls,), {**members, _ROUTED: operators, "__reduce_ex__": __reduce_ex__})
+    members |= {_ROUTED: operators, "__reduce_ex__": __reduce_ex__, PREPARE_SCRIPTABLE: refuse_scripting}
+    if becomes(cls) not in (None, cls):
+        members["cls_to_become"] = _swapped(becomes(cls), operators)
+    made = type(cls.__name__, (cls,), members)
+    if becomes(cls) is cls:
+        type.__setattr__(made, "cls_to_become", made)
     type.__setattr__(made, _CODE, _RoutedCode(made, cls, operators))
     return made
+
+
+def _swapped(cls: type, operators: tuple[str, ...]) -> type:
+    """What a swap would make of the class, with no more than these operators."""
+    wanted = tuple(operator for operator in operators if operator in _operators_of(cls))
+    if not wanted:
+        return cls
+    return twins.MODULES[cls][0] if cls in twins.MODULES else routed(cls, wanted)
 
 
 class _RoutedCode:

@@ -44,9 +44,10 @@ def swap(model: torch.nn.Module, ops: Iterable[str] | None = None, strict: bool 
     cannot be read off the code (a function looked up in a table, a tensor's method) is not found: `gptkern.kernels()`
     reaches it. Attention or a norm that is written out in Python is named as skipped.
 
-    A rerouted module gets a subclass of its class, so a class's own `__init_subclass__` runs; where that raises, the
-    module is skipped. A method that is patched on the class later counts, routed again, from the next call in eager
-    mode on; what torch.compile has traced stays.
+    A rerouted module gets a subclass of its class, so a class's own `__init_subclass__` runs; where that raises, or the
+    module refuses another class, it is skipped. A lazy module stays swapped in what its first call makes of it. A
+    method that is patched on the class later counts, routed again, from the next call in eager mode on; what
+    torch.compile has traced stays.
 
     Parameters stay the same objects, state_dict keys stay the same; dropout, eps, hooks, requires_grad and the
     training flag are not looked at. A second call changes nothing. `gptkern.unswap` takes it back.
@@ -71,10 +72,9 @@ def swap(model: torch.nn.Module, ops: Iterable[str] | None = None, strict: bool 
     for name, module in model.named_modules():
         plan.decide(name or "(model)", module)
     report = plan.report
-    if strict and report.skipped:
-        left_alone = SwapReport([], report.skipped)
-        raise RuntimeError(f"swap: strict, and modules had to be skipped; the model is unchanged\n{left_alone}")
-    plan.carry_out()
+    if strict:
+        plan.refuse_to_skip()
+    plan.carry_out(strict)
     _logger.info("swap: %s", report)
     return report
 
@@ -95,7 +95,7 @@ def unswap(model: torch.nn.Module) -> UnswapReport:
         raise TypeError(f"unswap: model is a {type(model).__name__}; it needs a torch.nn.Module")
     swapped = [(name, module) for name, module in model.named_modules() if _ORIGINAL in module.__dict__]
     for name, module in swapped:
-        bare, original = _bare(type(module)), module.__dict__[_ORIGINAL]
+        bare, original = _bare(type(module)), _original_class(module)
         # A class with a __reduce__ of its own gives copies of its own class, with the note.
         if bare is not original and not _is_replacement(bare, original):
             raise RuntimeError(
@@ -105,9 +105,13 @@ def unswap(model: torch.nn.Module) -> UnswapReport:
     names = {module: name or "(model)" for name, module in model.named_modules()}
     restored: dict[str, str] = {}
     for _, module in swapped:
-        module.__class__ = _in_place_of(type(module), module.__dict__.pop(_ORIGINAL))
+        # A module that refuses attributes by now has to be given back all the same.
+        object.__setattr__(module, "__class__", _in_place_of(type(module), _original_class(module)))
+        del module.__dict__[_ORIGINAL]
         restored[names[module]] = _bare(type(module)).__name__
     for module in model.modules():
+        if _CONFIGS in module.__dict__:
+            module.__dict__.pop(routed_classes.PREPARE_SCRIPTABLE, None)
         for attribute, config in module.__dict__.pop(_CONFIGS, {}).items():
             # Another config that was put there since stays.
             if module.__dict__.get(attribute) is config.current:
@@ -156,7 +160,8 @@ class _Plan:
         self.model = model
         self.operators = operators
         self.report = SwapReport([], [])
-        self.classes: list[tuple[torch.nn.Module, type]] = []
+        # Whose class is to change to what; and what of it then comes by a name in its config, as the report says it.
+        self.classes: list[tuple[str, torch.nn.Module, type, tuple[str, ...], str]] = []
         # Found out once per swap, and not kept: a class's methods may be patched at any time.
         self.found: dict[type, Calls] = {}
         self.made: dict[tuple[type, tuple[str, ...]], type | str] = {}
@@ -194,7 +199,7 @@ class _Plan:
             self.skip(name, original, "a forward was set on the instance itself")
         elif wanted:
             if current is not replacement:
-                self.classes.append((module, replacement))
+                self.classes.append((name, module, replacement, by_name, by_its_name))
             wanted = tuple(o for o in SWAPPABLE if o in wanted or o in by_name)
             shown = f"{shown}, {by_its_name}" if by_name else shown
             self.replaced(name, module, original, shown, wanted)
@@ -262,28 +267,60 @@ class _Plan:
     def skip(self, name: str, cls: type, reason: str) -> None:
         self.report.skipped.append(Skipped(name, cls.__name__, reason))
 
-    def carry_out(self) -> None:
+    def refuse_to_skip(self) -> None:
+        if self.report.skipped:
+            left_alone = SwapReport([], self.report.skipped)
+            raise RuntimeError(f"swap: strict, and modules had to be skipped; the model is unchanged\n{left_alone}")
+
+    def carry_out(self, strict: bool) -> None:
         before = []
         try:
-            for module, replacement in self.classes:
-                cls = type(module)
-                module.__class__ = _in_place_of(cls, replacement)
+            for name, module, replacement, by_name, by_its_name in self.classes:
+                cls, original = type(module), _original_class(module)
                 before.append((module, cls, _ORIGINAL in module.__dict__))
-                module.__dict__.setdefault(_ORIGINAL, _bare(cls))
+                reason = _change_class(module, _in_place_of(cls, replacement))
+                if reason is None:
+                    module.__dict__.setdefault(_ORIGINAL, _bare(cls))
+                    continue
+                self.report.replaced = [entry for entry in self.report.replaced if entry.name != name]
+                self.skip(name, original, reason)
+                if by_name:
+                    self.replaced(name, module, original, by_its_name, by_name)
+            if strict:
+                self.refuse_to_skip()
         except BaseException:
-            # A class may refuse another one: then no module changes.
             for module, cls, was_swapped in before:
-                module.__class__ = cls
+                if type(module) is not cls:
+                    object.__setattr__(module, "__class__", cls)
                 if not was_swapped:
                     module.__dict__.pop(_ORIGINAL, None)
             raise
         for module, attribute, config in self.attention.changes() if self.attention else ():
             module.__dict__.setdefault(_CONFIGS, {})[attribute] = config
             module.__dict__[attribute] = config.current
+            module.__dict__[routed_classes.PREPARE_SCRIPTABLE] = routed_classes.refuse_scripting
+
+
+def _change_class(module: torch.nn.Module, cls: type) -> str | None:
+    """Gives the module the class; or leaves it as it is, and says why."""
+    before, reason = type(module), "its class stayed what it was when another was set"
+    try:
+        module.__class__ = cls
+        if type(module) is cls:
+            return None
+    except Exception as error:  # of the user's own __setattr__, or Python's
+        reason = f"its class cannot be changed: {type(error).__name__}: {error}"
+    if type(module) is not before:
+        object.__setattr__(module, "__class__", before)
+    return reason
 
 
 def _original_class(module: torch.nn.Module) -> type:
-    return module.__dict__.get(_ORIGINAL, _bare(type(module)))
+    """The class without a swap: of a lazy module that was swapped and called since, the one that it became."""
+    current = _bare(type(module))
+    noted = module.__dict__.get(_ORIGINAL, current)
+    after = routed_classes.becomes(noted)
+    return after if after is not None and (current is after or _is_replacement(current, after)) else noted
 
 
 def _noted_configs(module: torch.nn.Module) -> dict:

@@ -1,0 +1,278 @@
+"""swap on modules that refuse another class, change it themselves at their first call, or are to be scripted."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from swapped_models import BiaslessNorm, CausalAttention, calls_of_twins, class_names
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import UninitializedParameter
+
+import gptkern
+
+
+def state_of(model):
+    return class_names(model), {name: list(module.__dict__) for name, module in model.named_modules()}
+
+
+# --- Modules that refuse another class --------------------------------------------------------------------------------
+
+
+class Refuses(BiaslessNorm):
+    def __setattr__(self, name, value):
+        if name == "__class__":
+            raise TypeError("no other class")
+        super().__setattr__(name, value)
+
+
+class Frozen(BiaslessNorm):
+    """Refuses any attribute once it is frozen."""
+
+    frozen = False
+
+    def __setattr__(self, name, value):
+        if self.frozen:
+            raise AttributeError(f"{name}: frozen")
+        super().__setattr__(name, value)
+
+    def freeze(self):
+        self.__dict__["frozen"] = True
+        return self
+
+
+class Ignores(BiaslessNorm):
+    def __setattr__(self, name, value):
+        if name != "__class__":
+            super().__setattr__(name, value)
+
+
+class RefusesTooLate(BiaslessNorm):
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name == "__class__":
+            raise RuntimeError("too late")
+
+
+class Fixed(BiaslessNorm):
+    """Whose `__class__` is a property without a setter."""
+
+    @property
+    def __class__(self):
+        return Fixed
+
+
+REFUSING = {
+    Refuses: "TypeError: no other class",
+    lambda: Frozen().freeze(): "AttributeError: __class__: frozen",
+    Ignores: "stayed",
+    RefusesTooLate: "RuntimeError: too late",
+    Fixed: "its class",
+}
+refusing = pytest.mark.parametrize(
+    ("make", "reason"), REFUSING.items(), ids=["refuses", "frozen", "ignores", "too late", "property"]
+)
+
+
+@refusing
+def test_a_module_that_refuses_is_skipped_and_the_rest_is_swapped(make, reason, monkeypatch):
+    model = torch.nn.Sequential(BiaslessNorm(), make(), torch.nn.LayerNorm(8), CausalAttention())
+    before, x = state_of(model), torch.randn(2, 5, 8)
+    expected = model(x)
+    report = gptkern.swap(model)
+    assert [entry.name for entry in report.skipped] == ["1"] and reason in report.skipped[0].reason
+    assert [entry.name for entry in report.replaced] == ["0", "2", "3", "3.softmax"]
+    assert (type(model[1]), list(model[1].__dict__)) == (before[0]["1"], before[1]["1"])
+    assert calls_of_twins(monkeypatch, lambda: torch.testing.assert_close(model(x), expected)) == 3
+    gptkern.unswap(model)
+    assert state_of(model) == before
+
+
+@refusing
+def test_strict_refuses_before_anything_is_changed(make, reason):
+    model = torch.nn.Sequential(BiaslessNorm(), make(), torch.nn.LayerNorm(8))
+    before = state_of(model)
+    with pytest.raises(RuntimeError, match=r"strict[\s\S]*unchanged[\s\S]*" + reason):
+        gptkern.swap(model, strict=True)
+    assert state_of(model) == before
+
+
+def test_a_module_that_was_frozen_after_the_swap_is_given_back():
+    model = torch.nn.Sequential(Frozen(), torch.nn.LayerNorm(8))
+    before = class_names(model)
+    gptkern.swap(model)
+    model[0].freeze()
+    gptkern.unswap(model)
+    assert class_names(model) == before
+
+
+class CallsTwo(torch.nn.Module):
+    def forward(self, x):
+        return F.softmax(F.layer_norm(x, x.shape[-1:]), dim=-1)
+
+
+def test_a_second_swap_that_fails_leaves_the_first(monkeypatch):
+    model = torch.nn.Sequential(CallsTwo(), Refuses())
+    before = state_of(model)
+    gptkern.swap(model, ops=["softmax"])
+    swapped = state_of(model)
+    with pytest.raises(RuntimeError, match="no other class"):
+        gptkern.swap(model, ops=["layer_norm"], strict=True)
+    assert state_of(model) == swapped
+    assert calls_of_twins(monkeypatch, lambda: model(torch.randn(2, 8))) == 1
+    gptkern.unswap(model)
+    assert state_of(model) == before
+
+
+# --- Lazy modules -----------------------------------------------------------------------------------------------------
+
+
+class LazyLayerNorm(LazyModuleMixin, torch.nn.LayerNorm):
+    """As torch.nn.LazyLinear is of Linear."""
+
+    cls_to_become = torch.nn.LayerNorm
+
+    def __init__(self):
+        super().__init__(0)
+        self.weight, self.bias = UninitializedParameter(), UninitializedParameter()
+
+    def initialize_parameters(self, x):
+        if self.has_uninitialized_params():
+            self.normalized_shape = x.shape[-1:]
+            self.weight.materialize(self.normalized_shape)
+            self.bias.materialize(self.normalized_shape)
+            self.reset_parameters()
+
+
+class LazyNorm(LazyModuleMixin, BiaslessNorm):
+    cls_to_become = BiaslessNorm
+
+    def __init__(self):
+        super().__init__(0)
+        self.weight = UninitializedParameter()
+
+    def initialize_parameters(self, x):
+        if self.has_uninitialized_params():
+            self.weight.materialize(x.shape[-1:])
+            torch.nn.init.ones_(self.weight)
+
+
+class StaysLazy(LazyNorm):
+    cls_to_become = None
+
+
+class BecomesItself(LazyNorm):
+    pass
+
+
+BecomesItself.cls_to_become = BecomesItself
+
+
+class CallsLess(LazyNorm):
+    """Its own forward calls nothing: what it becomes does."""
+
+    def forward(self, x):
+        return x
+
+
+LAZY = {
+    LazyLayerNorm: torch.nn.LayerNorm,
+    LazyNorm: BiaslessNorm,
+    StaysLazy: StaysLazy,
+    BecomesItself: BecomesItself,
+}
+lazy = pytest.mark.parametrize(("cls", "after"), LAZY.items())
+
+
+@lazy
+def test_a_lazy_module_keeps_its_swap(cls, after, monkeypatch):
+    model, x = torch.nn.Sequential(cls()), torch.randn(2, 8)
+    report = gptkern.swap(model)
+    assert [entry.operator for entry in report.replaced] == ["layer_norm"]
+    for _ in range(2):
+        assert calls_of_twins(monkeypatch, lambda: model(x)) == 1
+    torch.testing.assert_close(model(x), F.layer_norm(x, (8,)))
+    assert issubclass(type(model[0]), after) and type(model[0]) is not after
+    again = gptkern.swap(model)
+    assert [(entry.name, entry.operator) for entry in again.replaced] == [("0", "layer_norm")]
+    copied = copy.deepcopy(model)
+    assert [entry.original for entry in gptkern.unswap(model).restored] == [after.__name__]
+    assert type(model[0]) is after and not any("gptkern" in name for name in model[0].__dict__)
+    assert calls_of_twins(monkeypatch, lambda: model(x)) == 0
+    assert calls_of_twins(monkeypatch, lambda: copied(x)) == 1
+
+
+@lazy
+def test_a_lazy_module_that_was_not_called_is_given_back(cls, after):
+    model, x = torch.nn.Sequential(cls()), torch.randn(2, 8)
+    gptkern.swap(model)
+    gptkern.unswap(model)
+    assert type(model[0]) is cls
+    model(x)
+    assert type(model[0]) is after
+
+
+def test_a_lazy_module_is_swapped_for_what_it_becomes(monkeypatch):
+    model, x = CallsLess(), torch.randn(2, 8)
+    gptkern.swap(model)
+    assert torch.equal(model(x), x)
+    assert calls_of_twins(monkeypatch, lambda: model(x)) == 1
+    gptkern.unswap(model)
+    assert type(model) is BiaslessNorm
+
+
+def test_a_lazy_module_becomes_no_more_than_was_asked_for():
+    model = LazyLayerNorm()
+    assert gptkern.swap(model, ops=["softmax"]).replaced == []
+    model(torch.randn(2, 8))
+    assert type(model) is torch.nn.LayerNorm
+
+
+@lazy
+def test_a_lazy_module_through_pickle(cls, after, monkeypatch):
+    model, x = cls(), torch.randn(2, 8)
+    gptkern.swap(model)
+    model(x)
+    loaded = pickle.loads(pickle.dumps(model))
+    assert calls_of_twins(monkeypatch, lambda: loaded(x)) == 1
+    gptkern.unswap(loaded)
+    assert type(loaded) is after
+
+
+# --- torch.jit.script -------------------------------------------------------------------------------------------------
+
+
+class Holds(torch.nn.Module):
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, x):
+        return self.part(x) + 1
+
+
+SCRIPTED = {
+    "LayerNorm": lambda: torch.nn.LayerNorm(8),
+    "RMSNorm": lambda: torch.nn.RMSNorm(8),
+    "Softmax": lambda: torch.nn.Softmax(-1),
+    "a routed class": BiaslessNorm,
+    "an encoder": lambda: torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(8, 2, 16), 1),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTED)
+@pytest.mark.parametrize("around", [lambda part: part, Holds, lambda part: torch.nn.ModuleList([Holds(part)])])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+def test_a_swapped_model_is_not_scripted_and_says_why(name, around):
+    model = around(SCRIPTED[name]())
+    gptkern.swap(model)
+    before = state_of(model)
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.script: .*gptkern\.unswap\(model\) first"):
+        torch.jit.script(model)
+    assert state_of(model) == before
+    gptkern.unswap(model)
+    assert isinstance(torch.jit.script(model), torch.jit.ScriptModule)
