@@ -1,4 +1,4 @@
-"""What an activation checkpoint recomputes, and a backward in another thread or after a block, run as the forward did."""
+"""What a checkpoint recomputes, and a backward in another thread or after a block, run as the forward did."""
 
 from __future__ import annotations
 
@@ -158,3 +158,131 @@ def test_recomputed_as_the_forward_ran(launches, way, backward, function):
         assert launches.count("forward") > (0 if backward == "inside" else forwards), (
             "nothing was recomputed by the kernels"
         )
+
+
+def test_a_block_inside_what_is_recomputed_holds_as_far_as_it_did(launches):
+    x = torch.randn(2, WIDTH, requires_grad=True)
+
+    def function(x):
+        x = norm(x).sin()
+        with gptkern.backend("triton"), gptkern.kernels():
+            x = norm(x).sin()
+        return norm(x)
+
+    for reentrant in (False, True):
+        loss = checkpoint(function, x, use_reentrant=reentrant).square().sum()
+        assert launches == ["forward"]
+        with gptkern.backend("torch"):
+            loss.backward()
+        assert launches == ["forward", "forward", "backward"]
+        launches.clear()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("function", [norm, twin], ids=["kernels()", "backend"])
+def test_what_ran_under_no_block_is_recomputed_under_none(launches, function, reentrant):
+    x = torch.randn(2, WIDTH, requires_grad=True)
+    loss = checkpoint(two, function, x, use_reentrant=reentrant).square().sum()
+    # Of two modes PyTorch pops one for the backward, and the other one sees what is recomputed.
+    with gptkern.backend("triton"), gptkern.kernels(), gptkern.kernels():
+        loss.backward()
+        assert launches == []
+        function(x)
+        assert launches == ["forward"]
+
+
+def test_a_hook_of_a_backward_is_no_recomputation(launches):
+    x = torch.randn(2, WIDTH, requires_grad=True)
+    x.register_hook(twin)
+    with gptkern.backend("triton"):
+        (x * 2).sum().backward()
+    assert launches == ["forward"]
+
+
+def test_forced_for_the_process_and_automatic_in_a_block(launches, monkeypatch):
+    monkeypatch.setattr(dispatch, "_default", "triton")
+    monkeypatch.setattr(dispatch._State, "forced", "triton")
+
+    def run():
+        x = torch.randn(2, WIDTH, requires_grad=True)
+        with gptkern.backend(None):
+            return checkpoint(two, twin, x, use_reentrant=False).sum()
+
+    # In a thread that no block is open in, as the process has it.
+    loss = in_a_thread(run)
+    in_a_thread(loss.backward)
+    assert launches == []
+
+
+def test_a_checkpoint_that_is_not_known_is_warned_of(monkeypatch):
+    class Frame(checkpoints._CheckpointFrame):
+        def __init__(self, recompute_fn, *rest):
+            super().__init__(None, *rest)
+            del self.recompute_fn
+            self.again = recompute_fn
+
+    monkeypatch.setattr(recomputation, "_warned", set())
+    monkeypatch.setattr(checkpoints, "_CheckpointFrame", Frame)
+    with gptkern.backend("triton"), pytest.warns(UserWarning, match="has no recompute_fn.*Run the backward inside"):
+        checkpoint(twin, torch.randn(2, WIDTH, requires_grad=True), use_reentrant=False)
+
+
+def test_the_stack_of_hooks_is_left_as_it_was():
+    packed = []
+    outer = torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append("outer") or t, lambda t: t)
+    inner = torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append("inner") or t, lambda t: t)
+    x = torch.randn(2, WIDTH, requires_grad=True)
+    with gptkern.backend("triton"), outer:
+        with inner:
+            twin(x)
+        assert set(packed) == {"inner"}
+        packed.clear()
+        x.sin()
+        assert packed == ["outer"]
+
+
+@operators
+def test_every_backward_runs_where_its_forward_ran(kernel_backend, device, operator):
+    """In another thread, where nothing is forced, and in a block that asks for PyTorch."""
+    call = [t.requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() and i == 0 else t
+            for i, t in enumerate(a_call(operator, device, kernel_backend))]  # fmt: skip
+    output = PAIRS[operator][1](*call)
+    output = output[0] if isinstance(output, tuple) else output
+    seen = []
+
+    def backward(loss):
+        with Watched() as watched:
+            (gradient,) = torch.autograd.grad(loss, call[0], retain_graph=True)
+        seen.extend(watched.calls)
+        return gradient
+
+    loss = output.sum()
+    expected = backward(loss)
+    with gptkern.backend("torch"):
+        same_bits("gradient", backward(loss), expected)
+    same_bits("gradient", in_a_thread(lambda: backward(loss)), expected)
+    assert [name for name, _ in seen] == [f"{operator}_backward"] * 3
+
+
+def test_checkpoint_wrapper(launches):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = checkpoint_wrapper(
+        torch.nn.Sequential(torch.nn.LayerNorm(WIDTH), torch.nn.Tanh(), torch.nn.LayerNorm(WIDTH))
+    )
+    with gptkern.backend("triton"), gptkern.kernels():
+        loss = model(torch.randn(2, WIDTH, requires_grad=True)).square().sum()
+    in_a_thread(loss.backward)
+    assert launches.count("backward") == 2 and launches.count("forward") == 4
+
+
+def test_compiled_around_a_checkpoint(launches):
+    torch._dynamo.reset()
+    x = torch.randn(2, WIDTH, requires_grad=True)
+    compiled = torch.compile(lambda x: checkpoint(two, twin, x, use_reentrant=False), backend="aot_eager")
+    with gptkern.backend("triton"):
+        loss = compiled(x).square().sum()
+    in_a_thread(loss.backward)
+    assert launches.count("backward") == 2 and launches.count("forward") >= 2
+    (expected,) = torch.autograd.grad(two(norm, x).square().sum(), x)
+    torch.testing.assert_close(x.grad, expected, atol=1e-5, rtol=1e-5)
