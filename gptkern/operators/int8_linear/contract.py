@@ -178,16 +178,7 @@ def _straight_through_product(x, weight, mode):
     if mode == "w8a16":
         return z
     # Of the quantised product the value, of the plain one the derivative: what is added is 0.
-    return _product(_constant(x), weight, mode) + (z - _constant(z))
-
-
-def _constant(tensor):
-    """The same values with the derivative 0."""
-    if tracing.in_jit_trace():
-        # The older ONNX export has no view of the bits.
-        return tensor.detach()
-    # In forward mode `detach` keeps the tangent, and integers have none.
-    return tensor.view(torch.int64 if tensor.dtype == torch.float64 else torch.int32).view(tensor.dtype)
+    return _product(x.detach(), weight, mode) + (z - z.detach())
 
 
 def _for_any_rows(rows, input, weight, weight_scale, bias, activation):
