@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from simulated_gpus import simulate
 from small_calls import PAIRS, a_call, operators
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -412,6 +413,54 @@ def test_the_backward_uses_the_forwards_backend_outside_the_block(kernel_backend
     assert input.grad.abs().max() < 1e-6
 
 
+# --- Two GPUs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """cuda:0 is an H200 and cuda:1 an older GPU, of tensors that have shapes and a device and no memory."""
+    simulate(monkeypatch, ("NVIDIA H200", (9, 0)), ("Tesla T4", (7, 5)))
+    with FakeTensorMode():
+        yield
+    dispatch.forget()
+
+
+@operators
+def test_each_gpu_is_asked_for_itself(two_gpus, operator):
+    for _ in range(2):  # what is kept of one is not the other's
+        for gpu, words in (("cuda:0", "FakeTensor is a tensor subclass"), ("cuda:1", "this GPU has 7.5")):
+            dispatch._warned.clear()
+            with pytest.warns(UserWarning, match="gptkern"):
+                choice = gptkern.explain(PAIRS[operator][1], *a_call(operator, gpu))
+            assert choice.backend == "torch"
+            assert words in choice.reason
+
+
+def of(gpu: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.ones(shape, dtype=dtype, device=f"cuda:{gpu}")
+
+
+HEADS = (1, 2, 8, 8)
+OF_TWO_GPUS = {
+    "attention, key": lambda: G.scaled_dot_product_attention(of(0, *HEADS), of(1, *HEADS), of(0, *HEADS)),
+    "attention, value": lambda: G.scaled_dot_product_attention(of(0, *HEADS), of(0, *HEADS), of(1, *HEADS)),
+    "attention, attn_mask": lambda: G.scaled_dot_product_attention(*[of(0, *HEADS)] * 3, attn_mask=of(1, 8, 8)),
+    "layer_norm, weight": lambda: G.layer_norm(of(0, 3, 8), (8,), of(1, 8)),
+    "layer_norm, bias": lambda: G.layer_norm(of(0, 3, 8), (8,), of(0, 8), of(1, 8)),
+    "rms_norm, weight": lambda: G.rms_norm(of(0, 3, 8), (8,), of(1, 8)),
+    "softmax, mask": lambda: G.softmax(of(0, 3, 8), -1, mask=of(1, 8)),
+    "rotary_embedding, cos": lambda: G.rotary_embedding(of(0, *HEADS), of(1, 8, 4), of(0, 8, 4)),
+    "int8_linear, weight": lambda: G.int8_linear(of(0, 3, 8), of(1, 8, 8, dtype=torch.int8), of(0, 8)),
+}
+
+
+@pytest.mark.parametrize("name", OF_TWO_GPUS)
+def test_tensors_of_two_gpus_are_refused(two_gpus, name):
+    operator, argument = name.split(", ")
+    with pytest.raises(RuntimeError, match=rf"{operator}.*{argument}.*cuda:1"):
+        OF_TWO_GPUS[name]()
+
+
 # --- torch.compile --------------------------------------------------------------------------------------------------
 
 
@@ -429,3 +478,30 @@ def test_compiled_code_follows_the_forced_backend(device, monkeypatch):
             torch.testing.assert_close(compiled(input), F.layer_norm(input, (8,)))
         counts.append(len(launched))
     assert counts == [0, 1, 1, 2]
+
+
+def test_compiled_code_follows_the_block_that_is_still_open(monkeypatch):
+    """Blocks of two threads end out of order: that of the thread which began first, first."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: G.layer_norm(x, (8,)), fullgraph=True, backend="eager")
+    input = torch.randn(3, 8)
+    begun, end = threading.Event(), threading.Event()
+
+    def first():
+        with gptkern.backend("triton"):
+            begun.set()
+            end.wait(10)
+
+    launchers, launched = dispatch.load("torch:launchers", "layer_norm"), []
+    forward = launchers.forward
+    monkeypatch.setattr(launchers, "forward", lambda *call: launched.append(1) or forward(*call))
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert begun.wait(10)
+    with gptkern.backend("torch:launchers"):
+        end.set()
+        thread.join()
+        compiled(input)
+        assert launched == [1]
+    compiled(input)
+    assert launched == [1]
