@@ -121,7 +121,9 @@ def backend(name: str | None):
         ValueError: the name is none of these.
         BackendError: (by the operators called inside) the backend cannot run the call; the message says why.
 
-    The environment variable GPTKERN_BACKEND, read when gptkern is imported, does the same for a process.
+    A backward runs where its forward ran, whatever is forced by then, and so do activations that torch.utils.checkpoint
+    recomputes for it. The environment variable GPTKERN_BACKEND, read when gptkern is imported, does the same for a
+    process.
     """
     global _forced_while_compiling
     _checked_name(name, "backend(name)")

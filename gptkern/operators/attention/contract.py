@@ -96,7 +96,9 @@ def scaled_dot_product_attention(
             `torch.nn.attention.bias.causal_lower_right(length_q, length_k)`: key j is seen by query i if
             j <= i + length_k - length_q, the alignment for a query whose keys are in a cache; or
             `causal_upper_left(…)`, which is is_causal. A query that a mask hides all keys from gives zeros, and
-            zero gradients, as PyTorch's own operators do (torch 2.5 and later). Kernels compute no gradient for a mask.
+            zero gradients, as PyTorch's own operators do (torch 2.5 and later). Beside a large finite number (-1e9) in
+            all of a row the scores are lost in float32: it gives the mean of the values, and the mean's gradient.
+            Kernels compute no gradient for a mask.
         dropout_p: probability of dropping an attention weight; those that stay are divided by 1 - dropout_p, after
             the softmax. As in PyTorch it is applied whether a module trains or not, and which weights are dropped is
             drawn from PyTorch's generator of the device: one int64 seed a call, so `torch.manual_seed` and
