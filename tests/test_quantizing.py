@@ -100,6 +100,17 @@ def test_float64_weights_that_no_float32_scale_holds_are_left_alone(value, reaso
     assert report.skipped == [("first", "Linear", reason)] and quantized_names(report) == ["second"]
 
 
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.float64, 1e-60), (torch.float32, 1e-40)])
+def test_weights_that_would_all_be_zero_are_left_alone(dtype, factor):
+    model = Pair().to(dtype)
+    with torch.no_grad():
+        model.first.weight.fill_(factor)
+        model.second.weight[1:] = factor
+    report = gptkern.quantize(model)
+    assert report.skipped == [("first", "Linear", f"its weight goes up to {factor:.2g}, below a scale of float32")]
+    assert quantized_names(report) == ["second"] and report.quantized[0].error < 0.01
+
+
 def test_a_second_call_changes_nothing():
     model = gpt()
     first = gptkern.quantize(model)

@@ -39,9 +39,10 @@ def quantize(
 
     Replaced are modules of exactly the type torch.nn.Linear, or Conv1D of transformers, by gptkern.nn.Int8Linear
     with the same bias, hooks, training flag and attributes. Left alone, and named in the report, are layers whose
-    weight is not a plain tensor that they alone hold: tied, parametrised, pruned, normalised, sharded, not finite; and
-    those whose weight a module's forward reads itself (`x @ self.fc.weight.t()`), as far as its code tells: not where
-    it takes the layer or the weight out of `self` under another name. Name such a layer in `skip`.
+    weight is not a plain tensor that they alone hold: tied, parametrised, pruned, normalised, sharded, not finite, too
+    large or too small for scales of float32; and those whose weight a module's forward reads itself
+    (`x @ self.fc.weight.t()`), as far as its code tells: not where it takes the layer or the weight out of `self` under
+    another name. Name such a layer in `skip`.
     Before or after `gptkern.swap` is the same; `gptkern.unswap` leaves int8 layers in place.
 
     In a state_dict an int8 layer has `int8_weight` and `weight_scale` in the place of `weight`. load_state_dict of the
@@ -145,7 +146,7 @@ def _quantize_in_place(held: list[Place], mode: str) -> Quantized:
     weight = module.weight if isinstance(module, torch.nn.Linear) else module.weight.t()
     error = None
     if not weight.is_meta:
-        _check_scales(weight, layer.weight_scale)
+        _check_scales(weight, layer)
         error = _error(weight, layer.int8_weight, layer.weight_scale)
     take_over(module, layer)
     for place in held:
@@ -160,13 +161,14 @@ def _quantize_in_place(held: list[Place], mode: str) -> Quantized:
     )
 
 
-def _check_scales(weight: torch.Tensor, scale: torch.Tensor) -> None:
-    if scale.isfinite().all():
-        return
-    if weight.isfinite().all():
-        # Of float64 alone.
-        raise _NoScaleError(f"its weight goes up to {weight.abs().max().item():.2g}, past a scale of float32")
-    raise _NoScaleError("its weight holds a NaN or an infinity")
+def _check_scales(weight: torch.Tensor, layer: Int8Linear) -> None:
+    if not layer.weight_scale.isfinite().all():
+        if weight.isfinite().all():
+            # Of float64 alone.
+            raise _NoScaleError(f"its weight goes up to {weight.abs().max().item():.2g}, past a scale of float32")
+        raise _NoScaleError("its weight holds a NaN or an infinity")
+    if not layer.int8_weight.any() and weight.any():
+        raise _NoScaleError(f"its weight goes up to {weight.abs().max().item():.2g}, below a scale of float32")
 
 
 def _error(weight: torch.Tensor, q: torch.Tensor, scale: torch.Tensor) -> float:
