@@ -71,13 +71,16 @@ def int8_linear(
         bias: (out_features,), floating point, or None.
         activation: None, "gelu" (exact) or "gelu_tanh" (PyTorch's approximate="tanh").
         mode: "w8a8", "w8a16", or "auto": w8a16 for at most 16 rows (where the weight's bytes are the time), else w8a8.
+            A graph that is kept for any number of rows (torch.jit.trace, or make_fx and torch.export with sizes that
+            vary) computes both for "auto", and takes the one that a call's rows ask for.
 
     Returns:
         (*, out_features), the input's dtype.
 
     The backward gives grad_input = (grad * weight_scale) @ weight, through the dequantised weight (in w8a8 the
     rounding of the activation passes gradients straight through), and grad_bias. The activation's argument is
-    recomputed, not kept. No second derivative.
+    recomputed, not kept. No second derivative, but under torch.func: there and in forward mode
+    (torch.autograd.forward_ad) PyTorch runs, and every derivative follows the same rule.
 
     Under autocast the input is cast to the autocast dtype, as for F.linear.
 
