@@ -71,8 +71,8 @@ def int8_linear(
         bias: (out_features,), floating point, or None.
         activation: None, "gelu" (exact) or "gelu_tanh" (PyTorch's approximate="tanh").
         mode: "w8a8", "w8a16", or "auto": w8a16 for at most 16 rows (where the weight's bytes are the time), else w8a8.
-            A graph that is kept for any number of rows (torch.jit.trace, or make_fx and torch.export with sizes that
-            vary) computes both for "auto", and takes the one that a call's rows ask for.
+            A graph that is kept for any number of rows (torch.jit.trace; with sizes that vary make_fx, and torch.export
+            but for strict=True) computes both for "auto", and takes the one that a call's rows ask for.
 
     Returns:
         (*, out_features), the input's dtype.
