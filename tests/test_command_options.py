@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 
@@ -178,6 +179,13 @@ def test_the_activations_are_no_more_than_what_autograd_keeps():
     # The logits' gradient comes in the backward.
     assert 0.5 * total < activations - 4 * 64 * 256 <= total
     assert loss.requires_grad
+
+
+@pytest.mark.parametrize("cells, machine", [([1], {"device": "x"}), ([], {}), ([{}], {"device": "x"})])
+def test_results_that_no_bench_wrote(refused, tmp_path, cells, machine):
+    content = {"format": 1, "machine": machine, "ceilings": {}, "cells": cells, "costs": []}
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    assert "results.json is not as `gptkern bench` writes it" in refused("bench", "report", ".")
 
 
 # --- Folders of checkpoints -------------------------------------------------------------------------------------------

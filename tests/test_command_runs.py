@@ -169,6 +169,14 @@ def test_an_update_that_ends_in_nan_is_seen_though_every_loss_was_finite(folder,
         trainer.validate()
 
 
+def test_the_first_loss_that_is_none_is_named(folder, monkeypatch):
+    trainer = a_trainer(folder, steps=5)
+    poisoned_at(monkeypatch, 2)
+    with pytest.raises(training.Diverged, match="the loss is nan at step 3"):
+        trainer.run(5)
+    assert trainer.step == 5
+
+
 def test_back_to_the_best_is_the_best_and_not_the_last(folder):
     trainer = a_trainer(folder, steps=9)
     trainer.validations = [(0, 2.0)]

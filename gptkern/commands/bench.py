@@ -69,6 +69,10 @@ def _report(args: argparse.Namespace) -> int:
         written = report.write(folder)
     except OSError as error:
         raise RunError(f"{folder} cannot be written: {places.reason(error)}") from error
+    except (LookupError, TypeError, AttributeError) as error:
+        # What a results file holds is looked at where it is drawn.
+        what = f"{folder / results.NAME} is not as `gptkern bench` writes it"
+        raise UserError(f"{what}: {type(error).__name__}: {error}") from error
     for path in written:
         print(path)
     return PASSED
