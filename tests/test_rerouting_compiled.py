@@ -17,7 +17,8 @@ import torch.nn.functional as F
 
 import gptkern
 from gptkern.backends import dispatch
-from gptkern.swapping.rerouting import own_code
+from gptkern.swapping import twins
+from gptkern.swapping.rerouting import Rerouted, own_code
 
 pytestmark = pytest.mark.usefixtures("triton_backend", "_fresh_compiler")
 
@@ -352,3 +353,17 @@ def test_a_function_without_a_docstring_gets_none():
     """Python takes the first constant of a code for it, where that is text."""
     code = compile("def empty(): pass", "here", "exec").co_consts[0].replace(co_consts=())
     assert types.FunctionType(own_code(code), {}).__doc__ is None
+
+
+def test_torch_compile_s_own_wrappers_keep_their_code():
+    """It knows the one of `disable(recursive=False)` by that."""
+    made = Rerouted(calling_by_name("disabled_alone"), twins.find).methods["forward"].__globals__["disabled_alone"]
+    assert made is not disabled_alone and made.__code__ is disabled_alone.__code__
+
+
+def test_a_compiled_forward_in_front_of_another(launches):
+    """What stands in front of a class's forward is not taken for the wrapper around the original one."""
+    model, x = torch.nn.Sequential(CompiledForward(), CompiledForward()), torch.randn(2, 2)
+    gptkern.swap(model)
+    assert not any(name.startswith("_torchdynamo_") for name in vars(type(model[0]).forward))
+    assert launches(lambda: compiled(model)(x)) == 2

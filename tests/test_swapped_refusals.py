@@ -276,3 +276,21 @@ def test_a_swapped_model_is_not_scripted_and_says_why(name, around):
     assert state_of(model) == before
     gptkern.unswap(model)
     assert isinstance(torch.jit.script(model), torch.jit.ScriptModule)
+
+
+@pytest.mark.deep
+def test_a_model_whose_attention_comes_by_name_is_not_scripted():
+    """No class of it has changed: what says so stands beside the noted config."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.GPT2Config(
+        n_layer=1, n_head=2, n_embd=16, vocab_size=31, n_positions=16, bos_token_id=0, eos_token_id=0
+    )
+    model = transformers.GPT2LMHeadModel(config)
+    before = state_of(model)
+    gptkern.swap(model, ops=["attention"])
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    for swapped in (model, copied):
+        with pytest.raises(RuntimeError, match=r"gptkern\.unswap\(model\) first"):
+            torch.jit.script(swapped)
+        gptkern.unswap(swapped)
+        assert state_of(swapped) == before
