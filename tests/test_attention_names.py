@@ -18,6 +18,7 @@ from test_models import calls_in
 from transformers import StaticCache
 
 import gptkern
+import gptkern.integrations.transformers
 
 MODEL = '''
 import re, torch
