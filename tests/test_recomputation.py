@@ -286,3 +286,13 @@ def test_compiled_around_a_checkpoint(launches):
     assert launches.count("backward") == 2 and launches.count("forward") >= 2
     (expected,) = torch.autograd.grad(two(norm, x).square().sum(), x)
     torch.testing.assert_close(x.grad, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_compiled_inside_of_a_checkpoint(launches):
+    torch._dynamo.reset()
+    x = torch.randn(2, WIDTH, requires_grad=True)
+    compiled = torch.compile(functools.partial(two, twin), backend="aot_eager")
+    with gptkern.backend("triton"):
+        loss = checkpoint(compiled, x, use_reentrant=False).square().sum()
+    in_a_thread(loss.backward)
+    assert launches.count("forward") == 4 and launches.count("backward") == 2

@@ -206,9 +206,11 @@ def settled(tensor: Any) -> Choice | None:
 
     None where kernels may run: the twin then checks its input and calls `choose`.
     """
-    if not torch.compiler.is_compiling() and _state.forced is not None:
+    if torch.compiler.is_compiling():
+        forced = _forced_while_compiling
+    elif (forced := _state.forced) is not None:
         recomputation.carry()
-    forced = _forced()
+        forced = _forced_here()
     if forced is None:
         # `is_cpu` takes a tenth of the host time of `device.type`.
         if not isinstance(tensor, torch.Tensor) or tensor.is_cpu:

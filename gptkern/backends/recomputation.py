@@ -97,6 +97,11 @@ def counts(block: Block) -> bool:
     return True
 
 
+def blocks_are_open() -> bool:
+    """Whether this thread is inside a block of a backend."""
+    return bool(_state.blocks)
+
+
 def carry(mode: Block | None = None) -> None:
     """Lets the checkpoints that this thread is in recompute under the blocks that were open when they began.
 
@@ -195,10 +200,14 @@ def _calls() -> Iterator[tuple[types.FrameType, bool]]:
     """
     call = sys._getframe(1)
     while call is not None:
-        code = call.f_code
-        if code.co_name in ("forward", "backward") and "run_function" in code.co_names and "ctx" in code.co_varnames:
-            yield call, code.co_name == "backward"
+        name = call.f_code.co_name
+        if (name == "forward" or name == "backward") and _knows_its_function(call.f_code):
+            yield call, name == "backward"
         call = call.f_back
+
+
+def _knows_its_function(code: types.CodeType) -> bool:
+    return "run_function" in code.co_names and "ctx" in code.co_varnames
 
 
 def _warn_once(found: str) -> None:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import torch
 
-from gptkern.backends import dispatch
+from gptkern.backends import dispatch, recomputation
 
 _library = torch.library.Library("gptkern", "FRAGMENT")
 
@@ -121,8 +121,13 @@ class Operator:
                 return [records[0]._make(given)]
             return [records[0]._make(given[: sizes[0]]), records[1]._make(given[sizes[0] :])]
 
+        is_forward = direction == "forward"
+
         def run(*given):
             *given, backend = given
+            # What torch.compile made calls no twin.
+            if is_forward and recomputation.blocks_are_open():
+                recomputation.carry()
             launcher = getattr(dispatch.load(backend, operator), direction)
             first = dispatch.first_tensor(given)
             with on_device_of(first), without_autocast(first.device.type):
@@ -167,7 +172,9 @@ def autocast(policy: str, *tensors: torch.Tensor | None) -> tuple[torch.Tensor |
         policy: "float32" for the operators that CUDA's autocast runs in float32 (layer_norm, softmax) and the
             CPU's leaves alone; "lower" for those that run in the autocast dtype on both (matrix products).
     """
-    device_type = tensors[0].device.type
+    first = tensors[0]
+    # `is_cpu` takes a tenth of the host time of `device.type`.
+    device_type = "cpu" if first.is_cpu else first.device.type
     if not _autocast_is_on(device_type) or (policy == "float32" and device_type != "cuda"):
         return tensors
     dtype = torch.float32 if policy == "float32" else torch.get_autocast_dtype(device_type)
