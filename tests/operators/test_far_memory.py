@@ -137,6 +137,7 @@ OPERANDS |= {
     )
     for dim in (0, 1)
 }  # fmt: skip
+OPERANDS["quantize_int8 of wide rows"] = ("quantize_int8", G.quantize_int8, lambda: [normal(2, 17_000)], [(0, 1)])
 
 
 def check_operand(name: str, index: int, along: int) -> None:
