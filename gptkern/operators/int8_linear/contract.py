@@ -96,9 +96,12 @@ def int8_linear(
     Source: Dettmers et al., "LLM.int8()", 2022 (arXiv:2208.07339), section 2.1, vector-wise quantisation.
     """
     choice = dispatch.settled(input)
-    with tracing.untraced():
+    if tracing.in_jit_trace():
+        with tracing.untraced():
+            _check_tensors(input, weight, weight_scale, bias)
+    else:
         _check_tensors(input, weight, weight_scale, bias)
-        check_options("int8_linear", activation, mode)
+    check_options("int8_linear", activation, mode)
     if mode == "auto":
         rows = math.prod(input.shape[:-1])
         if tracing.is_for_any_size(rows):
@@ -113,7 +116,7 @@ def int8_linear(
         is_transformed = tracing.is_transformed()
         if is_transformed or not needs_grad:
             differentiable = is_transformed and (needs_grad or tracing.in_derivative())
-            with without_autocast(input.device.type):
+            with without_autocast("cpu" if input.is_cpu else input.device.type):
                 return _straight_through(call) if differentiable else forward(call)
     return Int8LinearFunction.apply(*call, choice.backend)
 
@@ -140,6 +143,7 @@ def _check_tensors(input, weight, weight_scale, bias):
         raise RuntimeError("int8_linear: weight_scale requires grad; it needs to be constant, as it gets no gradient")
     if bias is not None and not bias.is_floating_point():
         raise RuntimeError(f"int8_linear: bias is {bias.dtype}; it needs a floating-point dtype")
+    device = input.device
     for name, tensor in (("weight", weight), ("weight_scale", weight_scale), ("bias", bias)):
         if tensor is None:
             continue
@@ -148,10 +152,8 @@ def _check_tensors(input, weight, weight_scale, bias):
                 f"int8_linear: {name} has shape {tuple(tensor.shape)}; it needs the weight's out_features, "
                 f"({out_features},)"
             )
-        if tensor.device != input.device:
-            raise RuntimeError(
-                f"int8_linear: {name} is on {tensor.device}; it needs the input's device, {input.device}"
-            )
+        if tensor.device != device:
+            raise RuntimeError(f"int8_linear: {name} is on {tensor.device}; it needs the input's device, {device}")
 
 
 def check_options(where, activation, mode):

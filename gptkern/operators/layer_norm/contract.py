@@ -208,7 +208,10 @@ def _check_parameter_dtypes(input, weight, bias):
 
 
 def _check_residual(input, residual):
-    if tracing.sizes(residual) != tracing.sizes(input):
+    shape, wanted = residual.shape, input.shape
+    if tracing.in_jit_trace():
+        shape, wanted = tracing.sizes(residual), tracing.sizes(input)
+    if shape != wanted:
         raise ValueError(
             f"layer_norm: residual has shape {tuple(residual.shape)}; it needs the input's, {tuple(input.shape)}"
         )

@@ -146,7 +146,9 @@ def _check(input, dim, dtype, scale, mask, is_causal):
         raise TypeError(f"softmax: mask is {mask.dtype}; it needs bool (True takes part) or floating point (added)")
     if mask.device != input.device:
         raise RuntimeError(f"softmax: mask is on {mask.device}; it needs the input's device, {input.device}")
-    mask_shape, shape = tracing.sizes(mask), tracing.sizes(input)
+    mask_shape, shape = mask.shape, input.shape
+    if tracing.in_jit_trace():
+        mask_shape, shape = tracing.sizes(mask), tracing.sizes(input)
     if len(mask_shape) > len(shape) or any(
         size not in (1, wanted) for size, wanted in zip(reversed(mask_shape), reversed(shape))
     ):
