@@ -1,7 +1,7 @@
 """attention's kernels, broken on purpose where faults hide: operators/test_attention_faults.py has to see each.
 
-As in test_broken_kernels.py and test_broken_cuda_kernels.py one expression is changed in a copy of a kernel, of Triton or
-CUDA C++, on the CPU. That the test passes with the kernel as it is is said by the test itself.
+As in test_broken_kernels.py and test_broken_cuda_kernels.py one expression is changed in a copy of a kernel, of Triton
+or CUDA C++, on the CPU. That the test passes with the kernel as it is is said by the test itself.
 """
 
 from __future__ import annotations
