@@ -123,6 +123,7 @@ def attention_forward(
     if groups > 1 and attention_mask is not None and query.is_cuda and _runs_on_torch(query, key, value, arguments):
         # With a mask and enable_gqa PyTorch has nothing but its slowest kernel; copies are the smaller price.
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        kv_heads = heads
     output = F.scaled_dot_product_attention(query, key, value, *arguments, enable_gqa=heads != kv_heads)
     # (batch, heads, length_q, head_dim) -> (batch, length_q, heads, head_dim): the kernels write it in this order.
     return output.transpose(1, 2).contiguous(), None
