@@ -30,6 +30,10 @@ import count_cuda
 import emulation
 import test_attention
 import test_cuda_counters
+import test_int8_linear_faults
+import test_quantize_int8_faults
+import test_rotary_faults
+import test_softmax_faults
 
 
 class Case(NamedTuple):
@@ -214,6 +218,48 @@ MUTATIONS = [
             test_cuda_counters.test_no_more_bytes_than_needed,
             (test_cuda_counters.find("softmax", "2x256x256 bfloat16, causal"),),
             Case("softmax", "causal"),
+        ),
+    ),
+    Mutation(
+        "scales that are all zero are divided by", "int8_linear", "    gradient_kernel(Operand",
+        "if (divisor == 0.0f) divisor = 1.0f;", "",
+        Limit(test_int8_linear_faults.test_all_scales_are_zero, ("cuda", "cpu", torch.bfloat16, 5, None)),
+    ),
+    Mutation(
+        "the ninth row is left out", "int8_linear", "w8a16_few_rows_kernel(Operand",
+        "bool two = M > MMA_N;", "bool two = M > MMA_N + 1;",
+        Limit(
+            test_int8_linear_faults.test_rows_beside_those_of_a_matrix_instruction,
+            ("cuda", "cpu", None, torch.bfloat16),
+        ),
+    ),
+    Mutation(
+        "a NaN of a column does not show in the scale", "quantize_int8", "    quantize_columns_kernel(",
+        "store_shared(&shared.largest[warp][lane], largest);",
+        "store_shared(&shared.largest[warp][lane], min(largest, INFINITY_BITS));",
+        Limit(
+            test_quantize_int8_faults.test_a_special_value_shows_in_its_scale_alone,
+            ("cuda", "cpu", (33, 40), 0, math.nan),
+        ),
+    ),
+    Mutation(
+        "the slot after a block's is left out", "rotary", "void launch(const Tensor& x,",
+        "tiles = ceil_div<int64_t>(length * slots, threads);", "tiles = (length * slots + threads - 2) / threads;",
+        Limit(test_rotary_faults.test_lengths_beside_tiles, ("cuda", "cpu", None, 257)),
+    ),
+    Mutation(
+        "a causal row of -inf is NaN", "softmax", "softmax_forward_rows_kernel(",
+        "options.causal_rows || options.mask_kind != NO_MASK", "options.mask_kind != NO_MASK",
+        Limit(
+            test_softmax_faults.test_a_causal_row_of_minus_infinity_is_zero,
+            ("cuda", "cpu", None, 37, False, torch.bfloat16),
+        ),
+    ),
+    Mutation(
+        "y is not divided by its own sum", "softmax", "softmax_backward_columns_kernel(",
+        "dot[e], OUT == 2)", "dot[e], false)",
+        Limit(
+            test_softmax_faults.test_what_is_added_to_a_whole_gradient_changes_nothing, (((40, 7), 0), "cpu"),
         ),
     ),
 ]  # fmt: skip
