@@ -78,7 +78,7 @@ def beside(cls: type) -> list[type]:
 def held_by(module: torch.nn.Module) -> Iterator[object]:
     """What a module's attributes hold that may be code of its own: a function that was set on it, a hook, a helper."""
     for name, value in vars(module).items():
-        if name.endswith("_hooks"):
+        if name.endswith("_hooks") and isinstance(value, dict):
             yield from value.values()
         elif value is not None and not isinstance(value, (dict, bool, int, float, str, torch.Tensor)):
             yield value
