@@ -314,6 +314,21 @@ def test_text_is_printed_as_it_is_drawn_and_kept_at_ctrl_c(checkpoint, capsys, m
     assert printed.out.endswith("\n") and "[3 bytes of 100000, interrupted in " in printed.err
 
 
+def test_a_pipe_has_each_byte_before_the_next_is_drawn(checkpoint, monkeypatch):
+    pipe = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(pipe, encoding="utf-8"))
+    seen = []
+
+    def stream(self, *_):
+        for byte in b"xyz":
+            seen.append(pipe.getvalue())
+            yield torch.tensor([[byte]])
+
+    monkeypatch.setattr(GPT, "stream", stream)
+    assert generated("--prompt", "a", "--tokens", "3") == 0
+    assert seen == [b"a", b"ax", b"axy"]
+
+
 def test_what_is_printed_is_the_text_whatever_its_bytes(checkpoint, capsys, monkeypatch):
     data = "A … é".encode() + b"\xff\xe2\x80"
     monkeypatch.setattr(GPT, "stream", lambda self, *_: (torch.tensor([[byte]]) for byte in data))
