@@ -6,36 +6,18 @@ or CUDA C++, on the CPU. That the test passes with the kernel as it is is said b
 
 from __future__ import annotations
 
-import contextlib
-import types
-from collections.abc import Callable
-from typing import NamedTuple
-
 import pytest
 import test_attention_faults as faults
-import test_broken_kernels
 import torch
 from conftest import DEVICE
-from cuda_modules import changed_module
+from mutants import Mutation, cases, plant_in_cuda, plant_in_triton, seen
 
-from gptkern.backends import dispatch
 from gptkern.backends.cuda import emulated
-from gptkern.backends.tables import configurations
 
 if DEVICE != "cpu":
     pytest.skip("there is a GPU: kernels are changed where they are interpreted and emulated", allow_module_level=True)
 
 HALF = torch.float16
-# What the harnesses raise of memory outside of a tensor, and checking.py of a wrong number.
-SEEN = "worst error|differs in|outside of|not close"
-
-
-class Mutation(NamedTuple):
-    name: str
-    function: str  # as in test_broken_kernels.py, or in cuda_modules.changed_module
-    old: str
-    new: str
-    check: Callable  # check(backend, monkeypatch)
 
 
 def layouts(options):
@@ -344,40 +326,16 @@ CUDA = [
 SHARP = {"value's tile by the key's", "a key past 64 n - 1 is seen, causal", "lse ends at -128", "dQ: heads in 32 bits"}
 
 
-def cases(mutations, sharp):
-    return pytest.mark.parametrize(
-        "mutation",
-        [
-            pytest.param(mutation, id=mutation.name, marks=[] if mutation.name in sharp else [pytest.mark.deep])
-            for mutation in mutations
-        ],
-    )
-
-
-@contextlib.contextmanager
-def seen():
-    """The fault is seen for what it is, and no other error ends the check."""
-    with pytest.raises(Exception, match=SEEN):
-        yield
-
-
-@cases(TRITON, SHARP)
-def test_the_fault_is_seen(mutation, triton_backend, monkeypatch, tmp_path):
-    # What is put back afterwards has to be there.
-    dispatch.load("triton", "attention")
-    # The copy registers a table of its own.
-    monkeypatch.setattr(configurations, "TABLES", dict(configurations.TABLES))
-    fault = types.SimpleNamespace(operator="attention", **mutation._asdict())
-    broken = test_broken_kernels.broken_module(fault, tmp_path, monkeypatch)
-    monkeypatch.setitem(dispatch._modules, ("triton", "attention"), broken)
+@cases({"attention": TRITON}, SHARP)
+def test_the_fault_is_seen(operator, mutation, triton_backend, monkeypatch, tmp_path):
+    plant_in_triton(operator, mutation, tmp_path, monkeypatch)
     with seen():
         mutation.check("triton", monkeypatch)
 
 
 @pytest.mark.skipif(emulated.compiler() is None, reason="there is no C++ compiler for the emulated CUDA kernels")
-@cases(CUDA, ("dQ: a key past 32 n - 1 is seen where lse is low",))
-def test_the_fault_is_seen_on_cuda(mutation, cuda_backend, monkeypatch, tmp_path):
-    broken = changed_module("attention", mutation.function, mutation.old, mutation.new, tmp_path / "csrc")
-    monkeypatch.setattr(emulated, "load", lambda: broken)
+@cases({"attention": CUDA}, ("dQ: a key past 32 n - 1 is seen where lse is low",))
+def test_the_fault_is_seen_on_cuda(operator, mutation, cuda_backend, monkeypatch, tmp_path):
+    plant_in_cuda(operator, mutation, tmp_path, monkeypatch)
     with seen():
         mutation.check("cuda", monkeypatch)

@@ -8,30 +8,23 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import re
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from mutants import plant_in_triton
 
-import gptkern
 from gptkern.backends import dispatch
-from gptkern.backends.tables import configurations
 from gptkern.measuring import checking
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-
-PACKAGE = Path(gptkern.__file__).parent
-SHARED = PACKAGE / "backends" / "triton"
 
 
 class Mutation(NamedTuple):
     name: str
     operator: str
-    function: str  # the kernel or helper that is changed
-    old: str  # a regular expression that matches once in the function; a space matches any white space
+    function: str  # of mutants.changed_triton_module, as are the two below
+    old: str
     new: str
     shape_class: str  # of the small checks of the operator's problem.py
     direction: str  # the result that has to fail
@@ -249,47 +242,9 @@ def test_the_check_sees_a_broken_kernel(mutation, monkeypatch, tmp_path, device)
 
     sound = results()
     assert all(result.ok for result in sound.values()), sound
-    # The copy registers a table of its own.
-    monkeypatch.setattr(configurations, "TABLES", dict(configurations.TABLES))
-    broken_kernels = broken_module(mutation, tmp_path, monkeypatch)
-    monkeypatch.setitem(dispatch._modules, ("triton", mutation.operator), broken_kernels)
+    plant_in_triton(mutation.operator, mutation, tmp_path, monkeypatch)
     broken = results()
     # A kernel that does not run at all would prove nothing about the comparison.
     assert not any(result.note for result in broken.values()), broken
     result = broken[mutation.direction]
     assert result.ok is False and not math.isnan(result.error) and result.error > result.bound
-
-
-def broken_module(mutation: Mutation, folder: Path, monkeypatch):
-    """The operator's Triton module, imported anew beside a changed copy of one file; the package stays as it is."""
-    source = source_of(mutation)
-    path = folder / source.name
-    path.write_text(mutated(source.read_text(), mutation))
-    changed = ".".join(source.relative_to(PACKAGE.parent).with_suffix("").parts)
-    room = f"gptkern.operators.{mutation.operator}"
-    for name in [changed, *(name for name in sys.modules if name.startswith(f"{room}.triton"))]:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-        # An import sets the module on its package, too.
-        package, _, stem = name.rpartition(".")
-        monkeypatch.delattr(sys.modules[package], stem, raising=False)
-    spec = importlib.util.spec_from_file_location(changed, path)
-    sys.modules[changed] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[changed])
-    return importlib.import_module(f"{room}.triton")
-
-
-def source_of(mutation: Mutation) -> Path:
-    """The file that has the function: one of the operator's Triton kernels, or of what the rooms share."""
-    paths = [*(PACKAGE / "operators" / mutation.operator).glob("triton*.py"), *SHARED.glob("*.py")]
-    return next(path for path in sorted(paths) if re.search(rf"^def {mutation.function}\(", path.read_text(), re.M))
-
-
-def mutated(source: str, mutation: Mutation) -> str:
-    """The source with the expression changed, which has to stand exactly once in the function's body."""
-    start = re.search(rf"^def {mutation.function}\(", source, re.MULTILINE)
-    assert start, f"{mutation.operator} has no function {mutation.function}"
-    end = re.compile(r"\n(?=[@#A-Za-z_])").search(source, start.end())
-    stop = end.start() if end else len(source)
-    body, count = re.subn(mutation.old.replace(" ", r"\s+"), mutation.new, source[start.start() : stop])
-    assert count == 1, f"{mutation.operator}.{mutation.function} has {count} places like {mutation.old}; it needs 1"
-    return source[: start.start()] + body + source[stop:]
