@@ -67,6 +67,8 @@ def test_no_stride_follows_from_another(kernel_backend, device, step, dim):
     check(input, dim)
     check(input.transpose(0, 1), dim)
     check(input.transpose(1, 2), dim)
+    # Two dimensions, neither of which has neighbours: what Triton's kernels would get a copy of with three.
+    check(input[..., 3], dim % 2)
 
 
 # A vector, a warp's share before a row has more warps, what registers hold (Triton), what shared memory holds (CUDA).

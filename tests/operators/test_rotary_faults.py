@@ -33,12 +33,14 @@ def test_one_dimension_of_one_operand_is_not_aligned(kernel_backend, device, dty
     check_rotary(input, cos, sin, interleaved, grad_output=dy)
 
 
-# Slots of a CUDA block, and positions of a Triton tile; heads of a block, and those that are under way at a time.
+# Positions of a Triton tile (32 where there are 32 pairs), and slots of a CUDA block (positions of one pair).
 @pytest.mark.parametrize("length", [31, 32, 33, 255, 256, 257])
 def test_lengths_beside_tiles(kernel_backend, device, poisoned_memory, length):
-    check_rotary(guarded(random(1, 2, length, 2, device=device)), *angles(length, 1, device=device))
+    for pairs in (1, 32):
+        check_rotary(guarded(random(1, 2, length, 2 * pairs, device=device)), *angles(length, pairs, device=device))
 
 
+# Heads of a block, and those that are under way at a time.
 @pytest.mark.deep
 @layouts
 @pytest.mark.parametrize("heads", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17])
