@@ -91,6 +91,8 @@ def test_a_trace_is_for_other_sizes(name):
     function, shape, other = CALLS[name]
     inputs = [torch.randn(size, requires_grad=True) for size in (shape, other)]
     graph = traced(function, inputs[0])
+    # PyTorch's own check: the same graph, traced again under no_grad.
+    torch.jit.trace(function, inputs[0])
     with torch.no_grad():
         plain = traced(function, inputs[0])
     for input in inputs:

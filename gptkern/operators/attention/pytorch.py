@@ -70,7 +70,10 @@ def _on_a_cpu(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_
 
 def _flash_may_lose_a_row(query, key, value, mask) -> bool:
     """Whether there may be a gradient to compute, and a row whose log-sum-exp the mask may make large."""
-    if not torch.is_grad_enabled() or not isinstance(mask, torch.Tensor) or not mask.is_floating_point():
+    if not isinstance(mask, torch.Tensor) or not mask.is_floating_point():
+        return False
+    # torch.jit.trace checks its graph against one that it makes under no_grad: both are the same.
+    if not torch.is_grad_enabled() and not tracing.in_jit_trace():
         return False
     if is_causal_bias(mask) or mask.dtype not in (torch.float32, query.dtype):
         return False  # It is is_causal, or refused.

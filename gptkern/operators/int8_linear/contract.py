@@ -115,7 +115,9 @@ def int8_linear(
         needs_grad = torch.is_grad_enabled() and _requires_grad(input, bias)
         is_transformed = tracing.is_transformed()
         if is_transformed or not needs_grad:
-            differentiable = is_transformed and (needs_grad or tracing.in_derivative())
+            # torch.jit.trace checks its graph against one that it makes under no_grad: both are the same.
+            derivatives = needs_grad or tracing.in_derivative() or tracing.in_jit_trace()
+            differentiable = is_transformed and derivatives
             with without_autocast("cpu" if input.is_cpu else input.device.type):
                 return _straight_through(call) if differentiable else forward(call)
     return Int8LinearFunction.apply(*call, choice.backend)
