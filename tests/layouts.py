@@ -84,6 +84,17 @@ def _with_room(tensor: torch.Tensor, room: int, step: int) -> torch.Tensor:
     return buffer[tuple(map(slice, tensor.shape))].copy_(tensor)
 
 
+def apart(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """One place of the dimension ends an element before the next one begins; the first is aligned."""
+    room = list(tensor.shape)
+    room[dim] = 1
+    inner = tensor.shape[dim + 1 :].numel()
+    flat = tensor.reshape(*tensor.shape[: dim + 1], inner)
+    wider = guarded(torch.cat((flat, flat[..., :1]), -1))
+    strides = list(wider.stride()[: dim + 1]) + list(guarded(tensor).stride()[dim + 1 :])
+    return wider.as_strided(tensor.shape, strides, wider.storage_offset())
+
+
 def in_order(tensor: torch.Tensor, order: tuple[int, ...], room: int) -> torch.Tensor:
     """A copy whose dimensions lie in memory in this order, outermost first, with NaN behind them.
 

@@ -4,19 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layouts import guarded
+from layouts import apart, guarded
 from rotary_calls import angles, check_rotary, layouts, random
-
-
-def apart(tensor: torch.Tensor, dim: int) -> torch.Tensor:
-    """One place of the dimension ends an element before the next one begins; the first is aligned."""
-    room = list(tensor.shape)
-    room[dim] = 1
-    inner = tensor.shape[dim + 1 :].numel()
-    flat = tensor.reshape(*tensor.shape[: dim + 1], inner)
-    wider = guarded(torch.cat((flat, flat[..., :1]), -1))
-    strides = list(wider.stride()[: dim + 1]) + list(guarded(tensor).stride()[dim + 1 :])
-    return wider.as_strided(tensor.shape, strides, wider.storage_offset())
 
 
 # input, cos, sin, dy; and each of their dimensions but the last, whose rows a kernel takes whole vectors of.

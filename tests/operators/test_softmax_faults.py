@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checking import same_bits
-from layouts import every_other_element, guarded, transposed
+from layouts import apart, every_other_element, guarded, transposed
 from softmax_calls import check_softmax, random
 
 import gptkern.functional as G
@@ -122,6 +122,15 @@ def test_neighbours_of_one_operand_lie_apart(kernel_backend, device, monkeypatch
     for which, layout in itertools.product(range(3), (every_other_element, transposed)):
         input, mask, dy = (layout(t) if i == which else guarded(t) for i, t in enumerate(tensors))
         check_softmax(input, dim, mask=mask, grad_output=dy)
+
+
+# The input and dy; and each of their dimensions but the last, whose elements a kernel takes whole vectors of.
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("which", [0, 1])
+def test_columns_of_one_operand_are_not_aligned(kernel_backend, device, which, dim):
+    operands = [guarded(random(2, 12, 16, device=device)) for _ in range(2)]
+    operands[which] = apart(operands[which], dim)
+    check_softmax(operands[0], 1, grad_output=operands[1])
 
 
 # One below, at and one above what a vector, a thread, a warp, a granule of the causal limit and a tile have.
