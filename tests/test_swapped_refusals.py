@@ -294,3 +294,21 @@ def test_a_model_whose_attention_comes_by_name_is_not_scripted():
             torch.jit.script(swapped)
         gptkern.unswap(swapped)
         assert state_of(swapped) == before
+
+
+class AttendsInAMethod(torch.nn.Module):
+    def attend(self, x):
+        return torch.nn.functional.softmax(x, -1)
+
+    def forward(self, x):
+        return self.attend(x)
+
+
+def test_a_method_that_is_set_on_the_instance_would_not_be_routed():
+    model = torch.nn.Sequential(AttendsInAMethod(), AttendsInAMethod())
+    model[0].attend = torch.compile(model[0].attend, backend="eager")
+    report = gptkern.swap(model)
+    assert [entry.name for entry in report.replaced] == ["1"]
+    ((name, _, reason),) = report.skipped
+    assert name == "0" and reason == "attend, which its forward calls, was set on the instance itself"
+    assert [call.name for call in gptkern.explain(model, torch.randn(2, 3)).calls] == ["1"]

@@ -173,6 +173,11 @@ def routed(cls: type, operators: tuple[str, ...]) -> type:
     return made
 
 
+def hidden_on(module: torch.nn.Module, routed: type) -> str | None:
+    """The method of a routed class in whose place something was set on the module itself, or None."""
+    return next((name for name in vars(routed)[_CODE].members if name in module.__dict__), None)
+
+
 def _swapped(cls: type, operators: tuple[str, ...]) -> type:
     """What a swap would make of the class, with no more than these operators."""
     wanted = tuple(operator for operator in operators if operator in _operators_of(cls))

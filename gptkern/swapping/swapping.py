@@ -187,7 +187,7 @@ class _Plan:
             before = routed_classes.routed_operators(current)
             asked_for = tuple(o for o in SWAPPABLE if o in self.operators or o in before)
             wanted = tuple(o for o in asked_for if o in self.calls_of(original).operators and o not in refused)
-            replacement = self.routed(original, wanted) if wanted and "forward" not in module.__dict__ else None
+            replacement = self.routed(original, wanted) if wanted else None
             wanted = wanted if set(wanted) & set(self.operators) else ()
             shown = f"{original.__name__}, routed{eager * (not by_name)}"
             self.name_what_is_written_out(name, module, original)
@@ -195,8 +195,12 @@ class _Plan:
         if wanted and isinstance(replacement, str):
             self.skip(name, original, replacement)
             wanted = ()
-        if wanted and "forward" in module.__dict__:
-            self.skip(name, original, "a forward was set on the instance itself")
+        hidden = "forward" if wanted and "forward" in module.__dict__ else None
+        if wanted and hidden is None and twin is None:
+            hidden = routed_classes.hidden_on(module, replacement)
+        if hidden is not None:
+            what = "a forward" if hidden == "forward" else f"{hidden}, which its forward calls,"
+            self.skip(name, original, f"{what} was set on the instance itself")
         elif wanted:
             if current is not replacement:
                 self.classes.append((name, module, replacement, by_name, by_its_name))
