@@ -128,6 +128,12 @@ TRITON = {
             of(test_softmax_faults.test_neighbours_of_one_operand_lie_apart, chunks=False, dim=2),
         ),
         Mutation(
+            "the row after a tile's is left out", "_forward_kernel",
+            r"in_row = \(n < width\) & \(lane < lanes\)",
+            "in_row = (n < width) & (lane < lanes - ((lanes % LANES == 1) & (LANES > 1)))",
+            of(test_softmax_faults.test_widths_beside_tiles, edge=256, dtype=torch.float32),
+        ),
+        Mutation(
             "a causal limit at a chunk's edge hides a chunk", "last_visible",
             r"causal_rows\) \+ 1\)", "causal_rows) + tl.where(tl.max(lane % causal_rows) % 16 == 0, 0, 1))",
             of(test_softmax_faults.test_causal_limits_beside_tiles, edge=16, chunks=True),
@@ -196,6 +202,11 @@ TRITON = {
             "the last column of a whole tile is left out", "_rows_kernel",
             r"\(column < width\)", "(column < tl.minimum(width, BLOCK - 1))",
             of(test_quantize_int8_faults.test_widths_beside_tiles, edge=32, dtype=BF16),
+        ),
+        Mutation(
+            "the row after a tile's is left out", "_rows_kernel",
+            r"inside = \(row < rows\)", "inside = (row < rows - ((rows % ROWS == 1) & (ROWS > 1)))",
+            of(test_quantize_int8_faults.test_widths_beside_tiles, edge=1024, dtype=BF16),
         ),
         Mutation(
             "a NaN of a wide row does not show in the scale", "_wide_row_kernel",

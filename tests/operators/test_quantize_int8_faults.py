@@ -78,3 +78,6 @@ def test_no_stride_follows_from_another(kernel_backend, device, step, dim):
 def test_widths_beside_tiles(kernel_backend, device, poisoned_memory, edge, dtype):
     for width in (edge - 1, edge, edge + 1):
         check(guarded(torch.randn(2, width, device=device).to(dtype)))
+    # Rows of a tile: 4096 elements of Triton's.
+    for rows in {max(4096 // edge + step, 1) for step in (-1, 0, 1)}:
+        check(guarded(torch.randn(rows, edge, device=device).to(dtype)))

@@ -141,6 +141,10 @@ def test_widths_beside_tiles(kernel_backend, device, poisoned_memory, edge, dtyp
     for width in (edge - 1, edge, edge + 1):
         check_softmax(guarded(random(3, width, device=device, dtype=dtype)))
         check_softmax(guarded(random(width, 3, device=device, dtype=dtype)), 0)
+    # Rows or columns of a tile: 2048 elements of Triton's.
+    for lanes in {max(2048 // edge + step, 1) for step in (-1, 0, 1)}:
+        check_softmax(guarded(random(lanes, edge, device=device, dtype=dtype)))
+        check_softmax(guarded(random(edge, lanes, device=device, dtype=dtype)), 0)
 
 
 @pytest.mark.deep
