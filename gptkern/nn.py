@@ -6,6 +6,9 @@ constructor; only `forward` differs. So `gptkern.swap` sets a module's class, an
 
 from __future__ import annotations
 
+import inspect
+import sys
+import warnings
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -60,7 +63,9 @@ class Int8Linear(torch.nn.Module):
 
     In a state_dict the codes have a key of their own, so that no load takes them for weights, nor weights for them:
     `int8_weight` (out_features, in_features) int8, `weight_scale` (out_features,) float32, `bias` as it is. Codes that
-    an older file has under "weight" are taken too.
+    an older file has under "weight" are taken too. What save_pretrained of transformers writes has a tensor of one
+    element under "weight" besides, which no float layer takes: where config.json does not name the layer, transformers
+    would go on with random weights.
 
     Args:
         in_features, out_features: widths of the input's and of the output's last dimension.
@@ -151,6 +156,14 @@ class Int8Linear(torch.nn.Module):
                 setattr(self, name, before.to(after.device))
         return self
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        model = _saved_by_transformers()
+        if model is not None:
+            destination[f"{prefix}weight"] = torch.zeros(1, dtype=torch.int8)
+            if self is next(module for module in model.modules() if isinstance(module, Int8Linear)):
+                _warn_unknown(model)
+
     def _load_from_state_dict(self, state_dict, prefix, *arguments):
         state_dict = with_own_keys(state_dict, [prefix])
         refuse_unfit(f"load_state_dict of {type(self).__name__}", unfit(state_dict, prefix))
@@ -166,6 +179,41 @@ class Int8Linear(torch.nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"activation={self.activation!r}, mode={self.mode!r}"
+        )
+
+
+# --- transformers' save_pretrained ------------------------------------------------------------------------------------
+
+
+def _saved_by_transformers() -> torch.nn.Module | None:
+    """The model of transformers of which save_pretrained asks for a state_dict.
+
+    A layer does not know what holds it, and quantize may have seen a part of the model alone. Of all that
+    save_pretrained does, state_dict alone comes by the layer, and says nothing of who calls: so the stack is asked.
+    """
+    cls = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+    if cls is None:
+        return None
+    code = inspect.unwrap(cls.save_pretrained).__code__
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame and frame.f_locals[code.co_varnames[0]]
+
+
+def _warn_unknown(model: torch.nn.Module) -> None:
+    quantizer, is_adapter = getattr(model, "hf_quantizer", None), getattr(model, "_hf_peft_config_loaded", False)
+    known = getattr(quantizer or model.config, "quantization_config", None)
+    method = known.get("quant_method") if isinstance(known, dict) else getattr(known, "quant_method", None)
+    # Adapters are saved without what they adapt.
+    if method != "gptkern" and not is_adapter:
+        name = type(model).__name__
+        warnings.warn(
+            f"save_pretrained: {name} holds int8 layers that gptkern.quantize made in a part of it, or that were put "
+            "in by hand: config.json does not name them, and from_pretrained will refuse the file; "
+            "gptkern.load_quantized takes it. For from_pretrained call gptkern.quantize(model, filter=lambda name, layer: "
+            "False), which looks at the whole model and makes no other layer int8, and save again",
+            stacklevel=2,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import oracle_quantize_int8
 import pytest
@@ -278,3 +279,68 @@ def test_what_another_method_has_quantised_is_refused(transformers):
     with pytest.raises(ValueError, match="transformers has quantised the model by 'quanto'; it needs one"):
         gptkern.quantize(model)
     assert int8_names(model) == []
+
+
+# --- A part was quantised, and the whole is saved ---------------------------------------------------------------------
+
+
+def by_hand(model, transformers):
+    model.model.layers[1].mlp.up_proj = Int8Linear.from_linear(model.model.layers[1].mlp.up_proj)
+
+
+def filled(model, transformers):
+    quantised = llama(transformers).model
+    gptkern.quantize(quantised)
+    gptkern.load_quantized(model.model, quantised.state_dict())
+
+
+def moved(model, transformers):
+    other = transformers.LlamaForSequenceClassification(model.config)
+    gptkern.quantize(other)
+    model.model = other.model
+
+
+PARTS = {
+    "the backbone": lambda model, _: gptkern.quantize(model.model),
+    "the layers": lambda model, _: gptkern.quantize(model.model.layers),
+    "each layer's mlp": lambda model, _: [gptkern.quantize(layer.mlp) for layer in model.model.layers],
+    "through another module": lambda model, _: gptkern.quantize(torch.nn.Sequential(model.model.layers)),
+    "load_quantized": filled,
+    "by hand": by_hand,
+    "moved": moved,
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_whole_of_which_a_part_was_quantised(transformers, tmp_path, part):
+    """What config.json does not name is an error at load; what was saved is whole."""
+    model = llama(transformers)
+    PARTS[part](model, transformers)
+    names = int8_names(model)
+    with pytest.warns(UserWarning) as caught:
+        model.save_pretrained(tmp_path)
+    (message,) = [str(warning.message) for warning in caught]
+    assert message.startswith(
+        "save_pretrained: LlamaForCausalLM holds int8 layers that gptkern.quantize made in a part"
+    )
+    with pytest.raises(RuntimeError, match="mismatch"):
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    fresh = llama(transformers)
+    gptkern.load_quantized(fresh, read(tmp_path / "model.safetensors"))
+    assert int8_names(fresh) == names and equal(fresh, model)
+    # What the warning tells to do.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gptkern.quantize(model, filter=lambda name, layer: False)
+        model.save_pretrained(tmp_path)
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert int8_names(loaded) == names and equal(loaded, model)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_state_dict_of_one_s_own_has_the_names_of_int8_layers_alone(transformers, tmp_path):
+    model = llama(transformers)
+    gptkern.quantize(model.model)
+    codes = {key for key in model.state_dict() if "mlp.up_proj" in key}
+    names = ("int8_weight", "weight_scale")
+    assert codes == {f"model.layers.{i}.mlp.up_proj.{name}" for i in (0, 1) for name in names}

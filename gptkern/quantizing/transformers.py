@@ -12,7 +12,8 @@ holds int8 layers a `hf_quantizer`, which save_pretrained asks: it writes the la
 from_pretrained makes them int8 before it reads the weights.
 
 Where the name is not known, transformers goes on with a warning, and would leave the layers with random weights. So the
-file has a tensor of one element under each layer's `weight`: a float layer does not take it, and that is an error.
+file has a tensor of one element under each layer's `weight`: a float layer does not take it, and that is an error. The
+layers put it there themselves, in models too of which `quantize` has seen a part alone.
 """
 
 from __future__ import annotations
@@ -85,10 +86,7 @@ class Int8Quantizer(HfQuantizer):
             {name: {"mode": layer.mode, "activation": layer.activation} for name, layer in layers.items()}
         )
         model.config.quantization_config = self.quantization_config
-        state_dict = model.state_dict()
-        for name in layers:
-            state_dict[f"{name}.weight"] = torch.zeros(1, dtype=torch.int8)
-        return state_dict, {}
+        return model.state_dict(), {}
 
     # --- from_pretrained ----------------------------------------------------------------------------------------------
 
