@@ -149,3 +149,44 @@ def test_unswap_reports_what_it_restored():
     ]  # fmt: skip
     assert str(report).startswith("7 modules restored") and "blocks.{0-1}.attention" in str(report)
     assert str(gptkern.unswap(model)) == "0 modules restored"
+
+
+class KeepsBuffers(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.zeros(3, 3))
+        for name in ("rebound", "resized", "written"):
+            self.register_buffer(name, torch.zeros(2))
+        self.register_buffer("expanded", torch.ones(1).expand(3))
+
+    def forward(self, x):
+        self.rebound = self.rebound + 1
+        self.resized.resize_(4).fill_(1)
+        self.written.add_(1)
+        self.register_buffer("new", torch.zeros(1))
+        return F.scaled_dot_product_attention(x, x, x, self.bias)
+
+
+def test_buffers_are_as_they_were_whatever_a_forward_does_with_them():
+    model = KeepsBuffers()
+    gptkern.swap(model)
+    before = dict(model.named_buffers())
+    gptkern.explain(model, torch.randn(1, 1, 3, 8))
+    after = dict(model.named_buffers())
+    assert list(after) == list(before) and all(after[name] is tensor for name, tensor in before.items())
+    assert [tensor.tolist() for tensor in after.values()] == [[0, 0], [0, 0], [0, 0], [1, 1, 1]]
+
+
+def test_a_parameter_among_the_arguments_is_seen_as_in_training(triton_backend):
+    model = KeepsBuffers()
+    gptkern.swap(model)
+    with gptkern.backend("triton"):
+        with pytest.raises(gptkern.BackendError, match="attn_mask requires"):
+            gptkern.explain(model, torch.randn(1, 1, 3, 8))
+        with torch.no_grad():
+            (call,) = gptkern.explain(model, torch.randn(1, 1, 3, 8)).calls
+    assert (call.operator, call.backend) == ("attention", "triton")
+
+
+def test_what_runs_in_another_thread_is_not_claimed_to_run_on_pytorch():
+    assert "in this thread" in str(gptkern.explain(torch.nn.Linear(2, 2), torch.randn(1, 2)))

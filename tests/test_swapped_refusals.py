@@ -312,3 +312,47 @@ def test_a_method_that_is_set_on_the_instance_would_not_be_routed():
     ((name, _, reason),) = report.skipped
     assert name == "0" and reason == "attend, which its forward calls, was set on the instance itself"
     assert [call.name for call in gptkern.explain(model, torch.randn(2, 3)).calls] == ["1"]
+
+
+class KnowsItself(torch.nn.Module):
+    WEIGHTS = 2.0
+
+    def scale(self):
+        raise NotImplementedError
+
+    def forward(self, x):
+        return torch.nn.functional.softmax(x, -1) * self.scale()
+
+
+class ByIs(KnowsItself):
+    def scale(self):
+        return 2.0 if type(self) is ByIs else 3.0
+
+
+class ByATable(KnowsItself):
+    def scale(self):
+        return {ByATable: 2.0}.get(type(self), 3.0)
+
+
+class ByClass(KnowsItself):
+    def scale(this):
+        return 2.0 if ByClass == this.__class__ else 3.0
+
+
+class TakesAnAttribute(KnowsItself):
+    def scale(self):
+        return type(self).WEIGHTS if self.__class__.__name__ else 0.0
+
+
+@pytest.mark.parametrize("cls", [ByIs, ByATable, ByClass])
+def test_a_module_that_asks_for_its_exact_class_keeps_it(cls):
+    model, x = cls(), torch.randn(2, 3)
+    expected = model(x)
+    ((_, _, reason),) = gptkern.swap(model).skipped
+    assert "its code asks for its exact class" in reason and torch.equal(model(x), expected)
+
+
+def test_an_attribute_of_the_class_is_no_question():
+    model, x = TakesAnAttribute(), torch.randn(2, 3)
+    expected = model(x)
+    assert len(gptkern.swap(model).replaced) == 1 and torch.equal(model(x), expected)

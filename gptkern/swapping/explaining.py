@@ -44,7 +44,10 @@ class ExplainReport:
 
     def __str__(self) -> str:
         if not self.calls:
-            return "no operator of gptkern is called: all of it runs on PyTorch. gptkern.swap(model) puts them in"
+            return (
+                "no operator of gptkern was called in this thread: all of it runs on PyTorch. gptkern.swap(model) puts "
+                "them in"
+            )
         rows = [
             (operator, backend, cls, where(names), reason)
             for (operator, backend, cls, reason), names in grouped(
@@ -60,9 +63,9 @@ def explain(function: Callable, *args, **kwargs) -> Choice | ExplainReport:
         gptkern.explain(F.layer_norm, x, (768,)).backend        "torch"
         print(gptkern.explain(model, tokens))                    a table
 
-    A function is not run. A model is: once, without gradients, as it is (training or not, swapped or not), outside
-    torch.compile; its buffers and PyTorch's random numbers are then as they were. What its own Python code keeps (a
-    counter, a cache among the arguments) is not.
+    A function is not run. A model is: one forward, as it is (training or not, swapped or not, with gradients where they
+    are on), outside torch.compile; its buffers and PyTorch's random numbers are then as they were. What its own Python
+    code keeps (a counter, a cache among the arguments) is not. Calls that it makes in other threads are not seen.
 
     Args:
         function: an operator of gptkern.functional, or the PyTorch function whose twin it is; or a torch.nn.Module.
@@ -96,7 +99,8 @@ def _explained(model: torch.nn.Module, args: tuple, kwargs: dict) -> ExplainRepo
         operator, module = _calling(names)
         seen[Explained(names[id(module)], type(module).__name__, operator, *choice)] = None
 
-    with _unchanged(model), torch.no_grad(), _not_compiled(), dispatch.telling(note):
+    # With gradients where they are on: an argument that requires one may be none for kernels.
+    with _unchanged(model), _not_compiled(), dispatch.telling(note):
         model(*args, **kwargs)
     return ExplainReport(list(seen))
 
@@ -120,15 +124,23 @@ def _calling(names: dict[int, str]) -> tuple[str, torch.nn.Module]:
 @contextlib.contextmanager
 def _unchanged(model: torch.nn.Module) -> Iterator[None]:
     """What running a model changes by itself is then as it was."""
+    held = [(module, dict(module._buffers)) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
         try:
             yield
         finally:
+            # A forward may have put another tensor into a buffer's place, or given it another size.
+            for module, before in held:
+                module._buffers.clear()
+                module._buffers.update(before)
             with torch.no_grad():
                 for buffer, before in buffers:
-                    buffer.copy_(before)
+                    if buffer.shape != before.shape:
+                        buffer.resize_(before.shape)
+                    if not torch.equal(buffer, before):
+                        buffer.copy_(before)
 
 
 def _not_compiled():

@@ -23,6 +23,7 @@ Chain = tuple[str, ...]
 Links = dict[types.FunctionType, dict[Chain, Callable]]
 
 _LOADS_OF_GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME")
+_NO_OPERATION = {"EXTENDED_ARG", "CACHE", "PRECALL", "PUSH_NULL", "RESUME", "NOP"}
 _MATRIX_PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum", "@"}
 
 
@@ -56,6 +57,29 @@ def names_in(cls: type) -> set[str]:
     """Every global name and attribute in the code of the class's forward, not in what that calls."""
     forward = inspect.unwrap(method(cls, "forward"))
     return set(_names(forward.__code__)) if isinstance(forward, types.FunctionType) else set()
+
+
+def asks_for_its_type(cls: type) -> bool:
+    """Whether the class's forward, or what is followed from it, does with the module's exact class something else than
+    taking an attribute from it: a subclass's would get another answer."""
+    return any(_asks_for_type(function.__code__) for function in followed(cls) if function.__code__.co_argcount)
+
+
+def _asks_for_type(code: types.CodeType) -> bool:
+    this = code.co_varnames[0]
+    found = [instruction for instruction in dis.get_instructions(code) if instruction.opname not in _NO_OPERATION]
+    for place, instruction in enumerate(found):
+        name, operation = instruction.argval, instruction.opname
+        before = found[place - 1] if place else instruction
+        if "LOAD_FAST" in operation and name == this and before.argval == "type" and before.opname == "LOAD_GLOBAL":
+            after = found[place + 2 : place + 3]  # behind the call
+        elif operation == "LOAD_ATTR" and name == "__class__" and before.argval == this:
+            after = found[place + 1 : place + 2]
+        else:
+            continue
+        if not after or after[0].opname not in ("LOAD_ATTR", "LOAD_METHOD"):
+            return True
+    return False
 
 
 def followed(cls: type, find: Callable = lambda function: None) -> Links:

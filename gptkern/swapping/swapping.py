@@ -22,7 +22,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from gptkern.backends import dispatch
-from gptkern.swapping import routed_classes
+from gptkern.swapping import reading, routed_classes
 from gptkern.swapping.reading import Calls
 from gptkern.swapping.report import Replaced, Restored, Skipped, SwapReport, UnswapReport
 from gptkern.swapping.twins import MODULES, ROUTED_MODULES, SWAPPABLE, written_out
@@ -44,10 +44,11 @@ def swap(model: torch.nn.Module, ops: Iterable[str] | None = None, strict: bool 
     cannot be read off the code (a function looked up in a table, a tensor's method) is not found: `gptkern.kernels()`
     reaches it. Attention or a norm that is written out in Python is named as skipped.
 
-    A rerouted module gets a subclass of its class, so a class's own `__init_subclass__` runs; where that raises, or the
-    module refuses another class, it is skipped. A lazy module stays swapped in what its first call makes of it. A
-    method that is patched on the class later counts, routed again, from the next call in eager mode on; what
-    torch.compile has traced stays.
+    A rerouted module gets a subclass of its class, so a class's own `__init_subclass__` runs; where that raises, where
+    the module refuses another class, or its own code asks for its exact class, it is skipped. Other code that knows a
+    module by its exact class (`type(block) is LayerNorm`, a registry of subclasses) sees the other one. A lazy module
+    stays swapped in what its first call makes of it. A method that is patched on the class later counts, routed again,
+    from the next call in eager mode on; what torch.compile has traced stays.
 
     Parameters stay the same objects, state_dict keys stay the same; dropout, eps, hooks, requires_grad and the
     training flag are not looked at. A second call changes nothing. `gptkern.unswap` takes it back.
@@ -221,6 +222,8 @@ class _Plan:
 
     def routed(self, cls: type, operators: tuple[str, ...]) -> type | str:
         """The routed class, or why there can be none."""
+        if (cls, operators) not in self.made and reading.asks_for_its_type(cls):
+            self.made[cls, operators] = "its code asks for its exact class, and a routed one is a subclass"
         if (cls, operators) not in self.made:
             try:
                 self.made[cls, operators] = routed_classes.routed(cls, operators)

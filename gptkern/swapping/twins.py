@@ -28,7 +28,7 @@ ATTENTION, RMS_NORM, ROTARY = "attention", "rms_norm", "rotary"
 
 # Operator -> the PyTorch functions whose calls are routed to their twins. PyTorch has none for the rotary embedding.
 FUNCTIONS: dict[str, tuple[Callable, ...]] = {
-    ATTENTION: (F.scaled_dot_product_attention,),
+    ATTENTION: (torch._C._nn.scaled_dot_product_attention,),  # F's, were that replaced before this is imported
     "layer_norm": (F.layer_norm,),
     RMS_NORM: (F.rms_norm, torch.rms_norm),
     ROTARY: (),

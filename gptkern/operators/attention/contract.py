@@ -31,7 +31,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from gptkern.backends import dispatch, philox
 from gptkern.backends.philox import new_seed
@@ -67,7 +66,7 @@ class Gradient(NamedTuple):
     need_value: bool
 
 
-@dispatch.twin_of(F.scaled_dot_product_attention)
+@dispatch.twin_of(pytorch.PYTORCHS_OWN)
 def scaled_dot_product_attention(
     query: torch.Tensor,
     key: torch.Tensor,

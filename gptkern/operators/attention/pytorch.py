@@ -11,10 +11,12 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 
 from gptkern.backends import tracing
 from gptkern.backends.registration import autocast, without_autocast
+
+# What F names, whatever a user has set in its place: a function around it is called by the user's code, and once.
+PYTORCHS_OWN = torch._C._nn.scaled_dot_product_attention
 
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 # A log-sum-exp of this size is known to 2⁻¹⁹ in float32, and so are the probabilities.
@@ -41,9 +43,7 @@ def attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_
                     return _on_a_cpu(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa).to(dtype)
         if attn_mask is not None:
             return _on_a_cpu(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
+    return PYTORCHS_OWN(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 def is_causal_bias(mask) -> bool:
@@ -63,9 +63,7 @@ def _on_a_cpu(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_
     if attn_mask is not None and _flash_may_lose_a_row(query, key, value, attn_mask):
         attention = torch.ops.aten._scaled_dot_product_attention_math
         return attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)[0]
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
+    return PYTORCHS_OWN(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 def _flash_may_lose_a_row(query, key, value, mask) -> bool:
