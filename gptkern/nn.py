@@ -211,8 +211,9 @@ def _warn_unknown(model: torch.nn.Module) -> None:
         warnings.warn(
             f"save_pretrained: {name} holds int8 layers that gptkern.quantize made in a part of it, or that were put "
             "in by hand: config.json does not name them, and from_pretrained will refuse the file; "
-            "gptkern.load_quantized takes it. For from_pretrained call gptkern.quantize(model, filter=lambda name, layer: "
-            "False), which looks at the whole model and makes no other layer int8, and save again",
+            "gptkern.load_quantized takes it. For from_pretrained call gptkern.quantize(model, "
+            "filter=lambda name, layer: False), which looks at the whole model and makes no other layer int8, and "
+            "save again",
             stacklevel=2,
         )
 
