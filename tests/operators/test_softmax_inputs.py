@@ -385,3 +385,12 @@ def test_compiled_as_eager(backend, device, name):
 
 def test_compiled_over_another_dim(backend, device):
     assert_compiles(lambda x: G.softmax(x * 2, 0, dtype=torch.float32), random(5, 7, 9, device=device).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("options", [{}, {"scale": 0.5}, {"is_causal": True}, {"dtype": torch.float32}], ids=str)
+def test_vmap_over_a_mask_alone(dtype, options):
+    torch.manual_seed(0)
+    input, masks = torch.randn(4, 5).to(dtype), torch.rand(3, 4, 5) > 0.4
+    expected = torch.stack([G.softmax(input, -1, mask=mask, **options) for mask in masks])
+    assert torch.equal(torch.vmap(lambda mask: G.softmax(input, -1, mask=mask, **options))(masks), expected)

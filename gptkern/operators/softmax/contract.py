@@ -175,7 +175,11 @@ def _on_pytorch(input, dim, dtype, scale, mask, is_causal):
         above = _above_diagonal(input)
         hidden = above if hidden is None else hidden | above
     if hidden is not None:
-        z = z.masked_fill(hidden, -torch.inf) if z is input else z.masked_fill_(hidden, -torch.inf)
+        # torch.vmap refuses to write what is of one of its calls into what all of them share.
+        if z is input or tracing.in_torch_func():
+            z = z.masked_fill(hidden, -torch.inf)
+        else:
+            z.masked_fill_(hidden, -torch.inf)
     if mask is None and not is_causal:
         return F.softmax(z, dim).to(dtype)
     # A row of -inf is NaN in PyTorch, and so would be its gradient: such rows become 0 before the softmax and after.
