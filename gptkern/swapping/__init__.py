@@ -8,6 +8,7 @@ routed_classes.py  the subclass of a module's class that has such a forward
 encoders.py        what torch.nn's encoders give on their fast path, in those that are rerouted
 transformers.py    attention by name in Hugging Face's models; imported only where transformers is in use
 attention_names.py which code of such a model asks for the name of its attention
+attention_functions.py  which functions stand under that name, and whether they are those whose place gptkern takes
 explaining.py      which backend would run what a model calls
 report.py          what a swap did, as data and as a table
 """

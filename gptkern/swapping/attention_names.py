@@ -31,7 +31,7 @@ _FIELDS = ("_attn_implementation", "_attn_implementation_internal")
 _FIELD_IN_A_STRING = re.compile(r"(\w+\.)*_attn_implementation(_internal)?")
 
 # Their code asks nothing that a name without "flash" and "paged|" answers otherwise than "sdpa".
-_NOT_READ = {*sys.stdlib_module_names, "torch", "numpy", "triton", "gptkern"}
+_NOT_READ = {*sys.stdlib_module_names, "torch", "numpy", "triton", "huggingface_hub", "gptkern"}
 # What runs before there is a model to swap.
 _CONSTRUCTION = {"__init__", "__new__", "__post_init__", "__init_subclass__", "post_init"}
 
@@ -64,6 +64,12 @@ def find(classes: Iterable[type], objects: Iterable[object], name: str | None, o
             if line is not None:
                 return Question(function.__qualname__, code.co_filename, line)
     return None
+
+
+def has_own_code(classes: Iterable[type], objects: Iterable[object]) -> bool:
+    """Whether any code of a model is not that of transformers."""
+    reached = _reached([*classes, *objects])
+    return any(function.__module__.partition(".")[0] != "transformers" for function in reached)
 
 
 # --- Which code -------------------------------------------------------------------------------------------------------

@@ -14,7 +14,12 @@ tells to, and changes nothing else. `gptkern.swap(model)` gives a model that was
 
 Masks arrive as for "sdpa", because the mask function is the same: None for plain causal attention, bool
 (batch, 1, length_q, length_k) where there is padding, a sliding window, or a cache that makes the keys longer than the
-queries: its last rows then say lower-right causal. A model that was built with "eager" gets such masks, too.
+queries: its last rows then say lower-right causal. A model that was built with "eager" gets such masks, too, where all
+of its code is transformers' own; other code may compute with the additive ones, so the name in its config stays.
+
+Under "sdpa" and "eager" other functions than transformers' may stand: then the attention is left alone
+(attention_functions.py). What is registered under "sdpa" after a swap concerns a swapped model only where its name
+stayed.
 
 A model's own code may ask for the name, `if self.config._attn_implementation == "sdpa"`, and would then take another
 way (attention_names.py finds such code). There the config stays as it is: the attention's forward is made anew with
@@ -41,7 +46,7 @@ import importlib
 import inspect
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -53,7 +58,7 @@ from transformers.utils import logging
 
 from gptkern import functional as F
 from gptkern.backends import dispatch, tracing
-from gptkern.swapping import attention_names
+from gptkern.swapping import attention_functions, attention_names
 from gptkern.swapping.attention_names import Question
 from gptkern.swapping.reading import followed, names_in
 from gptkern.swapping.twins import ATTENTION, RMS_NORM, ROTARY, Replacement
@@ -63,6 +68,8 @@ NAME = "gptkern"
 
 # The implementations whose place gptkern takes: the others were asked for by name.
 _REPLACED = (None, "sdpa", "eager")
+# None is what a config says that no model was built from: its attention is the one that is handed over as a default.
+_EAGER = (None, "eager")
 # The name under which the modules that call AttentionInterface know it.
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 
@@ -156,6 +163,13 @@ def _asked_by(question: Question) -> str:
     return f"{question} asks for the name of the attention"
 
 
+def _eager_attention_forward(module, query, key, value, attention_mask=None, dropout=0.0, scaling=None, **kwargs):
+    """The same in the place of an eager function, to which None is no mask, not a causal one."""
+    return attention_forward(
+        module, query, key, value, attention_mask, dropout, scaling, **{**kwargs, "is_causal": False}
+    )
+
+
 class _Table:
     """What stands for an AttentionInterface in a forward that is made anew: the names whose place gptkern takes lead to
     gptkern's attention."""
@@ -164,21 +178,28 @@ class _Table:
         self._table = table
 
     def get_interface(self, attn_implementation: str | None, default: Callable) -> Callable:
-        if attn_implementation in _REPLACED:
-            return attention_forward
-        return self._table.get_interface(attn_implementation, default)
+        if attn_implementation in _EAGER:
+            return _eager_attention_forward
+        return _ours(self._table.get_interface(attn_implementation, default))
 
     def get(self, attn_implementation: str | None, default: Callable | None = None) -> Callable | None:
-        return attention_forward if attn_implementation in _REPLACED else self._table.get(attn_implementation, default)
+        if attn_implementation in _EAGER:
+            return _eager_attention_forward
+        return _ours(self._table.get(attn_implementation, default))
 
     def __getitem__(self, attn_implementation: str) -> Callable:
-        return attention_forward if attn_implementation in _REPLACED else self._table[attn_implementation]
+        return _ours(self._table[attn_implementation])
 
     def __contains__(self, attn_implementation: object) -> bool:
         return attn_implementation in self._table
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._table, name)
+
+
+def _ours(found: Callable | None) -> Callable | None:
+    """Another function than transformers' may have been registered since."""
+    return attention_forward if found is sdpa_attention_forward else found
 
 
 AttentionInterface.register(NAME, attention_forward)
@@ -372,6 +393,8 @@ class Attention:
         self._model = model
         # Implementation -> the question to which its name and ours get different answers.
         self._questions: dict[str | None, Question | None] = {}
+        # Whether any code of the model is not of transformers; None where that was not needed yet.
+        self._own_code: bool | None = None
         self._original_class = original_class
         self._wanted: dict[int, PreTrainedConfig] = {}
         # The copies that an earlier swap made and that still stand in their places, by their own id and by their
@@ -401,13 +424,18 @@ class Attention:
         if getattr(config, "attn_logit_softcapping", None) is not None:
             return "its scores are capped, which the kernels cannot"
         cls = self._original_class(module)
+        if implementation is not None:
+            reason = attention_functions.reason_against_masks(implementation)
+            if reason is not None:
+                return reason
         question = self._question(implementation)
         if question is not None and implementation == "eager" and "get_interface" not in names_in(cls):
             return f'{_asked_by(question)}, which is "eager"'
         if question is not None and overrides(cls):
             return _asked_by(question)
         if not overrides(cls):
-            if not self._looks_up(cls):
+            tables, functions = self._tables(cls)
+            if not tables:
                 return f"its {_INTERFACE} is no AttentionInterface of transformers"
             for holder, _, held in self._holders:
                 if held is config and isinstance(holder, PreTrainedModel) and not holder._supports_sdpa:
@@ -416,13 +444,30 @@ class Attention:
             models = _models_beside(cls)
             if models and not any(model._supports_sdpa for model in models):
                 return f"{models[0].__name__} cannot run on scaled_dot_product_attention"
+            for table in tables:
+                reason = attention_functions.reason_against(implementation, table, functions, module)
+                if reason is not None:
+                    return reason
         return None
 
     def keeps_its_name(self, module: torch.nn.Module) -> bool:
-        """Whether code of the model asks for the name in the module's config, so that it has to stay: what is replaced
-        is then the table in which the module's forward looks it up."""
-        implementation = vars(module)["config"]._attn_implementation
-        return implementation != NAME and self._question(implementation) is not None
+        """Whether the name in the module's config has to stay, as code of the model asks for it or may compute with
+        eager's additive masks: what is replaced is then the table in which the module's forward looks it up."""
+        config = vars(module)["config"]
+        implementation = config._attn_implementation
+        if implementation == NAME:
+            return False
+        return self._question(implementation) is not None or (
+            implementation in _EAGER and not self._makes_its_masks(config)
+        )
+
+    def _makes_its_masks(self, config: PreTrainedConfig) -> bool:
+        """Whether all that a module's masks pass through is transformers' code, which makes those that a name needs."""
+        if not any(held is config and isinstance(holder, PreTrainedModel) for holder, _, held in self._holders):
+            return False
+        if self._own_code is None:
+            self._own_code = attention_names.has_own_code(*self._read())
+        return not self._own_code
 
     @staticmethod
     def is_overridden(cls: type) -> bool:
@@ -431,23 +476,31 @@ class Attention:
 
     def _question(self, implementation: str | None) -> Question | None:
         if implementation not in self._questions:
-            modules = list(self._model.modules())
-            written = {self._original_class(module) for module in modules}
-            classes = {cls for found in written for cls in attention_names.beside(found)}
-            classes |= {type(config) for _, _, config in self._holders}
-            objects = [value for module in modules for value in attention_names.held_by(module)]
+            classes, objects = self._read()
             # Where it was eager the masks become sdpa's, for which the answers have to be those of that name, too.
             found = (attention_names.find(classes, objects, name, NAME) for name in (implementation, "sdpa"))
             self._questions[implementation] = next(filter(None, found), None)
         return self._questions[implementation]
 
-    def _looks_up(self, cls: type) -> bool:
-        """Whether a class's forward looks its attention up where the name "gptkern" is found."""
-        table = getattr(inspect.unwrap(cls.forward), "__globals__", {}).get(_INTERFACE)
-        if isinstance(table, AttentionInterface) or (isinstance(table, dict) and NAME in table):
-            return True
-        targets = [target for links in followed(cls, find).values() for target in links.values()]
-        return any(isinstance(target, AttentionInterface) for target in targets)
+    def _read(self) -> tuple[set[type], list[object]]:
+        """The classes and objects whose code is the model's."""
+        modules = list(self._model.modules())
+        written = {self._original_class(module) for module in modules}
+        classes = {cls for found in written for cls in attention_names.beside(found)}
+        classes |= {type(config) for _, _, config in self._holders}
+        return classes, [value for module in modules for value in attention_names.held_by(module)]
+
+    def _tables(self, cls: type) -> tuple[list[Mapping], list[types.FunctionType]]:
+        """Where a class's forward looks its attention up, if the name "gptkern" is found there; whose code does."""
+        links = followed(cls, find)
+        targets = [inspect.unwrap(cls.forward).__globals__.get(_INTERFACE)]
+        targets += [target for found in links.values() for target in found.values()]
+        tables = {
+            id(target): target
+            for target in targets
+            if isinstance(target, AttentionInterface) or (isinstance(target, dict) and NAME in target)
+        }
+        return list(tables.values()), list(links)
 
     def was_eager(self, module: torch.nn.Module) -> bool:
         """Whether the module's attention was eager's before a swap."""
