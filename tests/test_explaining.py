@@ -190,3 +190,35 @@ def test_a_parameter_among_the_arguments_is_seen_as_in_training(triton_backend):
 
 def test_what_runs_in_another_thread_is_not_claimed_to_run_on_pytorch():
     assert "in this thread" in str(gptkern.explain(torch.nn.Linear(2, 2), torch.randn(1, 2)))
+
+
+def test_what_was_not_written_can_still_be_differentiated():
+    class Scales(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("scale", torch.tensor([1.0, float("nan")]))
+
+        def forward(self, x):
+            return torch.softmax(x * self.scale[:1], -1)
+
+    model, x = Scales(), torch.randn(2, 3, requires_grad=True)
+    gptkern.swap(model)
+    y = model(x)
+    gptkern.explain(model, x)
+    y.sum().backward()
+    assert x.grad is not None
+    with torch.inference_mode():
+        frozen = Scales()
+        gptkern.swap(frozen)
+        assert len(gptkern.explain(frozen, torch.randn(2, 3)).calls) == 1
+
+
+def test_int8_weights_are_not_copied(monkeypatch):
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.BatchNorm1d(64))
+    gptkern.quantize(model)
+    copied, clone = [], torch.Tensor.clone
+    monkeypatch.setattr(
+        torch.Tensor, "clone", lambda tensor, *args: copied.append(tensor.numel()) or clone(tensor, *args)
+    )
+    gptkern.explain(model, torch.randn(3, 64))
+    assert max(copied) == 64

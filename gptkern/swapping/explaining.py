@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from gptkern.backends import dispatch
 from gptkern.backends.dispatch import Choice
+from gptkern.nn import Int8Linear
 from gptkern.swapping.report import grouped, table, where
 
 _ROOM = re.compile(r"gptkern\.operators\.(\w+)\.")
@@ -65,7 +66,8 @@ def explain(function: Callable, *args, **kwargs) -> Choice | ExplainReport:
 
     A function is not run. A model is: one forward, as it is (training or not, swapped or not, with gradients where they
     are on), outside torch.compile; its buffers and PyTorch's random numbers are then as they were. What its own Python
-    code keeps (a counter, a cache among the arguments) is not. Calls that it makes in other threads are not seen.
+    code keeps (a counter, a cache among the arguments) is not. Calls that it makes in other threads are not seen, and a
+    function that these compile in the meantime stays eager for that call.
 
     Args:
         function: an operator of gptkern.functional, or the PyTorch function whose twin it is; or a torch.nn.Module.
@@ -125,7 +127,11 @@ def _calling(names: dict[int, str]) -> tuple[str, torch.nn.Module]:
 def _unchanged(model: torch.nn.Module) -> Iterator[None]:
     """What running a model changes by itself is then as it was."""
     held = [(module, dict(module._buffers)) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    # Not those of int8 layers: they are the model's weights, which a forward leaves alone and a copy would double.
+    quantized = {
+        id(buffer) for module in model.modules() if isinstance(module, Int8Linear) for buffer in module.buffers()
+    }
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if id(buffer) not in quantized]
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
         try:
@@ -139,7 +145,9 @@ def _unchanged(model: torch.nn.Module) -> Iterator[None]:
                 for buffer, before in buffers:
                     if buffer.shape != before.shape:
                         buffer.resize_(before.shape)
-                    if not torch.equal(buffer, before):
+                    # What was not written stays unwritten: a backward that is still to come may need it. PyTorch counts
+                    # no version for what batch_norm writes.
+                    if not torch.equal(buffer.isnan(), before.isnan()) or (buffer != before)[~before.isnan()].any():
                         buffer.copy_(before)
 
 
