@@ -240,6 +240,124 @@ def test_weights_that_a_module_s_own_code_reads():
     assert (model(x) - before).norm() < 0.05 * before.norm()
 
 
+class Blocks(torch.nn.Module):
+    """What the forwards below are of."""
+
+    def __init__(self):
+        super().__init__()
+        self.mlp = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU(), torch.nn.Linear(8, 8))
+        self.blocks = torch.nn.ModuleList(Pair(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)) for _ in range(2))
+        self.named = torch.nn.ModuleDict({"a": torch.nn.Linear(8, 8)})
+        self.unknown = [self.named["a"]]
+
+    def last(self):
+        return self.mlp[-1]
+
+    @property
+    def kind(self):
+        return self.mlp[0].weight.dtype
+
+    def forward(self, x):
+        raise NotImplementedError
+
+
+def dtype_of_subscripted(self, x):
+    return self.mlp(x.to(self.mlp[0].weight.dtype))
+
+
+def like_subscripted(self, x):
+    return self.mlp(x.to(self.mlp[0].weight))
+
+
+def through_a_variable(self, x):
+    block = self.blocks[0]
+    return x.type_as(block.first.weight) @ block.first.weight.T
+
+
+def over_a_loop(self, x):
+    for index, block in enumerate(self.blocks):
+        if index:
+            x = torch.nn.functional.linear(x, block.second.weight)
+    return x
+
+
+def over_a_comprehension(self, x):
+    return sum(x @ layer.weight for layer in self.mlp if hasattr(layer, "weight"))
+
+
+def from_a_dict(self, x):
+    return x @ self.named["a"].weight
+
+
+def from_a_list(self, x):
+    return x @ self.unknown[0].weight
+
+
+def from_a_method(self, x):
+    return self.mlp(x.to(self.last().weight.dtype))
+
+
+def from_a_property(self, x):
+    return self.mlp(x.to(self.kind))
+
+
+def under_another_name(self, x):
+    module = self
+    weight = (module.named["a"] if x.numel() else module.mlp[0]).weight
+    return x @ weight
+
+
+def from_its_modules(self, x):
+    for name, module in self.blocks.named_modules():
+        if name.endswith("first"):
+            x = x @ module.weight
+    return x
+
+
+MLP, FIRST, SECOND = ["mlp.0", "mlp.2"], ["blocks.0.first", "blocks.1.first"], ["blocks.0.second", "blocks.1.second"]
+READ = {
+    dtype_of_subscripted: MLP,
+    like_subscripted: MLP,
+    through_a_variable: FIRST,
+    over_a_loop: SECOND,
+    over_a_comprehension: MLP,
+    from_a_dict: ["named.a"],
+    from_a_list: ["named.a"],
+    from_a_method: MLP,
+    from_a_property: MLP,
+    under_another_name: [*MLP, "named.a"],
+    from_its_modules: sorted(FIRST + SECOND),
+}
+
+
+@pytest.mark.parametrize("forward", READ)
+def test_weights_that_code_reads_off_what_it_took_out_of_self(forward):
+    torch.manual_seed(0)
+    model, x = type("Model", (Blocks,), {"forward": forward})(), torch.randn(3, 8)
+    before = model(x)
+    report = gptkern.quantize(model)
+    assert [s.name for s in report.skipped] == READ[forward]
+    assert {s.reason for s in report.skipped} == {"its parent reads its weight"}
+    assert torch.equal(model(x), before)
+
+
+def called_alone(self, x):
+    """Reads no weight of a linear layer but where it is."""
+    for block in self.blocks:
+        x = block.second(block.first(x.to(self.mlp[0].weight.device)))
+    first = self.mlp[0]
+    if first.weight.is_cuda:
+        x = x.cuda()
+    return self.mlp(self.last()(x)) + sum(layer(x) for layer in self.named.values())
+
+
+def test_layers_that_code_takes_out_of_self_and_calls_are_quantised():
+    model, x = type("Model", (Blocks,), {"forward": called_alone})(), torch.randn(3, 8)
+    before = model(x)
+    assert gptkern.quantize(model).skipped == []
+    assert (model(x) - before).norm() < 0.05 * before.norm()
+
+
 def test_a_shared_layer_is_quantised_once():
     shared = torch.nn.Linear(6, 6)
     model = torch.nn.ModuleDict({"a": torch.nn.Sequential(shared), "b": torch.nn.Sequential(shared, shared)})

@@ -12,11 +12,9 @@ from torch.nn.utils import parametrize
 from gptkern.nn import Int8Linear
 from gptkern.quantizing.layers import Place, is_conv1d
 from gptkern.quantizing.report import Skipped
-from gptkern.swapping import reading
+from gptkern.quantizing.weights_read import modules_at, weights_read
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Of the tensors' attributes, those that an int8 weight has as well as the float one.
-_SAME_FOR_INT8 = {"device", "is_cuda"}
 
 
 def planned(
@@ -133,26 +131,6 @@ def _holders(model: torch.nn.Module) -> _Holders:
 
 
 def _read_by_modules(model: torch.nn.Module) -> set[torch.nn.Module]:
-    """The modules whose weight another one's forward reads: `self.fc.weight`, `self.mlp.fc.weight`."""
-    found = set()
-    paths = {cls: _weights_read(cls) for cls in set(map(type, model.modules()))}
-    for module in model.modules():
-        for path in paths[type(module)]:
-            inner = module
-            for attribute in path:
-                inner = inner._modules.get(attribute) if isinstance(inner, torch.nn.Module) else None
-            if inner is not None:
-                found.add(inner)
-    return found
-
-
-def _weights_read(cls: type) -> set[tuple[str, ...]]:
-    """("fc",) for each self.fc.weight in the code of a class's forward, or of a method that is called from there."""
-    found = set()
-    for function in reading.followed(cls):
-        for this, *attributes in reading.chains(function.__code__):
-            if "weight" in attributes[1:] and function.__code__.co_varnames[:1] == (this,):
-                end = attributes.index("weight", 1)
-                if not _SAME_FOR_INT8 & set(attributes[end + 1 : end + 2]):
-                    found.add(tuple(attributes[:end]))
-    return found
+    """The modules whose weight another one's forward reads: `self.fc.weight`, `self.mlp[0].weight`."""
+    paths = {cls: weights_read(cls) for cls in set(map(type, model.modules()))}
+    return {found for module in model.modules() for path in paths[type(module)] for found in modules_at(module, path)}

@@ -41,8 +41,8 @@ def quantize(
     with the same bias, hooks, training flag and attributes. Left alone, and named in the report, are layers whose
     weight is not a plain tensor that they alone hold: tied, parametrised, pruned, normalised, sharded, not finite, too
     large or too small for scales of float32; and those whose weight a module's forward reads itself
-    (`x @ self.fc.weight.t()`), as far as its code tells: not where it takes the layer or the weight out of `self` under
-    another name. Name such a layer in `skip`.
+    (`x @ self.fc.weight.t()`, `x.to(self.mlp[0].weight.dtype)`), as far as its code tells: of `self.mlp[0]` all of
+    `mlp`; not where it hands the layer to a function that reads the weight. Name such a layer in `skip`.
     Before or after `gptkern.swap` is the same; `gptkern.unswap` leaves int8 layers in place.
 
     In a state_dict an int8 layer has `int8_weight` and `weight_scale` in the place of `weight`. load_state_dict of the
