@@ -218,6 +218,25 @@ def test_pytorchs_fast_kernel_is_kept_where_it_is_right(name):
     assert torch.equal(*(torch.autograd.grad(o, query, grad_output)[0] for o in (output, stock)))
 
 
+EXPANDED = {
+    "over batch and heads": (lambda: torch.zeros(N, N).expand(B, H, N, N), N * N),
+    "over heads, as models make it": (lambda: left_padded(0.0).expand(B, H, N, N), B * N * N),
+    "over queries": (lambda: torch.zeros(B, 1, 1, N).expand(B, H, N, N), B * N),
+    "over keys": (lambda: torch.zeros(N, 1).expand(N, N), N),
+}
+
+
+@pytest.mark.parametrize("name", EXPANDED)
+def test_of_an_expanded_mask_one_copy_is_read(name):
+    mask, numbers = EXPANDED[name]
+    query, key, value, _ = call()
+    # Under a TorchDispatchMode nobody looks at a mask's values.
+    with torch.autograd.profiler.profile(record_shapes=True) as profile:
+        twin(query.requires_grad_(), key, value, mask())
+    (read,) = [event.input_shapes[0] for event in profile.function_events if event.name == "aten::amax"]
+    assert math.prod(read) == numbers
+
+
 def test_a_forward_alone_keeps_the_fast_kernel():
     query, key, value, _ = call()
     mask = left_padded(-1e9)

@@ -85,6 +85,8 @@ def _flash_may_lose_a_row(query, key, value, mask) -> bool:
 def _has_a_large_row(mask) -> bool:
     if mask.numel() == 0:
         return False
+    # Of what was expanded one copy says all, and is all that need be read.
+    mask = mask[tuple(slice(None) if stride else slice(1) for stride in mask.stride())]
     largest = mask.amax(-1)
     low, high = (bound.item() for bound in largest.aminmax())
     if low == -math.inf:
