@@ -170,7 +170,7 @@ def _check_environment() -> None:
         try:
             # The import raises, unless it was one before the variable was set.
             dispatch = importlib.import_module("gptkern.backends.dispatch")
-            dispatch._checked_name(os.environ["GPTKERN_BACKEND"], "GPTKERN_BACKEND")
+            dispatch.checked_name(os.environ["GPTKERN_BACKEND"], "GPTKERN_BACKEND")
         except ValueError as error:
             raise UserError(str(error)) from error
 

@@ -21,6 +21,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import gptkern
+from gptkern.backends import dispatch
 
 # Interpreted kernels are slow and their time says nothing; examples are derandomised so that CI repeats.
 settings.register_profile(
@@ -107,12 +108,12 @@ def cuda_backend(request):
 @pytest.fixture
 def automatic_choice():
     """The test starts from the automatic choice of a backend, and from no warning given."""
-    warned = set(gptkern.backends.dispatch._warned)
-    gptkern.backends.dispatch._warned.clear()
+    warned = set(dispatch._warned)
+    dispatch._warned.clear()
     with gptkern.backend(None):
         yield
-    gptkern.backends.dispatch._warned.clear()
-    gptkern.backends.dispatch._warned.update(warned)
+    dispatch._warned.clear()
+    dispatch._warned.update(warned)
 
 
 @pytest.fixture(autouse=True)

@@ -98,14 +98,15 @@ _modules: dict[tuple[str, str], Any] = {}
 _warned: set[tuple[str, str]] = set()
 
 
-def _checked_name(name: str | None, where: str) -> str | None:
+def checked_name(name: str | None, where: str) -> str | None:
+    """The name, if it is a backend's or a variant's, or None; else a ValueError that says where it was given."""
     if name is not None and name not in BACKENDS and name != LAUNCHERS and name not in orders.variants():
         known = (*BACKENDS, LAUNCHERS, *orders.variants())
         raise ValueError(f"{where} got {name!r}; it needs one of {', '.join(map(repr, known))}")
     return name
 
 
-_default = _checked_name(os.environ.get("GPTKERN_BACKEND") or None, "GPTKERN_BACKEND")
+_default = checked_name(os.environ.get("GPTKERN_BACKEND") or None, "GPTKERN_BACKEND")
 _State.forced = _forced_while_compiling = _default
 
 
@@ -126,7 +127,7 @@ def backend(name: str | None):
     process.
     """
     global _forced_while_compiling
-    _checked_name(name, "backend(name)")
+    checked_name(name, "backend(name)")
     before = _state.forced
     block = (object(), name)
     again = recomputation.Block(recomputation.here(), functools.partial(backend, name), name)
