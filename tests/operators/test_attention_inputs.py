@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import oracle_attention
 import pytest
 import torch
@@ -318,6 +319,8 @@ BAD_CALLS = {
     "key is a number": (lambda f, q, k, v: f(q, 1.0, v), TypeError, "key"),
     "attn_mask is a list": (lambda f, q, k, v: f(q, k, v, [True]), TypeError, "attn_mask"),
     "scale is a string": (lambda f, q, k, v: f(q, k, v, scale="x"), TypeError, "scale"),
+    "enable_gqa is an int": (lambda f, q, k, v: f(q, k, v, enable_gqa=1), TypeError, "enable_gqa"),
+    "enable_gqa of NumPy": (lambda f, q, k, v: f(q, k, v, enable_gqa=np.bool_(True)), TypeError, "enable_gqa"),
     "an unknown keyword": (lambda f, q, k, v: f(q, k, v, causal=True), TypeError, "causal"),
 }
 
@@ -332,6 +335,24 @@ def test_bad_calls_raise_as_in_pytorch(backend, device, name):
         call(G.scaled_dot_product_attention, *tensors)
     assert not isinstance(raised.value, gptkern.BackendError), "a wrong call, not one that kernels do not cover"
     raised.match(words)
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.int64(1), torch.tensor(0.5), True], ids=repr)
+def test_numbers_of_numpy_and_tensors_of_one(backend, device, number):
+    call = random_call(Shape(), device)
+    plain = G.scaled_dot_product_attention(*call, scale=float(number))
+    same_bits("scale", G.scaled_dot_product_attention(*call, scale=number), plain)
+    F.scaled_dot_product_attention(*call, scale=number, dropout_p=number)
+    for zero in (np.float32(0), torch.tensor(0.0)):
+        same_bits("dropout_p", G.scaled_dot_product_attention(*call, scale=number, dropout_p=zero), plain)
+
+
+@pytest.mark.parametrize("number", [torch.ones(1), torch.tensor(1.0, requires_grad=True), np.array(1.0), 1j], ids=repr)
+def test_what_is_no_number(triton_backend, device, number):
+    for name in ("scale", "dropout_p"):
+        for function in (F.scaled_dot_product_attention, G.scaled_dot_product_attention):
+            error = raised_by(function, *random_call(Shape(), device), **{name: number})
+            assert isinstance(error, TypeError) and name in str(error)
 
 
 def test_key_and_value_of_different_lengths(kernel_backend, device):

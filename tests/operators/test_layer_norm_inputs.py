@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional
@@ -289,6 +290,30 @@ def test_every_argument_by_name_and_by_place(backend, device):
     by_name = F.layer_norm(input=input, normalized_shape=(5,), weight=weight, bias=bias, eps=0.1)
     assert torch.equal(by_place, by_name)
     torch.testing.assert_close(by_place, torch.nn.functional.layer_norm(input, [5], weight, bias, 0.1))
+
+
+@pytest.mark.parametrize("size", [np.int64(4), np.prod([4], dtype=np.uint8), np.array(4), torch.tensor(4)], ids=repr)
+@pytest.mark.parametrize("eps", [np.float32(0.25), np.float16(0.25), np.int64(1), torch.tensor(0.25), True], ids=repr)
+def test_numbers_of_numpy_and_tensors_of_one(backend, device, size, eps):
+    input = torch.randn(2, 3, 4, device=device)
+    for shape in ((size,), [np.int32(3), size]):
+        expected = torch.nn.functional.layer_norm(input, [int(one) for one in shape], eps=float(eps))
+        torch.testing.assert_close(torch.nn.functional.layer_norm(input, shape, eps=eps), expected)
+        torch.testing.assert_close(F.layer_norm(input, shape, eps=eps), expected)
+        torch.testing.assert_close(F.layer_norm(input, shape, eps=eps, residual=input * 0)[0], expected)
+
+
+@pytest.mark.parametrize("size", [True, np.bool_(True), torch.tensor(1.0), np.float64(1), np.array([1]), "1"], ids=repr)
+def test_what_is_no_size(backend, device, size):
+    for function in (torch.nn.functional.layer_norm, F.layer_norm):
+        assert isinstance(raised_by(function, torch.zeros(3, 1, device=device), [size]), TypeError)
+
+
+@pytest.mark.parametrize("eps", [torch.ones(1), torch.tensor(1.0, requires_grad=True), np.array(1.0), 1j], ids=repr)
+def test_what_is_no_eps(backend, device, eps):
+    for function in (torch.nn.functional.layer_norm, F.layer_norm):
+        error = raised_by(function, torch.zeros(3, 1, device=device), [1], eps=eps)
+        assert isinstance(error, TypeError) and "eps" in str(error)
 
 
 # --- The autograd.Function and its registered ops -------------------------------------------------------------------

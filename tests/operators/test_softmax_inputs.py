@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import oracle_softmax
 import pytest
 import torch
@@ -359,6 +360,27 @@ def test_autocast_as_in_pytorch(backend, device, dtype):
     tolerance = 4 * torch.finfo(output.dtype).eps
     torch.testing.assert_close(output, expected, atol=tolerance, rtol=tolerance)
     assert leaf.grad.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "dim", [np.int64(-1), np.uint8(1), torch.tensor(-2), torch.tensor(0, dtype=torch.int8)], ids=repr
+)
+def test_dim_of_numpy_and_as_a_tensor(backend, device, dim):
+    input = random(3, 5, device=device)
+    expected = F.softmax(input, int(dim))
+    torch.testing.assert_close(G.softmax(input, dim), expected)
+    with gptkern.kernels(), Watched() as watched:
+        torch.testing.assert_close(input.softmax(dim), expected)
+    assert watched.names == ([] if backend == "torch" else ["softmax_forward"])
+    torch.testing.assert_close(G.softmax(input, dim, scale=np.float32(0.5)), F.softmax(input * 0.5, int(dim)))
+
+
+@pytest.mark.parametrize(
+    "dim", [True, np.bool_(True), np.array(1), torch.tensor(1.0), torch.tensor([1]), 1.0], ids=repr
+)
+def test_what_is_no_dim(backend, device, dim):
+    for function in (F.softmax, G.softmax):
+        assert isinstance(raised_by(function, random(3, 5, device=device), dim), TypeError)
 
 
 # --- The PyTorch launchers, the registered ops, torch.compile -------------------------------------------------------

@@ -7,6 +7,7 @@ import itertools
 import torch
 
 from gptkern.backends import tracing
+from gptkern.backends.numbers import as_float
 from gptkern.backends.registration import autocast
 
 
@@ -34,8 +35,10 @@ def check(query, key, value, attn_mask, is_causal, scale, enable_gqa):
         raise TypeError(f"attention: is_causal is {type(is_causal).__name__}; it needs a bool")
     if attn_mask is not None and not isinstance(attn_mask, torch.Tensor):
         raise TypeError(f"attention: attn_mask is {type(attn_mask).__name__}; it needs a Tensor or None")
-    if isinstance(scale, str):
-        raise TypeError("attention: scale is str; it needs a number or None")
+    if not isinstance(enable_gqa, bool):
+        raise TypeError(f"attention: enable_gqa is {type(enable_gqa).__name__}; it needs a bool")
+    if scale is not None and type(scale) is not float and as_float(scale) is None:
+        raise TypeError(f"attention: scale is {type(scale).__name__}; it needs a number or None")
     if attn_mask is not None and is_causal:
         raise RuntimeError("attention: attn_mask and is_causal are both given; it needs one of them at most")
     if query.shape[-1] != key.shape[-1]:
@@ -60,11 +63,13 @@ def check(query, key, value, attn_mask, is_causal, scale, enable_gqa):
             )
 
 
-def check_dropout(dropout_p):
-    if isinstance(dropout_p, (str, torch.Tensor)) or dropout_p is None:
+def checked_dropout(dropout_p) -> float:
+    probability = dropout_p if type(dropout_p) is float else as_float(dropout_p)
+    if probability is None:
         raise TypeError(f"attention: dropout_p is {type(dropout_p).__name__}; it needs a number")
-    if not 0 <= dropout_p <= 1:
-        raise RuntimeError(f"attention: dropout_p is {dropout_p}; it needs to be between 0 and 1")
+    if not 0 <= probability <= 1:
+        raise RuntimeError(f"attention: dropout_p is {probability}; it needs to be between 0 and 1")
+    return probability
 
 
 def check_mask(mask, query, key):

@@ -36,7 +36,7 @@ from gptkern.backends import dispatch, philox
 from gptkern.backends.philox import new_seed
 from gptkern.backends.registration import Operator, autocast, once_differentiable
 from gptkern.operators.attention import pytorch
-from gptkern.operators.attention.checks import check, check_dropout, check_mask
+from gptkern.operators.attention.checks import check, check_mask, checked_dropout
 
 _LOG2E = math.log2(math.e)
 
@@ -129,7 +129,7 @@ def scaled_dot_product_attention(
     choice = dispatch.settled(query)
     if choice is None:
         cast, mask, causal, lower_right = _checked(query, key, value, attn_mask, is_causal, scale, enable_gqa)
-        check_dropout(dropout_p)
+        dropout_p = checked_dropout(dropout_p)
         factor = 1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else float(scale)
         choice = dispatch.choose("attention", Call(*cast, causal, factor, mask, dropout_p, lower_right))
         if choice.backend == "torch:cudnn":

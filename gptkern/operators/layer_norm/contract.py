@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch.overrides import has_torch_function_variadic
 
 from gptkern.backends import dispatch, tracing
+from gptkern.backends.numbers import as_float, as_size
 from gptkern.backends.registration import Operator, autocast, once_differentiable
 
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
@@ -95,7 +96,7 @@ def layer_norm(
     """
     choice = dispatch.settled(input)
     if choice is None:
-        _check_types(input, normalized_shape, weight, bias, eps, residual)
+        normalized_shape, eps = _checked(input, normalized_shape, weight, bias, eps, residual)
         if residual is not None and input.is_cuda and torch.is_autocast_enabled("cuda"):
             # Autocast widens what is normalised; the sum keeps its own dtype, as PyTorch's addition does.
             _check_residual(input, residual)
@@ -111,7 +112,7 @@ def layer_norm(
             return output.view(input.shape), summed.view(input.shape)
     if residual is None:
         return _on_pytorch(input, normalized_shape, weight, bias, eps)
-    _check_types(input, normalized_shape, weight, bias, eps, residual)
+    _checked(input, normalized_shape, weight, bias, eps, residual)
     _check_residual(input, residual)
     summed = input + residual
     if summed.dtype != input.dtype:
@@ -138,7 +139,8 @@ def _on_pytorch(input, normalized_shape, weight, bias, eps):
     return torch.layer_norm(input, normalized_shape, weight, bias, eps)
 
 
-def _check_types(input, normalized_shape, weight, bias, eps, residual):
+def _checked(input, normalized_shape, weight, bias, eps, residual):
+    """-> normalized_shape of ints, and eps, a float. Raises an error that names what is of a wrong type."""
     for name, argument in (("input", input), ("weight", weight), ("bias", bias), ("residual", residual)):
         if not isinstance(argument, torch.Tensor) and (argument is not None or name == "input"):
             raise TypeError(f"layer_norm: {name} is a {type(argument).__name__}; it needs to be a Tensor")
@@ -146,13 +148,29 @@ def _check_types(input, normalized_shape, weight, bias, eps, residual):
         raise TypeError(
             f"layer_norm: normalized_shape is a {type(normalized_shape).__name__}; it needs to be a tuple of ints"
         )
-    # Where torch.jit.trace records, a size is a tensor.
-    kinds = (int, torch.SymInt, torch.Tensor) if tracing.in_jit_trace() else (int, torch.SymInt)
     for size in normalized_shape:
-        if not isinstance(size, kinds):
+        if type(size) is not int:
+            normalized_shape = _of_ints(normalized_shape)
+            break
+    if type(eps) is not float:
+        number = as_float(eps)
+        if number is None:
+            raise TypeError(f"layer_norm: eps is a {type(eps).__name__}; it needs to be a float")
+        eps = number
+    return normalized_shape, eps
+
+
+def _of_ints(normalized_shape):
+    # Where torch.jit.trace records, a size is a tensor, and stays one.
+    sizes = [size if _is_traced(size) else as_size(size) for size in normalized_shape]
+    for size, number in zip(normalized_shape, sizes):
+        if number is None:
             raise TypeError(f"layer_norm: normalized_shape holds a {type(size).__name__}; it needs ints")
-    if not isinstance(eps, (int, float, torch.SymFloat, torch.Tensor)):
-        raise TypeError(f"layer_norm: eps is a {type(eps).__name__}; it needs to be a float")
+    return sizes
+
+
+def _is_traced(size) -> bool:
+    return isinstance(size, torch.Tensor) and tracing.in_jit_trace()
 
 
 def _flattened(input, residual, weight, bias, normalized_shape, eps):
@@ -191,7 +209,7 @@ def _flattened(input, residual, weight, bias, normalized_shape, eps):
         residual = None if residual is None else residual.reshape(input.shape)
         weight = None if weight is None else weight.reshape(width)
         bias = None if bias is None else bias.reshape(width)
-    return Call(input, residual, weight, bias, float(eps))
+    return Call(input, residual, weight, bias, eps)
 
 
 def _check_parameter_dtypes(input, weight, bias):

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from gptkern.backends import dispatch
+from gptkern.backends.numbers import as_float, as_size
 from gptkern.backends.registration import Operator, autocast, once_differentiable
 
 
@@ -77,7 +78,7 @@ def rms_norm(
     """
     choice = dispatch.settled(input)
     if choice is None:
-        _check_types(input, normalized_shape, weight, eps)
+        normalized_shape, eps = _checked(input, normalized_shape, weight, eps)
         call = _flattened(*autocast("float32", input, weight), normalized_shape, eps)
         choice = dispatch.choose("rms_norm", call)
         if choice.backend != "torch":
@@ -85,7 +86,8 @@ def rms_norm(
     return F.rms_norm(input, normalized_shape, weight, eps)
 
 
-def _check_types(input, normalized_shape, weight, eps):
+def _checked(input, normalized_shape, weight, eps):
+    """-> normalized_shape of ints, and eps, a float or None. Raises an error that names what is of a wrong type."""
     for name, argument in (("input", input), ("weight", weight)):
         if not isinstance(argument, torch.Tensor) and (argument is not None or name == "input"):
             raise TypeError(f"rms_norm: {name} is a {type(argument).__name__}; it needs to be a Tensor")
@@ -94,14 +96,27 @@ def _check_types(input, normalized_shape, weight, eps):
             f"rms_norm: normalized_shape is a {type(normalized_shape).__name__}; it needs to be a tuple of ints"
         )
     for size in normalized_shape:
-        if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool):
+        if type(size) is not int:
+            normalized_shape = _of_ints(normalized_shape)
+            break
+    if eps is not None and type(eps) is not float:
+        number = as_float(eps)
+        if number is None:
+            of_shape = f" of shape {tuple(eps.shape)}" if isinstance(eps, torch.Tensor) else ""
+            no_bias = " (there is no bias)" if of_shape else ""
+            raise TypeError(
+                f"rms_norm: eps is a {type(eps).__name__}{of_shape}; it needs to be a float or None{no_bias}"
+            )
+        eps = number
+    return normalized_shape, eps
+
+
+def _of_ints(normalized_shape):
+    sizes = [as_size(size) for size in normalized_shape]
+    for size, number in zip(normalized_shape, sizes):
+        if number is None:
             raise TypeError(f"rms_norm: normalized_shape holds a {type(size).__name__}; it needs ints")
-    if eps is not None and not isinstance(eps, (int, float, torch.SymFloat, torch.Tensor)):
-        raise TypeError(f"rms_norm: eps is a {type(eps).__name__}; it needs to be a float or None")
-    if isinstance(eps, torch.Tensor) and (eps.dim() > 0 or eps.requires_grad):
-        raise TypeError(
-            f"rms_norm: eps is a Tensor of shape {tuple(eps.shape)}; it needs to be a float or None (there is no bias)"
-        )
+    return sizes
 
 
 def _flattened(input, weight, normalized_shape, eps):
@@ -129,7 +144,7 @@ def _flattened(input, weight, normalized_shape, eps):
         width = math.prod(shape)
         input = input.reshape(*input.shape[: -len(shape)], width)
         weight = None if weight is None else weight.reshape(width)
-    return Call(input, weight, torch.finfo(_statistics_dtype(input)).eps if eps is None else float(eps))
+    return Call(input, weight, torch.finfo(_statistics_dtype(input)).eps if eps is None else eps)
 
 
 # --- The torch backend: bare launchers in plain PyTorch -------------------------------------------------------------

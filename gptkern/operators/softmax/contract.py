@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from gptkern.backends import dispatch, tracing
+from gptkern.backends.numbers import as_float, as_int
 from gptkern.backends.registration import Operator, once_differentiable
 
 
@@ -93,7 +94,11 @@ def softmax(
     if dim is None:
         dim = F._get_softmax_dim("softmax", input.dim(), _stacklevel)
     dtype = _autocast_dtype(input, dtype)
-    _check(input, dim, dtype, scale, mask, is_causal)
+    if type(dim) is not int:
+        dim = _as_int(dim)
+    if type(scale) is not float:
+        scale = _as_scale(scale)
+    _check(input, dim, dtype, mask, is_causal)
     if choice is None:
         # Integers are converted here; kernels convert the others as they load.
         call = Call(input if input.is_floating_point() else input.to(dtype), dim, dtype, float(scale), mask, is_causal)
@@ -106,9 +111,29 @@ def softmax(
 @dispatch.twin_of(torch.softmax, torch.Tensor.softmax)
 def _tensor_softmax(input, dim, dtype=None, *, out=None):
     """The twin of `torch.softmax` and `Tensor.softmax`, whose third argument is the dtype."""
-    if out is not None or not isinstance(dim, int):
+    if out is not None or (not isinstance(dim, int) and as_int(dim) is None):
         return torch.softmax(input, dim, dtype=dtype, **({} if out is None else {"out": out}))
     return softmax(input, dim, dtype=dtype)
+
+
+def _as_int(dim):
+    number = as_int(dim)
+    if number is None:
+        raise TypeError(f"softmax: dim is {type(dim).__name__}; it needs an int")
+    return number
+
+
+def _as_scale(scale):
+    if isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
+        return scale
+    if isinstance(scale, torch.Tensor):
+        # What is computed from a size is a tensor there.
+        number = scale if scale.dim() == 0 and tracing.in_jit_trace() else None
+    else:
+        number = as_float(scale)
+    if number is None:
+        raise TypeError(f"softmax: scale is {type(scale).__name__}; it needs a number")
+    return number
 
 
 def _autocast_dtype(input, dtype):
@@ -118,13 +143,7 @@ def _autocast_dtype(input, dtype):
     return dtype
 
 
-def _check(input, dim, dtype, scale, mask, is_causal):
-    is_number = isinstance(scale, (int, float, torch.SymInt, torch.SymFloat))
-    # What is computed from a size is a tensor there.
-    if not is_number and not (isinstance(scale, torch.Tensor) and scale.dim() == 0 and tracing.in_jit_trace()):
-        raise TypeError(f"softmax: scale is {type(scale).__name__}; it needs a number")
-    if type(dim) is bool or not isinstance(dim, int):
-        raise TypeError(f"softmax: dim is {type(dim).__name__}; it needs an int")
+def _check(input, dim, dtype, mask, is_causal):
     least, most = -max(input.dim(), 1), max(input.dim(), 1) - 1
     if not least <= dim <= most:
         raise IndexError(f"softmax: dim is {dim}; it needs to be from {least} to {most}")
