@@ -22,10 +22,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from gptkern.swapping.reading import Chain, contents, followed, global_names, instructions, is_method, method
+from gptkern.swapping.writers import ANY, written
 
 _MISSING = object()
-# Code that writes its globals, or asks for them, has to keep its own. With a `__name__` in them, torch.compile would
-# take the names from the module of that name.
+# Code that writes its globals, or asks for them, has to keep its own; so has code that reads one which is written while
+# it runs (gptkern.swapping.writers). With a `__name__` in them, torch.compile would take the names from the module of
+# that name.
 _NEEDS_ITS_GLOBALS = {"globals", "eval", "exec", "__name__"}
 
 # How many code objects were copied.
@@ -64,6 +66,7 @@ class Rerouted:
         self._links = followed(cls, find)
         self._made: dict[types.FunctionType, types.FunctionType] = {}
         self._scopes: list[_Scope] = []
+        self._written: dict[int, dict[str, str]] = {}  # by the id of the globals
         # The cells that hold what is replaced, and those that hold nothing yet: what `contents` gave of each.
         self._cells = [(cell, None) for function in self._links for cell in _empty_cells(function)]
         self._changed: set[Callable] = set()
@@ -113,6 +116,22 @@ class Rerouted:
             and (self._find(target) or (isinstance(target, types.FunctionType) and target in self._changed))
         }
 
+    def _check_globals(self, function: types.FunctionType) -> None:
+        """A function that writes its globals, or reads what may be written while it runs, cannot have a copy."""
+        for instruction in instructions(function.__code__):
+            if instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+                raise CannotReroute(f"{function.__qualname__} writes the global {instruction.argval}")
+            if instruction.opname == "LOAD_GLOBAL" and instruction.argval in _NEEDS_ITS_GLOBALS:
+                raise CannotReroute(f"{function.__qualname__} uses {instruction.argval}")
+        own = function.__globals__
+        if id(own) not in self._written:
+            self._written[id(own)] = written(own, self._links)
+        for name, writer in self._written[id(own)].items():
+            if name == ANY:
+                raise CannotReroute(f"{writer} may write any global, also of those that {function.__qualname__} reads")
+            if name in global_names(function.__code__):
+                raise CannotReroute(f"{function.__qualname__} reads the global {name}, which {writer} writes")
+
     def _again(self, function: types.FunctionType) -> types.FunctionType:
         """The function made anew; in a cycle of functions, the one that is being made."""
         if function in self._made:
@@ -123,7 +142,7 @@ class Rerouted:
         in_globals = {chain[0] for chain in replaced} - in_cells
         new = own
         if in_globals:
-            _check_globals(function)
+            self._check_globals(function)
             seen = {name: own.get(name, _MISSING) for name in ("__builtins__", "__package__", *global_names(code))}
             new = {name: value for name, value in seen.items() if value is not _MISSING}
             self._scopes.append(_Scope(new, own, seen, frozenset(in_globals)))
@@ -194,14 +213,6 @@ def _empty_cells(function: types.FunctionType) -> list[types.CellType]:
 
 def _is_torchs(function: types.FunctionType) -> bool:
     return f"{function.__globals__.get('__name__')}.".startswith("torch.")
-
-
-def _check_globals(function: types.FunctionType) -> None:
-    for instruction in instructions(function.__code__):
-        if instruction.opname == "STORE_GLOBAL":
-            raise CannotReroute(f"{function.__qualname__} writes the global {instruction.argval}")
-        if instruction.opname == "LOAD_GLOBAL" and instruction.argval in _NEEDS_ITS_GLOBALS:
-            raise CannotReroute(f"{function.__qualname__} uses {instruction.argval}")
 
 
 def _with_attributes(value: object, replaced: dict[Chain, Callable]) -> object:
