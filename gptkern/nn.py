@@ -239,14 +239,16 @@ def with_own_keys(state_dict: Mapping[str, torch.Tensor], prefixes: Iterable[str
 def unfit(state_dict: Mapping[str, torch.Tensor], prefix: str) -> list[str]:
     """What the state_dict holds for the int8 layer of this prefix that it cannot take: "key is …; it needs …"."""
     needed = {"int8_weight": torch.int8, "weight_scale": torch.float32}
-    found = {key: _dtype(state_dict, f"{prefix}{key}") for key in ("weight", *needed)}
-    return [
-        f"{prefix}{key} is {dtype}; the layer is int8 and needs "
-        + (f"{prefix}int8_weight, {torch.int8}" if key == "weight" else f"{needed[key]}")
-        for key, dtype in found.items()
+    lines = []
+    for key in ("weight", *needed):
+        value, dtype = state_dict.get(f"{prefix}{key}"), _dtype(state_dict, f"{prefix}{key}")
+        if dtype is not None and not isinstance(value, torch.Tensor):
+            lines.append(f"{prefix}{key} is a {qualified_name(value)}; it needs a tensor")
         # Codes under the older key are no float weight.
-        if dtype is not None and dtype != needed.get(key, torch.int8)
-    ]
+        elif dtype is not None and dtype != needed.get(key, torch.int8):
+            needs = f"{prefix}int8_weight, {torch.int8}" if key == "weight" else f"{needed[key]}"
+            lines.append(f"{prefix}{key} is {dtype}; the layer is int8 and needs {needs}")
+    return lines
 
 
 def refuse_unfit(what: str, lines: list[str], error: type[Exception] = RuntimeError) -> None:
@@ -254,9 +256,14 @@ def refuse_unfit(what: str, lines: list[str], error: type[Exception] = RuntimeEr
     if lines:
         more = len(lines) - _NAMED_AT_MOST
         listed = [*lines[:_NAMED_AT_MOST], *([f"and {more} more"] if more > 0 else [])]
-        raise error(
-            f"{what}: {'; '.join(listed)}. Float weights go into a float model, which gptkern.quantize makes int8 then"
-        )
+        of_floats = any("the layer is int8" in line for line in lines)
+        advice = ". Float weights go into a float model, which gptkern.quantize makes int8 then" if of_floats else ""
+        raise error(f"{what}: {'; '.join(listed)}{advice}")
+
+
+def qualified_name(value: object) -> str:
+    """ "numpy.ndarray" """
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
 def _dtype(state_dict: Mapping[str, torch.Tensor], key: str) -> torch.dtype | None:

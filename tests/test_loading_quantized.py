@@ -238,6 +238,41 @@ REFUSED = {
     "nothing int8": (
         lambda: (Pair(), Pair().state_dict()), ValueError, "nothing in state_dict is int8.*model.load_state_dict loads",
     ),
+    "names of a wrapped model": (
+        lambda: (gpt(), {f"module.{key}": value for key, value in state_of_gpt().items()}), ValueError,
+        r"int8 under other names.*: it has module\.blocks\.0\.attention\.project\.int8_weight, and the model "
+        r"blocks\.0\.attention\.qkv\.int8_weight; its keys need to be without 'module\.'$",
+    ),
+    "names of a model wrapped twice, in an older file": (
+        lambda: (Pair(), {
+            f"module._orig_mod.{key.replace('int8_weight', 'weight')}": value
+            for key, value in quantised_pair().state_dict().items()
+        }),
+        ValueError, r"it has module\._orig_mod\.first\.weight, and the model first\.weight; .* 'module\._orig_mod\.'$",
+    ),
+    "a wrapped model": (
+        lambda: (torch.nn.Sequential(Pair()), quantised_pair().state_dict()), ValueError,
+        r"it has first\.int8_weight, and the model no layer of that name; its first is 0\.first$",
+    ),
+    "a layer's own state_dict": (
+        lambda: (Pair(), quantised_pair().first.state_dict()), ValueError,
+        r"it has int8_weight, and the model no layer of that name; its first is first$",
+    ),
+    "a state_dict in a dictionary": (
+        lambda: (Pair(), {"optimizer": {"state": {}}, "model": quantised_pair().state_dict(), "step": 3}), ValueError,
+        r"state_dict holds an? \w+ under 'model'; it needs .*, which state_dict\['model'\] may be$",
+    ),
+    "arrays": (
+        lambda: (Pair(), {key: value.detach().numpy() for key, value in quantised_pair().state_dict().items()}),
+        TypeError, r"first\.int8_weight is a numpy\.ndarray; it needs a tensor; .*scale is a numpy.ndarray; .* tensor$",
+    ),
+    "arrays of an older file": (
+        lambda: (Pair(), {
+            key.replace("int8_weight", "weight"): value.detach().numpy()
+            for key, value in quantised_pair().state_dict().items()
+        }),
+        TypeError, r"first\.bias in state_dict is a numpy\.ndarray; it needs a tensor$",
+    ),
     "a float weight for an int8 layer": (
         lambda: (quantised_pair(), {**quantised_pair().state_dict(), "second.weight": torch.zeros(5, 6)}),
         TypeError, "second.weight is torch.float32; the layer is int8 and needs second.int8_weight",

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from gptkern.nn import Int8Linear, check_options, refuse_unfit, with_own_keys
+from gptkern.nn import Int8Linear, check_options, qualified_name, refuse_unfit, with_own_keys
 from gptkern.quantizing import layers
 from gptkern.quantizing.choosing import looks_linear
 from gptkern.quantizing.layers import Place, is_conv1d, places, put_empty
@@ -45,8 +45,10 @@ def load_quantized(
 
     Raises:
         TypeError: model is no module, state_dict is no mapping, holds int8 codes for a module that is no linear
-            layer, or for an int8 layer a weight that is not int8 or scales that are not float32.
-        ValueError: unknown mode, nothing in the state_dict is int8, or tied weights differ in it.
+            layer, or for an int8 layer something that is no tensor, a weight that is not int8 or scales that are not
+            float32.
+        ValueError: unknown mode, nothing in the state_dict is int8, or under other names than the model's ("module.…"),
+            or in a dictionary inside it; or tied weights differ in it.
         RuntimeError: names or shapes do not fit (what torch.nn.Module.load_state_dict says about it); or something
             stays on the meta device, because state_dicts leave it out.
 
@@ -122,11 +124,43 @@ def _put_empty_layers(
     state_dict = with_own_keys(state_dict, int8_layers)
     refuse_unfit("load_quantized", unfit_for(model, state_dict), TypeError)
     if not any(f"{prefix}int8_weight" in state_dict for prefix in int8_layers):
-        raise ValueError(
-            "load_quantized: nothing in state_dict is int8; it needs the state_dict of a model that gptkern.quantize "
-            "went through. model.load_state_dict loads float weights, and gptkern.quantize(model) makes them int8 then"
-        )
+        arrays = [key for key, value in state_dict.items() if hasattr(value, "dtype")]
+        if arrays and not any(isinstance(value, torch.Tensor) for value in state_dict.values()):
+            kind = qualified_name(state_dict[arrays[0]])
+            raise TypeError(f"load_quantized: {arrays[0]} in state_dict is a {kind}; it needs a tensor")
+        raise ValueError(f"load_quantized: {_why_nothing_is_int8(model, state_dict, names)}")
     return state_dict
+
+
+def _why_nothing_is_int8(model: torch.nn.Module, state_dict: Mapping, names: set[str]) -> str:
+    """What a state_dict is in which no layer of the model is int8.
+
+    Args:
+        names: of the modules for which it has int8 codes.
+    """
+    needs = "it needs the state_dict of a model that gptkern.quantize went through"
+    modules = dict(model.named_modules(remove_duplicate=False))
+    codes = [key for key in state_dict if key.removesuffix(_CODES).removesuffix(".weight") in names - modules.keys()]
+    codes += ["int8_weight"] if "int8_weight" in state_dict else []
+    if codes:
+        layers = sorted(name for name, module in modules.items() if name and looks_linear(module))
+        parts = codes[0].split(".")
+        prefix = next((".".join(parts[:i]) for i in range(1, len(parts)) if ".".join(parts[i:-1]) in layers), None)
+        return f"state_dict is int8 under other names than the model's: it has {codes[0]}, and the model " + (
+            f"{codes[0].removeprefix(f'{prefix}.')}; its keys need to be without {f'{prefix}.'!r}"
+            if prefix
+            else "no layer of that name" + (f"; its first is {layers[0]}" if layers else "")
+        )
+    inside = [key for key, value in state_dict.items() if isinstance(value, Mapping)]
+    if inside:
+        # One of them may be the optimizer's.
+        key = next((key for key in inside if any(str(name).endswith(_CODES) for name in state_dict[key])), inside[0])
+        kind = type(state_dict[key]).__name__
+        return f"state_dict holds a {kind} under {key!r}; {needs}, which state_dict[{key!r}] may be"
+    return (
+        f"nothing in state_dict is int8; {needs}. model.load_state_dict loads float weights, and "
+        "gptkern.quantize(model) makes them int8 then"
+    )
 
 
 def _report(
