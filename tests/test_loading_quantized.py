@@ -240,7 +240,7 @@ REFUSED = {
     ),
     "names of a wrapped model": (
         lambda: (gpt(), {f"module.{key}": value for key, value in state_of_gpt().items()}), ValueError,
-        r"int8 under other names.*: it has module\.blocks\.0\.attention\.project\.int8_weight, and the model "
+        r"int8 under other names.*: it has module\.blocks\.0\.attention\.qkv\.int8_weight, and the model "
         r"blocks\.0\.attention\.qkv\.int8_weight; its keys need to be without 'module\.'$",
     ),
     "names of a model wrapped twice, in an older file": (
