@@ -283,3 +283,79 @@ def test_transformers_own_eager_models_get_masks_of_sdpa():
     model = llama("eager")
     gptkern.swap(model, ops=["attention"], strict=True)
     assert model.config._attn_implementation == "gptkern"
+
+
+# --- Built by the name "gptkern" --------------------------------------------------------------------------------------
+
+BUILT = {
+    "a layer": (ASKS, lambda module: llama("gptkern", module.Layer)),
+    "a model": (
+        """
+from transformers import LlamaForCausalLM
+class Model(LlamaForCausalLM):
+    def forward(self, ids, **kwargs):
+        return super().forward(ids.flip(1) if self.config._attn_implementation == "sdpa" else ids, **kwargs)
+""",
+        lambda module: as_class(llama("gptkern"), module.Model),
+    ),
+    "a wrapper": (
+        """
+from torch import nn
+class Wrapper(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+    def forward(self, *args, **kwargs):
+        kwargs["use_cache"] = self.model.config._attn_implementation == "sdpa"
+        return self.model(*args, **kwargs)
+""",
+        lambda module: module.Wrapper(llama("gptkern")),
+    ),
+    "a hook": (
+        """
+def hook(module, args):
+    return args if module.config._attn_implementation == "sdpa" else None
+""",
+        lambda module: with_hook(llama("gptkern"), module.hook),
+    ),
+    "construction": (
+        """
+from transformers import LlamaForCausalLM
+class Model(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.scale = 0.5 if config._attn_implementation == "sdpa" else 1.0
+""",
+        lambda module: module.Model(llama("gptkern").config).eval(),
+    ),
+}
+
+
+def as_class(model, cls):
+    model.__class__ = cls
+    return model
+
+
+def with_hook(model, hook):
+    model.register_forward_pre_hook(hook)
+    return model
+
+
+@pytest.mark.parametrize(("source", "build"), BUILT.values(), ids=BUILT)
+def test_built_by_the_name_all_of_the_model_is_read(source, build, file):
+    logits(llama("gptkern"))  # Llama's own file is known
+    model = build(file(source))
+    for _ in range(2):
+        with pytest.raises(ValueError, match='asks for the name of the attention; build it with "sdpa"'):
+            logits(model)
+    assert all("asks for the name" in reason for reason in reasons(model))
+
+
+def test_a_name_that_is_set_later_counts(file):
+    model = llama(layer=file(ASKS).Layer)
+    logits(model)
+    model.set_attn_implementation("gptkern")
+    with pytest.raises(ValueError, match=r"Layer.forward .* asks for the name"):
+        logits(model)
+    model.set_attn_implementation("sdpa")
+    assert logits(model).isfinite().all()

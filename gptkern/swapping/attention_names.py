@@ -18,10 +18,11 @@ import functools
 import re
 import sys
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils.generic import GeneralInterface
 
 from gptkern.swapping.reading import contents
@@ -52,13 +53,19 @@ class Question(NamedTuple):
         return f"{self.function} ({self.file}:{self.line})"
 
 
-def find(classes: Iterable[type], objects: Iterable[object], name: str | None, other: str) -> Question | None:
+def find(
+    classes: Iterable[type], objects: Iterable[object], name: str | None, other: str, built: bool = False
+) -> Question | None:
     """The first question to which `name` and `other` get different answers.
 
     Args:
         classes: those of a model's modules and configs. objects: what else may hold code of the model.
+        built: whether the model was built by the name `other`, so that what runs at its construction counts, too; not
+            transformers' own, which there asks no more than whether to build what its other names need.
     """
-    for function in _reached([*classes, *objects]):
+    for function in _reached([*classes, *objects], set() if built else _CONSTRUCTION):
+        if function.__name__ in _CONSTRUCTION and not is_own(function.__module__):
+            continue
         for code in _codes(function.__code__):
             line = _line_of_question(function, code, name, other)
             if line is not None:
@@ -68,8 +75,8 @@ def find(classes: Iterable[type], objects: Iterable[object], name: str | None, o
 
 def has_own_code(classes: Iterable[type], objects: Iterable[object]) -> bool:
     """Whether any code of a model is not that of transformers."""
-    reached = _reached([*classes, *objects])
-    return any(function.__module__.partition(".")[0] != "transformers" for function in reached)
+    reached = _reached([*classes, *objects], _CONSTRUCTION)
+    return any(is_own(function.__module__) for function in reached)
 
 
 # --- Which code -------------------------------------------------------------------------------------------------------
@@ -81,6 +88,17 @@ def beside(cls: type) -> list[type]:
     return [cls, *(value for value in values if isinstance(value, type) and value.__module__ == cls.__module__)]
 
 
+def of_modules(
+    modules: Iterable[torch.nn.Module], class_of: Callable[[torch.nn.Module], type] = type
+) -> tuple[set[type], list[object]]:
+    """The classes and objects that hold the code of modules, and of the configs that these hold."""
+    modules = list(modules)
+    classes = {cls for written in {class_of(module) for module in modules} for cls in beside(written)}
+    held = [value for module in modules for value in vars(module).values()]
+    classes |= {type(value) for value in held if isinstance(value, PreTrainedConfig)}
+    return classes, [value for module in modules for value in held_by(module)]
+
+
 def held_by(module: torch.nn.Module) -> Iterator[object]:
     """What a module's attributes hold that may be code of its own: a function that was set on it, a hook, a helper."""
     for name, value in vars(module).items():
@@ -88,6 +106,11 @@ def held_by(module: torch.nn.Module) -> Iterator[object]:
             yield from value.values()
         elif value is not None and not isinstance(value, (dict, bool, int, float, str, torch.Tensor)):
             yield value
+
+
+def is_own(module: str | None) -> bool:
+    """Whether code of a Python module, of those that are read, is not of transformers."""
+    return (module or "").partition(".")[0] != "transformers"
 
 
 def is_read(module: str | None) -> bool:
@@ -98,7 +121,8 @@ def is_read(module: str | None) -> bool:
     return root not in _NOT_READ
 
 
-def _reached(waiting: list[object]) -> Iterator[types.FunctionType]:
+def _reached(waiting: list[object], without: set[str]) -> Iterator[types.FunctionType]:
+    """The functions of what is given, and those that they name, without methods of some names."""
     seen: set[int] = set()
     kept = []  # an id is that of an object as long as this lives
     while waiting:
@@ -108,12 +132,12 @@ def _reached(waiting: list[object]) -> Iterator[types.FunctionType]:
         seen.add(id(found))
         kept.append(found)
         if isinstance(found, types.FunctionType):
-            if is_read(found.__module__) and found.__name__ not in _CONSTRUCTION:
+            if is_read(found.__module__) and found.__name__ not in without:
                 yield found
                 waiting += _named_by(found)
         elif isinstance(found, type):
             if is_read(found.__module__):
-                waiting += [value for name, value in vars(found).items() if name not in _CONSTRUCTION]
+                waiting += [value for name, value in vars(found).items() if name not in without]
                 waiting += found.__bases__
         else:
             waiting += _inside(found)

@@ -42,13 +42,16 @@ or GPT-J. It too is rounded once, and keeps the query's dtype where transformers
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import inspect
 import sys
 import types
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
+from torch.compiler import is_compiling
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -104,11 +107,12 @@ def attention_forward(
         ValueError: the model needs scores capped (softcap) or attention sinks (s_aux), which these kernels have not; or
             it was built by the name "gptkern", and its code asks for that name.
     """
-    if type(module).__module__ not in _ask_nothing and not torch.compiler.is_compiling():
+    # In this order: torch.compile would guard on each module's id.
+    if not is_compiling() and id(module) not in _ask_nothing:
         _refuse_questions(module)
-    for name in ("softcap", "s_aux"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f'attn_implementation="{NAME}" has no {name}; use attn_implementation="eager"')
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        name = "softcap" if kwargs.get("softcap") is not None else "s_aux"
+        raise ValueError(f'attn_implementation="{NAME}" has no {name}; use attn_implementation="eager"')
     if kwargs.get("position_bias") is not None or kwargs.get("cache") is not None:
         # A bias that the model makes per layer, and a paged cache, are transformers' own affair.
         return sdpa_attention_forward(
@@ -139,24 +143,47 @@ def attention_forward(
 def _runs_on_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: tuple) -> bool:
     """Whether PyTorch's own operator takes a call with fewer heads in key and value than in query."""
     # What torch.compile traces keeps to enable_gqa: it cannot follow `explain`.
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return False
     choice = dispatch.explain(F.scaled_dot_product_attention, query, key, value, *arguments, enable_gqa=True)
     return choice.backend == "torch"
 
 
-# The Python modules whose code was read and asks nothing.
-_ask_nothing: set[str] = set()
+# The modules of models whose code was read and asks nothing, by their ids as long as they live.
+_ask_nothing: dict[int, weakref.ref] = {}
 
 
 def _refuse_questions(module: torch.nn.Module) -> None:
-    """Raises ValueError where the module was built by the name "gptkern", and code in its file asks for it."""
-    if getattr(getattr(module, "config", None), "_attn_implementation", None) != NAME:
-        return
-    question = attention_names.find(attention_names.beside(type(module)), [], "sdpa", NAME)
-    if question is not None:
-        raise ValueError(f'attn_implementation="{NAME}": {_asked_by(question)}; build it with "sdpa" and swap it')
-    _ask_nothing.add(type(module).__module__)
+    """Raises ValueError where the module was built by the name "gptkern", and code of the model asks for it."""
+    modules = [module]
+    # The name was read in the config that a swap put there.
+    if getattr(getattr(module, "config", None), "_attn_implementation", None) == NAME and not _is_swapped(module):
+        modules = list(dict.fromkeys(each for caller in _calling(module) for each in caller.modules()))
+        classes, objects = attention_names.of_modules(modules)
+        question = attention_names.find(classes, objects, "sdpa", NAME, built=True)
+        if question is not None:
+            raise ValueError(f'attn_implementation="{NAME}": {_asked_by(question)}; build it with "sdpa" and swap it')
+    for each in modules:
+        _ask_nothing[id(each)] = weakref.ref(each, functools.partial(_forget, id(each)))
+
+
+def _forget(key: int, gone: weakref.ref) -> None:
+    # Another module may have the same id by now.
+    if _ask_nothing.get(key) is gone:
+        del _ask_nothing[key]
+
+
+def _is_swapped(module: torch.nn.Module) -> bool:
+    return "_gptkern_configs" in vars(module)
+
+
+def _calling(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """The module, and those whose methods are running now: a part of a model does not know the model."""
+    found, frame = [module], sys._getframe(1)
+    while frame is not None:
+        found += [value for value in (frame.f_locals.get("self"),) if isinstance(value, torch.nn.Module)]
+        frame = frame.f_back
+    return found
 
 
 def _asked_by(question: Question) -> str:
@@ -415,7 +442,7 @@ class Attention:
             return "it has no config of transformers, in which its attention could be chosen"
         implementation = config._attn_implementation
         if implementation == NAME:
-            question = None if id(config) in self._by_copy else self._question("sdpa")
+            question = None if id(config) in self._by_copy else self._question(NAME)
             return None if question is None else f'{_asked_by(question)}, which is "{NAME}"'
         if implementation not in _REPLACED:
             return f'attn_implementation="{implementation}" was asked for by name'
@@ -466,7 +493,7 @@ class Attention:
         if not any(held is config and isinstance(holder, PreTrainedModel) for holder, _, held in self._holders):
             return False
         if self._own_code is None:
-            self._own_code = attention_names.has_own_code(*self._read())
+            self._own_code = attention_names.has_own_code(*self._code())
         return not self._own_code
 
     @staticmethod
@@ -476,19 +503,16 @@ class Attention:
 
     def _question(self, implementation: str | None) -> Question | None:
         if implementation not in self._questions:
-            classes, objects = self._read()
+            classes, objects = self._code()
+            built = implementation == NAME
             # Where it was eager the masks become sdpa's, for which the answers have to be those of that name, too.
-            found = (attention_names.find(classes, objects, name, NAME) for name in (implementation, "sdpa"))
+            names = dict.fromkeys(("sdpa",) if built else (implementation, "sdpa"))
+            found = (attention_names.find(classes, objects, name, NAME, built) for name in names)
             self._questions[implementation] = next(filter(None, found), None)
         return self._questions[implementation]
 
-    def _read(self) -> tuple[set[type], list[object]]:
-        """The classes and objects whose code is the model's."""
-        modules = list(self._model.modules())
-        written = {self._original_class(module) for module in modules}
-        classes = {cls for found in written for cls in attention_names.beside(found)}
-        classes |= {type(config) for _, _, config in self._holders}
-        return classes, [value for module in modules for value in attention_names.held_by(module)]
+    def _code(self) -> tuple[set[type], list[object]]:
+        return attention_names.of_modules(self._model.modules(), self._original_class)
 
     def _tables(self, cls: type) -> tuple[list[Mapping], list[types.FunctionType]]:
         """Where a class's forward looks its attention up, if the name "gptkern" is found there; whose code does."""
