@@ -41,9 +41,17 @@ def outcome(model, *args, **kwargs):
     return (result.layout, result.unbind()) if result.is_nested else (None, (result,))
 
 
-def is_as_stock(model, *args, **kwargs):
+def swapped_copy(model):
     swapped = copy.deepcopy(model)
     gptkern.swap(swapped)
+    return swapped
+
+
+def is_as_stock(model, *args, **kwargs):
+    return are_alike(model, swapped_copy(model), *args, **kwargs)
+
+
+def are_alike(model, swapped, *args, **kwargs):
     expected, actual = outcome(model, *args, **kwargs), outcome(swapped, *args, **kwargs)
     assert actual[0] == expected[0]
     if isinstance(expected[1], str):
@@ -143,3 +151,44 @@ def test_the_encoder_s_own_operators_run_with_padding(monkeypatch):
     gptkern.swap(model)
     x, padding = torch.randn(3, 6, 16), torch.tensor(PADDINGS["at the end"]).bool()
     assert calls_of_twins(monkeypatch, lambda: model(x, src_key_padding_mask=padding)) == 2 * 3
+
+
+def test_is_causal_without_a_mask():
+    """The stock fast path ignores it; elsewhere it is an error."""
+    x, padding = torch.randn(3, 6, 16), torch.tensor(PADDINGS["at the end"]).bool()
+    unlike = layer(dropout=0.0)
+    unlike.norm2.eps = 1e-2  # the layer leaves the fast path, and its attention takes it
+    models = {"encoder": encoder(dropout=0.0), "layer": layer(dropout=0.0), "unlike": unlike, "odd": layer(nhead=1)}
+    found = {}
+    for name, model in models.items():
+        swapped = swapped_copy(model)
+        for gradients, training in ((False, False), (True, False), (False, True)):
+            with torch.set_grad_enabled(gradients):
+                both = model.train(training), swapped.train(training)
+                found[name, gradients, training] = are_alike(*both, x, is_causal=True)[0]
+                are_alike(*both, x, None, None, True)
+                are_alike(*both, x, src_key_padding_mask=padding, is_causal=True)
+                are_alike(*both, x[0], is_causal=True)
+    runs = [case for case, raised in found.items() if raised is None]
+    assert runs == [(name, False, False) for name in ("encoder", "layer", "unlike")]
+
+
+@torch.no_grad()
+def test_is_causal_without_a_mask_in_attention():
+    x, model = torch.randn(3, 6, 16), attention(dropout=0.0)
+    swapped = swapped_copy(model)
+    for training, expected in ((False, None), (True, RuntimeError)):
+        both = model.train(training), swapped.train(training)
+        assert are_alike(*both, x, x, x, is_causal=True)[0] is expected
+        assert are_alike(*both, x, x, x, None, False, None, True, True)[0] is expected
+        assert are_alike(*both, x, x + 1, x, is_causal=True, need_weights=False)[0] is RuntimeError
+
+
+@torch.no_grad()
+def test_is_causal_without_a_mask_runs_the_encoder_s_own_operators(monkeypatch):
+    model, x = encoder().eval(), torch.randn(3, 6, 16)
+    gptkern.swap(model)
+    assert calls_of_twins(monkeypatch, lambda: model(x, is_causal=True)) == 2 * 3
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, is_causal=True), model(x))

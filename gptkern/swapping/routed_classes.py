@@ -216,10 +216,11 @@ class _RoutedCode:
         """forward, and the methods that it calls, where these change."""
         cls = self.cls
         try:
-            self.rerouted = Rerouted(cls, _find_for(cls, self.operators))
+            find = _find_for(cls, self.operators)
+            self.rerouted = Rerouted(cls, find)
             methods = self.rerouted.methods
             if cls in twins.ROUTED_MODULES:
-                return {**methods, "forward": encoders.with_fast_path(cls, methods["forward"])}
+                return {**methods, "forward": encoders.with_fast_path(cls, methods["forward"], find)}
             return methods
         except CannotReroute as reason:
             _logger.debug("swap: %s: a TorchFunctionMode routes its calls", reason)
