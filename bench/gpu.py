@@ -190,6 +190,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     out, source = Path(args.out).resolve(), source_digest()
     if not args.dry_run:
+        if importlib.util.find_spec("torch") is None:
+            print(
+                f"gpu.py: {sys.executable} has no PyTorch; make gpu PYTHON=… names a Python that has it, such as that of "
+                "an environment in which gptkern is installed (.venv/bin/python)",
+                file=sys.stderr,
+            )
+            return 2
         # In a process of its own: CUDA's context would stay in the GPU's memory while the steps run.
         probe = "import sys, torch; sys.exit(not torch.cuda.is_available())"
         if subprocess.run([sys.executable, "-c", probe]).returncode:

@@ -109,6 +109,14 @@ def main():
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    if args.steps < 1:
+        parser.error(f"--steps is {args.steps}; it needs at least 1")
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
+    if args.text and not (args.text.is_file() and args.text.stat().st_size > LENGTH + 1):
+        parser.error(f"--text {args.text}: it needs a file of more than {LENGTH + 1} bytes")
     text = args.text.read_bytes() if args.text else "\n".join(pydoc_data.topics.topics.values()).encode()
     text = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     on_gpu = torch.device(args.device).type == "cuda"
