@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
+import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -100,6 +104,83 @@ def without_early_stop(function, x):
         return checkpoint(two, function, x, use_reentrant=False)
 
 
+def recomputed(function, x, gradient):
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        output = function(x)
+    torch.autograd.backward(output, gradient)
+    return x.grad
+
+
+class SetLate(torch.autograd.Function):
+    """Recomputes what it was given, and keeps it under a name of its own after it has called it."""
+
+    @staticmethod
+    def forward(ctx, forward_function, x):
+        output = forward_function(x)
+        ctx.save_for_backward(x)
+        ctx.forward_function = forward_function
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, recomputed(ctx.forward_function, *ctx.saved_tensors, gradient)
+
+
+class WithRandomState(torch.autograd.Function):
+    """With the state of the random numbers, and its function in a list."""
+
+    @staticmethod
+    def forward(context, x, steps):
+        context.steps, context.state = steps, torch.get_rng_state()
+        context.save_for_backward(x)
+        with torch.no_grad():
+            return steps[0](x)
+
+    @staticmethod
+    def backward(context, gradient):
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(context.state)
+            return recomputed(context.steps[0], *context.saved_tensors, gradient), None
+
+
+class Wrapped(torch.autograd.Function):
+    """Its forward and its backward are decorated, and it keeps a module."""
+
+    @staticmethod
+    @torch.no_grad()
+    def forward(ctx, x, module):
+        ctx.module = module
+        ctx.save_for_backward(x)
+        return module(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return recomputed(ctx.module, *ctx.saved_tensors, gradient), None
+
+
+class WithSetup(torch.autograd.Function):
+    """Nothing that is on the stack of its forward knows its ctx."""
+
+    @staticmethod
+    def forward(x, function):
+        return function(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, ctx.function = inputs
+        ctx.save_for_backward(x)
+
+    backward = staticmethod(lambda ctx, gradient: (recomputed(ctx.function, *ctx.saved_tensors, gradient), None))
+
+
+class AsModule(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
+
+
 WAYS = {
     "none": two,
     "not reentrant": lambda function, x: checkpoint(two, function, x, use_reentrant=False),
@@ -113,6 +194,11 @@ WAYS = {
     "sequential": sequential,
     "in another hook": in_a_hook,
     "no early stop": without_early_stop,
+    "own, set late": lambda function, x: SetLate.apply(functools.partial(two, function), x),
+    "own, random state": lambda function, x: WithRandomState.apply(x, [functools.partial(two, function)]),
+    "own, a module, wrapped": lambda function, x: Wrapped.apply(x, AsModule(functools.partial(two, function))),
+    "own in a checkpoint": lambda f, x: checkpoint(lambda x: SetLate.apply(f, f(x).sin()), x, use_reentrant=False),
+    "own in a reentrant one": lambda f, x: checkpoint(lambda x: SetLate.apply(f, f(x).sin()), x, use_reentrant=True),
 }  # fmt: skip
 BACKWARDS = {
     "inside": lambda loss: loss.backward(),
@@ -127,37 +213,199 @@ BACKWARDS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_recomputed_as_the_forward_ran(launches, way, backward, function):
     x = torch.randn(2, WIDTH, requires_grad=True)
-    plain = x.detach().clone().requires_grad_()
-    WAYS[way](norm, plain).square().sum().backward()
-    expected = plain.grad
-    modes = [gptkern.kernels()] if function is norm else []
-
-    def run():
-        return WAYS[way](function, x).square().sum()
-
-    with gptkern.backend("triton"):
-        if modes:
-            with gptkern.kernels():
-                loss = run()
-                if backward == "inside":
-                    loss.backward()
-        else:
-            loss = run()
-            if backward == "inside":
-                loss.backward()
-    forwards = launches.count("forward")
-    assert forwards > 0
+    plain, calls = x.detach().clone().requires_grad_(), []
+    loss = WAYS[way](lambda x: calls.append(1) or norm(x), plain).square().sum()
+    forwards = len(calls)
+    loss.backward()
+    recomputed, expected = len(calls) - forwards, plain.grad
+    assert recomputed > 0 or way == "none"
+    routing = gptkern.kernels() if function is norm else contextlib.nullcontext()
+    with gptkern.backend("triton"), routing:
+        loss = WAYS[way](function, x).square().sum()
+        assert launches == ["forward"] * forwards
+        if backward == "inside":
+            loss.backward()
     if backward == "inside another block":
         with gptkern.backend("torch"), gptkern.kernels(["softmax"]):
             loss.backward()
     elif backward != "inside":
         BACKWARDS[backward](loss)
     torch.testing.assert_close(x.grad, expected, atol=1e-5, rtol=1e-5)
-    assert launches.count("backward") > 0
-    if way != "none":
-        assert launches.count("forward") > (0 if backward == "inside" else forwards), (
-            "nothing was recomputed by the kernels"
-        )
+    assert launches.count("forward") == forwards + recomputed
+    assert launches.count("backward") == forwards
+
+
+def names_of(function):
+    """The operators whose twins are called by function(), in order."""
+    seen = []
+
+    def tell(choice):
+        frame = sys._getframe(1)
+        while not frame.f_globals["__name__"].startswith("gptkern.operators."):
+            frame = frame.f_back
+        seen.append(frame.f_globals["__name__"].split(".")[2])
+
+    with dispatch.telling(tell):
+        function()
+    return seen
+
+
+BLOCKS = {
+    "outer first": (["layer_norm"], ["softmax"]),
+    "inner first": (["softmax"], ["layer_norm"]),
+    "three": (["layer_norm"], ["softmax"], ["rms_norm"]),
+    "three, the middle one last": (["softmax"], ["rms_norm"], ["layer_norm"]),
+}
+OWN = {
+    "not reentrant": functools.partial(checkpoint, use_reentrant=False),
+    "reentrant": functools.partial(checkpoint, use_reentrant=True),
+    "own": SetLate.apply,
+}
+
+
+@pytest.mark.parametrize("blocks", BLOCKS)
+@pytest.mark.parametrize("way", OWN)
+def test_nested_kernels_blocks_are_opened_again_together(way, blocks):
+    def function(x):
+        x = F.softmax(F.layer_norm(x, (WIDTH,)), -1)
+        return F.rms_norm(x, (WIDTH,)) * x
+
+    losses = []
+
+    def forward():
+        x = torch.randn(2, WIDTH, requires_grad=True)
+        with contextlib.ExitStack() as stack:
+            for block in BLOCKS[blocks]:
+                stack.enter_context(gptkern.kernels(block))
+            losses.append(OWN[way](function, x).sum())
+
+    forwards = names_of(forward)
+    assert forwards == ["layer_norm", "softmax", "rms_norm"][: len(BLOCKS[blocks])]
+    assert names_of(losses[0].backward) == forwards
+
+
+@pytest.mark.parametrize("way", OWN)
+def test_what_ran_unrouted_is_recomputed_unrouted(way):
+    x = torch.randn(2, WIDTH, requires_grad=True)
+    loss = OWN[way](functools.partial(two, norm), x).sum()
+    # Of two modes PyTorch pops one for the backward, and the other one sees what is recomputed.
+    with gptkern.kernels(), gptkern.kernels():
+        assert names_of(loss.backward) == []
+        assert set(names_of(lambda: norm(x))) == {"layer_norm"}
+
+
+@pytest.mark.parametrize("way", OWN)
+def test_forced_for_the_process_and_recomputed_inside_another_block(launches, monkeypatch, way):
+    monkeypatch.setattr(dispatch, "_default", "triton")
+    monkeypatch.setattr(dispatch._State, "forced", "triton")
+
+    def run():
+        loss = OWN[way](functools.partial(two, twin), torch.randn(2, WIDTH, requires_grad=True)).sum()
+        with gptkern.backend("torch"):
+            loss.backward()
+
+    # In a thread that no block is open in, as the process has it.
+    in_a_thread(run)
+    assert launches == ["forward"] * 4 + ["backward"] * 2
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_forced_for_the_process_nobody_looks_for_checkpoints(monkeypatch, grad):
+    """Which costs more host time than the call, the more the deeper the stack of Python is."""
+    monkeypatch.setattr(dispatch, "_default", "torch")
+    monkeypatch.setattr(dispatch._State, "forced", "torch")
+    called = set()
+
+    def trace(frame, event, argument):
+        if event == "call" and frame.f_code.co_filename == recomputation.__file__:
+            called.add(frame.f_code.co_name)
+
+    def run():
+        x = torch.randn(2, WIDTH)
+        with torch.set_grad_enabled(grad):
+            sys.setprofile(trace)
+            try:
+                twin(x)
+            finally:
+                sys.setprofile(None)
+
+    in_a_thread(run)
+    assert called == {"blocks_are_open"}
+
+
+def test_an_own_function_draws_the_same_dropout_after_the_block(triton_backend):
+    """The backends' random numbers differ: another one would hide other probabilities, and say nothing."""
+
+    def attention(query):
+        return G.scaled_dot_product_attention(query, query, query, dropout_p=0.5)
+
+    def gradient(way, inside):
+        query = torch.linspace(-1, 1, 256).reshape(1, 2, 16, 8).requires_grad_()
+        torch.manual_seed(1)
+        with gptkern.backend("triton"):
+            loss = way(query).square().sum()
+            if inside:
+                loss.backward()
+        if not inside:
+            with gptkern.backend("torch"):
+                loss.backward()
+        return query.grad
+
+    expected = gradient(attention, True)
+    for way in (
+        lambda q: WithRandomState.apply(q, [attention]),
+        lambda q: checkpoint(attention, q, use_reentrant=True),
+    ):
+        torch.testing.assert_close(gradient(way, False), expected)
+
+
+def test_an_own_functions_backward_runs_where_its_forward_ran(launches):
+    class Own(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return twin(x)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return twin(gradient)
+
+    x = torch.randn(2, WIDTH, requires_grad=True)
+    with gptkern.backend("triton"):
+        loss = Own.apply(x).sum()
+    with gptkern.backend("torch"):
+        loss.backward(retain_graph=True)
+    assert launches == ["forward", "forward"]
+    loss.backward()
+    assert launches == ["forward"] * 3
+    # What its forward did not call has no other place than the block.
+    launches.clear()
+    loss = Own.apply(x).sum()
+    with gptkern.backend("triton"):
+        loss.backward()
+    assert launches == ["forward"]
+
+
+def test_an_own_function_is_freed_as_soon_as_nobody_holds_it():
+    with gptkern.backend("triton"):
+        output = SetLate.apply(twin, torch.randn(2, WIDTH, requires_grad=True))
+    held = weakref.ref(output.grad_fn)
+    assert "apply" in vars(held())
+    gc.disable()
+    try:
+        del output
+        assert held() is None
+    finally:
+        gc.enable()
+
+
+def test_a_function_whose_ctx_is_set_up_apart_is_warned_of_and_right_inside_the_block(launches, monkeypatch):
+    monkeypatch.setattr(recomputation, "_warned", set())
+    x = torch.randn(2, WIDTH, requires_grad=True)
+    with gptkern.backend("triton"):
+        with pytest.warns(UserWarning, match="ctx of WithSetup.*Run the backward inside"):
+            loss = WithSetup.apply(x, twin).sum()
+        loss.backward()
+    assert launches == ["forward", "forward", "backward"]
 
 
 def test_a_block_inside_what_is_recomputed_holds_as_far_as_it_did(launches):

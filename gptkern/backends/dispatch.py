@@ -209,7 +209,7 @@ def settled(tensor: Any) -> Choice | None:
     """
     if torch.compiler.is_compiling():
         forced = _forced_while_compiling
-    elif (forced := _state.forced) is not None:
+    elif (forced := _state.forced) is not None and recomputation.blocks_are_open():
         recomputation.carry()
         forced = _forced_here()
     if forced is None:
@@ -258,6 +258,8 @@ def _forced() -> str | None:
 
 def _forced_here() -> str | None:
     """What the innermost block asks for that counts here: what is recomputed knows its own blocks alone."""
+    if not recomputation.blocks_are_open():
+        return _default
     blocks = recomputation.blocks()
     return blocks[-1].backend if blocks else _default
 

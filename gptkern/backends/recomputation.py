@@ -8,7 +8,9 @@ inside a recomputation the blocks that were opened before it do not count.
 torch.utils.checkpoint has no place for that, so its own objects are asked, those of the one call:
 
     use_reentrant=False    hooks for saved tensors, whose closures hold the frame with its `recompute_fn`
-    use_reentrant=True     an autograd.Function, whose ctx holds `run_function`: found on the Python stack
+    use_reentrant=True     an autograd.Function: its call is found on the Python stack, and its backward runs under them
+
+So does the backward of any other autograd.Function that is on the stack: other libraries recompute in their own.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import sys
 import threading
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -35,7 +38,7 @@ class Place(NamedTuple):
     """Where a thread is: inside which checkpoint, or which recomputation of one."""
 
     hook: Callable | None  # the innermost hook for saved tensors
-    call: types.FrameType | None  # the innermost call of a checkpoint's autograd.Function
+    call: types.FrameType | None  # the innermost call of an autograd.Function that may recompute
 
 
 class Block(NamedTuple):
@@ -59,7 +62,7 @@ def here() -> Place:
     hooks = _top_hooks(True)
     call = None
     if not torch.is_grad_enabled() or _in_a_backward():
-        call = next((call for call, _ in _calls()), None)
+        call = next((call for call, _, _ in _calls()), None)
     return Place(hooks and hooks[0], call)
 
 
@@ -90,7 +93,7 @@ def counts(block: Block) -> bool:
                 return False
             break
     calls = []
-    for call, recomputes in _calls():
+    for call, _, recomputes in _calls():
         calls.append(call)
         if recomputes:
             return any(block.place.call is inner for inner in calls)
@@ -121,36 +124,67 @@ def carry(mode: Block | None = None) -> None:
             break
         if frame is not None:
             outer = [b for b in open_blocks if not any(b.place.hook is inner for inner in hooks[: index + 1])]
-            _recompute_under(outer, frame, "recompute_fn")
+            _recompute_under(outer, frame)
     if may_be_reentrant:
         inner_calls: list[types.FrameType] = []
-        for call, recomputes in _calls():
+        for call, first, recomputes in _calls():
             if recomputes:
                 break
             inner_calls.append(call)
             outer = [b for b in open_blocks if not any(b.place.call is inner for inner in inner_calls)]
-            _recompute_under(outer, call.f_locals["ctx"], "run_function")
+            if outer:
+                _backward_under(outer, call, first)
 
 
 class _Again:
     """A function that runs under blocks opened anew."""
 
     def __init__(self, function: Callable, under: list[Block]):
-        self.function, self.under = function, [block.again for block in under]
+        self.function, self.under = function, under
 
     def __call__(self, *args):
         with contextlib.ExitStack() as stack:
-            for again in self.under:
-                stack.enter_context(again())
+            for block in self.under:
+                stack.enter_context(block.again())
             return self.function(*args)
 
+    def widen(self, under: list[Block]) -> None:
+        """An outer mode does not see the inner ones, which PyTorch has popped when it is asked; those see it."""
+        if len(under) > len(self.under):
+            self.under = under
 
-def _recompute_under(under: list[Block], holder: Any, name: str) -> None:
-    function = getattr(holder, name, None)
+
+class _BackwardAgain(_Again):
+    """The same of an autograd.Function's backward. Its frame says where the recomputation begins."""
+
+    def __call__(self, *gradients):
+        return super().__call__(*gradients)
+
+
+def _recompute_under(under: list[Block], frame: Any) -> None:
+    function = getattr(frame, "recompute_fn", None)
     if not callable(function):
-        _warn_once(f"{type(holder).__name__} has no {name}")
-    elif under and type(function) is not _Again:
-        setattr(holder, name, _Again(function, under))
+        _warn_once(f"{type(frame).__name__} has no recompute_fn")
+    elif type(function) is _Again:
+        function.widen(under)
+    elif under:
+        frame.recompute_fn = _Again(function, under)
+
+
+def _backward_under(under: list[Block], call: types.FrameType, first: types.FrameType) -> None:
+    ctx = _ctx_of(first)
+    if ctx is None:
+        if any(callable(argument) for argument in call.f_locals["args"]):
+            _warn_once(f"the ctx of {call.f_locals['cls'].__name__} is not found in its forward")
+        return
+    # What the engine asks the ctx for.
+    name = "apply_boxed" if getattr(type(ctx)._forward_cls, "boxed_grads_call", False) else "apply"
+    if type(again := ctx.__dict__.get(name)) is _BackwardAgain:
+        again.widen(under)
+    else:
+        # A ctx that held itself would keep what it has saved until Python looks for cycles.
+        held = weakref.ref(ctx)
+        setattr(ctx, name, _BackwardAgain(lambda *gradients: getattr(type(held()), name)(held(), *gradients), under))
 
 
 def _block_of(mode: Any) -> Block | None:
@@ -193,21 +227,52 @@ def _of_checkpoint(hook: Callable) -> Any:
     return None
 
 
-def _calls() -> Iterator[tuple[types.FrameType, bool]]:
-    """The calls of a reentrant checkpoint's autograd.Function on the stack, the innermost first: (call, recomputes).
+def _calls() -> Iterator[tuple[types.FrameType, types.FrameType, bool]]:
+    """The calls of autograd.Functions on the stack, the innermost first: (call, what it called first, recomputes).
 
-    Other libraries have such Functions too, under the same names.
+    A backward is among them if it recomputes: under blocks opened anew, or with a function that its ctx holds.
     """
-    call = sys._getframe(1)
+    inner, call = None, sys._getframe(1)
     while call is not None:
-        name = call.f_code.co_name
-        if (name == "forward" or name == "backward") and _knows_its_function(call.f_code):
-            yield call, name == "backward"
-        call = call.f_back
+        code = call.f_code
+        if code is _FORWARD:
+            if not call.f_locals["cls"].__module__.startswith(_NOT_OF_USERS):
+                yield call, inner, False
+        elif code is _AGAIN or (code is _BACKWARD and _recomputes_as_it_is(call.f_locals["self"])):
+            yield call, inner, True
+        inner, call = call, call.f_back
 
 
-def _knows_its_function(code: types.CodeType) -> bool:
-    return "run_function" in code.co_names and "ctx" in code.co_varnames
+_FORWARD = torch.autograd.Function.apply.__func__.__code__
+_BACKWARD = torch.autograd.function.BackwardCFunction.apply.__code__
+_AGAIN = _BackwardAgain.__call__.__code__
+# These run nobody's code in their forward but that of PyTorch's compiler and that of kernels.
+_NOT_OF_USERS = ("gptkern.", "torch._")
+
+
+def _recomputes_as_it_is(ctx: Any) -> bool:
+    function = type(ctx)._forward_cls
+    # Of one with a setup_context no forward is followed: what its backward does counts as any other call.
+    if function.setup_context is not _NO_SETUP or function.__module__.startswith(_NOT_OF_USERS):
+        return False
+    held = [value for value in ctx.__dict__.values() if callable(value) and not isinstance(value, type)]
+    # Around one that runs under blocks opened anew, `_BackwardAgain` is on the stack.
+    return bool(held) and not any(type(value) is _BackwardAgain for value in held)
+
+
+_NO_SETUP = torch.autograd.Function.setup_context
+
+
+def _ctx_of(first: types.FrameType) -> Any:
+    """The ctx that a forward, or what it is wrapped into, was called with; None for one with a setup_context."""
+    code = first.f_code
+    if code.co_argcount:
+        given = first.f_locals.get(code.co_varnames[0])
+    elif code.co_flags & inspect.CO_VARARGS:
+        given = next(iter(first.f_locals.get(code.co_varnames[code.co_kwonlyargcount], ())), None)
+    else:
+        given = None
+    return given if isinstance(given, torch.autograd.function.BackwardCFunction) else None
 
 
 def _warn_once(found: str) -> None:
@@ -215,7 +280,7 @@ def _warn_once(found: str) -> None:
         _warned.add(found)
         warnings.warn(
             f"gptkern: activations that are recomputed outside of a gptkern.backend or gptkern.kernels block may run "
-            f"otherwise than they did inside it: torch.utils.checkpoint of PyTorch {torch.__version__} is not known "
-            f"({found}). Run the backward inside the block.",
+            f"otherwise than they did inside it: what recomputes them is not known "
+            f"({found}, PyTorch {torch.__version__}). Run the backward inside the block.",
             stacklevel=6,
         )
