@@ -340,3 +340,61 @@ def test_compiles_to_one_graph(backend, device, mode, activation):
 def test_explained_without_running(backend, device):
     tensors = tensors_of(3, 5, 7, torch.float32, device)
     assert gptkern.explain(F.int8_linear, *tensors).backend == backend
+
+
+# --- Nested and sparse input -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
+@pytest.mark.parametrize("mode, activation", [("w8a16", None), ("w8a8", "gelu"), ("auto", None)])
+def test_a_nested_input(backend, device, layout, mode, activation):
+    weight, scale = F.quantize_int8(torch.randn(5, 8, device=device))
+    for inner in ((), (2,)):
+        bias = torch.randn(5, device=device, requires_grad=True)
+        parts = [torch.randn(rows, *inner, 8, device=device, requires_grad=True) for rows in (3, 1, 14)]
+        nested = torch.nested.as_nested_tensor(parts, layout=layout)
+        # Of `auto` the rows of all tensors count.
+        known = "w8a8" if mode == "auto" else mode
+        expected = [F.int8_linear(part, weight, scale, bias, mode=known, activation=activation) for part in parts]
+        output = F.int8_linear(nested, weight, scale, bias, mode=mode, activation=activation)
+        assert output.is_nested and output.layout == layout
+        wanted = torch.autograd.grad(sum(one.square().sum() for one in expected), [*parts, bias])
+        actual = torch.autograd.grad(sum(one.square().sum() for one in output.unbind()), [*parts, bias])
+        for one, other in zip([*output.unbind(), *actual], [*expected, *wanted], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
+
+
+def test_a_jagged_result_is_added_to_its_input(backend, device):
+    values, offsets = torch.randn(7, 8, device=device), torch.tensor([0, 2, 7], device=device)
+    nested = torch.nested.nested_tensor_from_jagged(values, offsets)
+    weight, scale = F.quantize_int8(torch.randn(8, 8, device=device))
+    output = nested + F.int8_linear(nested, weight, scale)
+    torch.testing.assert_close(output.values(), values + F.int8_linear(values, weight, scale))
+    heads = torch.nested.nested_tensor_from_jagged(values.view(7, 2, 4).repeat(1, 1, 2), offsets).transpose(1, 2)
+    moved = F.int8_linear(heads, weight, scale).transpose(1, 2).values()
+    torch.testing.assert_close(moved, F.int8_linear(heads.transpose(1, 2).values(), weight, scale))
+
+
+def _with_holes(x):
+    lengths = torch.tensor([2, 3], device=x.device)
+    return torch.nested.nested_tensor_from_jagged(x, torch.tensor([0, 3, 6], device=x.device), lengths)
+
+
+@pytest.mark.parametrize(
+    "of, words",
+    [
+        (lambda x: x.to_sparse(), "sparse tensor (torch.sparse_coo)"),
+        (lambda x: x.to_sparse_csr(), "sparse tensor (torch.sparse_csr)"),
+        (lambda x: torch.nested.as_nested_tensor([x[:1, :7], x]), "nested tensor (torch.strided)"),
+        (lambda x: torch.nested.nested_tensor([]), "nested tensor (torch.strided)"),
+        (lambda x: torch.nested.as_nested_tensor([x[:1].T, x.T], layout=torch.jagged), "ragged"),
+        (_with_holes, "nested tensor (torch.jagged)"),
+        (lambda x: torch.nested.as_nested_tensor([x[:, :7], x[:1, :7]]), "(7, 7)"),
+        (lambda x: torch.nested.as_nested_tensor([x[:, :7], x[:1, :7]], layout=torch.jagged), "(7, 7)"),
+    ],
+)
+def test_what_no_product_is_taken_of(backend, device, of, words):
+    weight, scale = F.quantize_int8(torch.randn(5, 8, device=device))
+    with pytest.raises(RuntimeError) as raised:
+        F.int8_linear(of(torch.randn(6, 8, device=device)), weight, scale)
+    assert str(raised.value).startswith("int8_linear: input ") and words in str(raised.value)

@@ -354,3 +354,26 @@ def test_explained_without_running(backend, device):
     input, _, weight, bias = tensors_of(3, 5, torch.float32, device)
     for function in (F.layer_norm, torch.nn.functional.layer_norm):
         assert gptkern.explain(function, input, (5,), weight, bias).backend == backend
+
+
+@pytest.mark.parametrize(
+    "of, words",
+    [
+        (lambda x: torch.nested.as_nested_tensor([x, x[:1]]), "input is a nested tensor (torch.strided)"),
+        (lambda x: x.to_sparse(), "input is a sparse tensor (torch.sparse_coo)"),
+        (lambda x: x.to_sparse_csr(), "input is a sparse tensor (torch.sparse_csr)"),
+    ],
+)
+def test_a_residual_beside_what_is_not_dense(device, of, words):
+    x = of(torch.randn(3, 5, device=device))
+    with pytest.raises(RuntimeError) as raised:
+        F.layer_norm(x, (5,), residual=x)
+    assert str(raised.value).startswith("layer_norm: ") and words in str(raised.value)
+
+
+def test_a_residual_beside_a_jagged_input(device):
+    parts = [torch.randn(rows, 5, device=device) for rows in (3, 1)]
+    nested = torch.nested.as_nested_tensor(parts, layout=torch.jagged)
+    output, summed = F.layer_norm(nested, (5,), residual=nested)
+    torch.testing.assert_close(summed.values(), 2 * torch.cat(parts))
+    torch.testing.assert_close(output.values(), torch.nn.functional.layer_norm(2 * torch.cat(parts), (5,)))

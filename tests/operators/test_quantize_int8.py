@@ -174,3 +174,17 @@ def test_quantize_compiles_to_one_graph(backend, device):
 
 def test_quantize_explained_without_running(backend, device):
     assert gptkern.explain(F.quantize_int8, torch.randn(3, 5, device=device)).backend == backend
+
+
+@pytest.mark.parametrize(
+    "of, words",
+    [
+        (lambda x: torch.nested.as_nested_tensor([x, x[:1]], layout=torch.jagged), "nested tensor (torch.jagged)"),
+        (lambda x: torch.nested.as_nested_tensor([x, x[:1]]), "nested tensor (torch.strided)"),
+        (lambda x: x.to_sparse(), "sparse tensor (torch.sparse_coo)"),
+    ],
+)
+def test_an_input_that_is_not_dense(backend, device, of, words):
+    with pytest.raises(RuntimeError) as raised:
+        F.quantize_int8(of(torch.randn(3, 8, device=device)))
+    assert str(raised.value).startswith("quantize_int8: input ") and words in str(raised.value)

@@ -293,3 +293,17 @@ def test_a_packed_projection_compiled_as_eager(backend, device):
         return G.rotary_embedding(query, cos, sin) * G.rotary_embedding(key, cos, sin, interleaved=True) + value
 
     assert_compiles(both, random(2, 5, 144, device=device))
+
+
+@pytest.mark.parametrize(
+    "of, words",
+    [
+        (lambda x: torch.nested.as_nested_tensor([x, x[:1]], layout=torch.jagged), "nested tensor (torch.jagged)"),
+        (lambda x: torch.nested.as_nested_tensor([x, x[:1]]), "nested tensor (torch.strided)"),
+        (lambda x: x.to_sparse(), "sparse tensor (torch.sparse_coo)"),
+    ],
+)
+def test_an_input_that_is_not_dense(backend, device, of, words):
+    with pytest.raises(RuntimeError) as raised:
+        G.rotary_embedding(of(torch.randn(3, 2, 8, device=device)), torch.ones(3, 8), torch.ones(3, 8))
+    assert str(raised.value).startswith("rotary_embedding: input ") and words in str(raised.value)

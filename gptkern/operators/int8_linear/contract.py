@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from gptkern.backends import dispatch, tracing
+from gptkern.backends.layouts import described, is_dense
 from gptkern.backends.quantization import quantized
 from gptkern.backends.registration import Operator, autocast, once_differentiable, without_autocast
 
@@ -65,7 +66,8 @@ def int8_linear(
     the accumulator in float32 and the result is rounded once.
 
     Args:
-        input: (*, in_features), floating point; any number of rows, 0 included.
+        input: (*, in_features), floating point; any number of rows, 0 included. Of a nested tensor (torch.jagged,
+            torch.strided) the rows of all of its tensors, and the result is nested as it is.
         weight: (out_features, in_features), int8, any value in -128…127; any strides.
         weight_scale: (out_features,), float32.
         bias: (out_features,), floating point, or None.
@@ -87,7 +89,7 @@ def int8_linear(
     Raises:
         TypeError: the weight is not int8; an argument that must be a tensor is none.
         RuntimeError: shapes do not match; weight_scale is not float32 or requires grad; the input is not floating
-            point; tensors are on several devices.
+            point; tensors are on several devices; the input is sparse.
         ValueError: unknown activation or mode.
 
     Backends: torch (float64 included); triton and cuda for float16, bfloat16 and float32, forward and backward
@@ -95,6 +97,8 @@ def int8_linear(
 
     Source: Dettmers et al., "LLM.int8()", 2022 (arXiv:2208.07339), section 2.1, vector-wise quantisation.
     """
+    if isinstance(input, torch.Tensor) and not is_dense(input):
+        return _on_packed_values(input, weight, weight_scale, bias, activation, mode)
     choice = dispatch.settled(input)
     if tracing.in_jit_trace():
         with tracing.untraced():
@@ -121,6 +125,31 @@ def int8_linear(
             with without_autocast("cpu" if input.is_cpu else input.device.type):
                 return _straight_through(call) if differentiable else forward(call)
     return Int8LinearFunction.apply(*call, choice.backend)
+
+
+def _on_packed_values(input, weight, weight_scale, bias, activation, mode):
+    """Of a nested input: the operator on the rows of all of its tensors, nested as the input is."""
+    options = dict(activation=activation, mode=mode)
+    if input.layout == torch.jagged:
+        ragged = input._ragged_idx  # of no public name: a compiler's sizes are all ints
+        if input.lengths() is not None or ragged == input.dim() - 1:
+            raise RuntimeError(
+                f"int8_linear: input is {described(input)} of shape {tuple(input.shape)} with holes, or whose last "
+                "dimension is ragged; it needs in_features there, and values without holes, as contiguous() gives"
+            )
+        values = int8_linear(input.values(), weight, weight_scale, bias, **options)
+        # The same offsets make the same ragged size: the result can be added to the input.
+        return torch.nested.nested_tensor_from_jagged(values, offsets=input.offsets(), jagged_dim=ragged)
+    parts = input.unbind() if input.is_nested else ()
+    if not parts or any(part.dim() == 0 or part.shape[-1] != parts[0].shape[-1] for part in parts):
+        raise RuntimeError(
+            f"int8_linear: input is {described(input)}; it needs to be dense, or nested of tensors whose last "
+            "dimension is the weight's in_features"
+        )
+    rows = int8_linear(torch.cat([rows_of(part) for part in parts]), weight, weight_scale, bias, **options)
+    shapes = [part.shape[:-1] for part in parts]
+    outputs = rows.split([math.prod(shape) for shape in shapes])
+    return torch.nested.as_nested_tensor([y.view(*shape, y.shape[-1]) for y, shape in zip(outputs, shapes)])
 
 
 def _check_tensors(input, weight, weight_scale, bias):

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch.overrides import has_torch_function_variadic
 
 from gptkern.backends import dispatch, tracing
+from gptkern.backends.layouts import described, is_dense
 from gptkern.backends.numbers import as_float, as_size
 from gptkern.backends.registration import Operator, autocast, once_differentiable
 
@@ -83,7 +84,7 @@ def layer_norm(
     Raises:
         RuntimeError: the input's trailing dimensions, the weight's or the bias's shape differ from
             normalized_shape; normalized_shape is empty; the parameters' dtype does not fit the input's;
-            tensors are on several devices.
+            tensors are on several devices; beside a residual a tensor is sparse, or nested in the strided layout.
         NotImplementedError: the input is not floating point.
         ValueError: the residual's shape differs from the input's, or it is not floating point.
         TypeError: an argument that must be a tensor is none; normalized_shape holds no integers; eps is no number.
@@ -112,15 +113,19 @@ def layer_norm(
             return output.view(input.shape), summed.view(input.shape)
     if residual is None:
         return _on_pytorch(input, normalized_shape, weight, bias, eps)
-    _checked(input, normalized_shape, weight, bias, eps, residual)
-    _check_residual(input, residual)
-    summed = input + residual
-    if summed.dtype != input.dtype:
-        # The parameters fit the input; PyTorch wants them to fit what it normalises.
-        _check_parameter_dtypes(input, weight, bias)
-        weight = None if weight is None else weight.to(summed.dtype)
-        bias = None if bias is None else bias.to(summed.dtype)
-    return _on_pytorch(summed, normalized_shape, weight, bias, eps), summed
+    try:
+        _checked(input, normalized_shape, weight, bias, eps, residual)
+        _check_residual(input, residual)
+        summed = input + residual
+        if summed.dtype != input.dtype:
+            # The parameters fit the input; PyTorch wants them to fit what it normalises.
+            _check_parameter_dtypes(input, weight, bias)
+            weight = None if weight is None else weight.to(summed.dtype)
+            bias = None if bias is None else bias.to(summed.dtype)
+        return _on_pytorch(summed, normalized_shape, weight, bias, eps), summed
+    except RuntimeError:
+        _check_layouts(input, residual)
+        raise
 
 
 def _on_pytorch(input, normalized_shape, weight, bias, eps):
@@ -235,6 +240,16 @@ def _check_residual(input, residual):
         )
     if not residual.is_floating_point():
         raise ValueError(f"layer_norm: residual is {residual.dtype}; it needs a floating-point dtype")
+
+
+def _check_layouts(input, residual):
+    """Raises an error that names a tensor of a layout in which PyTorch does not add, or does not normalise the sum."""
+    for name, tensor in (("input", input), ("residual", residual)):
+        if not is_dense(tensor) and tensor.layout != torch.jagged:
+            raise RuntimeError(
+                f"layer_norm: {name} is {described(tensor)}; beside a residual it needs to be dense, or nested in the "
+                "layout torch.jagged"
+            )
 
 
 # --- The torch backend: bare launchers in plain PyTorch -------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from gptkern.backends import dispatch
+from gptkern.backends.layouts import described, is_dense
 from gptkern.backends.quantization import quantized
 from gptkern.backends.registration import Operator
 
@@ -39,14 +40,16 @@ def quantize_int8(input: torch.Tensor, dim: int = -1) -> tuple[torch.Tensor, tor
         has that as its scale.
 
     Raises:
-        IndexError: dim is out of range. RuntimeError: the input is not floating point.
+        IndexError: dim is out of range. RuntimeError: the input is not floating point, or nested or sparse.
         TypeError: the input is no tensor.
 
     No gradient flows through it. Backends: torch (float64 included); triton and cuda for float16, bfloat16 and float32.
     """
-    choice = dispatch.settled(input)
     if not isinstance(input, torch.Tensor):
         raise TypeError(f"quantize_int8: input is {type(input).__name__}; it needs a tensor")
+    if not is_dense(input):
+        raise RuntimeError(f"quantize_int8: input is {described(input)}; it needs to be dense")
+    choice = dispatch.settled(input)
     if not input.is_floating_point():
         raise RuntimeError(f"quantize_int8: input is {input.dtype}; it needs a floating-point dtype")
     if isinstance(dim, bool) or not isinstance(dim, int):

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 
 from gptkern.backends import dispatch, tracing
+from gptkern.backends.layouts import described, is_dense
 from gptkern.backends.registration import Operator, once_differentiable, without_autocast
 
 
@@ -82,7 +83,7 @@ def rotary_embedding(
     Raises:
         TypeError: input, cos or sin is no tensor; rotary_dim is no int; interleaved is no bool.
         RuntimeError: a shape is none of these, or does not fit the input's; a dtype is not floating point, or sin's is
-            not that of cos; tensors are on several devices.
+            not that of cos; tensors are on several devices; the input is nested or sparse.
         ValueError: rotary_dim is odd, negative or more than head_dim, or the width is neither it nor half of it.
 
     Backends: torch; triton for float16, bfloat16, float32 and float64, cuda for the same but float64, forward and
@@ -90,6 +91,8 @@ def rotary_embedding(
 
     Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021 (arXiv:2104.09864).
     """
+    if isinstance(input, torch.Tensor) and not is_dense(input):
+        raise RuntimeError(f"rotary_embedding: input is {described(input)}; it needs to be dense")
     choice = dispatch.settled(input)
     if tracing.in_jit_trace():
         return _traced(input, cos, sin, interleaved, rotary_dim)
