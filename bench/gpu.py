@@ -192,8 +192,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not args.dry_run:
         if importlib.util.find_spec("torch") is None:
             print(
-                f"gpu.py: {sys.executable} has no PyTorch; make gpu PYTHON=… names a Python that has it, such as that of "
-                "an environment in which gptkern is installed (.venv/bin/python)",
+                f"gpu.py: {sys.executable} has no PyTorch; make gpu PYTHON=… names a Python that has it, such as that "
+                "of an environment in which gptkern is installed (.venv/bin/python)",
                 file=sys.stderr,
             )
             return 2

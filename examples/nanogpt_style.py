@@ -113,8 +113,8 @@ def main():
         parser.error(f"--steps is {args.steps}; it needs at least 1")
     try:
         torch.empty(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
+    except (RuntimeError, AssertionError):
+        parser.error(f"--device {args.device}: PyTorch cannot reach it here; it needs cpu, cuda or cuda:1, …")
     if args.text and not (args.text.is_file() and args.text.stat().st_size > LENGTH + 1):
         parser.error(f"--text {args.text}: it needs a file of more than {LENGTH + 1} bytes")
     text = args.text.read_bytes() if args.text else "\n".join(pydoc_data.topics.topics.values()).encode()
