@@ -189,6 +189,7 @@ def test_command_reports_failures(without_kernels, capsys, monkeypatch, tmp_path
     assert cli.main(["check", "--op", "softmax", "--json", str(report)]) == 1
     output = capsys.readouterr().out
     assert "FAILED softmax forward on torch:launchers, float32, tail (7x33): worst error" in output
+    assert output.splitlines()[-1].endswith("plain PyTorch on the CPU, no kernel")
     results = json.loads(report.read_text())["results"]
     assert set(results[0]) == {field.name for field in dataclasses.fields(checking.Result)}
     assert any(result["ok"] is False for result in results)
@@ -204,6 +205,14 @@ def test_command_shows_every_comparison_when_asked(without_kernels, capsys):
     assert cli.main(["check", "--op", "quantize_int8", "--all"]) == 0
     output = capsys.readouterr().out
     assert output.count(LAUNCHERS) == 2 * len(cases_of("quantize_int8", ("small",)))  # q and scale of each
+
+
+def test_an_operator_that_is_given_twice_is_checked_once(without_kernels, capsys):
+    last = set()
+    for names in (["softmax"], ["softmax"] * 2):
+        assert cli.main(["check", *(word for name in names for word in ("--op", name))]) == 0
+        last.add(capsys.readouterr().out.splitlines()[-1])
+    assert len(last) == 1
 
 
 def test_command_rejects_an_unknown_operator(capsys):

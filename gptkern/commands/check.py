@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from gptkern.operators import NAMES
 
+    args.op = list(dict.fromkeys(args.op)) if args.op else None
     unknown = [name for name in args.op or () if name not in NAMES]
     if unknown:
         raise UserError(f"--op {shown(unknown[0])}: there is no such operator; there are {', '.join(NAMES)}")
@@ -166,9 +167,9 @@ def _report(results: list, show_all: bool, what: str) -> int:
         count = sum((result.operator, result.backend, result.note) == note for result in skipped)
         print(f"{note[0]} on {note[1]}: {count} cases {note[2]}")
     for result in failed:
-        what = result.note or f"worst error {result.error:.3e}, the rule allows {result.bound:.3e}"
+        why = result.note or f"worst error {result.error:.3e}, the rule allows {result.bound:.3e}"
         case = f"{result.operator} {result.direction} on {result.backend}, {result.dtype}, {result.shape_class}"
-        print(f"FAILED {case} ({result.shape}): {what}")
+        print(f"FAILED {case} ({result.shape}): {why}")
     if not compared:
         print("Nothing was compared.")
     print(f"{len(compared) - len(failed)} passed, {len(failed)} failed, {len(skipped)} cases not run: {what}")
