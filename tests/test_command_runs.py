@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -214,6 +215,65 @@ def test_ctrl_c_keeps_what_was_learnt_if_anything_was(folder, monkeypatch, capsy
     assert train("--out", "run") == 130
     assert f"interrupted at step {after} of 4" in capsys.readouterr().out
     assert (folder / "run").exists() == (after > 0)
+
+
+def signalled_at(monkeypatch, step: int, number: int, within: str) -> None:
+    """A signal comes in the forward of this update, or while the optimizer is at its second half."""
+    if within == "forward":
+        batches = training.text.Batches.next
+
+        def next_batch(self):
+            self.taken = getattr(self, "taken", 0) + 1
+            if self.taken == step:
+                signal.raise_signal(number)
+            return batches(self)
+
+        monkeypatch.setattr(training.text.Batches, "next", next_batch)
+    else:
+        make = training.optimizer_of
+
+        def optimizer_of(*arguments):
+            optimizer, taken = make(*arguments), []
+
+            def signal_first(*_):
+                taken.append(1)
+                if len(taken) == step:
+                    signal.raise_signal(number)
+
+            optimizer.register_step_pre_hook(signal_first)
+            return optimizer
+
+        monkeypatch.setattr(training, "optimizer_of", optimizer_of)
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("within, done", [("forward", 2), ("optimizer", 3)])
+def test_a_signal_keeps_every_update_that_was_done(folder, monkeypatch, capsys, number, within, done):
+    if not hasattr(signal, number):
+        pytest.skip(f"{number} is none of this system's signals")
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    signalled_at(monkeypatch, 3, getattr(signal, number), within)
+    assert train("--out", "run", "--lr", "1e-3", steps=40) == 130
+    assert f"interrupted at step {done} of 40" in capsys.readouterr().out
+    assert json.loads((folder / "run" / "config.json").read_text())["training"]["step"] == done
+    assert before == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.undo()
+    os.chdir(folder)
+    trainer = a_trainer(folder, steps=40)
+    trainer.run(done)
+    kept = checkpoints.load(folder / "run", torch.device("cpu"))
+    assert all(map(torch.equal, kept.parameters(), trainer.model.parameters()))
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no SIGHUP")
+def test_under_nohup_a_training_goes_on(folder, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        signalled_at(monkeypatch, 2, signal.SIGHUP, "forward")
+        assert train("--out", "run") == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # --- The demo ---------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import time
 
@@ -43,7 +44,11 @@ def run(args: argparse.Namespace) -> int:
             demo.run()
     except KeyboardInterrupt:
         demo.findings.interrupted = f"during: {demo.stage}"
-        demo.console.print(f"\ninterrupted during: {demo.stage}; writing the report of what is done", style="yellow")
+        # The terminal may be what went away.
+        with contextlib.suppress(OSError):
+            demo.console.print(
+                f"\ninterrupted during: {demo.stage}; writing the report of what is done", style="yellow"
+            )
     with uninterrupted():
         demo.findings.seconds = time.monotonic() - start
         demo.write()

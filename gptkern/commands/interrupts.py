@@ -6,18 +6,34 @@ import contextlib
 import signal
 import threading
 
+# Windows has no SIGHUP.
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
 
 def interruptible():
-    """Inside the block SIGINT and SIGTERM raise KeyboardInterrupt, also where the shell had SIGINT ignored.
+    """Inside the block SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt, also where the shell had SIGINT ignored.
 
-    A shell does so for what a script starts in the background, and `timeout` sends SIGTERM.
+    A shell does so for what a script starts in the background, `timeout` sends SIGTERM, and a terminal that is closed
+    SIGHUP. Where SIGHUP is ignored, as under `nohup`, it stays so.
     """
     return _handled(signal.default_int_handler)
 
 
 def uninterrupted():
-    """Inside the block SIGINT and SIGTERM do nothing: what is written there is written to its end."""
+    """Inside the block these signals do nothing: what is written there is written to its end."""
     return _handled(signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def postponed():
+    """What is in the block is done as a whole: a signal that comes meanwhile is handled at its end."""
+    came = []
+    try:
+        with _handled(lambda number, frame: came.append(number)):
+            yield
+    finally:
+        if came:
+            signal.raise_signal(came[0])
 
 
 @contextlib.contextmanager
@@ -25,9 +41,13 @@ def _handled(handler):
     if threading.current_thread() is not threading.main_thread():
         yield  # signals belong to the main thread
         return
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handler) for number in _SIGNALS if not _stays_ignored(number)}
     try:
         yield
     finally:
         for number, previous in before.items():
             signal.signal(number, previous)
+
+
+def _stays_ignored(number: int) -> bool:
+    return number not in (signal.SIGINT, signal.SIGTERM) and signal.getsignal(number) is signal.SIG_IGN

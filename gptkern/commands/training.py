@@ -17,6 +17,7 @@ import torch
 
 from gptkern import formatting
 from gptkern.commands import UserError, text
+from gptkern.commands.interrupts import postponed
 from gptkern.commands.options import shown
 from gptkern.models.gpt import GPT, GPTConfig
 from gptkern.training import memory
@@ -166,6 +167,7 @@ class Trainer:
         self.held_out = text.windows(data.validation, recipe.length).to(self.device)
         self.optimizer = optimizer_of(model, recipe.lr)
         self.losses: list[float] = []
+        self._done: list[torch.Tensor] = []  # losses of updates, on the device, until `run` ends
         self.validations: list[tuple[int, float]] = []
         self.speeds: list[float] = []
         # The step of the lowest validation loss that was noted, the loss, and a copy of the parameters.
@@ -182,21 +184,23 @@ class Trainer:
         return statistics.median(self.speeds) if self.speeds else 0.0
 
     def run(self, steps: int) -> None:
-        """The next `steps` updates. The device is waited for at the end alone."""
-        losses = []
+        """The next `steps` updates. The device is waited for at the end alone; what ends them early leaves the done."""
+        before = self.step
         synchronize(self.device)
         start = time.perf_counter()
-        for step in range(self.step, self.step + steps):
-            losses.append(self._update(step))
-        values = torch.stack(losses).tolist()  # waits for the device
+        try:
+            for step in range(before, before + steps):
+                self._update(step)
+        finally:
+            if self._done:
+                self.losses += torch.stack(self._done).tolist()  # waits for the device
+                self._done.clear()
         self.speeds.append(steps * self.recipe.tokens_per_step / (time.perf_counter() - start))
-        before = self.step
-        self.losses += values
-        for step, value in enumerate(values, before + 1):
+        for step, value in enumerate(self.losses[before:], before + 1):
             if not math.isfinite(value):
                 raise Diverged(step, value)
 
-    def _update(self, step: int) -> torch.Tensor:
+    def _update(self, step: int) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.lr_at(step)
         ids, targets = self.batches.next()
@@ -204,9 +208,11 @@ class Trainer:
             _, loss = self.model(ids, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
-        self.optimizer.step()
+        # Half of the parameters from before and half from after would be no step's model.
+        with postponed():
+            self.optimizer.step()
+            self._done.append(loss.detach())
         self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
 
     def validate(self, windows: int | None = None) -> float:
         """Note the mean loss over the held-out text, or over about `windows` of its windows, evenly spread."""
