@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import types
 
@@ -21,6 +22,7 @@ this = sys.modules[__name__]
 STATE = None
 
 """
+numbers = itertools.count()
 
 
 @pytest.fixture
@@ -28,9 +30,10 @@ def module_of(monkeypatch):
     """module_of(source): a module, as one is that was imported."""
 
     def made(source):
-        module = types.ModuleType("written_here")
-        monkeypatch.setitem(sys.modules, "written_here", module)
-        exec(HEAD + source, vars(module))
+        # torch.compile remembers modules by their names.
+        module = types.ModuleType(f"written_here_{next(numbers)}")
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        exec(HEAD + source.replace("MODULE", module.__name__), vars(module))
         return module
 
     return made
@@ -114,8 +117,8 @@ def build():
     "an import of the module itself": (
         """
 def build():
-    import written_here
-    written_here.STATE = (STATE or 0.0) + 1
+    import MODULE
+    MODULE.STATE = (STATE or 0.0) + 1
 """,
         "build()",
     ),
@@ -185,3 +188,55 @@ def test_an_object_in_the_globals_that_refuses_to_be_read(module_of):
     module = module_of(FORWARD.format(call="pass"))
     module.proxy = RefusesToBeRead()
     assert written(vars(module)) == {}
+
+
+# --- Between a swap and torch.compile ---------------------------------------------------------------------------------
+
+TWO_NAMES = """
+STATE, ACTIVATION = 1.0, F.softmax
+
+def helper(x):
+    return x * STATE
+
+class Net(torch.nn.Module):
+    def scaled(self, x):
+        return helper(x) * STATE
+
+    def forward(self, x):
+        return ACTIVATION(self.scaled(x), dim=-1)
+"""
+
+
+def traced(model, x):
+    return torch.compile(model, backend="eager", fullgraph=True)(x)
+
+
+def exported(model, x):
+    return torch.export.export(model, (x,)).module()(x)
+
+
+def exported_strictly(model, x):
+    return torch.export.export(model, (x,), strict=True).module()(x)
+
+
+CHANGES = {
+    "a number": lambda module: setattr(module, "STATE", 5.0),
+    "a tensor": lambda module: setattr(module, "STATE", torch.arange(3.0)),
+    "a function of the module": lambda module: setattr(module, "helper", lambda x: x - 1),
+    "a function that is replaced": lambda module: setattr(module, "ACTIVATION", torch.nn.functional.log_softmax),
+    "a method": lambda module: setattr(module.Net, "scaled", lambda self, x: 2 * torch.softmax(x, -1)),
+    "forward": lambda module: setattr(module.Net, "forward", lambda self, x: torch.softmax(x, -1) + 1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("trace", [traced, exported, exported_strictly])
+def test_what_changed_before_the_first_trace_counts(trace, change, module_of):
+    torch.compiler.reset()
+    module, x = module_of(TWO_NAMES), torch.rand(2, 3)
+    model, after = module.Net(), module.Net()
+    gptkern.swap(model)
+    CHANGES[change](module)
+    expected = after(x)
+    torch.testing.assert_close(trace(model, x), expected)
+    torch.testing.assert_close(model(x), expected)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 
 from gptkern.swapping.rerouting import Rerouted, with_own_code
+from gptkern.swapping.twins import Replacement
 
 # Where forward takes its mask and is_causal, beside by their names. TransformerEncoder hands them on.
 _MASKS = {torch.nn.TransformerEncoderLayer: ("src_mask", 1), torch.nn.MultiheadAttention: ("attn_mask", 5)}
@@ -50,14 +51,9 @@ def _ignoring_the_hint(cls: type, rerouted: Callable, find: Callable) -> Callabl
     def find_fast_path(function: Callable):
         if function is torch.backends.mha.get_fastpath_enabled:
             return None
-        is_fast_path = (
-            function is torch._transformer_encoder_layer_fwd or function is torch._native_multi_head_attention
-        )
-        return (
-            find(torch.backends.mha.get_fastpath_enabled)._replace(function=_nothing)
-            if is_fast_path
-            else find(function)
-        )
+        if function is torch._transformer_encoder_layer_fwd or function is torch._native_multi_head_attention:
+            return Replacement("", _nothing)
+        return find(function)
 
     # The stock decision, and None in place of what it then returns.
     none_on_fast_path = Rerouted(cls, find_fast_path).methods["forward"]

@@ -22,7 +22,7 @@ import torch
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
-from gptkern.backends import recomputation
+from gptkern.backends import recomputation, tracing
 from gptkern.swapping import encoders, reading, twins
 from gptkern.swapping.reading import Calls
 from gptkern.swapping.rerouting import CannotReroute, Rerouted, with_own_code
@@ -239,15 +239,18 @@ class _RoutedCode:
         is_static = isinstance(inspect.getattr_static(cls, "forward"), staticmethod)
         inner = self.inner = inner.__func__ if isinstance(inner, staticmethod) else inner
 
+        # Each eager call, and each trace, whose result torch.compile keeps: the class and the globals may have changed.
+        @tracing.constant_while_compiling
+        def is_outdated() -> bool:
+            if not self.is_current():
+                self.make()
+            return self.inner is not inner
+
         @functools.wraps(cls.forward)
         @with_own_code
         def forward(*args, **kwargs):
-            # torch.compile keeps what it has traced; in eager mode the class and the globals may have changed.
-            if not torch.compiler.is_compiling():
-                if not self.is_current():
-                    self.make()
-                if self.inner is not inner:
-                    return routed.forward(*args, **kwargs)
+            if is_outdated():
+                return routed.forward(*args, **kwargs)
             return inner(*args, **kwargs)
 
         # By these torch.compile would take it for a wrapper of its own, around the original forward.
