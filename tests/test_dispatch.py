@@ -196,6 +196,7 @@ def test_the_environment_forces_every_thread_and_the_block_still_wins():
     assert run.stdout.splitlines() == [forced, forced, "torch the input is on the CPU", forced], run.stderr
 
 
+@pytest.mark.deep
 def test_a_bad_value_in_the_environment_fails_at_import():
     run = in_a_new_process("import gptkern", GPTKERN_BACKEND="metal")
     assert run.returncode != 0
