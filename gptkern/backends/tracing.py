@@ -75,9 +75,13 @@ def has_values(tensor: torch.Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not in_torch_func()
         and not in_jit_trace()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
+        and not in_dispatch_mode()
     )
+
+
+def in_dispatch_mode() -> bool:
+    """Whether something sees each operator that runs: make_fx, torch.export, fake tensors, a mode of a user's."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
 
 
 def sizes(tensor: torch.Tensor) -> tuple[int, ...]:

@@ -70,8 +70,7 @@ def _flash_may_lose_a_row(query, key, value, mask) -> bool:
     """Whether there may be a gradient to compute, and a row whose log-sum-exp the mask may make large."""
     if not isinstance(mask, torch.Tensor) or not mask.is_floating_point():
         return False
-    # torch.jit.trace checks its graph against one that it makes under no_grad: both are the same.
-    if not torch.is_grad_enabled() and not tracing.in_jit_trace():
+    if not torch.is_grad_enabled() and not _is_kept():
         return False
     if is_causal_bias(mask) or mask.dtype not in (torch.float32, query.dtype):
         return False  # It is is_causal, or refused.
@@ -80,6 +79,16 @@ def _flash_may_lose_a_row(query, key, value, mask) -> bool:
         # torch.compile guards what needs a gradient, unlike the other ways to trace.
         return needed or torch.compiler.is_exporting()
     return not tracing.has_values(mask) or (needed and _has_a_large_row(mask.detach()))
+
+
+def _is_kept() -> bool:
+    """Whether a graph is made that may be run for gradients though none is asked for now.
+
+    Each of torch.jit.trace's is checked against one that is made under no_grad, too.
+    """
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return tracing.in_jit_trace() or tracing.in_dispatch_mode()
 
 
 def _has_a_large_row(mask) -> bool:
