@@ -276,6 +276,82 @@ def test_under_nohup_a_training_goes_on(folder, monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
+def an_interrupted_training(monkeypatch, *arguments: str) -> int:
+    with monkeypatch.context() as patch:
+        signalled_at(patch, 3, signal.SIGINT, "forward")
+        return train(*arguments, steps=40)
+
+
+def test_an_interrupted_training_is_put_beside_a_finished_one(folder, monkeypatch, capsys):
+    assert train("--out", "run") == 0
+    before = content(folder)
+    (folder / "run-1").write_text("mine")
+    for step in ("run-2", "run-3"):
+        assert an_interrupted_training(monkeypatch, "--out", "run", "--overwrite") == 130
+        said = f"interrupted at step 2 of 40: the checkpoint of step 2 is in {step}; the one in run is as it was"
+        assert said in capsys.readouterr().out
+        assert json.loads((folder / step / "config.json").read_text())["training"]["step"] == 2
+    after = content(folder)
+    assert {name: after[name] for name in before} == before and after["run-1"] == b"mine"
+    os.chdir("run")
+    (folder / "run" / "text.txt").write_bytes(before["text.txt"])
+    assert an_interrupted_training(monkeypatch, "--out", ".", "--overwrite") == 130
+    assert (folder / "run-4" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_two_trainings_of_one_folder_both_have_a_checkpoint(folder, monkeypatch, capsys, there):
+    """The second begins and ends while the first is on its way."""
+    run, started = training.Trainer.run, []
+
+    def overtaken(self, steps):
+        run(self, steps)
+        if not started:
+            started.append(1)
+            assert train("--out", "run", "--seed", "1", *["--overwrite"] * there) == 0
+            started.append(content(folder / "run"))
+
+    if there:
+        assert train("--out", "run") == 0
+    monkeypatch.setattr(training.Trainer, "run", overtaken)
+    assert train("--out", "run", *["--overwrite"] * there) == 1
+    said = (
+        "another program has written the checkpoint in run meanwhile: the checkpoint of step 4 is in run-1; the one in"
+    )
+    assert said in capsys.readouterr().err
+    assert content(folder / "run") == started[1]
+    assert json.loads((folder / "run-1" / "config.json").read_text())["training"]["recipe"]["seed"] == 0
+
+
+@pytest.mark.parametrize("lr", ["2", "0.5", "1"])
+def test_what_ends_far_above_the_untrained_model_replaces_nothing(folder, capsys, lr):
+    # Evaluated at its end alone and every step, where the best on the way is none either.
+    for steps in (1, 8):
+        assert train("--out", "new", "--lr", lr, steps=steps) == 1
+        printed = capsys.readouterr().err
+        assert "the validation loss is" in printed and "before the first: a lower --lr may help; " in printed
+        assert "nothing was written" in printed and not (folder / "new").exists()
+    assert train("--out", "run") == 0
+    before = content(folder)
+    assert train("--out", "run", "--overwrite", "--lr", lr) == 1
+    assert content(folder) == before
+    assert "the checkpoint in run is as it was" in capsys.readouterr().err
+
+
+def test_the_best_is_kept_where_the_end_is_far_above_the_untrained_model(folder, capsys, monkeypatch):
+    poisoned_at(monkeypatch, 8, 1e3)
+    assert train("--out", "run", "--lr", "1e-3", steps=8) == 1
+    assert "a lower --lr may help; the checkpoint in run is that of step 7" in capsys.readouterr().err
+    assert json.loads((folder / "run" / "config.json").read_text())["training"]["step"] == 7
+
+
+def test_the_untrained_model_is_the_one_before_the_first_step(folder):
+    trainer = a_trainer(folder, steps=2)
+    expected = trainer.validate(), trainer.validate(3)
+    trainer.run(2)
+    assert (trainer.untrained(), trainer.untrained(3)) == expected
+
+
 # --- The demo ---------------------------------------------------------------------------------------------------------
 
 
@@ -305,6 +381,28 @@ def test_an_interrupted_demo_leaves_the_report_of_a_finished_one(folder, capsys,
     assert "out/report.html is that of an earlier run, which was finished" in capsys.readouterr().out
     (folder / "out" / "results.json").write_text('{"interrupted": "during: start"}')
     assert demo("--out", "out") == 130 and content(folder)["out/report.html"] != b"finished"
+
+
+@pytest.mark.parametrize("of", ["train", "somebody", "nobody"])
+def test_a_demo_replaces_no_checkpoint_but_its_own(folder, capsys, of):
+    if of == "train":
+        assert train("--out", "out/checkpoint") == 0
+    elif of == "somebody":
+        checkpoints.save(GPT(TINY), folder / "out" / "checkpoint")
+    else:
+        (folder / "out" / "checkpoint").mkdir(parents=True)
+        (folder / "out" / "checkpoint" / "config.json").write_text("[")
+    before = content(folder)
+    assert demo("--out", "out") == 2
+    assert "--out out: out/checkpoint holds a checkpoint of no demo: give another --out" in capsys.readouterr().err
+    assert content(folder) == before
+
+
+def test_a_demo_replaces_that_of_a_demo(folder):
+    for seed in ("0", "1"):
+        demo("--out", "out", "--seed", seed)
+        history = json.loads((folder / "out" / "checkpoint" / "config.json").read_text())["training"]
+        assert history["recipe"]["seed"] == int(seed)
 
 
 # --- Generation -------------------------------------------------------------------------------------------------------

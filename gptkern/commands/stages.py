@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 
 import gptkern
-from gptkern.commands import RunError, checkpoints, places, text, training
+from gptkern.commands import RunError, UserError, checkpoints, places, text, training
 from gptkern.commands.findings import Curve, Findings, Int8, Sample, nats, signed
 from gptkern.commands.interrupts import uninterrupted
 from gptkern.commands.kernel_check import check
 from gptkern.commands.observing import observed
-from gptkern.commands.options import configured, resolved_dtype
+from gptkern.commands.options import configured, resolved_dtype, shown
 from gptkern.models.gpt import GPT
 
 PROMPTS = ("The ", "If the object ")
@@ -119,7 +119,7 @@ class Demo:
 
     def _prepare(self) -> None:
         args = self.args
-        checkpoints.check_writable("--out", self.out / "checkpoint")
+        self._check_checkpoint()
         for name in (REPORT, RESULTS):
             if self.out.is_dir():
                 places.file("--out", str(self.out / name))
@@ -150,6 +150,14 @@ class Demo:
             f"{findings.model}: {findings.parameters:,} parameters, {findings.dtype} on {findings.device}\n"
             f"{findings.text}: {findings.text_bytes[0]:,} bytes to train on, {findings.text_bytes[1]:,} held out"
         )
+
+    def _check_checkpoint(self) -> None:
+        """Raises UserError where a checkpoint is in the way that no demo wrote, or that cannot be replaced."""
+        folder = self.out / "checkpoint"
+        if checkpoints.held(folder) and not _is_of_a_demo(folder):
+            out = shown(str(self.out))
+            raise UserError(f"--out {out}: {shown(str(folder))} holds a checkpoint of no demo: give another --out")
+        checkpoints.check_writable("--out", folder)
 
     def _swap(self) -> None:
         from rich.table import Table
@@ -218,7 +226,8 @@ class Demo:
             f"validation loss: stock {findings.stock.final:.4f}, swapped {nats(findings.swapped.final)}; "
             f"largest difference {findings.largest_difference:.2g}; speed {findings.speed_up:.2f} x stock"
         )
-        history = {"text": self.data.name, "recipe": dataclasses.asdict(recipe), "step": self.trainer.step}
+        history = {"command": "demo", "text": self.data.name, "recipe": dataclasses.asdict(recipe)}
+        history["step"] = self.trainer.step
         try:
             with uninterrupted():
                 checkpoints.save(self.swapped, self.out / "checkpoint", history)
@@ -347,6 +356,13 @@ class Demo:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             return json.loads((self.out / RESULTS).read_text(encoding="utf-8")).get("interrupted") == ""
         return False
+
+
+def _is_of_a_demo(checkpoint: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        content = json.loads((checkpoint / checkpoints.CONFIG).read_text(encoding="utf-8"))
+        return content["training"]["command"] == "demo"
+    return False
 
 
 def _device_name(device: torch.device) -> str:

@@ -71,6 +71,15 @@ class Diverged(Exception):
         super().__init__(f"the loss is {loss} at step {step}")
 
 
+class Worse(Diverged):
+    """A loss that is far above that of the untrained model."""
+
+    def __init__(self, step: int, loss: float, untrained: float):
+        Exception.__init__(
+            self, f"the validation loss is {loss:.4f} at step {step}, and {untrained:.4f} before the first"
+        )
+
+
 def resolve_device(name: str) -> torch.device:
     """The device of that name; "auto" is the GPU where there is one, else the CPU.
 
@@ -221,6 +230,10 @@ class Trainer:
         if not math.isfinite(loss):
             raise Diverged(self.step, loss)
         return loss
+
+    def untrained(self, windows: int | None = None) -> float:
+        """What `validate` would have returned before the first step; it is computed now, of a second model."""
+        return validation_loss(new_model(self.model.config, self.recipe), self.held_out, self.recipe, windows)
 
     def finite(self) -> bool:
         """Whether every parameter is a finite number."""
