@@ -238,13 +238,15 @@ def _calls() -> Iterator[tuple[types.FrameType, types.FrameType, bool]]:
         if code is _FORWARD:
             if not call.f_locals["cls"].__module__.startswith(_NOT_OF_USERS):
                 yield call, inner, False
-        elif code is _AGAIN or (code is _BACKWARD and _recomputes_as_it_is(call.f_locals["self"])):
+        elif code is _AGAIN or ((code is _BACKWARD or code is _BOXED) and _recomputes_as_it_is(call.f_locals["self"])):
             yield call, inner, True
         inner, call = call, call.f_back
 
 
 _FORWARD = torch.autograd.Function.apply.__func__.__code__
 _BACKWARD = torch.autograd.function.BackwardCFunction.apply.__code__
+# PyTorch 2.13 has a second one.
+_BOXED = getattr(torch.autograd.function.BackwardCFunction, "apply_boxed", torch.autograd.Function.apply).__code__
 _AGAIN = _BackwardAgain.__call__.__code__
 # These run nobody's code in their forward but that of PyTorch's compiler and that of kernels.
 _NOT_OF_USERS = ("gptkern.", "torch._")
