@@ -356,3 +356,93 @@ def test_an_attribute_of_the_class_is_no_question():
     model, x = TakesAnAttribute(), torch.randn(2, 3)
     expected = model(x)
     assert len(gptkern.swap(model).replaced) == 1 and torch.equal(model(x), expected)
+
+
+# --- Generated code ---------------------------------------------------------------------------------------------------
+
+
+class NormThenSoftmax(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(8)
+
+    def forward(self, x):
+        return F.softmax(self.norm(x), dim=-1)
+
+
+def test_a_graph_module_keeps_its_class_and_what_is_in_it_is_swapped():
+    x = torch.randn(2, 8)
+    graph = torch.fx.symbolic_trace(torch.nn.Sequential(NormThenSoftmax()))
+    expected, before = graph(x), type(graph)
+    report = gptkern.swap(graph)
+    assert type(graph) is before and [entry.operator for entry in report.replaced] == ["layer_norm"]
+    assert [(entry.name, "generated" in entry.reason) for entry in report.skipped] == [("(model)", True)]
+    for again in (graph, copy.deepcopy(graph), pickle.loads(pickle.dumps(graph))):
+        again.recompile()
+        torch.testing.assert_close(again(x), expected)
+    gptkern.unswap(graph)
+    with pytest.raises(RuntimeError, match="its code is generated"):
+        gptkern.swap(graph, strict=True)
+    assert gptkern.swap(torch.fx.symbolic_trace(torch.nn.Linear(8, 8)), strict=True).skipped == []
+
+
+# --- What is called by super() ----------------------------------------------------------------------------------------
+
+
+class Base(torch.nn.Module):
+    def forward(self, x):
+        return self.normalised(x)
+
+    def normalised(self, x):
+        return F.softmax(x, dim=-1)
+
+
+class CallsForward(Base):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class CallsForwardOfItsClass(CallsForward):
+    """By the longer form, over a class in which the call is another super()'s, beside a call that is routed."""
+
+    def forward(self, x):
+        return F.layer_norm(super(CallsForward, self).forward(x), (8,))
+
+
+class CallsAnotherMethod(Base):
+    def forward(self, x):
+        return self.twice(x)
+
+    def twice(self, x):
+        return 2 * super().normalised(x)
+
+
+class CallsAttention(torch.nn.MultiheadAttention):
+    def forward(self, x):
+        return super().forward(x, x, x, need_weights=False)[0] + F.softmax(x, dim=-1)
+
+
+class CallsNothing(torch.nn.Embedding):
+    def forward(self, x):
+        return F.softmax(super().forward(x), dim=-1)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (CallsForward(), "super().forward of Base is not rerouted: softmax"),
+        (CallsForwardOfItsClass(), "super().forward of Base is not rerouted: softmax"),
+        (CallsAnotherMethod(), "super().normalised of Base is not rerouted: softmax"),
+        (CallsAttention(8, 2), "super().forward of MultiheadAttention is not rerouted: attention, softmax"),
+        (CallsNothing(4, 8), None),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, torch.nn.Module) else "",
+)
+def test_what_is_called_by_super_is_named(model, reason):
+    report = gptkern.swap(model)
+    assert [entry.reason for entry in report.skipped if entry.name == "(model)"] == ([reason] if reason else [])
+    assert gptkern.swap(model, ops=["rms_norm"]).skipped == []
+    gptkern.unswap(model)
+    if reason is not None:
+        with pytest.raises(RuntimeError, match="is not rerouted"):
+            gptkern.swap(model, strict=True)

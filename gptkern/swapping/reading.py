@@ -41,9 +41,9 @@ class Calls(NamedTuple):
     products: int = 0
 
 
-def calls(cls: type, find: Callable) -> Calls:
+def calls(cls: type, find: Callable, start: str = "forward") -> Calls:
     """What the class's forward calls of what `find` knows, itself or through the functions that are followed."""
-    links = followed(cls, find)
+    links = followed(cls, find, start)
     found = [find(target) for chains in links.values() for target in chains.values()]
     loaded = [name for function in links for name in _names(function.__code__)]
     return Calls(
@@ -82,12 +82,49 @@ def _asks_for_type(code: types.CodeType) -> bool:
     return False
 
 
-def followed(cls: type, find: Callable = lambda function: None) -> Links:
+def inherited(cls: type, find: Callable) -> list[tuple[type, str]]:
+    """The methods that the class's forward, or what is followed from it, calls by `super()`, which is not followed;
+    and those that they call by it: a class of the method resolution order and the method's name in it."""
+    found: dict[tuple[type, str], None] = {}
+    waiting = [(cls, "forward")]
+    while waiting:
+        start = waiting.pop()
+        for function in followed(start[0], find, start[1]):
+            names = set(_names_of_super(function.__code__)) if "super" in function.__code__.co_names else ()
+            # The class in whose body the function stands.
+            holds = (place for place, c in enumerate(cls.__mro__) if any(f is function for f in _functions_of(c)))
+            place = next(holds, None) if names else None
+            for name in sorted(names) if place is not None else ():
+                parent = next((c for c in cls.__mro__[place + 1 :] if name in vars(c)), None)
+                if parent is not None and (parent, name) not in found:
+                    found[parent, name] = None
+                    waiting.append((parent, name))
+    return list(found)
+
+
+def _names_of_super(code: types.CodeType) -> Iterator[str]:
+    is_next = False
+    for instruction in instructions(code):
+        if instruction.opname == "LOAD_GLOBAL" and instruction.argval == "super":
+            is_next = True
+        elif is_next and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
+            yield instruction.argval
+            is_next = False
+
+
+def _functions_of(cls: type) -> list[types.FunctionType]:
+    """The functions in a class's body, and those under a decorator there."""
+    values = [value.__func__ if isinstance(value, staticmethod) else value for value in vars(cls).values()]
+    functions = [value for value in values if isinstance(value, types.FunctionType)]
+    return [*functions, *map(inspect.unwrap, functions)]
+
+
+def followed(cls: type, find: Callable = lambda function: None, start: str = "forward") -> Links:
     """forward, and each function that is followed from it, but not into those that `find` replaces."""
     # Of torch, only the modules' own Python functions: torch.nn, not the whole of the package.
     package = "torch.nn." if cls.__module__.startswith("torch.nn.") else cls.__module__.partition(".")[0] + "."
     links: Links = {}
-    waiting = [method(cls, "forward")]
+    waiting = [method(cls, start)]
     while waiting:
         function = waiting.pop()
         if not isinstance(function, types.FunctionType) or function in links:

@@ -106,6 +106,19 @@ def calls(cls: type) -> Calls:
     return found._replace(operators=found.operators | {r.operator for r in _overrides(cls).values()} | later)
 
 
+def calls_by_super(cls: type) -> dict[tuple[type, str], frozenset[str]]:
+    """Of each method that the class's forward calls by `super()`, where it is one: the operators that it runs on."""
+    if cls.__module__.startswith("torch.nn.") or issubclass(cls, torch.jit.ScriptModule):
+        return {}
+    found, find = {}, _find_for(cls, twins.SWAPPABLE)
+    for parent, name in reading.inherited(cls, find):
+        if name == "forward" and parent in twins.ROUTED_MODULES:
+            found[parent, name] = frozenset(twins.ROUTED_MODULES[parent])
+        else:
+            found[parent, name] = reading.calls(parent, find, name).operators
+    return {called: operators - {""} for called, operators in found.items() if operators - {""}}
+
+
 def becomes(cls: type) -> type | None:
     """The class that a lazy module takes at its first call, when it knows its sizes."""
     return cls.cls_to_become if issubclass(cls, LazyModuleMixin) else None

@@ -42,13 +42,15 @@ def swap(model: torch.nn.Module, ops: Iterable[str] | None = None, strict: bool 
     a function of its own package; `torch.nn.MultiheadAttention` and `torch.nn.TransformerEncoder`, which then keep to
     Python in eval mode; and of transformers' models the attention, the rotary embedding and Llama's norm. A call that
     cannot be read off the code (a function looked up in a table, a tensor's method) is not found: `gptkern.kernels()`
-    reaches it. Attention or a norm that is written out in Python is named as skipped.
+    reaches it. Attention or a norm that is written out in Python is named as skipped, as is a method called by
+    `super()` that makes such calls, and the generated code of a torch.fx.GraphModule.
 
     A rerouted module gets a subclass of its class, so a class's own `__init_subclass__` runs; where that raises, where
     the module refuses another class, or its own code asks for its exact class, it is skipped. Other code that knows a
     module by its exact class (`type(block) is LayerNorm`, a registry of subclasses) sees the other one. A lazy module
     stays swapped in what its first call makes of it. A method that is patched on the class later counts, routed again,
-    from the next call in eager mode on; what torch.compile has traced stays.
+    from the next call in eager mode on, and so does a global that is changed; what torch.compile has traced stays,
+    until something else makes it trace again.
 
     Parameters stay the same objects, state_dict keys stay the same; dropout, eps, hooks, requires_grad and the
     training flag are not looked at. A second call changes nothing. `gptkern.unswap` takes it back.
@@ -165,6 +167,7 @@ class _Plan:
         self.classes: list[tuple[str, torch.nn.Module, type, tuple[str, ...], str]] = []
         # Found out once per swap, and not kept: a class's methods may be patched at any time.
         self.found: dict[type, Calls] = {}
+        self.inherited: dict[type, dict[tuple[type, str], frozenset[str]]] = {}
         self.made: dict[tuple[type, tuple[str, ...]], type | str] = {}
         # The names of modules whose attention was eager's, which alone gives a call's output_attentions.
         self.was_eager: set[str] = set()
@@ -192,6 +195,8 @@ class _Plan:
             wanted = wanted if set(wanted) & set(self.operators) else ()
             shown = f"{original.__name__}, routed{eager * (not by_name)}"
             self.name_what_is_written_out(name, module, original)
+            if wanted or _reason_to_skip(original, self.operators) is None:
+                self.name_what_is_inherited(name, original)
         by_its_name = f'attn_implementation="gptkern"{eager}'
         if wanted and isinstance(replacement, str):
             self.skip(name, original, replacement)
@@ -222,6 +227,8 @@ class _Plan:
 
     def routed(self, cls: type, operators: tuple[str, ...]) -> type | str:
         """The routed class, or why there can be none."""
+        if issubclass(cls, torch.fx.GraphModule):
+            return "its code is generated (torch.fx): swap before tracing"
         if (cls, operators) not in self.made and reading.asks_for_its_type(cls):
             self.made[cls, operators] = "its code asks for its exact class, and a routed one is a subclass"
         if (cls, operators) not in self.made:
@@ -261,6 +268,16 @@ class _Plan:
         for operator, reason in reasons.items():
             if operator in self.operators:
                 self.skip(name, original, reason)
+
+    def name_what_is_inherited(self, name: str, original: type) -> None:
+        if original not in self.inherited:
+            self.inherited[original] = routed_classes.calls_by_super(original)
+        for (parent, method), operators in self.inherited[original].items():
+            unreached = [operator for operator in SWAPPABLE if operator in operators and operator in self.operators]
+            if unreached:
+                self.skip(
+                    name, original, f"super().{method} of {parent.__name__} is not rerouted: {', '.join(unreached)}"
+                )
 
     def replaced(
         self, name: str, module: torch.nn.Module, original: type, shown: str, operators: tuple[str, ...]
