@@ -50,6 +50,26 @@ SIZES = {
         lambda sizes: sizes | {"width": 64},
         r"project\.bias is \(32,\); it needs \(64,\); .*and 25 more$",
     ),
+    "a width that no memory holds": (
+        lambda sizes: sizes | {"width": 2**24},
+        rf"project\.bias is \(32,\); it needs \({2**24},\); .*and 25 more$",
+    ),
+    "a width that no tensor has": (
+        lambda sizes: sizes | {"width": 2**40},
+        rf"lm_head\.weight is \(61, 32\); it needs \(61, {2**40}\); position_.* it needs \(\d+, {2**40}\)$",
+    ),
+    "a vocabulary that no tensor has": (
+        lambda sizes: sizes | {"vocab_size": 2**60},
+        rf"lm_head\.weight is \(61, 32\); it needs \({2**60}, 32\)$",
+    ),
+    "a context past 64 bits": (
+        lambda sizes: sizes | {"context": 10**30},
+        rf"position_embedding\.weight is \(\d+, 32\); it needs \({10**30}, 32\)$",
+    ),
+    "more layers than the parameters": (
+        lambda sizes: sizes | {"layers": 10**12},
+        rf"layers is {10**12}; it needs to be the number of blocks in model\.safetensors, 2$",
+    ),
     "a size too few": (lambda sizes: {"width": 32}, "has no context, heads, layers, vocab_size$"),
     "another model's": (lambda sizes: sizes | {"n_embd": 3}, "is of another model, it has n_embd$"),
     "a text": (lambda sizes: sizes | {"width": "32"}, "width is '32'; it needs a number, a whole one$"),
@@ -71,6 +91,26 @@ def test_what_does_not_fit_is_named(tmp_path, capsys, what):
         checkpoints.load(tmp_path, torch.device("cpu"))
     assert cli.main(["generate", str(tmp_path), "--device", "cpu"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+FILES = {
+    "parameters cut off": ("model.safetensors", lambda content: content[:-100]),
+    "parameters of no byte": ("model.safetensors", lambda content: b""),
+    "a header cut off": ("model.safetensors", lambda content: content[:40]),
+    "sizes cut off": ("config.json", lambda content: content[:-20]),
+    "sizes of no byte": ("config.json", lambda content: b""),
+    "sizes that are no text": ("config.json", lambda content: b"\xff\xfe" + content),
+}
+
+
+@pytest.mark.parametrize("what", FILES)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, capsys, what):
+    name, change = FILES[what]
+    checkpoints.save(gpt(), tmp_path)
+    (tmp_path / name).write_bytes(change((tmp_path / name).read_bytes()))
+    assert cli.main(["generate", str(tmp_path), "--device", "cpu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"is no checkpoint of this GPT: {name} " in line
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])

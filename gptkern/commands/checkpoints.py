@@ -86,9 +86,9 @@ def load(folder: Path, device: torch.device) -> GPT:
         raise UserError(f"{folder} is no checkpoint: {' and '.join(missing)} not found in it")
     try:
         sizes = _sizes(folder / CONFIG)
-        parameters = _parameters(folder / PARAMETERS)
+        _check(_parameters(folder / PARAMETERS), sizes)
+        # Not larger than the file, now.
         model = GPT(sizes)
-        _check(parameters, model)
         load_model(model, str(folder / PARAMETERS))
     except (ValueError, TypeError, RuntimeError, OSError, SafetensorError) as error:
         raise UserError(f"{folder} is no checkpoint of this GPT: {' '.join(str(error).split())}") from error
@@ -97,7 +97,10 @@ def load(folder: Path, device: torch.device) -> GPT:
 
 def _sizes(path: Path) -> GPTConfig:
     """What config.json says; a ValueError or TypeError names what is wrong with it."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{CONFIG} is no JSON: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise ValueError(f'{CONFIG} has no "model" with its sizes')
     fields = {field.name: field for field in dataclasses.fields(GPTConfig)}
@@ -119,26 +122,37 @@ def _sizes(path: Path) -> GPTConfig:
 
 def _parameters(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """name -> (dtype as the file writes it, shape), of which nothing is read but the header."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(str(path), "pt") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-        return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    try:
+        with safe_open(str(path), "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+            return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{PARAMETERS} cannot be read, it may be cut off: {error}") from error
 
 
-def _check(parameters: dict[str, tuple[str, tuple[int, ...]]], model: GPT) -> None:
-    """A ValueError names the parameters that do not fit, with what they are and what they need to be."""
+def _check(parameters: dict[str, tuple[str, tuple[int, ...]]], sizes: GPTConfig) -> None:
+    """A ValueError names the parameters that do not fit, with what they are and what they need to be.
+
+    Nothing of these sizes is allocated.
+    """
     int8 = [name for name, (dtype, _) in parameters.items() if dtype == "I8"]
     if int8:
         raise ValueError(
             f"{_first(int8)} in {PARAMETERS} is int8; it needs the model in floating point, which --int8 quantises. "
             "In Python gptkern.load_quantized loads this one"
         )
-    state_dict = model.state_dict()
+    blocks = {name.split(".")[1] for name in parameters if name.startswith("blocks.")}
+    if sizes.layers > len(blocks):
+        raise ValueError(
+            f"{CONFIG}: layers is {sizes.layers}; it needs to be the number of blocks in {PARAMETERS}, {len(blocks)}"
+        )
+    state_dict = _on_meta(parameters, sizes).state_dict(keep_vars=True)
     # A tensor of several names is in the file under one.
     names: dict[int, list[str]] = {}
     for name, tensor in state_dict.items():
-        names.setdefault(tensor.data_ptr(), []).append(name)
+        names.setdefault(id(tensor), []).append(name)
     wrong = [
         f"{name} is {shape}; it needs {tuple(state_dict[name].shape)}"
         for name, (_, shape) in parameters.items()
@@ -155,6 +169,23 @@ def _check(parameters: dict[str, tuple[str, tuple[int, ...]]], model: GPT) -> No
     wrong += [f"{_first(more)} in {PARAMETERS} is none of its parameters"] if more else []
     if wrong:
         raise ValueError(_first(wrong, "; "))
+
+
+def _on_meta(parameters: dict[str, tuple[str, tuple[int, ...]]], sizes: GPTConfig) -> GPT:
+    try:
+        with torch.device("meta"):
+            return GPT(sizes)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        # More elements than a tensor can have.
+        tokens, positions = (sizes.vocab_size, sizes.width), (sizes.context, sizes.width)
+        # A file has the first two under one of their names.
+        needed = {"token_embedding.weight": tokens, "lm_head.weight": tokens, "position_embedding.weight": positions}
+        wrong = [
+            f"{name} is {parameters[name][1]}; it needs {shape}"
+            for name, shape in needed.items()
+            if name in parameters and parameters[name][1] != shape
+        ]
+        raise ValueError("; ".join(wrong) or str(error)) from error
 
 
 def _first(items: list[str], separator: str = ", ") -> str:
