@@ -355,6 +355,45 @@ def test_what_is_no_number(triton_backend, device, number):
             assert isinstance(error, TypeError) and name in str(error)
 
 
+@pytest.mark.parametrize("needs_grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_masks_of_fewer_than_two_dimensions(triton_backend, device, dtype, needs_grad):
+    tensors = random_tensors(Shape(2, 2, 2, 6, 9, 8), device, dtype)
+    query, key, value = (tensor.requires_grad_(needs_grad) for tensor in tensors)
+    for mask in (torch.zeros((), device=device), torch.randn(9, device=device), torch.arange(9, device=device) > 3):
+        for name in ("torch", triton_backend):
+            with gptkern.backend(name):
+                output = G.scaled_dot_product_attention(query, key, value, mask)
+                expected = G.scaled_dot_product_attention(query, key, value, mask.expand(6, 9))
+            same_bits(name, output, expected)
+
+
+# what is given besides query, key and value: the error's type and text, the same on every backend
+NAMED = {
+    "one dimension": (lambda d: dict(attn_mask=torch.zeros(8, device=d)), RuntimeError, "attn_mask has shape (8,)"),
+    "bool": (lambda d: dict(attn_mask=torch.ones(8, device=d) > 0), RuntimeError, "attn_mask has shape (8,)"),
+    "five": (lambda d: dict(attn_mask=torch.zeros(1, 2, 2, 6, 9, device=d)), RuntimeError, "has shape (1, 2, 2, 6, 9)"),
+    "five, bool": (lambda d: dict(attn_mask=torch.ones(1, 1, 1, 6, 9, device=d) > 0), RuntimeError, "(1, 1, 1, 6, 9)"),
+    "on meta": (lambda d: dict(attn_mask=torch.zeros(6, 9, device="meta")), RuntimeError, "attn_mask is on meta"),
+    "bool on meta": (lambda d: dict(attn_mask=torch.ones(6, 9, device="meta") > 0), RuntimeError, "mask is on meta"),
+    "a list": (lambda d: dict(attn_mask=[0.0]), TypeError, "attn_mask is list"),
+    "below 0": (lambda d: dict(dropout_p=-0.1), RuntimeError, "dropout_p is -0.1"),
+    "above 1": (lambda d: dict(dropout_p=2), RuntimeError, "dropout_p is 2.0"),
+    "no dropout_p": (lambda d: dict(dropout_p=None), TypeError, "dropout_p is NoneType"),
+    "an int": (lambda d: dict(enable_gqa=1), TypeError, "enable_gqa is int"),
+    "no bool": (lambda d: dict(is_causal=None), TypeError, "is_causal is NoneType"),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_wrong_option_is_named(backend, device, name, dtype):
+    given, error, words = NAMED[name]
+    call = random_tensors(Shape(2, 2, 2, 6, 9, 8), device, dtype)
+    raised = raised_by(G.scaled_dot_product_attention, *call, **given(device))
+    assert type(raised) is error and str(raised).startswith("attention: ") and words in str(raised), repr(raised)
+
+
 def test_key_and_value_of_different_lengths(kernel_backend, device):
     query, key, value = random_call(Shape(), device)
     with pytest.raises(RuntimeError, match=r"value|key|length"):

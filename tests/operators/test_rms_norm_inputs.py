@@ -226,6 +226,13 @@ def test_mistakes_raise_what_pytorch_raises(backend, device, mistake):
             assert any(word in str(ours) for word in alternatives.split("|")), str(ours)
 
 
+def test_a_bias_is_named(backend, device):
+    x, w = X.to(device), W.to(device)
+    for arguments in ((w, w), (None, w.double())):
+        error = raised_by(F.rms_norm, x, (5,), *arguments)
+        assert type(error) is TypeError and "eps is a Tensor of shape (5,)" in str(error) and "no bias" in str(error)
+
+
 def test_every_argument_by_name_and_by_place(backend, device):
     input, weight = tensors_of(3, 5, torch.float32, device)
     by_place = F.rms_norm(input, [5], weight, 0.1)

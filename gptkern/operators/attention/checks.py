@@ -86,7 +86,7 @@ def check_mask(mask, query, key):
     # Of what PyTorch broadcasts, the 1s, the scores have the other size.
     lead = itertools.zip_longest(reversed(queries[:-2]), reversed(keys[:-2]), fillvalue=1)
     wanted = *reversed([one if one != 1 else other for one, other in lead]), *wanted[-2:]
-    if not _broadcasts(of_mask, wanted) or any(size != 1 for size in of_mask[: -len(wanted)]):
+    if len(of_mask) > len(wanted) or not _broadcasts(of_mask, wanted):
         raise RuntimeError(f"attention: attn_mask has shape {tuple(of_mask)}; it needs one that broadcasts to {wanted}")
 
 

@@ -115,13 +115,14 @@ def scaled_dot_product_attention(
     Raises (of the same type as PyTorch):
         RuntimeError: the dtypes, devices, batch sizes or head_dims differ; the head counts differ (without
             enable_gqa) or do not divide; key and value differ in length; attn_mask together with is_causal,
-            of another dtype, or not broadcastable; dropout_p is below 0 or above 1; fewer than two dimensions.
-        TypeError: an argument that must be a tensor is none.
+            of another dtype or device, or not broadcastable; dropout_p is below 0 or above 1; query, key or value
+            with fewer than two dimensions.
+        TypeError: an argument that must be a tensor, a number or a bool is none.
         ValueError: a causal bias together with is_causal.
 
     Backends: torch; triton for float16, bfloat16 and float32, cuda for float16 and bfloat16: head_dim a multiple of 8
     up to 256 and equal for query and value, forward and backward (no second derivative). attn_mask, dropout and the
-    lower-right alignment: triton; a mask that requires a gradient or has more than four dimensions: torch.
+    lower-right alignment: triton; a mask that requires a gradient: torch.
 
     Sources: Dao, "FlashAttention-2", 2023 (arXiv:2307.08691). Dropout by a counter-based generator: Salmon et al.,
     "Parallel random numbers: as easy as 1, 2, 3", 2011 (Philox4x32-10).
@@ -146,10 +147,16 @@ def scaled_dot_product_attention(
         _checked(query, key, value, attn_mask, is_causal, scale, enable_gqa)
     try:
         return pytorch.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    except RuntimeError:
-        if _is_plain(query):
-            _checked(query, key, value, attn_mask, is_causal, scale, enable_gqa)
-        raise
+    except (RuntimeError, IndexError, TypeError):
+        if not _is_plain(query):
+            raise
+        _checked(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+        checked_dropout(dropout_p)
+        if attn_mask is None or attn_mask.dim() >= 2:
+            raise
+    # PyTorch's operator looks for two dimensions in a mask that broadcasts with fewer.
+    attn_mask = torch.atleast_2d(attn_mask)
+    return pytorch.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 
 def _checked(query, key, value, attn_mask, is_causal, scale, enable_gqa):
@@ -165,6 +172,8 @@ def _checked(query, key, value, attn_mask, is_causal, scale, enable_gqa):
     if attn_mask is not None:
         attn_mask = _as_autocast_has_it(attn_mask, query)
         check_mask(attn_mask, *cast[:2])
+        if attn_mask.dim() < 2:
+            attn_mask = torch.atleast_2d(attn_mask)
     return cast, attn_mask, is_causal, lower_right
 
 

@@ -60,6 +60,11 @@ def with_positive_scale(query, scale):
 
 
 def _on_a_cpu(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
+    if isinstance(attn_mask, torch.Tensor) and not attn_mask.is_cpu:
+        # PyTorch reads memory that a mask on the meta device does not have.
+        raise RuntimeError(
+            f"attention: attn_mask is on {attn_mask.device}; it needs the query's device, {query.device}"
+        )
     if attn_mask is not None and _flash_may_lose_a_row(query, key, value, attn_mask):
         attention = torch.ops.aten._scaled_dot_product_attention_math
         return attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)[0]

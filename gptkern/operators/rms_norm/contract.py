@@ -83,7 +83,11 @@ def rms_norm(
         choice = dispatch.choose("rms_norm", call)
         if choice.backend != "torch":
             return RMSNormFunction.apply(*call, choice.backend).view(input.shape)
-    return F.rms_norm(input, normalized_shape, weight, eps)
+    try:
+        return F.rms_norm(input, normalized_shape, weight, eps)
+    except TypeError:
+        _checked(input, normalized_shape, weight, eps)
+        raise
 
 
 def _checked(input, normalized_shape, weight, eps):
