@@ -306,6 +306,15 @@ def test_what_ran_unrouted_is_recomputed_unrouted(way):
 
 
 @pytest.mark.parametrize("way", OWN)
+def test_what_one_block_did_not_route_no_other_one_routes(way):
+    x = torch.randn(2, WIDTH, requires_grad=True)
+    with gptkern.kernels(["layer_norm"]):
+        loss = OWN[way](lambda x: F.softmax(norm(x), -1) * x, x).sum()
+    with gptkern.kernels(["softmax"]):
+        assert names_of(lambda: torch.autograd.backward(loss)) == ["layer_norm"]
+
+
+@pytest.mark.parametrize("way", OWN)
 def test_forced_for_the_process_and_recomputed_inside_another_block(launches, monkeypatch, way):
     monkeypatch.setattr(dispatch, "_default", "triton")
     monkeypatch.setattr(dispatch._State, "forced", "triton")
@@ -407,6 +416,13 @@ def test_an_own_function_is_freed_as_soon_as_nobody_holds_it():
         assert held() is None
     finally:
         gc.enable()
+
+
+def test_kernels_own_functions_run_their_backward_as_it_is():
+    """It knows its backend; to open the blocks again would cost more host time than to launch it."""
+    with gptkern.backend("triton"):
+        output = G.softmax(torch.randn(2, WIDTH, requires_grad=True), -1)
+    assert "apply" not in vars(output.grad_fn)
 
 
 def test_a_function_whose_ctx_is_set_up_apart_is_warned_of_and_right_inside_the_block(launches, monkeypatch):
