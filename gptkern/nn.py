@@ -79,7 +79,10 @@ class Int8Linear(torch.nn.Module):
         ValueError: unknown activation or mode.
         RuntimeError: `load_state_dict`, strict or not, of a weight that is not int8, or of scales that are not
             float32. Nothing of the layer is changed; in a model that `quantize` or `load_quantized` went through,
-            nothing of the model.
+            nothing of the model. A model that was built around such a one later, or around a layer made by hand, may
+            have loaded its other layers by then: neither knows the other. After `quantize` of the whole, with a filter
+            that returns False, it refuses as a whole.
+        AttributeError: `weight` is set.
     """
 
     def __init__(
@@ -138,8 +141,20 @@ class Int8Linear(torch.nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """`int8_weight`, for code that asks a linear layer's weight for its device or dtype; it cannot be set."""
+        """`int8_weight`, for code that asks a linear layer's weight for its device or dtype; it cannot be set.
+
+        What writes into it (`copy_`, an initialisation) writes the codes, and PyTorch cuts floats off to integers.
+        """
         return self.int8_weight
+
+    def __setattr__(self, name, value):
+        # A property's setter would not see a Parameter, which Module registers.
+        if name == "weight":
+            raise AttributeError(
+                f"{type(self).__name__}.weight cannot be set: the layer is int8 and has int8_weight and weight_scale. "
+                "Set the weight of a torch.nn.Linear and make that int8: gptkern.quantize, or Int8Linear.from_linear"
+            )
+        super().__setattr__(name, value)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.int8_linear(

@@ -279,7 +279,10 @@ def test_an_older_layer_loads_alone_and_unpickled():
 def test_the_weight_is_the_codes_to_who_asks():
     layer = Int8Linear.from_linear(torch.nn.Linear(8, 6))
     assert layer.weight is layer.int8_weight
-    for value in (torch.zeros(6, 8, dtype=torch.int8), torch.nn.Parameter(torch.zeros(6, 8))):
-        with pytest.raises((AttributeError, KeyError), match="weight"):
+    before, code = copied(layer), torch.zeros(6, 8, dtype=torch.int8)
+    for value in (code, torch.zeros(6, 8), torch.nn.Parameter(torch.zeros(6, 8)), torch.nn.Buffer(code), None):
+        with pytest.raises(AttributeError, match=r"^Int8Linear\.weight cannot be set: the layer is int8.*from_linear$"):
             layer.weight = value
-    assert layer.weight is layer.int8_weight
+    assert layer.weight is layer.int8_weight and same(layer, before)
+    layer.bias, layer.mode = None, "w8a16"
+    assert set(copied(layer)) == {"int8_weight", "weight_scale"}
