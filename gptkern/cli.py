@@ -22,6 +22,7 @@ import importlib.util
 import io
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 
@@ -146,7 +147,8 @@ def _chosen(arguments: list[str]) -> str | None:
 def _unrecognized(argument: str, command: str, options: list[str]) -> str:
     likely = difflib.get_close_matches(argument.partition("=")[0], options, 1)
     if not argument.startswith("-") and command in LIKELY:
-        likely = [f"{LIKELY[command]} {argument}"]
+        # What has to be escaped is not to be typed again as it is shown.
+        likely = [f"{LIKELY[command]} {shlex.quote(argument) if argument.isprintable() else argument}"]
     return f"unrecognized argument {argument}" + (f"; did you mean {likely[0]}?" if likely else "")
 
 
@@ -176,6 +178,8 @@ def _check_environment() -> None:
 
 
 def _check_cache(value: str) -> None:
+    from gptkern.commands.options import cut
+
     # It need not exist, nor be writable: what somebody else has measured and built can be read.
     path = os.path.abspath(value)
     try:
@@ -185,9 +189,9 @@ def _check_cache(value: str) -> None:
                 os.stat(path)
             path = os.path.dirname(path)
     except OSError as error:
-        raise UserError(f"GPTKERN_CACHE is {value!r}; it needs a folder: {error.strerror}") from error
+        raise UserError(f"GPTKERN_CACHE is {cut(value)!r}; it needs a folder: {error.strerror}") from error
     if not os.path.isdir(path):
-        raise UserError(f"GPTKERN_CACHE is {value!r}; it needs a folder, and {path} is none")
+        raise UserError(f"GPTKERN_CACHE is {cut(value)!r}; it needs a folder, and {cut(path)} is none")
 
 
 @contextlib.contextmanager

@@ -86,6 +86,9 @@ def test_devices(refused, command, name):
         (["train", "my.txt"], "unrecognized argument my.txt; did you mean --text my.txt?"),
         (["generate", "anywhere", "Hello\nyou"], r"did you mean --prompt Hello\nyou?"),
         (["check", "softmax"], "did you mean --op softmax?"),
+        (["generate", "anywhere", "hello world"], "did you mean --prompt 'hello world'?"),
+        (["train", "my text.txt"], "did you mean --text 'my text.txt'?"),
+        (["generate", "anywhere", "it's"], """did you mean --prompt 'it'"'"'s'?"""),
         (["info", "--jsn"], "did you mean --json?"),
         (["train", "--preset", "huge"], "--preset: invalid choice: 'huge'"),
         (["check", "--op", "convolution"], "--op convolution: there is no such operator"),
@@ -94,6 +97,9 @@ def test_devices(refused, command, name):
         (["bench", "--peers", "eager,,x"], "--peers '': there is no such name"),
         (["bench", "report"], "bench report needs the folder"),
         (["bench", "report", "anywhere", "--quick"], "--quick is of a run"),
+        (["bench", "--costs-only", "--op", "softmax"], "--op is of kernels, of which --costs-only measures none"),
+        (["bench", "--costs-only", "--peers", "eager"], "--peers is of kernels"),
+        (["bench", "--costs-only", "--rounds", "3"], "--rounds is of kernels"),
         (["tune", "--op", "x"], "--op is x; it needs one of attention"),
         (["tune", "--show", "--seconds", "5"], "--seconds has no effect on --show"),
         (["tune", "--architecture", "90"], "--architecture needs --dry-run or --show"),
@@ -198,6 +204,28 @@ def test_results_that_no_bench_wrote(refused, tmp_path, cells, machine):
     assert "results.json is not as `gptkern bench` writes it" in refused("bench", "report", ".")
 
 
+@pytest.mark.parametrize("part", ["machine", "ceilings", "cells", "costs"])
+def test_a_part_that_results_have_not_is_named(refused, tmp_path, part):
+    content = {"format": 1, "machine": {}, "ceilings": {}, "cells": [], "costs": []}
+    del content[part]
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    assert f"it needs 1, with machine, ceilings, cells, costs; it has no {part}\n" in refused("bench", "report", ".")
+
+
+@pytest.mark.parametrize("content", ["[" * 200_000, '{"a":' * 200_000])
+def test_results_that_are_nested_too_deeply_are_one_line(refused, tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
+    line = refused("bench", "report", ".")
+    assert "results.json: " in line and "it needs to be a file that `gptkern bench` wrote" in line and len(line) < 250
+
+
+@pytest.mark.parametrize("command", [["generate"], ["bench", "report"]])
+@pytest.mark.parametrize("name", ["", "x" * 300, "below/" * 2000, "a\0b"])
+def test_a_folder_that_can_have_no_such_name(refused, command, name):
+    line = refused(*command, name)
+    assert line.startswith("FOLDER ") and "; it needs a folder that `gptkern " in line and len(line) < 230
+
+
 # --- Folders of checkpoints -------------------------------------------------------------------------------------------
 
 
@@ -228,7 +256,8 @@ def test_what_is_beside_a_checkpoint_is_told_from_one(refused, tmp_path):
 @pytest.mark.parametrize("command", ["info", "check"])
 def test_variables_that_mean_nothing(refused, monkeypatch, command, name, value):
     monkeypatch.setenv(name, value)
-    assert refused(command).startswith(f"{name} is {value!r}; it needs ")
+    shown = value if len(value) <= 80 else value[:79] + "…"
+    assert refused(command).startswith(f"{name} is {shown!r}; it needs ")
 
 
 @pytest.mark.parametrize("name", ["foo", "torch:", " torch", "Triton"])

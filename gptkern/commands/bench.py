@@ -61,9 +61,9 @@ def run(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     from gptkern.measuring import report, results
 
-    if not args.folder:
+    if args.folder is None:
         raise UserError("bench report needs the folder of a run: gptkern bench report FOLDER")
-    folder = Path(args.folder)
+    folder = places.named("FOLDER", args.folder, "a folder that `gptkern bench` wrote")
     folder = folder.parent if folder.name == results.NAME else folder
     try:
         written = report.write(folder)
@@ -84,6 +84,10 @@ def _run(args: argparse.Namespace) -> int:
 
     if args.folder is not None:
         raise UserError(f"bench run takes no folder and got {args.folder!r}: --out FOLDER says where results go")
+    if args.costs_only:
+        for name in ("op", "peers", "rounds"):
+            if getattr(args, name) is not None:
+                raise UserError(f"--{name} is of kernels, of which --costs-only measures none: give one of the two")
     args.op = list(dict.fromkeys(args.op or ()))
     peers = None if args.peers is None else [name.strip() for name in args.peers.split(",")]
     for option, given, known in (("op", args.op, runner.OPERATORS), ("peers", peers or (), known_peers.NAMES)):

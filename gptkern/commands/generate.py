@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import gptkern
-from gptkern.commands import INTERRUPTED, UserError
+from gptkern.commands import INTERRUPTED, UserError, places
 from gptkern.commands.interrupts import interruptible
 from gptkern.commands.options import add_machine_arguments, real, resolved_dtype, shown, whole
 
@@ -74,7 +74,7 @@ def _folder(name: str) -> Path:
     """The folder; where what is asked for is not a checkpoint and the one beside it is, that is said."""
     from gptkern.commands import checkpoints
 
-    folder = Path(name)
+    folder = places.named("FOLDER", name, "a folder that `gptkern train` or `gptkern demo` wrote")
     within = folder.parent if folder.is_file() else folder / "checkpoint"
     if not checkpoints.held(folder) and checkpoints.held(within):
         raise UserError(f"FOLDER {shown(name)} is no checkpoint; did you mean {within}?")

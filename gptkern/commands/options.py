@@ -32,8 +32,12 @@ LONGEST_SHOWN = 80  # characters of a value that an error repeats
 
 def shown(value: str) -> str:
     """A value as an error repeats it: on one line, and not all of it where it is long."""
-    cut = value if len(value) <= LONGEST_SHOWN else value[: LONGEST_SHOWN - 1] + "…"
-    return cut if cut.isprintable() and cut.split() == [cut] else repr(cut)
+    part = cut(value)
+    return part if part.isprintable() and part.split() == [part] else repr(part)
+
+
+def cut(value: str) -> str:
+    return value if len(value) <= LONGEST_SHOWN else value[: LONGEST_SHOWN - 1] + "…"
 
 
 def whole(least: int, most: int = LARGEST, hint: str = "") -> Callable[[str], int]:

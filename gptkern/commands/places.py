@@ -41,6 +41,17 @@ def folder(option: str, value: str) -> Path:
     return path
 
 
+def named(option: str, value: str, needs: str) -> Path:
+    """What an option names, to be read; that it is there is for others to say.
+
+    Raises:
+        UserError: nothing can have this name, or it cannot be looked at.
+    """
+    with _refused(option, value, needs), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        os.stat(value)
+    return Path(value)
+
+
 def room(option: str, path: Path, size: int) -> None:
     """Raises UserError where the disk that the folder is on, or will be, has not `size` bytes left."""
     free = shutil.disk_usage(next(each for each in (path, *path.parents) if each.is_dir())).free

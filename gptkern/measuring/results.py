@@ -48,12 +48,13 @@ def load(path: str | Path) -> dict[str, Any]:
     path = path / NAME if path.is_dir() else path
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        form = results.get("format"), {*PARTS} <= {*results}
-    except (OSError, ValueError, AttributeError) as error:
+        form, missing = results.get("format"), [part for part in PARTS if part not in results]
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise ResultsError(f"{path}: {why}; it needs to be a file that `gptkern bench` wrote") from error
-    if form != (FORMAT, True):
-        raise ResultsError(f"{path}: its format is {form[0]!r}; it needs {FORMAT}, with {', '.join(PARTS)}")
+    if form != FORMAT or missing:
+        lacks = f"; it has no {', '.join(missing)}" if missing else ""
+        raise ResultsError(f"{path}: its format is {form!r}; it needs {FORMAT}, with {', '.join(PARTS)}{lacks}")
     return results
 
 
