@@ -359,3 +359,86 @@ def test_a_name_that_is_set_later_counts(file):
         logits(model)
     model.set_attn_implementation("sdpa")
     assert logits(model).isfinite().all()
+
+
+# --- Code that a model reaches in other ways --------------------------------------------------------------------------
+
+HELPER = """
+def scaled(config, x):
+    return x / 2 if config._attn_implementation == "sdpa" else x
+"""
+REACHING = """
+import sys, types, functools, importlib
+import kept_package, kept_package.helper
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+class Registry:
+    def __init__(self):
+        self.functions = {"scaled": kept_package.helper.scaled}
+REGISTRY, SPACE = Registry(), types.SimpleNamespace(scaled=kept_package.helper.scaled)
+BOUND = functools.partial(lambda function, *args: function(*args), kept_package.helper.scaled)
+
+class Layer(LlamaDecoderLayer):
+    def forward(self, x, **kwargs):
+        config = self.self_attn.config
+        {body}
+        return super().forward(x, **kwargs)
+"""
+REACHED = {
+    "imported from, inside": "from kept_package.helper import scaled; x = scaled(config, x)",
+    "imported as, inside": "import kept_package.helper as found; x = found.scaled(config, x)",
+    "a module's module": "x = kept_package.helper.scaled(config, x)",
+    "by importlib": 'x = importlib.import_module("kept_package.helper").scaled(config, x)',
+    "getattr": 'x = getattr(kept_package.helper, "scaled")(config, x)',
+    "a registry": 'x = REGISTRY.functions["scaled"](config, x)',
+    "a namespace": "x = SPACE.scaled(config, x)",
+    "an argument that is bound": "x = BOUND(config, x)",
+}
+
+
+@pytest.fixture
+def package(file):
+    found = file("", "kept_package")
+    found.helper = file(HELPER, "kept_package.helper")
+
+
+@pytest.mark.parametrize("body", REACHED.values(), ids=REACHED)
+def test_code_that_is_reached_in_other_ways_asks(body, package, file, monkeypatch):
+    assert_kept(llama(layer=file(REACHING.replace("{body}", body)).Layer), monkeypatch, routed=True)
+
+
+HOOKS = """
+class Halving:
+    def __init__(self, config):
+        self.config, self.functions = config, {"ask": lambda: config._attn_implementation == "sdpa"}
+    def asks(self):
+        return self.config._attn_implementation == "sdpa"
+    def by_a_method(self, module, args):
+        return (args[0] / 2,) if self.asks() else None
+    def by_what_it_holds(self, module, args):
+        return (args[0] / 2,) if self.functions["ask"]() else None
+    __call__ = by_a_method
+"""
+
+
+@pytest.mark.parametrize("hook", ["by_a_method", "by_what_it_holds", "__call__"])
+def test_hooks_of_objects_ask(hook, file, monkeypatch):
+    model = llama()
+    helper = file(HOOKS).Halving(model.config)
+    for layer in model.model.layers:
+        layer.self_attn.config = helper.config = model.config
+        layer.mlp.register_forward_pre_hook(helper if hook == "__call__" else getattr(helper, hook))
+    gptkern.swap(model, ops=["attention"], strict=True)
+    assert model.config._attn_implementation == "sdpa"
+    assert calls_in(monkeypatch, lambda: logits(model)) == 2
+
+
+def test_gpt2_s_question_is_gpt2_s_alone(file, monkeypatch):
+    body = """using_eager = config._attn_implementation == "eager"
+        if using_eager and getattr(self, "reorder_and_upcast_attn", False) or using_eager:
+            self.reorder_and_upcast_attn = True
+            x = x / 2"""
+    layer = file(REACHING.replace("import kept_package, kept_package.helper\n", "")
+                 .replace("kept_package.helper.scaled", "len").replace("{body}", body)).Layer  # fmt: skip
+    assert_kept(llama("eager", layer=layer), monkeypatch, routed=True)
+    assert_kept(llama("sdpa", layer=layer), monkeypatch, routed=True)

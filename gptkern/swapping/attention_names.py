@@ -101,10 +101,8 @@ def of_modules(
 
 def held_by(module: torch.nn.Module) -> Iterator[object]:
     """What a module's attributes hold that may be code of its own: a function that was set on it, a hook, a helper."""
-    for name, value in vars(module).items():
-        if name.endswith("_hooks") and isinstance(value, dict):
-            yield from value.values()
-        elif value is not None and not isinstance(value, (dict, bool, int, float, str, torch.Tensor)):
+    for value in vars(module).values():
+        if value is not None and not isinstance(value, (bool, int, float, str, torch.Tensor)):
             yield value
 
 
@@ -138,27 +136,37 @@ def _reached(waiting: list[object], without: set[str]) -> Iterator[types.Functio
         elif isinstance(found, type):
             if is_read(found.__module__):
                 waiting += [value for name, value in vars(found).items() if name not in without]
-                waiting += found.__bases__
+                waiting += (*found.__bases__, type(found))
         else:
             waiting += _inside(found)
 
 
 def _inside(found: object) -> list[object]:
     """The functions and classes of what is neither."""
-    if isinstance(found, (staticmethod, classmethod, types.MethodType)):
+    if isinstance(found, (staticmethod, classmethod)):
         return [found.__func__]
+    if isinstance(found, types.MethodType):
+        return [found.__func__, found.__self__]
     if isinstance(found, property):
         return [found.fget]
-    if isinstance(found, (functools.cached_property, functools.partial, functools.partialmethod)):
+    if isinstance(found, functools.cached_property):
         return [found.func]
-    if isinstance(found, (tuple, list)):
+    if isinstance(found, (functools.partial, functools.partialmethod)):
+        return [found.func, *_code_among((*found.args, *found.keywords.values()))]
+    if isinstance(found, (tuple, list, set, frozenset)):
         return [value for value in found if callable(value)]
-    if isinstance(found, dict):
-        return [value for value in list(found.values()) if callable(value)]
     if isinstance(found, (types.ModuleType, types.BuiltinFunctionType, str, bytes, int, float, torch.Tensor)):
         return []
-    wrapped = getattr(found, "__dict__", {}).get("__wrapped__")  # of functools.lru_cache
-    return [type(found), wrapped]
+    inside = [value for value in list(found.values()) if callable(value)] if isinstance(found, dict) else []
+    held = getattr(found, "__dict__", {})
+    own = type(found).__module__
+    if (is_read(own) and is_own(own)) or isinstance(found, types.SimpleNamespace):
+        inside += _code_among(list(held.values()))
+    return [type(found), held.get("__wrapped__"), *inside]  # functools.lru_cache wraps
+
+
+def _code_among(values: Iterable[object]) -> list[object]:
+    return [value for value in values if callable(value) or isinstance(value, (dict, list, tuple, set))]
 
 
 def _named_by(function: types.FunctionType) -> Iterator[object]:
@@ -168,11 +176,35 @@ def _named_by(function: types.FunctionType) -> Iterator[object]:
     yield from function.__defaults__ or ()
     yield from (function.__kwdefaults__ or {}).values()
     for code in _codes(function.__code__):
-        for name in code.co_names:
-            value = function.__globals__.get(name)
-            yield value
-            if isinstance(value, types.ModuleType) and is_read(value.__name__):
-                yield from (vars(value).get(attribute) for attribute in code.co_names)
+        named = [function.__globals__.get(name) for name in code.co_names]
+        yield from named
+        modules, names = list(named), set(code.co_names)
+        if is_own(function.__module__):
+            modules += _imported_by(code, function.__globals__)
+            # An attribute's name may be given to getattr.
+            names |= {text for constant in code.co_consts for text in _strings(constant)}
+        seen = set()
+        while modules:
+            module = modules.pop()
+            if isinstance(module, types.ModuleType) and is_read(module.__name__) and id(module) not in seen:
+                seen.add(id(module))
+                values = [vars(module)[name] for name in names & vars(module).keys()]
+                yield from values
+                modules += values
+
+
+def _imported_by(code: types.CodeType, own: dict[str, object]) -> Iterator[types.ModuleType | None]:
+    """The modules that code imports where it runs, or names to importlib; those that are there by now."""
+    found = list(dis.get_instructions(code))
+    for place, instruction in enumerate(found):
+        if instruction.opname == "IMPORT_NAME":
+            level = next((each.argval for each in found[:place][-2::-1] if isinstance(each.argval, int)), 0)
+            package = str(own.get("__package__") or "").split(".")
+            base = ".".join(package[: len(package) - level + 1]) if level else ""
+            name = ".".join(filter(None, (base, instruction.argval)))
+            yield from (sys.modules.get(part) for part in (name, name.partition(".")[0]))
+        elif instruction.opname == "LOAD_CONST" and isinstance(instruction.argval, str):
+            yield sys.modules.get(instruction.argval)
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -263,7 +295,7 @@ def _compares_equally(
     comparison = instructions[place]
     if comparison.opname == "IS_OP":
         return value is None and name is not None
-    if value == "eager" and "reorder_and_upcast_attn" in function.__code__.co_names:
+    if value == "eager" and "reorder_and_upcast_attn" in function.__code__.co_names and not is_own(function.__module__):
         return True  # GPT-2 asks whether to compute scores in float32, in which they are here
     if comparison.opname == "COMPARE_OP" and isinstance(value, str):
         return comparison.argrepr.removeprefix("bool(").rstrip(")") in ("==", "!=") and (name == value) == (
