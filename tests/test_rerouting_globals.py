@@ -196,14 +196,14 @@ TWO_NAMES = """
 STATE, ACTIVATION = 1.0, F.softmax
 
 def helper(x):
-    return x * STATE
+    return x * 3
 
 class Net(torch.nn.Module):
     def scaled(self, x):
-        return helper(x) * STATE
+        return x + 1
 
     def forward(self, x):
-        return ACTIVATION(self.scaled(x), dim=-1)
+        return ACTIVATION(helper(self.scaled(x)) * STATE, dim=-1)
 """
 
 
