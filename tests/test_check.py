@@ -6,8 +6,10 @@ import dataclasses
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -227,6 +229,62 @@ def test_command_prints_plain_text_without_rich(without_kernels, capsys, monkeyp
     heading = next(line for line in lines if line.startswith("operator"))
     row = next(line for line in lines if line.startswith("quantize_int8"))
     assert row.index(LAUNCHERS) == heading.index("backend")
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_command_that_is_interrupted_shows_what_it_has_compared(without_kernels, capsys, monkeypatch, tmp_path, number):
+    run = checking.run
+
+    def interrupted(*arguments, **options):
+        for index, result in enumerate(run(*arguments, **options)):
+            if index == 3:
+                signal.raise_signal(getattr(signal, number))
+            yield result
+
+    monkeypatch.setattr(checking, "run", interrupted)
+    report = tmp_path / "report.json"
+    report.write_text("of a whole run")
+    assert cli.main(["check", "--op", "softmax", "--json", str(report)]) == 130
+    printed = capsys.readouterr()
+    assert "3 passed, 0 failed" in printed.out.splitlines()[-1]
+    assert printed.err == "gptkern check: interrupted\n" and report.read_text() == "of a whole run"
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_command_refuses_a_forced_backend_that_cannot_run(without_kernels, capsys, monkeypatch, backend):
+    monkeypatch.setenv("GPTKERN_BACKEND", backend)
+    assert cli.main(["check", "--op", "softmax"]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"gptkern check: GPTKERN_BACKEND is {backend}: the input is on the CPU and ")
+    assert printed.out == "" and printed.err.count("\n") == 1
+
+
+def test_command_checks_the_forced_backend_alone(without_kernels, capsys, monkeypatch):
+    monkeypatch.setattr(checking, "available", lambda device: ("triton", "cuda", "torch:cudnn"))
+    asked = []
+    monkeypatch.setattr(checking, "run", lambda *_, backends, **__: asked.append(backends) or iter(()))
+    for forced in ("cuda", "torch:cudnn", "torch"):
+        monkeypatch.setenv("GPTKERN_BACKEND", forced)
+        cli.main(["check"])
+    assert asked == [("cuda",), ("torch:cudnn",), ("torch:cudnn",)]
+
+
+@pytest.mark.deep
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("whom", ["the process", "its group"])
+def test_command_that_interprets_says_once_that_it_was_interrupted(whom):
+    switches = ("TRITON_INTERPRET", "GPTKERN_EMULATE_CUDA")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gptkern", "check", "--interpret"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={name: value for name, value in os.environ.items() if name not in switches},
+    )  # fmt: skip
+    assert process.stdout.readline().startswith("Checking triton (interpreted)")
+    time.sleep(1)
+    (os.kill if whom == "the process" else os.killpg)(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == "gptkern check: interrupted\n"
+    assert " passed, 0 failed, " in out.splitlines()[-1]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

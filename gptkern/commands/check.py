@@ -7,12 +7,14 @@ import dataclasses
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 
 from gptkern.commands import UserError, places, tables
+from gptkern.commands.interrupts import interruptible, uninterrupted
 from gptkern.commands.options import duration, shown
 
 SUMMARY = "run this machine's kernels against float64 references"
@@ -51,10 +53,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError("--interpret: triton is not installed")
         if os.environ.get("TRITON_INTERPRET") != "1":
             # Triton and gptkern read the variable when they are imported, which may have happened in this process.
-            return subprocess.run(
-                [sys.executable, "-m", "gptkern", "check", *_as_options(args)],
-                env={**os.environ, "TRITON_INTERPRET": "1"},
-            ).returncode
+            return _in_a_process([sys.executable, "-m", "gptkern", "check", *_as_options(args)])
 
     import torch
 
@@ -64,19 +63,39 @@ def run(args: argparse.Namespace) -> int:
     backends = checking.available(device)
     if args.require_gpu:
         _require_gpu(device, checking)
+    backends = _asked_for(backends, device)
     what = _what(device, backends, checking)
     print(_introduction(what, device, backends, checking), flush=True)
     # Overflow and 0/0 in lanes that a mask then drops: NumPy warns of them, a GPU does not.
     warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter")
     results = []
-    for result in checking.run(args.op, device=device, backends=backends, seconds=args.seconds):
-        results.append(result)
-        _progress(len(results), result)
+    try:
+        with interruptible():
+            for result in checking.run(args.op, device=device, backends=backends, seconds=args.seconds):
+                results.append(result)
+                _progress(len(results), result)
+    except KeyboardInterrupt:
+        with uninterrupted():
+            _progress(len(results), None)
+            _report(results, args.all, what)
+        raise
     _progress(len(results), None)
     status = _report(results, args.all, what)
     if json_path is not None:
         _write(json_path, results)
     return status
+
+
+def _in_a_process(command: list[str]) -> int:
+    """Its exit status. It says itself that it was interrupted, after what it has compared."""
+    with interruptible():
+        # Of a session of its own: a terminal's Ctrl-C comes to this process, and from here to that one, once.
+        process = subprocess.Popen(command, env={**os.environ, "TRITON_INTERPRET": "1"}, start_new_session=True)
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                process.send_signal(signal.SIGINT)
 
 
 def _as_options(args: argparse.Namespace) -> list[str]:
@@ -89,6 +108,24 @@ def _as_options(args: argparse.Namespace) -> list[str]:
     if args.json:
         options += ["--json", args.json]
     return options + ["--all"] * args.all
+
+
+def _asked_for(backends: tuple[str, ...], device) -> tuple[str, ...]:
+    """Those of the backend that GPTKERN_BACKEND forces, where it forces one.
+
+    Raises:
+        UserError: there is nothing of it to be checked here.
+    """
+    from gptkern.backends import dispatch
+
+    forced = os.environ.get("GPTKERN_BACKEND")
+    if not forced:
+        return backends
+    reason = dispatch.unavailable(forced, device)
+    asked = tuple(name for name in backends if forced in (name, name.partition(":")[0]))
+    if not asked:
+        raise UserError(f"GPTKERN_BACKEND is {forced}: {reason or 'no kernel of it is checked here'}")
+    return asked
 
 
 def _require_gpu(device, checking) -> None:
