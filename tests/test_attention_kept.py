@@ -372,6 +372,8 @@ import sys, types, functools, importlib
 import kept_package, kept_package.helper
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+FIELD, FIELDS = "_attn_implementation", ("_attn_implementation",)
+
 class Registry:
     def __init__(self):
         self.functions = {"scaled": kept_package.helper.scaled}
@@ -392,6 +394,8 @@ REACHED = {
     "getattr": 'x = getattr(kept_package.helper, "scaled")(config, x)',
     "a registry": 'x = REGISTRY.functions["scaled"](config, x)',
     "a namespace": "x = SPACE.scaled(config, x)",
+    "a field in a global": 'x = x / 2 if getattr(config, FIELD) == "sdpa" else x',
+    "fields in a global": 'x = x / 2 if any(getattr(config, field) == "sdpa" for field in FIELDS) else x',
     "an argument that is bound": "x = BOUND(config, x)",
 }
 

@@ -220,7 +220,8 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 def _line_of_question(function: types.FunctionType, code: types.CodeType, name: str | None, other: str) -> int | None:
     strings = {text for constant in code.co_consts for text in _strings(constant)}
-    if not set(_FIELDS) & set(code.co_names) and not any(map(_FIELD_IN_A_STRING.fullmatch, strings)):
+    named = {name for name in code.co_names if _is_a_field(function.__globals__.get(name))}
+    if not named and not set(_FIELDS) & set(code.co_names) and not any(map(_FIELD_IN_A_STRING.fullmatch, strings)):
         return None
     instructions = [found for found in dis.get_instructions(code) if found.opname not in _NO_OPERATION]
     for place, found in enumerate(instructions):
@@ -228,6 +229,8 @@ def _line_of_question(function: types.FunctionType, code: types.CodeType, name: 
             asks = not _is_the_same(instructions, place, function, name, other)
         elif found.opname == "STORE_ATTR":
             asks = False
+        elif found.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            asks = found.argval in named
         elif found.opname == "LOAD_SUPER_ATTR":
             asks = found.argval in _FIELDS
         else:
@@ -237,6 +240,10 @@ def _line_of_question(function: types.FunctionType, code: types.CodeType, name: 
         if asks:
             return found.positions.lineno or code.co_firstlineno
     return None
+
+
+def _is_a_field(value: object) -> bool:
+    return any(map(_FIELD_IN_A_STRING.fullmatch, _strings(value)))
 
 
 def _strings(constant: object) -> list[str]:
