@@ -341,15 +341,11 @@ def test_attention_says_why_a_mask_runs_on_pytorch(a_gpu, monkeypatch):
     query, key, value = a_call("attention", "cuda")
     explain, attention = gptkern.explain, F.scaled_dot_product_attention
     assert explain(attention, query, key, value, is_causal=True).backend in ("triton", "cuda")
-    for arguments, words in (
-        ({"attn_mask": torch.ones(5, 5, device="cuda", requires_grad=True)}, "attn_mask"),
-        ({"attn_mask": torch.ones(1, 1, 1, 5, 5, device="cuda")}, "attn_mask"),
-    ):
-        dispatch._warned.clear()
-        with pytest.warns(UserWarning, match=words):
-            choice = explain(attention, query, key, value, **arguments)
-        assert choice.backend == "torch"
-        assert words in choice.reason
+    dispatch._warned.clear()
+    with pytest.warns(UserWarning, match="attn_mask"):
+        choice = explain(attention, query, key, value, torch.ones(5, 5, device="cuda", requires_grad=True))
+    assert choice.backend == "torch"
+    assert "attn_mask" in choice.reason
     # What Triton's kernels have and the CUDA ones have not.
     for arguments in ({"attn_mask": torch.ones(5, 5, device="cuda")}, {"dropout_p": 0.1}):
         choice = explain(attention, query, key, value, **arguments)
