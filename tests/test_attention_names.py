@@ -78,6 +78,10 @@ MATCH = """match self.config._attn_implementation:
                 return True
         return False"""
 
+RAISES = """if self.config is None:
+            raise ValueError(f"no attention by {self.config._attn_implementation}")
+        return False"""
+
 # Each is true of "sdpa" and false of any other name.
 QUESTIONS = {
     "in a tuple": 'return self.config._attn_implementation in ("eager", "sdpa")',
@@ -98,10 +102,14 @@ QUESTIONS = {
     "the config's property": "return self.config.is_plain",
     "the text's config": 'return self.config.get_text_config()._attn_implementation == "sdpa"',
     "vars": 'return vars(self.config)["_attn_implementation_internal"] == "sdpa"',
+    "a text": 'return f"by {self.config._attn_implementation}" == "by sdpa"',
+    "a text in a table": 'return {"fast_sdpa": True}.get(f"fast_{self.config._attn_implementation}", False)',
+    "a method's name": 'return getattr(self, f"is_{self.config._attn_implementation}", lambda: False)()',
     "in a comprehension": 'return any(self.config._attn_implementation == name for name in SUPPORTED)',
 }  # fmt: skip
 # What is added to the file for a question.
 HELPERS = {
+    QUESTIONS["a method's name"]: "Attention.is_sdpa = lambda self: True",
     QUESTIONS["a helper"]: "def is_known(config): return config._attn_implementation in SUPPORTED",
     QUESTIONS["a property"]: "Attention.implementation = property(lambda self: self.config._attn_implementation)",
     QUESTIONS["the config's property"]: "AskingConfig.is_plain = property(lambda c: c._attn_implementation == 'sdpa')",
@@ -111,7 +119,8 @@ NO_QUESTIONS = {
     "flash": 'return self.config._attn_implementation == "flash_attention_2"',
     "not flex": 'return self.config._attn_implementation != "flex_attention"',
     "none": "return self.config._attn_implementation is None",
-    "a text": 'return not f"attention by {self.config._attn_implementation}"',
+    "a message": 'print(f"attention by {self.config._attn_implementation}"); return False',
+    "an exception": RAISES,
     "masks": "return self.config._attn_implementation not in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping",
     "a function of transformers": "return is_flash_attention_requested(self.config)",
 }

@@ -39,6 +39,8 @@ _CONSTRUCTION = {"__init__", "__new__", "__post_init__", "__init_subclass__", "p
 _NO_OPERATION = {"EXTENDED_ARG", "CACHE", "PRECALL", "PUSH_NULL", "RESUME", "NOP", "NOT_TAKEN"}
 _ATTRIBUTE = {"LOAD_ATTR", "LOAD_METHOD"}
 _INTO_A_TEXT = {"FORMAT_VALUE", "FORMAT_SIMPLE", "FORMAT_WITH_SPEC", "CONVERT_VALUE"}
+# What becomes of a text that is neither a message nor an exception's.
+_USES = ("STORE_", "COMPARE_", "CONTAINS_", "IS_OP", "RETURN_", "YIELD_", "POP_JUMP", "JUMP_", "BINARY_SUBSCR", "SEND")
 _CONTAINERS = (str, tuple, list, set, frozenset, dict, GeneralInterface)
 
 
@@ -257,7 +259,7 @@ def _is_the_same(instructions: list, place: int, function: types.FunctionType, n
     following = instructions[place + 1 : place + 2]
     operation = following[0].opname if following else ""
     if operation in _INTO_A_TEXT:
-        return True
+        return _is_said(instructions[place + 1 :])
     if operation == "RETURN_VALUE":
         return function.__name__ in _FIELDS  # a property that passes it on
     if operation.startswith("POP_JUMP"):  # whether it is None, or false
@@ -271,6 +273,19 @@ def _is_the_same(instructions: list, place: int, function: types.FunctionType, n
         if isinstance(table, GeneralInterface):
             return _finds(table, name, other)
     return _compares_equally(instructions, place + 1, function, name, other)
+
+
+def _is_said(following: list) -> bool:
+    """Whether a text that is being made is handed to one function, of whose result nothing becomes: a message, or an
+    exception that is raised."""
+    calls = 0
+    for found in following:
+        if found.opname in ("POP_TOP", "RAISE_VARARGS"):
+            return calls == 1
+        if found.opname.startswith(_USES):
+            return False
+        calls += found.opname.startswith("CALL")
+    return False
 
 
 def _finds(table: object, name: str | None, other: str) -> bool:
