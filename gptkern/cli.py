@@ -170,6 +170,9 @@ def _check_environment() -> None:
         _check_cache(cache)
     if os.environ.get("GPTKERN_BACKEND"):
         try:
+            from gptkern.commands.interrupts import import_torch
+
+            import_torch()
             # The import raises, unless it was one before the variable was set.
             dispatch = importlib.import_module("gptkern.backends.dispatch")
             dispatch.checked_name(os.environ["GPTKERN_BACKEND"], "GPTKERN_BACKEND")

@@ -138,6 +138,25 @@ def test_interrupt_has_the_shell_status(command):
     assert cli.main(["train"]) == 130
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["info"], *(pytest.param([name], marks=pytest.mark.deep) for name in ("check", "train", "demo", "tune", "bench"))],
+)
+def test_an_interrupt_waits_for_the_import_of_pytorch(arguments, tmp_path):
+    program = (
+        "import importlib.abc, signal, sys\n"
+        "from gptkern import cli\n"
+        "class Finder(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'torch.nn': signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "status = cli.main(sys.argv[1:])\n"
+        "sys.exit(status if 'torch.nn.modules.linear' in sys.modules else 'cut off')"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"gptkern {arguments[0]}: interrupted\n")
+
+
 def test_a_reader_that_leaves_is_no_traceback():
     """`gptkern … | head -1`."""
     program = (

@@ -10,6 +10,7 @@ from pathlib import Path
 from gptkern import formatting as form
 from gptkern.commands import INTERRUPTED, RunError, UserError, places
 from gptkern.commands import options as types
+from gptkern.commands.interrupts import import_torch
 
 SUMMARY = "time this machine's kernels against their peers; `bench report DIR` draws the report"
 
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.out is not None:
         places.folder("--out", args.out)
 
+    import_torch()
     from gptkern.measuring import results
 
     try:

@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 
 from gptkern.commands import UserError, places, tables
-from gptkern.commands.interrupts import interruptible, uninterrupted
+from gptkern.commands.interrupts import import_torch, interruptible, uninterrupted
 from gptkern.commands.options import duration, shown
 
 SUMMARY = "run this machine's kernels against float64 references"
@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
             # Triton and gptkern read the variable when they are imported, which may have happened in this process.
             return _in_a_process([sys.executable, "-m", "gptkern", "check", *_as_options(args)])
 
+    import_torch()
     import torch
 
     from gptkern.measuring import checking

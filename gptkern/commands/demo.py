@@ -8,7 +8,7 @@ import importlib
 import time
 
 from gptkern.commands import INTERRUPTED, places
-from gptkern.commands.interrupts import interruptible, uninterrupted
+from gptkern.commands.interrupts import import_torch, interruptible, uninterrupted
 from gptkern.commands.options import PRESETS, above_zero, add_machine_arguments, duration, positive, some_duration
 
 SUMMARY = "train a GPT stock and swapped, quantise it to int8, generate text, write a report"
@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     places.folder("--out", args.out)
+    import_torch()
     # What is missing is said now and not after minutes of training.
     for package in ("matplotlib", "rich", "safetensors"):
         importlib.import_module(package)

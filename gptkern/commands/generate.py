@@ -10,7 +10,7 @@ from pathlib import Path
 
 import gptkern
 from gptkern.commands import INTERRUPTED, UserError, places
-from gptkern.commands.interrupts import interruptible
+from gptkern.commands.interrupts import import_torch, interruptible
 from gptkern.commands.options import add_machine_arguments, real, resolved_dtype, shown, whole
 
 SUMMARY = "generate text from a checkpoint folder"
@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if not args.prompt:
         raise UserError("--prompt is empty; it needs at least one character")
+    import_torch()
     folder = _folder(args.checkpoint)
     import torch
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gptkern.commands import tables
+from gptkern.commands.interrupts import import_torch
 
 SUMMARY = "what this machine has: versions, device, backends, and why one is missing"
 
@@ -39,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
 def gathered() -> dict[str, Any]:
     """What `gptkern info --json` prints."""
+    import_torch()
     import torch
 
     from gptkern.operators import NAMES, problem

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import signal
 import threading
 
@@ -34,6 +35,12 @@ def postponed():
     finally:
         if came:
             signal.raise_signal(came[0])
+
+
+def import_torch() -> None:
+    """A signal that comes meanwhile is handled afterwards: within the import it ends in tracebacks of others."""
+    with postponed():
+        importlib.import_module("torch")
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import gptkern
 from gptkern.commands import INTERRUPTED, RunError, UserError, places
-from gptkern.commands.interrupts import interruptible, uninterrupted
+from gptkern.commands.interrupts import import_torch, interruptible, uninterrupted
 from gptkern.commands.options import (
     PRESETS,
     above_zero,
@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     out = places.folder("--out", args.out)
+    import_torch()
 
     from gptkern.commands import checkpoints, text, training
     from gptkern.commands.display import new_console

@@ -8,6 +8,7 @@ from collections import Counter
 from typing import Any
 
 from gptkern.commands import RunError, UserError, places, tables
+from gptkern.commands.interrupts import import_torch
 from gptkern.commands.options import duration, shown, whole
 
 SUMMARY = "choose tiles and backends for this machine's GPU by measuring them"
@@ -51,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from gptkern.operators import NAMES
 
     _check_together(args)
+    import_torch()
     operators = tuple(dict.fromkeys(args.op or NAMES))
     device = _gpu(args.device)
     if args.dry_run:
