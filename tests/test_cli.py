@@ -146,6 +146,8 @@ def test_an_interrupt_waits_for_the_import_of_pytorch(arguments, tmp_path):
     program = (
         "import importlib.abc, signal, sys\n"
         "from gptkern import cli\n"
+        # What a shell starts in the background has it ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "class Finder(importlib.abc.MetaPathFinder):\n"
         "    def find_spec(self, name, path, target=None):\n"
         "        if name == 'torch.nn': signal.raise_signal(signal.SIGINT)\n"

@@ -147,7 +147,7 @@ def test_the_best_until_then_is_kept(folder, capsys, monkeypatch, step, value):
     kept = checkpoints.load(folder / "run", torch.device("cpu"))
     assert all(parameter.isfinite().all() for parameter in kept.parameters())
     monkeypatch.undo()
-    os.chdir(folder)
+    monkeypatch.chdir(folder)
     trainer = a_trainer(folder, steps=8)
     trainer.run(step - 1)
     for (name, parameter), other in zip(kept.named_parameters(), trainer.model.parameters()):
@@ -258,7 +258,7 @@ def test_a_signal_keeps_every_update_that_was_done(folder, monkeypatch, capsys, 
     assert json.loads((folder / "run" / "config.json").read_text())["training"]["step"] == done
     assert before == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     monkeypatch.undo()
-    os.chdir(folder)
+    monkeypatch.chdir(folder)
     trainer = a_trainer(folder, steps=40)
     trainer.run(done)
     kept = checkpoints.load(folder / "run", torch.device("cpu"))
@@ -293,7 +293,7 @@ def test_an_interrupted_training_is_put_beside_a_finished_one(folder, monkeypatc
         assert json.loads((folder / step / "config.json").read_text())["training"]["step"] == 2
     after = content(folder)
     assert {name: after[name] for name in before} == before and after["run-1"] == b"mine"
-    os.chdir("run")
+    monkeypatch.chdir(folder / "run")
     (folder / "run" / "text.txt").write_bytes(before["text.txt"])
     assert an_interrupted_training(monkeypatch, "--out", ".", "--overwrite") == 130
     assert (folder / "run-4" / "model.safetensors").exists()

@@ -57,7 +57,7 @@ def test_a_dry_run_lists_every_step_its_time_and_its_command(tmp_path):
     assert f"--rounds {runner.ROUNDS['quick']}" in commands["bench"] and "--rounds" not in commands["quick"]
     assert f"--out {out}" in commands["bench"] and "--costs-only" in commands["costs"]
     words = shlex.split(commands["tests"])
-    assert "tests/operators" in words and all(Path(word).exists() for word in words if word.startswith("tests/"))
+    assert "tests/operators" in words and all((ROOT / word).exists() for word in words if word.startswith("tests/"))
 
 
 def test_the_time_of_steps_that_are_done_goes_to_the_bench(tmp_path):
