@@ -20,9 +20,13 @@ from gptkern.operators.int8_linear.contract import check_options
 def _refuse_scripting(module: torch.nn.Module) -> None:
     """What torch.jit.script calls of each module first: TorchScript cannot read a twin's forward."""
     name = type(module).__name__
+    remedy = (
+        "torch.jit.trace takes it"
+        if isinstance(module, Int8Linear)
+        else f"it needs torch.nn.{name}: call gptkern.unswap(model) first, if gptkern.swap put it there"
+    )
     raise RuntimeError(
-        f"torch.jit.script: the model holds gptkern.nn.{name}, of which TorchScript knows nothing; it needs torch.nn."
-        f"{name}: call gptkern.unswap(model) first, if gptkern.swap put it there"
+        f"torch.jit.script: the model holds gptkern.nn.{name}, of which TorchScript knows nothing; {remedy}"
     )
 
 
@@ -84,6 +88,8 @@ class Int8Linear(torch.nn.Module):
             that returns False, it refuses as a whole.
         AttributeError: `weight` is set.
     """
+
+    __prepare_scriptable__ = _refuse_scripting
 
     def __init__(
         self,

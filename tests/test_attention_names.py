@@ -105,10 +105,19 @@ QUESTIONS = {
     "a text": 'return f"by {self.config._attn_implementation}" == "by sdpa"',
     "a text in a table": 'return {"fast_sdpa": True}.get(f"fast_{self.config._attn_implementation}", False)',
     "a method's name": 'return getattr(self, f"is_{self.config._attn_implementation}", lambda: False)()',
+    "a field's name that a class keeps": "return getattr(self.config, self.FIELD) in SUPPORTED",
+    "a field's name that an instance is given": "return getattr(self.config, self.field) in SUPPORTED",
     "in a comprehension": 'return any(self.config._attn_implementation == name for name in SUPPORTED)',
 }  # fmt: skip
 # What is added to the file for a question.
 HELPERS = {
+    QUESTIONS["a field's name that a class keeps"]: "Attention.FIELD = '_attn_implementation'",
+    QUESTIONS["a field's name that an instance is given"]: """
+class Attention(Attention):
+    def __init__(self, config):
+        super().__init__(config)
+        self.field = "_attn_implementation"
+""",
     QUESTIONS["a method's name"]: "Attention.is_sdpa = lambda self: True",
     QUESTIONS["a helper"]: "def is_known(config): return config._attn_implementation in SUPPORTED",
     QUESTIONS["a property"]: "Attention.implementation = property(lambda self: self.config._attn_implementation)",
@@ -172,6 +181,29 @@ def test_what_both_names_answer_alike_is_no_question(question, written):
     gptkern.swap(model, strict=True)
     assert model.config._attn_implementation == "gptkern"
     torch.testing.assert_close(model(X), expected)
+
+
+COMPARISONS = {
+    "is": "ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None) is sdpa_attention_forward",
+    "by its name": 'ALL_ATTENTION_FUNCTIONS["sdpa"].__name__ == "sdpa_attention_forward"',
+    "elsewhere": "is_plain(ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation])",
+}
+
+
+@pytest.mark.parametrize("comparison", COMPARISONS.values(), ids=COMPARISONS)
+def test_what_compares_the_function_that_it_looked_up_is_left_alone(comparison, written):
+    model = written(f"return {comparison}")
+    exec(
+        "from transformers.integrations.sdpa_attention import sdpa_attention_forward\n"
+        "def is_plain(found): return found == sdpa_attention_forward",
+        vars(sys.modules[type(model).__module__]),
+    )
+    expected = model(X)
+    assert model.attention.asks()
+    ((_, _, reason),) = gptkern.swap(model).skipped
+    assert "may compare what its attention is looked up as" in reason and torch.equal(model(X), expected)
+    with pytest.raises(RuntimeError, match="may compare"):
+        gptkern.swap(model, strict=True)
 
 
 def test_eager_asked_for_is_eager(written, monkeypatch):

@@ -363,3 +363,11 @@ def test_from_a_subclass_of_linear():
     assert type(nn.Int8Linear.from_linear(Renamed(31, 7))) is nn.Int8Linear
     with pytest.raises(TypeError, match="Doubled"):
         nn.Int8Linear.from_linear(Doubled(31, 7))
+
+
+def test_torchscript_of_an_int8_layer_is_refused_by_name():
+    layer, x = nn.Int8Linear.from_linear(torch.nn.Linear(8, 4)), torch.randn(3, 8)
+    for model in (layer, torch.nn.Sequential(layer)):
+        with pytest.raises(RuntimeError, match=r"gptkern\.nn\.Int8Linear, of which TorchScript .*; torch\.jit\.trace"):
+            torch.jit.script(model)
+        torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))

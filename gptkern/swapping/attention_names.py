@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.generic import GeneralInterface
 
 from gptkern.swapping.reading import contents
@@ -41,6 +42,7 @@ _ATTRIBUTE = {"LOAD_ATTR", "LOAD_METHOD"}
 _INTO_A_TEXT = {"FORMAT_VALUE", "FORMAT_SIMPLE", "FORMAT_WITH_SPEC", "CONVERT_VALUE"}
 # What becomes of a text that is neither a message nor an exception's.
 _USES = ("STORE_", "COMPARE_", "CONTAINS_", "IS_OP", "RETURN_", "YIELD_", "POP_JUMP", "JUMP_", "BINARY_SUBSCR", "SEND")
+_COMPARISONS = {"IS_OP", "COMPARE_OP", "CONTAINS_OP"}
 _CONTAINERS = (str, tuple, list, set, frozenset, dict, GeneralInterface)
 
 
@@ -65,6 +67,7 @@ def find(
         built: whether the model was built by the name `other`, so that what runs at its construction counts, too; not
             transformers' own, which there asks no more than whether to build what its other names need.
     """
+    classes = list(classes)
     for function in _reached([*classes, *objects], set() if built else _CONSTRUCTION):
         if function.__name__ in _CONSTRUCTION and not is_own(function.__module__):
             continue
@@ -72,6 +75,30 @@ def find(
             line = _line_of_question(function, code, name, other)
             if line is not None:
                 return Question(function.__qualname__, code.co_filename, line)
+    return next(filter(None, map(_field_kept_by, classes)), None)
+
+
+def _field_kept_by(cls: type) -> Question | None:
+    """Where a class of the model's own keeps the field's name, or gives it to an instance: any code may ask by it."""
+    for base in cls.__mro__:
+        if not is_read(base.__module__) or not is_own(base.__module__):
+            continue
+        for name, value in vars(base).items():
+            code = getattr(value, "__code__", None) if name in _CONSTRUCTION else None
+            if _is_a_field(value) or (code and any(_is_a_field(each.co_consts) for each in _codes(code))):
+                file = getattr(sys.modules.get(base.__module__), "__file__", None) or base.__module__
+                return Question(f"{base.__qualname__}.{name}", file, code.co_firstlineno if code else 1)
+    return None
+
+
+def comparison(classes: Iterable[type], objects: Iterable[object]) -> Question | None:
+    """Where code of the model's own may compare what its attention is looked up as, rather than call it, with the
+    function that transformers has under "sdpa": once that is another one, no name keeps the answer."""
+    for function in _reached([*classes, *objects], _CONSTRUCTION):
+        if is_own(function.__module__):
+            for code in _codes(function.__code__):
+                if _may_compare_what_was_found(function, code):
+                    return Question(function.__qualname__, code.co_filename, code.co_firstlineno)
     return None
 
 
@@ -242,6 +269,15 @@ def _line_of_question(function: types.FunctionType, code: types.CodeType, name: 
         if asks:
             return found.positions.lineno or code.co_firstlineno
     return None
+
+
+def _may_compare_what_was_found(function: types.FunctionType, code: types.CodeType) -> bool:
+    strings = {text for constant in code.co_consts for text in _strings(constant)}
+    its_name = sdpa_attention_forward.__name__
+    named = its_name in {*strings, *code.co_names} or any(
+        function.__globals__.get(name) is sdpa_attention_forward for name in code.co_names
+    )
+    return named and any(found.opname in _COMPARISONS for found in dis.get_instructions(code))
 
 
 def _is_a_field(value: object) -> bool:

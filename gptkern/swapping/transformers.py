@@ -28,22 +28,13 @@ another table in the name ALL_ATTENTION_FUNCTIONS, in which "sdpa" leads to gptk
 
 GPT-J computes its attention itself, in its method `_attn`: it is replaced.
 
-Llama's RMSNorm, and every other model's whose code is the same, runs on gptkern.functional.rms_norm. transformers
-rounds the normalised row to the input's dtype, and then its product with the weight; here it is rounded once. So in 16
-bits the two differ by a unit in the last place or one and a half, and float64 is not cut to float32 on the way; in
-float32 they are equal up to the order of operations. Where the weight's dtype is not the input's, the product stays
-PyTorch's, with its result's dtype.
-
-The rotary embedding is the function `apply_rotary_pos_emb` of a model's own file, called by its name: the attention's
-forward is made anew with another function in that name (rerouting.py), where the code is that of Llama, GPT-NeoX
-or GPT-J. It too is rounded once, and keeps the query's dtype where transformers widens it to that of cos.
+Llama's RMSNorm and rotary embedding, and what has the same code, run on gptkern's (known_code.py).
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import importlib
 import inspect
 import sys
 import types
@@ -61,8 +52,9 @@ from transformers.utils import logging
 
 from gptkern import functional as F
 from gptkern.backends import dispatch, tracing
-from gptkern.swapping import attention_functions, attention_names
+from gptkern.swapping import attention_functions, attention_names, known_code
 from gptkern.swapping.attention_names import Question
+from gptkern.swapping.known_code import ROTARY_NAME
 from gptkern.swapping.reading import followed, names_in
 from gptkern.swapping.twins import ATTENTION, RMS_NORM, ROTARY, Replacement
 
@@ -161,6 +153,7 @@ def _refuse_questions(module: torch.nn.Module) -> None:
         modules = list(dict.fromkeys(each for caller in _calling(module) for each in caller.modules()))
         classes, objects = attention_names.of_modules(modules)
         question = attention_names.find(classes, objects, "sdpa", NAME, built=True)
+        question = question or attention_names.comparison(classes, objects)
         if question is not None:
             raise ValueError(f'attn_implementation="{NAME}": {_asked_by(question)}; build it with "sdpa" and swap it')
     for each in modules:
@@ -249,109 +242,28 @@ def overrides(cls: type) -> dict[str, Replacement]:
     if {"rsqrt", "variance_epsilon"} <= names_in(cls):
         from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-        if _same_code(cls.forward, LlamaRMSNorm.forward):
-            return {"forward": Replacement(RMS_NORM, _rms_norm)}
+        if known_code.same_code(cls.forward, LlamaRMSNorm.forward):
+            return {"forward": Replacement(RMS_NORM, known_code.rms_norm)}
     return {}
-
-
-def _same_code(function: Callable, other: Callable) -> bool:
-    """Whether two functions do the same, and so do the functions that they call by name."""
-    function, other = inspect.unwrap(function), inspect.unwrap(other)
-    code = _code_of(function)
-    if code is None or code != _code_of(other):
-        return False
-    if (function.__defaults__, function.__kwdefaults__) != (other.__defaults__, other.__kwdefaults__):
-        return False
-    named = [(function.__globals__.get(name), other.__globals__.get(name)) for name in function.__code__.co_names]
-    return all(
-        _same_code(ours, theirs) if isinstance(ours, types.FunctionType) else _equal(ours, theirs)
-        for ours, theirs in named
-        if ours is not theirs
-    )
-
-
-def _equal(ours: object, theirs: object) -> bool:
-    try:
-        return type(ours) is type(theirs) and bool(ours == theirs)
-    except Exception:  # an == of its own, as a tensor's
-        return False
-
-
-def _code_of(function: Callable) -> tuple | None:
-    code = getattr(function, "__code__", None)
-    if code is None:
-        return None
-    constants = code.co_consts
-    # A docstring is the first constant.
-    if constants and isinstance(constants[0], str) and function.__doc__ is not None:
-        constants = (None, *constants[1:])
-    return code.co_code, code.co_names, code.co_varnames, constants
 
 
 def find(function: Callable) -> Replacement | None:
     """What takes the place of a function that a forward calls by its name, or of the table in which it looks it up."""
     if isinstance(function, AttentionInterface):
         return Replacement(ATTENTION, _Table(function))
-    if getattr(function, "__name__", "") != _ROTARY or not isinstance(function, types.FunctionType):
+    if getattr(function, "__name__", "") != ROTARY_NAME or not isinstance(function, types.FunctionType):
         return None
-    return _rotary(function)
-
-
-def _rotary(function: types.FunctionType) -> Replacement | None:
-    for module, replaced in _ROTARY_FORMS.items():
-        if _same_code(function, getattr(importlib.import_module(f"transformers.models.{module}"), _ROTARY)):
-            return Replacement(ROTARY, replaced(function))
-    return None
-
-
-def _half_split(original: Callable) -> Callable:
-    """Llama's and GPT-NeoX's apply_rotary_pos_emb; the latter turns as many elements as cos is wide."""
-
-    def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
-        if unsqueeze_dim != 1:  # heads behind the positions
-            return original(q, k, cos, sin, unsqueeze_dim)
-        # q, k (batch, heads, length, head_dim); cos, sin (batch, length, rotary_dim)
-        rotary_dim = cos.shape[-1]
-        return tuple(F.rotary_embedding(x, cos, sin, rotary_dim=rotary_dim) for x in (q, k))
-
-    return apply_rotary_pos_emb
-
-
-def _interleaved(original: Callable) -> Callable:
-    """GPT-J's apply_rotary_pos_emb."""
-
-    def apply_rotary_pos_emb(tensor, sin, cos):
-        # tensor (batch, length, heads, rotary_dim), read and written in that order
-        # cos, sin (batch, length, rotary_dim / 2)
-        return F.rotary_embedding(tensor.transpose(1, 2), cos, sin, interleaved=True).transpose(1, 2)
-
-    return apply_rotary_pos_emb
-
-
-_ROTARY = "apply_rotary_pos_emb"
-# Where the function is written, and what takes its place.
-_ROTARY_FORMS = {
-    "llama.modeling_llama": _half_split,
-    "gpt_neox.modeling_gpt_neox": _half_split,
-    "gptj.modeling_gptj": _interleaved,
-}
+    replaced = known_code.rotary(function)
+    return replaced and Replacement(ROTARY, replaced)
 
 
 def written_out(cls: type) -> dict[str, str]:
     """Operator -> the reason why a class that computes it in Python is left alone: a rotary embedding of other code."""
     forward = inspect.unwrap(cls.forward)
-    function = getattr(forward, "__globals__", {}).get(_ROTARY)
-    if _ROTARY in names_in(cls) and find(function) is None:
+    function = getattr(forward, "__globals__", {}).get(ROTARY_NAME)
+    if ROTARY_NAME in names_in(cls) and find(function) is None:
         return {ROTARY: "its rotary embedding is of a form of its own"}
     return {}
-
-
-def _rms_norm(self, hidden_states):
-    """LlamaRMSNorm.forward: (…, width) -> (…, width)."""
-    weight = self.weight
-    if weight.dtype != hidden_states.dtype:
-        return weight * F.rms_norm(hidden_states, weight.shape, None, self.variance_epsilon)
-    return F.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
 
 
 def _gptj_attention(self, query, key, value, attention_mask=None):
@@ -420,6 +332,8 @@ class Attention:
         self._model = model
         # Implementation -> the question to which its name and ours get different answers.
         self._questions: dict[str | None, Question | None] = {}
+        # What `comparison` found; empty where that was not needed yet.
+        self._compared: list[Question | None] = []
         # Whether any code of the model is not of transformers; None where that was not needed yet.
         self._own_code: bool | None = None
         self._original_class = original_class
@@ -455,6 +369,8 @@ class Attention:
             reason = attention_functions.reason_against_masks(implementation)
             if reason is not None:
                 return reason
+        if self._comparison() is not None:
+            return f"{self._comparison()} may compare what its attention is looked up as"
         question = self._question(implementation)
         if question is not None and implementation == "eager" and "get_interface" not in names_in(cls):
             return f'{_asked_by(question)}, which is "eager"'
@@ -510,6 +426,11 @@ class Attention:
             found = (attention_names.find(classes, objects, name, NAME, built) for name in names)
             self._questions[implementation] = next(filter(None, found), None)
         return self._questions[implementation]
+
+    def _comparison(self) -> Question | None:
+        if not self._compared:
+            self._compared.append(attention_names.comparison(*self._code()))
+        return self._compared[0]
 
     def _code(self) -> tuple[set[type], list[object]]:
         return attention_names.of_modules(self._model.modules(), self._original_class)
