@@ -137,3 +137,11 @@ def poisoned_memory():
     finally:
         torch.use_deterministic_algorithms(was_on, warn_only=was_warning)
         torch.utils.deterministic.fill_uninitialized_memory = was_filling
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The current one, with a text to train on."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("A kernel runs on the device; an operator is what it computes.\n" * 40)
+    return tmp_path
