@@ -202,8 +202,9 @@ MUTATIONS = [
         Case("rotary", "half-split, tails"),
     ),
     Mutation(
-        "what passes through is not written", "rotary", "    rotary_kernel(const T* x,",
-        "if (slot >= call.turned) {", "if (slot >= call.turned) { return;",
+        # Not a plain return: memory that nothing wrote may hold the right values by chance.
+        "what passes through is another column", "rotary", "    rotary_kernel(const T* x,",
+        "x + (head + i) * call.x.head + column));", "x + (head + i) * call.x.head));",
         Case("rotary", "partial, interleaved"),
     ),
     Mutation(
