@@ -16,6 +16,7 @@ import torch
 
 from gptkern import cli, operators
 from gptkern.backends import dispatch
+from gptkern.commands import check
 from gptkern.measuring import checking
 from gptkern.measuring.checking import LAUNCHERS, cases_of
 
@@ -300,3 +301,8 @@ def test_command_interprets_in_a_process_of_its_own(tmp_path):
     results = json.loads(report.read_text())["results"]
     assert {result["backend"] for result in results} == {"triton"}
     assert all(result["ok"] for result in results)
+
+
+def test_process_that_a_signal_ended_was_interrupted():
+    assert check._in_a_process([sys.executable, "-c", "raise KeyboardInterrupt"]) == 130
+    assert check._in_a_process([sys.executable, "-c", "raise SystemExit(2)"]) == 2

@@ -13,7 +13,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from gptkern.commands import UserError, places, tables
+from gptkern.commands import INTERRUPTED, UserError, places, tables
 from gptkern.commands.interrupts import import_torch, interruptible, uninterrupted
 from gptkern.commands.options import duration, shown
 
@@ -94,7 +94,10 @@ def _in_a_process(command: list[str]) -> int:
         process = subprocess.Popen(command, env={**os.environ, "TRITON_INTERPRET": "1"}, start_new_session=True)
         while True:
             try:
-                return process.wait()
+                status = process.wait()
+                # `python -m` ends itself by SIGINT, after all that it had to do and say, where the signal had come
+                # within an exec(), of which imports are full. A shell gives 130 for that too.
+                return INTERRUPTED if status == -signal.SIGINT else status
             except KeyboardInterrupt:
                 process.send_signal(signal.SIGINT)
 
