@@ -394,7 +394,7 @@ def test_a_wrong_option_is_named(backend, device, name, dtype):
     assert type(raised) is error and str(raised).startswith("attention: ") and words in str(raised), repr(raised)
 
 
-def test_key_and_value_of_different_lengths(kernel_backend, device):
+def test_key_and_value_of_different_lengths(backend, device):
     query, key, value = random_call(Shape(), device)
     with pytest.raises(RuntimeError, match=r"value|key|length"):
         G.scaled_dot_product_attention(query, key, value[:, :, :-1])

@@ -142,8 +142,8 @@ def scaled_dot_product_attention(
             return AttentionFunction.apply(
                 signed_query, *cast[1:], causal, factor, choice.backend, mask, dropout_p, lower_right, seed
             )
-    if is_causal and attn_mask is not None:
-        # One kernel of PyTorch's, the CPU's, takes both.
+    if (is_causal and attn_mask is not None) or (not torch.compiler.is_compiling() and _differ_in_length(key, value)):
+        # One kernel of PyTorch's, the CPU's, takes both, and values of any number.
         _checked(query, key, value, attn_mask, is_causal, scale, enable_gqa)
     try:
         return pytorch.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -157,6 +157,15 @@ def scaled_dot_product_attention(
     # PyTorch's operator looks for two dimensions in a mask that broadcasts with fewer.
     attn_mask = torch.atleast_2d(attn_mask)
     return pytorch.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+
+
+def _differ_in_length(key, value) -> bool:
+    try:
+        length = key.size(-2)
+        # A tracer's sizes are no numbers.
+        return type(length) is int and length != value.size(-2)
+    except (AttributeError, RuntimeError, IndexError, TypeError):  # what has no length: PyTorch says so
+        return False
 
 
 def _checked(query, key, value, attn_mask, is_causal, scale, enable_gqa):
