@@ -121,11 +121,11 @@ def meta(*shape, dtype=torch.bfloat16):
 
 def _norm(operator, rows, width, dtype=torch.bfloat16):
     contract = operators.contract(operator)
-    x, statistic, weight = meta(rows, width, dtype=dtype), meta(rows, dtype=torch.float32), meta(width, dtype=dtype)
+    x, weight = meta(rows, width, dtype=dtype), meta(width, dtype=dtype)
     if operator == "layer_norm":
         call = contract.Call(x, x, weight, weight, 1e-5)
-        return call, contract.Gradient(x, x, statistic, statistic, True, True, True)
-    return contract.Call(x, weight, 1e-5), contract.Gradient(x, statistic, True, True)
+        return call, contract.Gradient(x, x, meta(2, rows, dtype=torch.float32), True, True, True)
+    return contract.Call(x, weight, 1e-5), contract.Gradient(x, meta(rows, dtype=torch.float32), True, True)
 
 
 def _softmax(shape, dim):

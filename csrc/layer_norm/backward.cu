@@ -381,14 +381,14 @@ int backward_of(Backward& call, bool whole, int most_blocks, void* stream) {
 }  // namespace
 
 Unreadable layer_norm_backward(const Tensor& dy, const Tensor& incoming, const Tensor& s, const Tensor& weight,
-                               const Tensor& mean, const Tensor& rstd, const Tensor& ds, const Tensor& dweight,
-                               const Tensor& dbias, const Tensor& partial, int partials, Address stream) {
+                               const Tensor& statistics, const Tensor& ds, const Tensor& dweight, const Tensor& dbias,
+                               const Tensor& partial, int partials, Address stream) {
     if (s.elements() == 0) return nullptr;
     auto dy_stride = row_stride(dy), incoming_stride = row_stride(incoming), s_stride = row_stride(s);
     if (!dy_stride) return &dy;
     if (!incoming_stride) return &incoming;
     if (!s_stride) return &s;
-    for (const Tensor* vector : {&weight, &mean, &rstd})
+    for (const Tensor* vector : {&weight, &statistics})
         if (!is_contiguous(*vector)) return vector;
     const Dtype dtype = s.dtype;
     const int width = int(s.shape[s.rank - 1]);
@@ -398,14 +398,14 @@ Unreadable layer_norm_backward(const Tensor& dy, const Tensor& incoming, const T
     call.incoming = {at<const void>(incoming.address), *incoming_stride};
     call.s = {at<const void>(s.address), *s_stride};
     call.weight = {at<const void>(weight.address), weight.dtype};
-    call.mean = at<const float>(mean.address);
-    call.rstd = at<const float>(rstd.address);
     call.ds = at<void>(ds.address);
     call.dweight = dweight.address ? at<float>(partial.address) : nullptr;
     call.dbias =
         dbias.address ? at<float>(partial.address) + (dweight.address ? int64_t(partials) * width : 0) : nullptr;
     call.width = width;
     call.rows = s.elements() / width;
+    call.mean = at<const float>(statistics.address);
+    call.rstd = call.mean + call.rows;
     const bool whole = width % vector == 0 && is_whole(dy, *dy_stride, vector) && is_whole(s, *s_stride, vector) &&
                        is_whole(incoming, *incoming_stride, vector) && is_whole(weight, width, vector) &&
                        is_whole(ds, width, vector);

@@ -204,7 +204,7 @@ void forward_of(Forward& call, bool whole, void* stream) {
 }  // namespace
 
 Unreadable layer_norm_forward(const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& bias,
-                              const Tensor& y, const Tensor& summed, const Tensor& mean, const Tensor& rstd, double eps,
+                              const Tensor& y, const Tensor& summed, const Tensor& statistics, double eps,
                               Address stream) {
     if (y.elements() == 0) return nullptr;
     auto x_stride = row_stride(x), residual_stride = row_stride(residual);
@@ -221,10 +221,10 @@ Unreadable layer_norm_forward(const Tensor& x, const Tensor& residual, const Ten
     call.bias = {at<const void>(bias.address), bias.dtype};
     call.y = at<void>(y.address);
     call.summed = at<void>(summed.address);
-    call.mean = at<float>(mean.address);
-    call.rstd = at<float>(rstd.address);
     call.width = int(y.shape[y.rank - 1]);
     call.rows = y.elements() / call.width;
+    call.mean = at<float>(statistics.address);
+    call.rstd = call.mean + call.rows;
     call.x_dtype = x.dtype;
     call.residual_dtype = residual.dtype;
     call.eps = float(eps);

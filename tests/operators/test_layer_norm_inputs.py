@@ -326,10 +326,10 @@ def test_registered_ops(backend, device):
     tests = {}  # all of them on the first case; the slow ones, of torch.compile, are the same for the others
     for other, (weight, bias) in cases:
         torch.library.opcheck(forward, (input, other, weight, bias, 1e-5, backend), **tests)
-        output, summed, mean, rstd = forward(input, other, weight, bias, 1e-5, backend)
+        output, summed, statistics = forward(input, other, weight, bias, 1e-5, backend)
         summed = input if other is None else summed
         grad_output, grad_summed = torch.randn_like(output), None if other is None else torch.randn_like(summed)
-        kept, call = (grad_output, grad_summed, mean, rstd), (summed, None, weight, None, 0.0, backend)
+        kept, call = (grad_output, grad_summed, statistics), (summed, None, weight, None, 0.0, backend)
         torch.library.opcheck(backward, (*kept, True, weight is not None, bias is not None, *call), **tests)
         tests = {"test_utils": ("test_schema", "test_faketensor")}
         torch.library.opcheck(backward, (*kept, False, weight is not None, False, *call), **tests)

@@ -296,7 +296,7 @@ def backward(dy, x, weight, mean, rstd, incoming, needs: tuple[bool, bool, bool]
 
 # --- Ahead-of-time compilation --------------------------------------------------------------------------------------
 
-_STATISTICS = ("mean_ptr", "rstd_ptr", "dweight_ptr", "dbias_ptr")
+_STATISTICS = ("statistics_ptr", "mean_ptr", "rstd_ptr", "dweight_ptr", "dbias_ptr")
 
 
 def held_widths(widest: int) -> tuple[int, ...]:

@@ -46,8 +46,7 @@ class Gradient(NamedTuple):
 
     grad_output: torch.Tensor  # (…, width)
     grad_summed: torch.Tensor | None  # (…, width)
-    mean: torch.Tensor  # (rows,), in the statistics' dtype
-    rstd: torch.Tensor  # (rows,)
+    statistics: torch.Tensor  # (2, rows): mean, rstd; float32 (float64)
     need_input: bool
     need_weight: bool
     need_bias: bool
@@ -260,7 +259,7 @@ def unsupported(call: Call) -> None:
 
 
 def forward(call: Call):
-    """(…, width) -> output (…, width), summed (…, width) or empty, mean (rows,), rstd (rows,) in float32."""
+    """(…, width) -> output (…, width), summed (…, width) or empty, statistics (2, rows): mean, rstd in float32."""
     input, residual, weight, bias, eps = call
     summed = input if residual is None else input + residual
     x = summed.to(_statistics_dtype(summed)).reshape(-1, summed.shape[-1])
@@ -273,7 +272,7 @@ def forward(call: Call):
     if bias is not None:
         y = y + bias.to(x.dtype)
     output = y.to(summed.dtype).view(summed.shape)
-    return output, (summed.new_empty(0) if residual is None else summed), mean, rstd
+    return output, (summed.new_empty(0) if residual is None else summed), torch.stack((mean, rstd))
 
 
 def backward(gradient: Gradient, call: Call):
@@ -282,8 +281,9 @@ def backward(gradient: Gradient, call: Call):
     dsummed includes grad_summed, the gradient that reaches the sum by itself. dweight and dbias are in the
     statistics' dtype; the autograd.Function rounds them to the parameters'.
     """
-    grad_output, grad_summed, mean, rstd, need_input, need_weight, need_bias = gradient
+    grad_output, grad_summed, statistics, need_input, need_weight, need_bias = gradient
     summed, weight = call.input, call.weight
+    mean, rstd = statistics.unbind()
     width = summed.shape[-1]
     x = summed.to(mean.dtype).reshape(-1, width)
     dy = grad_output.to(mean.dtype).reshape(-1, width)
@@ -318,21 +318,20 @@ def _forward_fake(call: Call):
     output = torch.empty(input.shape, dtype=dtype, device=input.device)
     summed = output.new_empty(0) if residual is None else torch.empty_like(output)
     rows = math.prod(input.shape[:-1])
-    mean = output.new_empty(rows, dtype=_statistics_dtype(output))
-    return output, summed, mean, torch.empty_like(mean)
+    return output, summed, output.new_empty((2, rows), dtype=_statistics_dtype(output))
 
 
 def _backward_fake(gradient: Gradient, call: Call):
-    mean, summed = gradient.mean, call.input
+    statistics, summed = gradient.statistics, call.input
     width = summed.shape[-1]
     dsummed = torch.empty(summed.shape, dtype=summed.dtype, device=summed.device)
-    dsummed = dsummed if gradient.need_input else mean.new_empty(0)
-    dweight = mean.new_empty(width if gradient.need_weight else 0)
-    return dsummed, dweight, mean.new_empty(width if gradient.need_bias else 0)
+    dsummed = dsummed if gradient.need_input else statistics.new_empty(0)
+    dweight = statistics.new_empty(width if gradient.need_weight else 0)
+    return dsummed, dweight, statistics.new_empty(width if gradient.need_bias else 0)
 
 
 TWIN = layer_norm
-OPERATOR = Operator("layer_norm", Call, 4, _forward_fake, Gradient, 3, _backward_fake)
+OPERATOR = Operator("layer_norm", Call, 3, _forward_fake, Gradient, 3, _backward_fake)
 
 
 class LayerNormFunction(torch.autograd.Function):
@@ -352,10 +351,10 @@ class LayerNormFunction(torch.autograd.Function):
         weight = None if weight is None else weight.contiguous()
         bias = None if bias is None else bias.contiguous()
         call = Call(input, residual, weight, bias, eps)
-        output, summed, mean, rstd = OPERATOR.forward(call, backend)
+        output, summed, statistics = OPERATOR.forward(call, backend)
         # Gradients that nobody computed arrive as None, not as zeros in memory.
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input if residual is None else summed, weight, mean, rstd)
+        ctx.save_for_backward(input if residual is None else summed, weight, statistics)
         ctx.backend = backend
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (input, residual, weight, bias)]
         if residual is None:
@@ -365,8 +364,8 @@ class LayerNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output, grad_summed):
         # As the forward made them: saved_tensors_hooks may hand back other strides.
-        summed, weight, mean, rstd = ctx.saved_tensors
-        weight, mean, rstd = None if weight is None else weight.contiguous(), mean.contiguous(), rstd.contiguous()
+        summed, weight, statistics = ctx.saved_tensors
+        weight, statistics = None if weight is None else weight.contiguous(), statistics.contiguous()
         need_input, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
         has_residual = ctx.dtypes[1] is not None
         grad_summed = grad_summed if has_residual else None
@@ -377,8 +376,8 @@ class LayerNormFunction(torch.autograd.Function):
         else:
             with torch.no_grad():
                 needs = need_input or need_residual, need_weight, need_bias
-                gradient = Gradient(grad_output, grad_summed, mean, rstd, *needs)
-                # eps is in rstd.
+                gradient = Gradient(grad_output, grad_summed, statistics, *needs)
+                # eps is in the statistics.
                 call = Call(summed, None, weight, None, 0.0)
                 dsummed, dweight, dbias = OPERATOR.backward(gradient, call, ctx.backend)
         gradients = [

@@ -24,33 +24,33 @@ def unsupported(call: Call) -> str | None:
 
 
 def forward(call: Call):
-    """(…, width) -> output (…, width), summed (…, width) or empty, mean (rows,), rstd (rows,)."""
+    """(…, width) -> output (…, width), summed (…, width) or empty, statistics (2, rows): mean, rstd."""
     input, residual, weight, bias, eps = call
     dtype, device = input.dtype, input.device
     if residual is not None:
         dtype = torch.result_type(input, residual)
     output = torch.empty_like(input, dtype=dtype, memory_format=torch.contiguous_format)
     summed = torch.empty(0, dtype=dtype, device=device) if residual is None else torch.empty_like(output)
-    mean = torch.empty(input.shape[:-1].numel(), dtype=torch.float32, device=device)
-    rstd = torch.empty_like(mean)
+    statistics = torch.empty((2, input.shape[:-1].numel()), dtype=torch.float32, device=device)
     weight, bias = as_read(weight, dtype), as_read(bias, dtype)
-    common.start("layer_norm_forward", input, residual, weight, bias, output, summed, mean, rstd, eps)
-    return output, summed, mean, rstd
+    common.start("layer_norm_forward", input, residual, weight, bias, output, summed, statistics, eps)
+    return output, summed, statistics
 
 
 def backward(gradient: Gradient, call: Call):
     """-> dsummed (…, width), dweight (width,), dbias (width,) in float32; what is not needed is empty."""
-    grad_output, grad_summed, mean, rstd, need_input, need_weight, need_bias = gradient
+    grad_output, grad_summed, statistics, need_input, need_weight, need_bias = gradient
     summed, weight = call.input, call.weight
     width, device, float32 = summed.shape[-1], summed.device, torch.float32
-    rows = mean.numel()
+    rows = statistics.shape[1]
     # What is not needed is a tensor of its own: a registered op may not return one twice.
     if need_input:
         dsummed = torch.empty_like(summed, memory_format=torch.contiguous_format)
     else:
         dsummed, grad_summed = torch.empty(0, dtype=float32, device=device), None
     if rows == 0 or width == 0:
-        return dsummed, mean.new_zeros(width if need_weight else 0), mean.new_zeros(width if need_bias else 0)
+        new_zeros = statistics.new_zeros
+        return dsummed, new_zeros(width if need_weight else 0), new_zeros(width if need_bias else 0)
     dweight = torch.empty(width if need_weight else 0, dtype=float32, device=device)
     dbias = torch.empty(width if need_bias else 0, dtype=float32, device=device)
     partials = min(rows, most_partials(width, device))
@@ -58,7 +58,7 @@ def backward(gradient: Gradient, call: Call):
     partial = torch.empty(wanted * partials * width, dtype=float32, device=device) if wanted else None
     weight = as_read(weight, summed.dtype)
     common.start(
-        "layer_norm_backward", grad_output, grad_summed, summed, weight, mean, rstd, dsummed, dweight, dbias, partial,
+        "layer_norm_backward", grad_output, grad_summed, summed, weight, statistics, dsummed, dweight, dbias, partial,
         partials,
     )  # fmt: skip
     return dsummed, dweight, dbias

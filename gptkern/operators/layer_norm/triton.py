@@ -53,8 +53,7 @@ def _forward_kernel(
     bias_ptr,  # (width,)         or None
     y_ptr,  # (rows, width)   output, contiguous
     summed_ptr,  # (rows, width)   x + residual, contiguous, or None
-    mean_ptr,  # (rows,)         float32, kept for the backward
-    rstd_ptr,  # (rows,)         float32
+    statistics_ptr,  # (2, rows)       float32: mean, rstd, kept for the backward
     x_stride,  # from a row to the next
     residual_stride,
     rows,
@@ -63,7 +62,7 @@ def _forward_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    statistic = mean_ptr.dtype.element_ty
+    statistic = statistics_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, BLOCK_WIDTH)
     in_row = column[None, :] < width
@@ -84,8 +83,8 @@ def _forward_kernel(
     var = tl.sum(centred * centred, axis=1) / width
     # rstd = 1 / sqrt(var + eps)
     rstd = 1.0 / tl.sqrt(var + EPS)
-    tl.store(mean_ptr + row, mean, mask=row < rows)
-    tl.store(rstd_ptr + row, rstd, mask=row < rows)
+    tl.store(statistics_ptr + row, mean, mask=row < rows)
+    tl.store(statistics_ptr + rows + row, rstd, mask=row < rows)
 
     # y = x_hat * weight + bias
     y = centred * rstd[:, None]
@@ -114,15 +113,14 @@ def _forward_wide_kernel(
     bias_ptr,  # (width,)         or None
     y_ptr,  # (rows, width)   output, contiguous
     summed_ptr,  # (rows, width)   x + residual, contiguous, or None
-    mean_ptr,  # (rows,)         float32, kept for the backward
-    rstd_ptr,  # (rows,)         float32
+    statistics_ptr,  # (2, rows)       float32: mean, rstd, kept for the backward
     x_stride,  # from a row to the next
     residual_stride,
     width,
     EPS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    statistic: tl.constexpr = mean_ptr.dtype.element_ty
+    statistic: tl.constexpr = statistics_ptr.dtype.element_ty
     rounded: tl.constexpr = y_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride
@@ -148,8 +146,9 @@ def _forward_wide_kernel(
         mean += delta * share
         m2 += tl.sum(centred * centred, axis=0) + delta * delta * start * share
     rstd = 1.0 / tl.sqrt(m2 / width + EPS)
-    tl.store(mean_ptr + row, mean)
-    tl.store(rstd_ptr + row, rstd)
+    tl.store(statistics_ptr + row, mean)
+    # A program a row.
+    tl.store(statistics_ptr + tl.num_programs(0) + row, rstd)
 
     for start in range(0, width, BLOCK_WIDTH):
         column = start + tl.arange(0, BLOCK_WIDTH)
@@ -178,7 +177,7 @@ def unsupported(call: Call) -> str | None:
 
 
 def forward(call: Call):
-    """(…, width) -> output (…, width), summed (…, width) or empty, mean (rows,), rstd (rows,)."""
+    """(…, width) -> output (…, width), summed (…, width) or empty, statistics (2, rows): mean, rstd."""
     input, residual, weight, bias, eps = call
     width = input.shape[-1]
     dtype = input.dtype if residual is None else torch.result_type(input, residual)
@@ -187,12 +186,11 @@ def forward(call: Call):
     summed = output.new_empty(0) if residual is None else torch.empty_like(output)
     x = as_rows(input)
     rows = x.shape[0]
-    mean = torch.empty(rows, dtype=statistic, device=input.device)
-    rstd = torch.empty_like(mean)
+    statistics = torch.empty((2, rows), dtype=statistic, device=input.device)
     if output.numel() == 0:
-        return output, summed, mean, rstd
+        return output, summed, statistics
     added, stored = (None, None) if residual is None else (as_rows(residual), summed)
-    pointers = x, added, weight, bias, output, stored, mean, rstd
+    pointers = x, added, weight, bias, output, stored, statistics
     strides = x.stride(0), 0 if added is None else added.stride(0)
     if _is_wide("forward", width, statistic):
         _, block_width, warps = _chunk("forward", x.device)
@@ -203,12 +201,13 @@ def forward(call: Call):
             *pointers, *strides, rows, width,
             EPS=eps, BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width, num_warps=warps,
         )  # fmt: skip
-    return output, summed, mean, rstd
+    return output, summed, statistics
 
 
 def backward(gradient: Gradient, call: Call):
     """-> dsummed (…, width), dweight (width,), dbias (width,) in the statistics' dtype; what is not needed is empty."""
-    grad_output, grad_summed, mean, rstd, *needs = gradient
+    grad_output, grad_summed, statistics, *needs = gradient
+    mean, rstd = statistics.unbind()
     walked = None
     if _is_wide("backward", call.input.shape[-1], mean.dtype):
         device = call.input.device
