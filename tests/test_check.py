@@ -204,6 +204,29 @@ def test_command_that_compares_nothing_fails(without_kernels, capsys):
     assert "Nothing was compared." in output and "left out" in output
 
 
+@pytest.mark.parametrize("wrong, status", [(False, 3), (True, 1)], ids=["right", "wrong"])
+def test_command_that_leaves_cases_out_says_partial(without_kernels, capsys, monkeypatch, tmp_path, wrong, status):
+    module, name = _launcher("forward")
+    forward, now = getattr(module, name), [0.0]
+
+    def one_second(*call):
+        now[0] += 1.0
+        return forward(*call) * (1.01 if wrong else 1)
+
+    monkeypatch.setattr(checking.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(module, name, one_second)
+    report, cases = tmp_path / "report.json", len(cases_of("softmax", ("small",)))
+    command = ["check", "--op", "softmax", "--json", str(report)]
+    assert cli.main([*command, "--seconds", "2.5"]) == status
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"partial, {cases - 3} cases left out for want of time: ")
+    written = json.loads(report.read_text())
+    assert written["partial"] is True and [each["left_out"] for each in written["results"]].count(True) == cases - 3
+    # A case that no kernel covers, or a whole run, is not partial.
+    assert cli.main([*command, "--seconds", "1e6"]) == int(wrong)
+    assert "partial" not in capsys.readouterr().out and json.loads(report.read_text())["partial"] is False
+
+
 def test_command_shows_every_comparison_when_asked(without_kernels, capsys):
     assert cli.main(["check", "--op", "quantize_int8", "--all"]) == 0
     output = capsys.readouterr().out

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from gptkern.commands import PARTIAL
 from gptkern.measuring import runner
 
 ROOT = Path(__file__).parents[1]
@@ -142,3 +143,80 @@ def test_a_step_is_asked_to_stop_first_and_may_keep_what_it_found(run, tmp_path)
     assert run(planted("step", program, seconds=gpu.GRACE + 1.5, unfinished=True))[0] == 0
     assert (tmp_path / "step.txt").read_text().endswith("so far\n")
     assert not (tmp_path / "step.done").exists(), "it had not come to its end"
+
+
+# --- What did not come to its end -------------------------------------------------------------------------------------
+
+
+def test_what_left_something_out_is_partial_and_runs_again(run, tmp_path):
+    status = "raise SystemExit(3)"
+    for judges, expected in ((True, 3), (False, 0)):
+        code, printed = run(planted("step", status, judges=judges, partial=3), planted("other", "print('on')"))
+        assert code == expected and "partial" in printed and "FAILED" not in printed
+        assert printed.splitlines()[-1].startswith("NOT DONE: step. ") and not (tmp_path / "step.done").exists()
+    # pytest's own 3 is an error of its own, and a failure counts for more.
+    assert run(planted("step", status, judges=True))[0] == 1
+    assert run(planted("step", status, "raise SystemExit(1)", judges=True, partial=3))[0] == 1
+
+
+def test_the_check_s_and_the_bench_s_partial_is_the_commands_own(tmp_path):
+    steps = {step.name: step for step in gpu.steps(tmp_path, "abc")}
+    assert {name for name, step in steps.items() if step.partial == PARTIAL} == {"check", "quick", "costs", "bench"}
+    assert {name for name, step in steps.items() if step.judges} == {"build", "check", "tests", "sanitizer"}
+
+
+TESTS = """
+import time
+
+def test_right():
+    pass
+
+def test_first():
+    assert {right}
+
+def test_long():
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("right, status, words", [(True, 3, "time over"), (False, 1, "FAILED: its time is over")])
+def test_tests_that_are_cut_off_have_failed_only_where_one_had(run, tmp_path, right, status, words):
+    (tmp_path / "test_planted.py").write_text(TESTS.format(right=right))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, str(tmp_path)]
+    step = gpu.Step("tests", gpu.GRACE + 3, [command], unfinished=True, judges=True, wrong=gpu.FAILED_TESTS)
+    code, printed = run(step)
+    assert code == status and words in printed and not (tmp_path / "tests.done").exists()
+    assert "test_long" not in printed, "the time is nobody's failure"
+
+
+@pytest.mark.parametrize(
+    "line, wrong",
+    [
+        ("FAILED tests/test_a.py::test_b - assert 1", True), ("ERROR tests/test_a.py - ImportError", True),
+        ("..s.F [ 12%]", True), ("E", True), ("..sx. [ 12%]", False), ("x", False), ("1 passed in 0.1s", False),
+        ("[gw0] FAILED is a word", False), ("SKIPPED [1] tests/test_a.py:3: FAILED", False),
+    ],
+)  # fmt: skip
+def test_what_pytest_prints_of_a_failure(line, wrong):
+    assert bool(re.search(gpu.FAILED_TESTS, f"tests\n{line}\n", re.MULTILINE)) is wrong
+
+
+def test_steps_without_the_cuda_kernels_say_so_and_run_again_with_them(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "GRACE", 0.2)
+    count = tmp_path / "count"
+    check = planted("check", f"open({str(count)!r}, 'a').write('x')")
+
+    def built_by(program, seconds=100):
+        return [
+            planted("info", "print('there')"), check._replace(name="info2", missing="nothing"),
+            planted(gpu.BUILD, program, seconds=seconds, unfinished=True, judges=True), check,
+        ]  # fmt: skip
+
+    for number, (program, seconds, status) in enumerate([(STUBBORN, 1.5, 3), ("raise SystemExit(1)", 100, 1)]):
+        code, printed = run(*built_by(program, seconds))
+        assert code == status and "what follows runs without the CUDA kernels" in printed
+        # Once is enough as long as they are missing.
+        assert printed.count("WITHOUT the CUDA kernels") == (number == 0) and count.read_text() == "x"
+    code, printed = run(*built_by("print('built')"))
+    assert code == 0 and "WITHOUT" not in printed and count.read_text() == "xx"
+    assert run(*built_by("raise SystemExit(1)"))[1].count("passed before") == 3, "info, build and check"

@@ -1,6 +1,7 @@
 """The subcommands of `gptkern`, one module each; gptkern/cli.py imports the one that is chosen."""
 
 INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended, as the shell gives it
+PARTIAL = 3  # of `check` and `bench`: nothing failed, and what `--seconds` did not reach was left out
 
 
 class UserError(Exception):

@@ -13,13 +13,15 @@ import sys
 import warnings
 from pathlib import Path
 
-from gptkern.commands import INTERRUPTED, UserError, places, tables
+from gptkern import formatting as form
+from gptkern.commands import INTERRUPTED, PARTIAL, UserError, places, tables
 from gptkern.commands.interrupts import import_torch, interruptible, uninterrupted
 from gptkern.commands.options import duration, shown
 
 SUMMARY = "run this machine's kernels against float64 references"
 
-# What came out; the exit status is 1 where anything failed or nothing was compared.
+# What came out: 1 where anything failed or nothing was compared, and 3 (PARTIAL) where nothing failed and cases were
+# left out because the time was up.
 PASSED, FAILED = 0, 1
 
 
@@ -30,7 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--interpret", action="store_true", help="run the Triton kernels in Triton's interpreter, on the CPU"
     )
-    parser.add_argument("--seconds", type=duration, metavar="N", help="start no new case after N seconds")
+    parser.add_argument(
+        "--seconds", type=duration, metavar="N",
+        help="start no new case after N seconds; where that leaves cases out, the exit status is 3",
+    )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write every comparison to FILE")
     parser.add_argument(
         "--require-gpu", action="store_true", help="refuse where no kernel can run on a GPU, for scripts"
@@ -179,7 +184,8 @@ def _progress(count: int, result) -> None:
 def _write(path: Path, results: list) -> None:
     from gptkern.version import __version__
 
-    report = {"gptkern": __version__, "results": [dataclasses.asdict(result) for result in results]}
+    partial = any(result.left_out for result in results)
+    report = {"gptkern": __version__, "partial": partial, "results": [dataclasses.asdict(result) for result in results]}
     places.write(path, json.dumps(report, indent=1))
 
 
@@ -192,6 +198,7 @@ def _report(results: list, show_all: bool, what: str) -> int:
     compared = [result for result in results if result.ok is not None]
     failed = [result for result in compared if not result.ok]
     skipped = [result for result in results if result.ok is None]
+    left_out = sum(result.left_out for result in results)
     headings = ("operator", "direction", "backend", "dtype", "shape class", "shape", "worst error", "bound", "ok")
     shown = [(result, 1) for result in compared] if show_all else _worst_of_each(compared)
     if not show_all:
@@ -213,8 +220,13 @@ def _report(results: list, show_all: bool, what: str) -> int:
         print(f"FAILED {case} ({result.shape}): {why}")
     if not compared:
         print("Nothing was compared.")
-    print(f"{len(compared) - len(failed)} passed, {len(failed)} failed, {len(skipped)} cases not run: {what}")
-    return FAILED if failed or not compared else PASSED
+    counts = f"{len(compared) - len(failed)} passed, {len(failed)} failed, {len(skipped)} cases not run"
+    if left_out:
+        counts = f"partial, {form.count(left_out, 'case')} left out for want of time: {counts}"
+    print(f"{counts}: {what}")
+    if failed or not compared:
+        return FAILED
+    return PARTIAL if left_out else PASSED
 
 
 def _worst_of_each(results: list) -> list[tuple]:

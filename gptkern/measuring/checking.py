@@ -55,6 +55,7 @@ class Result:
     bound: float | None = None
     note: str = ""
     seconds: float = 0.0  # of the whole case
+    left_out: bool = False  # not run because the time was up: there is no verdict on it
 
 
 def cases_of(operator: str, sizes: Iterable[str] = SIZES[:1]) -> list[Case]:
@@ -115,7 +116,8 @@ def run(
             if elements is not None and _most_elements(case, device) > elements:
                 continue
             if seconds is not None and time.monotonic() - start > seconds:
-                yield _result(case, backend, "all", ok=None, note=f"left out: {seconds:g} s were over")
+                note = f"left out: {seconds:g} s were over"
+                yield _result(case, backend, "all", ok=None, note=note, left_out=True)
                 continue
             yield from check(case, backend, device, seed=seed)
 
