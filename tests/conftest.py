@@ -121,6 +121,12 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _gpus_are_asked_anew():
+    """What one test finds out about GPUs, which it may simulate, is not the next one's."""
+    dispatch.forget_choices()
+
+
 @pytest.fixture
 def poisoned_memory():
     """torch.empty returns NaN (the largest integer): a kernel that does not write all of its output shows it."""

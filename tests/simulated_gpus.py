@@ -8,6 +8,7 @@ import torch
 
 from gptkern.backends import dispatch
 from gptkern.backends.tables import files, user
+from gptkern.backends.triton import launching
 
 H200 = user.Device("NVIDIA H200", 90)
 
@@ -23,6 +24,7 @@ def simulate(monkeypatch, *gpus: tuple[str, tuple[int, int]]) -> torch.device:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: of(device)[1])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: of(device)[0])
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91501)
+    monkeypatch.setattr(launching, "missing", lambda: None)
     dispatch.forget()
     return torch.device("cuda", 0)
 

@@ -22,6 +22,7 @@ import gptkern.functional as G
 from gptkern import operators as rooms
 from gptkern.backends import dispatch
 from gptkern.backends.tables import orders
+from gptkern.backends.triton import launching
 
 # The tests start from the automatic choice, and from no warning given.
 pytestmark = pytest.mark.usefixtures("automatic_choice")
@@ -33,6 +34,7 @@ def a_gpu(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(launching, "missing", lambda: None)
     with FakeTensorMode():
         yield
 
@@ -272,6 +274,7 @@ def test_each_operator_and_each_reason_warns_for_itself(a_gpu, monkeypatch):
         G.softmax(*a_call("softmax", "cuda"))
         G.layer_norm(*a_call("layer_norm", "cuda"))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+        dispatch.forget_choices()
         G.softmax(*a_call("softmax", "cuda"))
     assert len([w for w in caught if "gptkern" in str(w.message)]) == 3
 

@@ -40,6 +40,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from gptkern import operators
 from gptkern.backends import recomputation, tracing
@@ -96,6 +97,9 @@ _NOT_DENSE = Choice("torch", "the input is a nested or sparse tensor, which kern
 _TRACED = Choice("torch", "torch.jit.trace records it, whose graphs hold PyTorch's operators alone")
 _modules: dict[tuple[str, str], Any] = {}
 _warned: set[tuple[str, str]] = set()
+# The types of tensors that kernels read, and of what most often stands beside them in a call.
+_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+_NO_TENSORS = (type(None), bool, int, float, str, torch.dtype)
 
 
 def checked_name(name: str | None, where: str) -> str | None:
@@ -237,7 +241,15 @@ def _while_traced(forced: str | None) -> Choice:
 
 def choose(operator: str, call: tuple) -> Choice:
     """The backend for a checked call of an operator: the record that its launchers would get."""
-    return _announced(_decide(operator, _forced(), call))
+    if torch.compiler.is_compiling():
+        return _decide(operator, _forced_while_compiling, call)
+    forced = None if _state.forced is None else _forced_here()
+    choice = _known.get((operator, forced, first_tensor(call).device))
+    if choice is None or (choice.backend != "torch" and _uncovered(choice.backend, operator, call) is not None):
+        choice = _decide(operator, forced, call)
+    if _state.observer is not None:
+        _state.observer(choice)
+    return choice
 
 
 def first_tensor(arguments: Iterable[Any]) -> torch.Tensor:
@@ -282,19 +294,26 @@ def _decide(operator: str, forced: str | None, call: tuple) -> Choice:
         reason = _unable(forced, operator, kind, index) or _uncovered(forced, operator, call)
         if reason is not None:
             raise BackendError(f"backend {forced!r} was asked for and cannot run {operator}: {reason}")
-        return Choice(forced, "asked for by name")
+        return _kept(operator, forced, kind, index, Choice(forced, "asked for by name"))
     preference = _unmeasured_order(operator, kind, index)
-    if preference is None:
+    is_measured = preference is None
+    if is_measured:
         preference = _preference(operator, index, _class_of[operator](call))
     if preference.order[0] == "torch":
-        return Choice("torch", preference.reason)
-    reasons = []
+        choice = Choice("torch", preference.reason)
+        return choice if is_measured else _kept(operator, forced, kind, index, choice)
+    reasons, looked_at = [], is_measured
     for name in preference.order:
         if name == "torch":
             break
-        reason = _unable(name, operator, kind, index) or _uncovered(name, operator, call)
+        reason = _unable(name, operator, kind, index)
         if reason is None:
-            return Choice(name, "; ".join([f"the input is on {kind}", *reasons] if reasons else [preference.reason]))
+            reason = _uncovered(name, operator, call)
+            if reason is None:
+                because = [f"the input is on {kind}", *reasons] if reasons else [preference.reason]
+                choice = Choice(name, "; ".join(because))
+                return choice if looked_at else _kept(operator, forced, kind, index, choice)
+            looked_at = True
         reasons.append(f"not {name}: {reason}")
     choice = Choice("torch", "; ".join(reasons))
     if kind != "meta":
@@ -302,21 +321,47 @@ def _decide(operator: str, forced: str | None, call: tuple) -> Choice:
     return choice
 
 
+# (operator, the forced backend or None, a GPU) -> the choice for each call that its backend covers. Only of GPUs: a
+# CPU's depends on environment variables, which may change. What was measured by classes of calls is not in it.
+_known: dict[tuple[str, str | None, torch.device], Choice] = {}
+
+
+def _kept(operator: str, forced: str | None, device_type: str, device_index: int | None, choice: Choice) -> Choice:
+    """The choice; later calls of the operator are looked at for what the backend's kernels cover, and no more."""
+    if device_type == "cuda" and not torch.compiler.is_compiling():
+        _known[operator, forced, torch.device(device_type, device_index)] = choice
+    return choice
+
+
 def _uncovered(name: str, operator: str, call: tuple) -> str | None:
-    """Why the backend's kernels do not cover this call, or None."""
+    """Why the backend's kernels do not cover this call, or None. Each call is looked at here: host time counts."""
     if tracing.in_torch_func():
         return "a torch.func transform is active, and the kernels' autograd.Functions have no rules for it"
     device = first_tensor(call).device
     for argument in call:
-        for tensor in argument if isinstance(argument, (list, tuple)) else (argument,):
-            if isinstance(tensor, torch.Tensor):
-                if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
-                    return f"{type(tensor).__name__} is a tensor subclass, which kernels cannot read"
-                if tensor.device != device:
-                    return f"tensors are on {device} and {tensor.device}"
-                if tracing.is_dual(tensor):
-                    return "a tensor carries a tangent (torch.autograd.forward_ad), which kernels do not see"
+        kind = type(argument)
+        if kind in _PLAIN_TENSORS:
+            reason = _unreadable(argument, device)
+        elif kind in _NO_TENSORS:
+            continue
+        else:
+            several = argument if isinstance(argument, (list, tuple)) else (argument,)
+            tensors = (tensor for tensor in several if isinstance(tensor, torch.Tensor))
+            reason = next(filter(None, (_unreadable(tensor, device) for tensor in tensors)), None)
+        if reason is not None:
+            return reason
     return _modules[name, operator].unsupported(call)
+
+
+def _unreadable(tensor: torch.Tensor, device: torch.device) -> str | None:
+    """Why no kernel that runs on the device reads this tensor, or None."""
+    if type(tensor) not in _PLAIN_TENSORS:
+        return f"{type(tensor).__name__} is a tensor subclass, which kernels cannot read"
+    if tensor.device != device:
+        return f"tensors are on {device} and {tensor.device}"
+    if forward_ad._current_level >= 0 and tracing.is_dual(tensor):
+        return "a tensor carries a tangent (torch.autograd.forward_ad), which kernels do not see"
+    return None
 
 
 # (operator, index of a GPU) -> class of calls -> preference; what was measured on that GPU, most often nothing.
@@ -362,13 +407,30 @@ def forget() -> None:
     _preferences.clear()
     _unmeasured.clear()
     _class_of.clear()
+    forget_choices()
 
 
-# An import cannot be traced, and the answer does not change within a process.
+def forget_choices() -> None:
+    """What backends can run on which GPU is found out anew, tables apart."""
+    _known.clear()
+    _missing.clear()
+
+
+# (backend or variant, operator, index of a GPU) -> `missing`: the answer does not change within a process.
+_missing: dict[tuple[str, str, int | None], str | None] = {}
+
+
+# An import cannot be traced.
 @constant_while_compiling
 def _unable(name: str, operator: str, device_type: str, device_index: int | None) -> str | None:
     """Why the backend cannot run anything on this device, or None. Imports the backend's module."""
-    return missing(name, operator, torch.device(device_type, device_index))
+    if device_type != "cuda":
+        return missing(name, operator, torch.device(device_type, device_index))
+    try:
+        return _missing[name, operator, device_index]
+    except KeyError:
+        reason = _missing[name, operator, device_index] = missing(name, operator, torch.device("cuda", device_index))
+        return reason
 
 
 def missing(name: str, operator: str, device: torch.device) -> str | None:
@@ -429,7 +491,9 @@ def unavailable(name: str, device: torch.device) -> str | None:
         from gptkern.backends.cuda import common
 
         return common.unavailable(device.index)
-    return None
+    from gptkern.backends.triton import launching
+
+    return launching.missing()
 
 
 def expected(operator: str, device: torch.device) -> Choice:
@@ -443,12 +507,12 @@ def expected(operator: str, device: torch.device) -> Choice:
     preference = _unmeasured_order(operator, device.type, device.index)
     if preference is None:
         return Choice("by size", "measured on this GPU: `gptkern tune --show`")
-    unable = {name: _unable(name, operator, device.type, device.index) for name in preference.order if name != "torch"}
     reasons = []
     for name in preference.order:
-        if unable.get(name) is None:
+        reason = None if name == "torch" else _unable(name, operator, device.type, device.index)
+        if reason is None:
             return Choice(name, "; ".join(reasons) or preference.reason)
-        reasons.append(f"not {name}: {unable[name]}")
+        reasons.append(f"not {name}: {reason}")
     raise AssertionError(f"{operator} has no order that ends with torch")
 
 
