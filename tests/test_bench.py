@@ -77,7 +77,18 @@ def test_a_wrong_kernel_fails_the_run(bench, monkeypatch, tmp_path):
 
 def test_the_time_is_kept(bench):
     status, printed = bench("--rounds", "9", "--seconds", "0")
-    assert status == 0 and "The time is up" in printed.out
+    last = printed.out.splitlines()[-1]
+    assert status == 3 and last.startswith("partial, the time is up: ") and "nothing of softmax" in last
+
+
+def test_a_failure_counts_for_more_than_what_is_left(bench, monkeypatch):
+    from gptkern.commands import bench as command
+
+    for each in ([0, 1, 3], [0, 3, 1], [3, 0, 1]):
+        monkeypatch.setattr(command, "_records", lambda *_, each=each: iter([("a line", status) for status in each]))
+        assert bench()[0] == 1
+    monkeypatch.setattr(command, "_records", lambda *_: iter([("a line", 0), ("left", 3), ("a line", 0)]))
+    assert bench()[0] == 3
 
 
 def test_interrupted_keeps_what_is_done(bench, tmp_path, monkeypatch):

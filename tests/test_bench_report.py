@@ -110,6 +110,35 @@ def test_a_lead_or_a_loss_is_more_than_noise(results, mine, peer, outcome):
     assert rates.tally([cell, cell]) == {outcome: 2}
 
 
+def test_what_is_noisy_or_host_bound_is_marked_and_has_no_verdict(results):
+    cell = _cell(results, "layer_norm", "forward", "32768x1024")
+    mine, best = _timed(cell, "gptkern"), _timed(cell, "quack")
+    assert rates.outcome(cell) == rates.BEHIND and "▼ **32768x1024**" in report.markdown(results, {})
+    best["noisy"] = "its quartiles are far apart"
+    _cell(results, "layer_norm", "forward", "32768x4096")["implementations"][0]["host_bound"] = True
+    cost = next(cost for cost in results["costs"] if cost["key"] == "host time, layer_norm")
+    cost["noisy"] = "others had half of the processor"
+    assert rates.outcome(cell) == rates.NOISY
+    text = report.markdown(results, {})
+    row, bound = (_row(text, "rows 32768, bfloat16: forward", f"32768x{width}") for width in (1024, 4096))
+    assert row["quack"].endswith("~") and not row["time"].endswith("~") and bound["time"].endswith("‡")
+    assert "▼ **32768x1024**" not in text and "not told in 1 (the times are noisy)" in text
+    ends = text[text.index("Times that say less") :]
+    assert "- ~ quack: layer\\_norm forward, 32768x1024: its quartiles are far apart" in ends
+    assert "- **‡ gptkern**: host-bound (1 × layer\\_norm forward)" in ends
+    assert "- ~ host time, layer\\_norm: others had half of the processor" in ends
+    said = report.terminal(results)
+    assert "NOISY: layer_norm forward, 32768x1024 bfloat16: its quartiles are far apart" in said
+    assert "HOST-BOUND: layer_norm forward, 32768x4096 bfloat16" in said and "LOST: layer_norm forward, 32768x1024" not in said
+    # No promise is broken, nor kept, by a time that says little.
+    assert "host time, layer_norm" not in {promise.where for promise in rates.promises(results) if promise.broken}
+    best["noisy"], mine["noisy"] = None, "it too"
+    row = _row(report.markdown(results, {}), "rows 32768, bfloat16: forward", "32768x1024")
+    assert rates.outcome(cell) == rates.NOISY and row["time"].endswith("~")
+    cell["limits"] = {"quack": 1.0}
+    assert [promise.measured for promise in rates.promises(results) if promise.peer == "quack"] == [None]
+
+
 def test_promised_limits(results):
     broken = {promise.where: promise.measured for promise in rates.promises(results) if promise.broken}
     # 1.02 ms to 0.96 ms, promised 1.05; 20 µs to 5 µs, promised 3.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import types
 
 import pytest
@@ -147,6 +148,71 @@ def test_peers_are_narrowed_and_what_is_prepared_is_what_is_called(measure):
     _, _, by_name = measure("both", peers=["b"], gptkern=prepared, a=Implementation(right), b=Implementation(right))
     assert list(by_name) == ["gptkern", "b"] and by_name["gptkern"]["wall_s"]
     assert len(seen) == timing.CPU_SETS, "once for each set"
+
+
+@pytest.mark.parametrize("bytes_of_weight", [4, 1])
+def test_a_packed_weight_gets_as_many_sets_as_its_own_bytes_need(monkeypatch, bytes_of_weight):
+    """On a GPU with an L2 cache of 1000 bytes: sets of 24 + 200 bytes, of which `prepare` makes 24 + 50."""
+    module = operator(gptkern=Implementation(right))
+    module.inputs = lambda cell, device: (torch.randn(6), torch.randn(50))
+    module.differentiable = lambda cell: ()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(L2_cache_size=1000))
+    monkeypatch.setattr(timing, "alive", lambda kind: None)
+    timed = runner._Timed(module, cell(), "cuda", {})
+
+    def prepare(x, w):
+        return (x, w if bytes_of_weight == 4 else w.to(torch.int8))
+
+    prepared = timed._all_prepared(Implementation(right, prepare))
+    assert len(prepared) == -(-3000 // (24 + 50 * bytes_of_weight)) == {4: 14, 1: 41}[bytes_of_weight]
+    assert timing.memory(prepared) >= 3 * 1000
+    # Peers that pack less do with what is there.
+    assert len(timed._all_prepared(Implementation(right))) == len(timed.sets) == len(prepared)
+
+
+def test_a_noisy_time_says_why(measure, monkeypatch):
+    quiet = dict(waited=0.05, throttled=0.0, stolen=None, load=3.0)
+    busy = quiet | dict(waited=0.5)
+    for load, ticks, words in (
+        (quiet, [1.0], None), (busy, [1.0], "its threads waited for a processor for 50% of the time"),
+        (quiet, [1.0, 1.0, 9.0], "the quartiles of 24 samples are"),
+    ):  # fmt: skip
+        monkeypatch.setattr(runner.contention.Contention, "shares", lambda self, load=load: load)
+        values = itertools.cycle(ticks)
+        monkeypatch.setattr(timing, "wall_sampler", lambda *_, values=values: lambda: next(values))
+        record, samples, by_name = measure(gptkern=Implementation(right), rounds=6)
+        assert record["load"] == load and len(samples["gptkern"]) == (6 if len(ticks) == 1 else 24)
+        found = by_name["gptkern"]["noisy"]
+        assert found is None if words is None else found.startswith(words)
+        # The host does not disturb what a graph holds; it does what it queues too slowly.
+        for bound, disturbed in ((None, False), (False, False), (True, True)):
+            entry = {"device_s": {}, "host_bound": bound}
+            assert (runner._noise([1.0] * 6, entry, busy) is not None) is disturbed
+    assert runner._noise([1.0, 9.0], {"device_s": {}, "host_bound": None}, quiet) is None, "two samples tell nothing"
+
+
+@pytest.mark.parametrize("or_events", [True, False])
+def test_what_cannot_be_captured_is_timed_without_a_graph_where_it_may_be(monkeypatch, or_events):
+    asked = []
+
+    def sampler(function, arguments, graph=True, pool=None):
+        asked.append((graph, pool))
+        if graph:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        return types.SimpleNamespace(host_bound=True)
+
+    monkeypatch.setattr(timing, "DeviceSampler", sampler)
+    monkeypatch.setattr(timing, "wall_sampler", lambda *_: None)
+    monkeypatch.setattr(timing, "alive", lambda kind: None)
+    step = Implementation(right, or_events=or_events)
+    if not or_events:
+        with pytest.raises(RuntimeError, match="capturing"):
+            runner._samplers(right, [], "cuda", step, "a pool")
+        return
+    _, record = runner._samplers(right, [], "cuda", step, "a pool")
+    assert asked == [(True, "a pool"), (False, None)]
+    reason = "failed: RuntimeError: operation not permitted when stream is capturing"
+    assert record == {"timed": "events", "host_bound": True, "not_captured": reason}
 
 
 def test_directions_time_what_they_say(measure):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import types
 import weakref
 
 import pytest
 import torch
 
-from gptkern.measuring import ceilings, machine, timing
+from gptkern import operators
+from gptkern.measuring import ceilings, contention, machine, timing
 
 
 def cuda_has(monkeypatch, **functions):
@@ -70,6 +72,70 @@ def test_sets_exceed_the_cache(monkeypatch):
 
     assert count(50) == 15, "15 x 200 bytes are 3 x 1000"
     assert (count(10**6), count(1)) == (2, timing.MOST_SETS) and count(1, "cpu") == timing.CPU_SETS
+
+    # What all sets share is read again and again: 600 bytes of it, and 15 sets of 160 of their own.
+    shared = torch.zeros(150)
+    sets = timing.sets_of_inputs(lambda: (torch.zeros(40), shared), "cuda")
+    assert len(sets) == 15 and timing.memory(sets) == 15 * 160 + 600
+    assert len(timing.sets_of_inputs(lambda: (shared,), "cuda")) == 5, "as many as one would need, and no more"
+
+
+def test_memory_is_what_a_call_can_touch():
+    base = torch.zeros(8, 16)
+    assert timing.memory((base, base)) == timing.memory([{"a": base}, "b", 3]) == 512
+    assert timing.memory((base[:2], base[4:])) == 128 + 256 and timing.memory((base, base.t(), base[1:])) == 512
+    assert timing.memory(torch.zeros(16).expand(1000, 16)) == 64, "an expanded dimension is one element"
+    query, key, value = torch.zeros(4, 3, 8).unbind(1)
+    assert timing.memory((query, key, value)) == 4 * 4 * 3 * 8
+    layer = torch.nn.Linear(16, 4)
+    assert timing.memory((layer, layer.weight)) == 4 * (64 + 4)
+    made = operators.problem("int8_linear").inputs(
+        operators.problem("int8_linear").cells("cuda", "smoke")[1].sizes, torch.bfloat16, torch.Generator()
+    )
+    # 24 x 32 and 48 in bfloat16, 48 x 32 in int8, 48 scales.
+    assert timing.memory([made]) == 2 * (24 * 32 + 48) + 48 * 32 + 4 * 48
+
+
+@pytest.mark.parametrize("samples, taken", [([1.0], 6), ([1.0, 1.04], 6), ([1.0, 2.0], 24)])
+def test_what_is_unsteady_is_sampled_longer(samples, taken):
+    values = itertools.cycle(samples)
+    found = timing.in_turn([lambda: next(values), lambda: 1.0], 6, steady=0.1)
+    assert [len(each) for each in found] == [taken, taken]
+
+
+def test_others_on_the_processor_are_seen(tmp_path, monkeypatch):
+    """By the system's own counts, planted: thread 1 waited for 0.3 of 1.5 s."""
+    for thread in "12":
+        (tmp_path / "task" / thread).mkdir(parents=True)
+    group, statistics, now = tmp_path / "cpu.stat", tmp_path / "stat", [10.0]
+    for name, path in (("PROCESS", tmp_path / "task"), ("GROUP", group), ("STATISTICS", statistics)):
+        monkeypatch.setattr(contention, name, path)
+    monkeypatch.setattr(contention.time, "perf_counter", lambda: now[0])
+
+    def planted(waited, throttled, stolen):
+        for thread, seconds in zip("12", waited):
+            (tmp_path / "task" / thread / "schedstat").write_text(f"5 {int(seconds * 1e9)} 7\n")
+        group.write_text(f"nr_throttled 1\nthrottled_usec {int(throttled * 1e6)}\n")
+        statistics.write_text(f"cpu  10 0 0 {90 - stolen} 0 0 0 {stolen} 0 0\ncpu0 1\n")
+
+    planted((1.0, 4.0), 2.0, 0)
+    others = contention.Contention()
+    planted((1.3, 4.0), 2.0, 0)
+    now[0] = 11.5
+    found = others.shares()
+    assert (found["waited"], found["throttled"], found["stolen"]) == (0.2, 0.0, 0.0)
+    assert contention.busy(found) == "its threads waited for a processor for 20% of the time"
+    planted((1.1, 4.0), 2.3, 0)
+    assert contention.busy(others.shares()) == "its quota of the processor was used up for 20% of the time"
+    planted((1.0, 4.15), 2.0, 0)
+    assert contention.busy(others.shares()) is None, "a tenth"
+    monkeypatch.setattr(contention, "PROCESS", tmp_path / "none")
+    monkeypatch.setattr(contention, "GROUP", tmp_path / "none")
+    statistics.write_text("cpu  40 0 0 110 0 0 0 50 0 0\n")
+    # 50 of the 100 that went by since.
+    assert contention.busy(others.shares()) == "other machines had 50% of the processors' time"
+    monkeypatch.setattr(contention, "STATISTICS", tmp_path / "none")
+    assert contention.busy(others.shares()) is None and others.shares()["waited"] is None
 
 
 def test_ceilings_are_rates(monkeypatch):
@@ -182,10 +248,10 @@ SETS = [(0,), (1,), (2,)]
 WARM_UP = [0] * timing.WARM_UPS + [0, 1, 2]
 
 
-@pytest.mark.parametrize("graph, seconds", [(True, 0.0), (True, 1e-6), (True, 1e-2), (False, 1e-4)])
+@pytest.mark.parametrize("graph, seconds", [(True, 0.0), (True, 1e-6), (True, 1e-2), (False, 1e-4), (False, 1e-6)])
 def test_device_time_is_the_kernels_alone(device, graph, seconds):
     function = Function(device, seconds)
-    sample = timing.device_sampler(function, SETS, graph)
+    sample = timing.DeviceSampler(function, SETS, graph)
     assert function.calls[: len(WARM_UP)] == WARM_UP
     if graph:
         assert function.calls == [*WARM_UP, 0, 1, 2], "each set once in the graph, after all are warm"
@@ -195,7 +261,28 @@ def test_device_time_is_the_kernels_alone(device, graph, seconds):
         device.now += 1.0  # idle before the sample
         before = device.launched
         assert sample() == pytest.approx(seconds), "of one call, without the latency of a launch"
-        assert device.launched - before >= timing.SAMPLE_SECONDS_GPU or seconds == 0, "long enough for an event"
+        # Of what the host queues too slowly, as much as the GPU can be kept busy for meanwhile.
+        enough = timing.SAMPLE_SECONDS_GPU if graph or seconds > LAUNCH_SECONDS else timing.MOST_BUSY_SECONDS / 2
+        assert device.launched - before >= enough or seconds == 0, "long enough for an event"
+
+
+@pytest.mark.parametrize("seconds, bound", [(1e-4, False), (1.1e-5, False), (0.9e-5, True), (1e-6, True)])
+def test_what_the_host_queues_more_slowly_than_the_gpu_runs_is_host_bound(device, seconds, bound):
+    sample = timing.DeviceSampler(Function(device, seconds), SETS, graph=False)
+    assert sample.host_bound is bound and sample.queueing == pytest.approx(LAUNCH_SECONDS)
+
+
+def test_a_step_too_long_to_be_queued_behind_the_busy_gpu_counts_the_gaps_and_is_host_bound(device):
+    """1000 launches a call: the host takes 10 ms for each of 3 sets, the GPU 1 ms."""
+
+    def step(index):
+        for _ in range(1000):
+            device.launch(1e-6)
+
+    sample = timing.DeviceSampler(step, SETS, graph=False)
+    assert sample() > 2e-3 and sample.host_bound
+    # As a graph it is one launch, and its time the GPU's.
+    assert timing.DeviceSampler(step, SETS)() == pytest.approx(1e-3)
 
 
 def test_eager_wall_time_waits_for_the_device(device):

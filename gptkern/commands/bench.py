@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from gptkern import formatting as form
-from gptkern.commands import INTERRUPTED, RunError, UserError, places
+from gptkern.commands import INTERRUPTED, PARTIAL, RunError, UserError, places
 from gptkern.commands import options as types
 from gptkern.commands.interrupts import import_torch
 
@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peers", metavar="A,B", help="only these peers, by the names that the tables have")
     parser.add_argument(
         "--seconds", type=types.duration, metavar="N",
-        help=f"start no new cell after N seconds (default: {QUICK_SECONDS} with --quick, else no limit)",
+        help=f"start no new cell after N seconds (default: {QUICK_SECONDS} with --quick, else no limit); where that "
+        "leaves some out, the exit status is 3",
     )  # fmt: skip
     parser.add_argument("--rounds", type=types.positive, metavar="N", help="samples of each (default: 50, quick 20)")
     costs = parser.add_mutually_exclusive_group()
@@ -114,13 +115,14 @@ def _run(args: argparse.Namespace) -> int:
 def _measured(args, recorder, extent: str, rounds: int, peers, end: float) -> int:
     from gptkern.measuring import ceilings, machine, report, runner
 
-    kind, status = machine.kind(), PASSED
+    kind, status, left = machine.kind(), PASSED, []
     try:
         if not recorder.has_ceilings(extent):
             recorder.set_ceilings(ceilings.measure(kind, smoke=args.smoke), extent)
-        for line, failed in _records(args, recorder, kind, extent, rounds, peers, end):
+        for line, became in _records(args, recorder, kind, extent, rounds, peers, end):
             print(line, flush=True)
-            status = FAILED if failed else status
+            status = max(status, became, key=(PASSED, PARTIAL, FAILED).index)
+            left += [line] if became == PARTIAL else []
     except KeyboardInterrupt:
         print("\ngptkern bench: interrupted; what was measured is kept", file=sys.stderr)
         status = INTERRUPTED
@@ -136,6 +138,8 @@ def _measured(args, recorder, extent: str, rounds: int, peers, end: float) -> in
     if recorder.results["cells"] or recorder.results["costs"]:
         print(report.terminal(recorder.results))
         print(f"\n{recorder.path}\nTables and plots: gptkern bench report {recorder.path.parent}")
+    # Once more, where it is read.
+    print(*left, sep="\n", end="\n" if left else "")
     return status
 
 
@@ -148,39 +152,51 @@ def _options(args) -> list[str]:
 
 
 def _records(args, recorder, kind: str, extent: str, rounds: int, peers, end: float):
-    """Measures what is not there yet, and yields (a line on it, whether it failed)."""
-    from gptkern.measuring import costs, rates, runner
+    """Measures what is not there yet, and yields (a line on it, PASSED, FAILED or PARTIAL)."""
+    from gptkern.measuring import contention, costs, rates, runner
 
     cells = [] if args.costs_only else runner.cells(kind, extent, args.op or runner.OPERATORS)
     for number, cell in enumerate(cells):
         where = f"[{number + 1}/{len(cells)}] {cell.operator} {cell.direction}, {cell.label} {cell.dtype}"
         if recorder.done(cell.key, rounds, peers):
-            yield f"{where}: there already", False
+            yield f"{where}: there already", PASSED
             continue
         if time.monotonic() > end:
-            yield f"The time is up: {len(cells) - number} of {len(cells)} cells were not measured", False
+            missed = list(dict.fromkeys(each.operator for each in cells[number:]))
+            never = [name for name in missed if name not in {each.operator for each in cells[:number]}]
+            without = f", nothing of {', '.join(never)}" if never else ""
+            yield (
+                f"partial, the time is up: {len(cells) - number} of {len(cells)} cells were not measured{without}; the "
+                f"same command goes on with them",
+                PARTIAL,
+            )
             break
         record, _ = runner.measure(cell, kind, rounds, peers)
         recorder.add("cells", record | {"options": recorder.results["machine"]["options"], "extent": extent})
         mine, best = rates.ours(record), rates.best_peer(record)
         if mine is None:
             reason = next(i["skipped"] for i in record["implementations"] if i["name"] == runner.GPTKERN)
-            yield f"{where}: FAILED, {reason}", True
+            yield f"{where}: FAILED, {reason}", FAILED
             continue
         versus = f"{best['name']}'s time / gptkern's: {form.times(rates.lead(record))}" if best else "no peer"
-        yield f"{where}: {form.seconds(rates.median(mine))}, {versus}", False
+        doubts = [f"noisy: {rates.noisy(mine)}"] if rates.noisy(mine) else []
+        doubts += ["host-bound: the host queues it more slowly than the GPU runs it"] if rates.host_bound(mine) else []
+        yield "; ".join([f"{where}: {form.seconds(rates.median(mine))}, {versus}", *doubts]), PASSED
     for key, measure in () if args.no_costs or args.op else costs.listed(extent):
         if recorder.has_cost(key, extent):
             continue
         if time.monotonic() > end:
-            yield "The time is up: some of the costs that are no kernels were not measured", False
+            yield "partial, the time is up: not all costs that are no kernels were measured", PARTIAL
             break
         try:
+            others = contention.Contention()
             record = measure() | {"extent": extent}
+            record["noisy"] = contention.busy(others.shares())
         except costs.CostError as error:
-            yield f"{key}: FAILED, {error}", True
+            yield f"{key}: FAILED, {error}", FAILED
             continue
         recorder.add("costs", record)
         parts = {"gptkern": record["gptkern"], **record["peers"]}
         amounts = (f"{name} {part.get('skipped') or form.seconds(part['median'])}" for name, part in parts.items())
-        yield f"{key}: {', '.join(amounts)}", False
+        doubt = f"; noisy: {record['noisy']}" if record["noisy"] else ""
+        yield f"{key}: {', '.join(amounts)}{doubt}", PASSED

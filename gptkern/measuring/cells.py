@@ -70,11 +70,13 @@ class Implementation:
         prepare: prepare(*inputs) -> the inputs that `call` takes, run once for each set of inputs and not timed
             (packing a weight, say). Inputs that are differentiated come back as the same objects at the same places.
         graph: whether a CUDA graph can capture the call.
+        or_events: where the capture fails plain calls are timed, and the record says why; else that is its failure.
     """
 
     call: Callable[..., Any]
     prepare: Callable[..., tuple] | None = None
     graph: bool = True
+    or_events: bool = False
 
 
 class Missing(NamedTuple):

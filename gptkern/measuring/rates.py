@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 LOST = 1.02
 # How a cell went; see `outcome`.
 FASTEST, LEVEL, BEHIND, ALONE, FAILED = "fastest", "level", "behind", "no peer", "not timed"
+NOISY = "noisy"
 _ORDER = {"forward": 0, "backward": 1, "both": 2}
 
 
@@ -136,6 +137,16 @@ def share(cell: dict[str, Any], implementation: dict[str, Any] | None, ceilings:
     return least / taken if least and taken else None
 
 
+def noisy(implementation: dict[str, Any] | None) -> str | None:
+    """Why its time says little, or None."""
+    return (implementation or {}).get("noisy")
+
+
+def host_bound(implementation: dict[str, Any] | None) -> bool:
+    """Whether the host queued its calls more slowly than the GPU ran them: the time is the host's."""
+    return bool((implementation or {}).get("host_bound"))
+
+
 # --- Who is ahead ---------------------------------------------------------------------------------------------------
 
 
@@ -157,6 +168,7 @@ def outcome(cell: dict[str, Any], peer: dict[str, Any] | None = None) -> str:
     FASTEST    gptkern is faster, and the quartiles of the two do not overlap
     BEHIND     the peer is faster by more than LOST, and the quartiles do not overlap
     LEVEL      neither: the difference is small, or may be noise
+    NOISY      one of the two times says little, as its record has it: no verdict
     ALONE      no peer was timed
     FAILED     gptkern was not timed
     """
@@ -165,6 +177,8 @@ def outcome(cell: dict[str, Any], peer: dict[str, Any] | None = None) -> str:
         return FAILED
     if peer is None:
         return ALONE
+    if noisy(mine) or noisy(peer):
+        return NOISY
     ahead = lead(cell, peer)
     if unclear(mine, peer) or 1 / LOST <= ahead <= 1:
         return LEVEL
@@ -194,17 +208,18 @@ class Promise(NamedTuple):
 
 
 def promises(results: dict[str, Any]) -> list[Promise]:
-    """The promises of all cells and costs."""
+    """The promises of all cells and costs; what is noisy neither keeps nor breaks one."""
     found = []
     for cell in results["cells"]:
         for peer, limit in (cell.get("limits") or {}).items():
             other = implementation(cell, peer)
-            ahead = other and lead(cell, other)
+            quiet = other and not noisy(ours(cell)) and not noisy(other)
+            ahead = lead(cell, other) if quiet else None
             where = f"{cell['operator']} {cell['direction']}, {cell['label']}"
             found.append(Promise(where, peer, limit, 1 / ahead if ahead else None))
     for cost in results["costs"]:
         if cost.get("limit") is not None:
-            mine = cost["gptkern"].get("median")
+            mine = None if cost.get("noisy") else cost["gptkern"].get("median")
             peer = cost.get("limit_to")
             of = cost["peers"][peer].get("median") if peer else 1
             found.append(Promise(cost["key"], peer, cost["limit"], mine / of if mine is not None and of else None))

@@ -16,6 +16,7 @@ from gptkern.measuring import results as files
 
 NAME = "report.md"
 LOST_MARK, BROKEN_MARK, EVENTS_MARK, UNCLEAR_MARK = "▼", "✗", "†", "≈"
+HOST_MARK, NOISY_MARK = "‡", "~"
 # A reason in the list of what was not measured is cut here, in letters.
 LONGEST_REASON = 240
 # A GPU whose clock fell below this share of its highest, from cell to cell, is named.
@@ -66,7 +67,12 @@ def markdown(results: dict[str, Any], pictures: Mapping[str, str], level: int = 
         parts.append(f"<details><summary>{form.count(len(panels), 'table')}: {found}</summary>")
         parts += [_panel(panel, results, f"{deeper}#") for panel in panels]
         parts.append("</details>")
-    ends = {"What is no kernel": _costs, "Promised limits": _promises, "Not measured": _skipped}
+    ends = {
+        "What is no kernel": _costs,
+        "Promised limits": _promises,
+        "Times that say less": _doubts,
+        "Not measured": _skipped,
+    }
     parts += [f"{deeper} {title}, on {device}\n\n{text}" for title, make in ends.items() if (text := make(results))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -145,7 +151,11 @@ def verdict(cells: Sequence[dict[str, Any]]) -> str:
         f"gptkern is fastest in {tally[rates.FASTEST]} of {form.count(len(cells), 'cell')}, level with the best peer "
         f"(within {rates.LOST - 1:.0%}, or within the noise) in {tally[rates.LEVEL]}, behind in {tally[rates.BEHIND]}"
     )
-    others = {rates.ALONE: "without a peer in {}", rates.FAILED: "not timed in {} (it failed or was wrong)"}
+    others = {
+        rates.NOISY: "not told in {} (the times are noisy)",
+        rates.ALONE: "without a peer in {}",
+        rates.FAILED: "not timed in {} (it failed or was wrong)",
+    }
     return ", ".join([text, *(words.format(tally[name]) for name, words in others.items() if tally[name])])
 
 
@@ -162,7 +172,9 @@ def _summary(results: dict[str, Any]) -> str:
         tally = rates.tally(group)
         behind = f"**{tally[rates.BEHIND]}** {LOST_MARK}" if tally[rates.BEHIND] else "0"
         counts = len(group), tally[rates.FASTEST], tally[rates.LEVEL], behind
-        rows.append((*names, *map(str, counts), str(tally[rates.ALONE] + tally[rates.FAILED] or "")))
+        rows.append(
+            (*names, *map(str, counts), str(tally[rates.NOISY] + tally[rates.ALONE] + tally[rates.FAILED] or ""))
+        )
     headings = ["operator", "direction", ">cells", ">fastest", ">level", ">behind", ">no verdict"]
     return f"**{verdict(cells)}.**\n\n" + form.table(headings, rows)
 
@@ -175,7 +187,9 @@ def _legend(results: dict[str, Any]) -> str:
         "time ÷ gptkern's: above 1.00 gptkern is faster, below 1.00 the peer is**; bold, and "
         f"{LOST_MARK} where it is the best peer: faster by more than {rates.LOST - 1:.0%}, and the quartiles of the "
         f"two do not overlap; {UNCLEAR_MARK}: they overlap. {EVENTS_MARK}: timed with events around plain calls, gaps "
-        f"between launches count. {form.NONE}: not measured, the reasons stand at the end."
+        f"between launches count; {HOST_MARK}: host-bound, the host queued them more slowly than the GPU ran them, and "
+        f"it is the host that is timed. {NOISY_MARK}: noisy, a time that says little, and no verdict hangs on it. "
+        f"{form.NONE}: not measured. The reasons stand at the end."
     )
 
 
@@ -224,11 +238,13 @@ def _shape(cell: dict[str, Any]) -> str:
 
 
 def _time(implementation: dict[str, Any] | None) -> str:
-    return form.seconds(rates.median(implementation)) + _events(implementation)
+    return form.seconds(rates.median(implementation)) + _marks(implementation)
 
 
-def _events(implementation: dict[str, Any] | None) -> str:
-    return EVENTS_MARK if (implementation or {}).get("timed") == "events" else ""
+def _marks(implementation: dict[str, Any] | None) -> str:
+    how = EVENTS_MARK if (implementation or {}).get("timed") == "events" else ""
+    how = HOST_MARK if rates.host_bound(implementation) else how
+    return how + (NOISY_MARK if rates.noisy(implementation) else "")
 
 
 def _shape_heading(cells: Sequence[dict[str, Any]]) -> str:
@@ -243,7 +259,7 @@ def _lead(cell: dict[str, Any], name: str) -> str:
         return form.NONE
     lead = form.times(rates.lead(cell, peer))
     bold = "**" if rates.outcome(cell, peer) == rates.BEHIND else ""
-    return f"{bold}{lead}{bold}{UNCLEAR_MARK if rates.unclear(mine, peer) else ''}{_events(peer)}"
+    return f"{bold}{lead}{bold}{UNCLEAR_MARK if rates.unclear(mine, peer) else ''}{_marks(peer)}"
 
 
 # --- The end ----------------------------------------------------------------------------------------------------------
@@ -258,7 +274,8 @@ def _costs(results: dict[str, Any]) -> str:
                 ratio = form.times(own / peer["median"] if own is not None and peer["median"] else None)
                 peers.append(f"{form.escaped(name)}: {form.seconds(peer['median'])} (gptkern takes {ratio})")
         texts = (cost["key"], cost["what"])
-        rows.append((*map(form.escaped, texts), form.seconds(own), "; ".join(peers) or form.NONE))
+        mark = NOISY_MARK if cost.get("noisy") else ""
+        rows.append((*map(form.escaped, texts), form.seconds(own) + mark, "; ".join(peers) or form.NONE))
     return form.table(["cost", "what", ">gptkern", "peers"], rows) if rows else ""
 
 
@@ -273,6 +290,24 @@ def _promises(results: dict[str, Any]) -> str:
     return "\n".join([counts, "", *(f"- {BROKEN_MARK} {form.escaped(promise)}" for promise in broken)]).rstrip()
 
 
+def _doubts(results: dict[str, Any]) -> str:
+    """What is noisy, host-bound or was not captured in a graph, with each reason once."""
+    found = []
+    for cell in results["cells"]:
+        where = f"{cell['operator']} {cell['direction']}"
+        for implementation in cell["implementations"]:
+            name = implementation["name"]
+            if (reason := rates.noisy(implementation)) is not None:
+                # Each cell has numbers of its own.
+                found.append((f"{NOISY_MARK} {name}", f"{where}, {cell['label']}: {reason}", None))
+            if rates.host_bound(implementation):
+                found.append((f"{HOST_MARK} {name}", "host-bound", where))
+            if implementation.get("not_captured"):
+                found.append((f"{EVENTS_MARK} {name}", f"no CUDA graph: {implementation['not_captured']}", where))
+    found += [(f"{NOISY_MARK} {cost['key']}", cost["noisy"], None) for cost in results["costs"] if cost.get("noisy")]
+    return _listed(found)
+
+
 def _skipped(results: dict[str, Any]) -> str:
     """Each implementation that was not measured somewhere, with each reason once."""
     entries = [
@@ -280,17 +315,21 @@ def _skipped(results: dict[str, Any]) -> str:
     ]
     for cost in results["costs"]:
         entries += [(cost["key"], name, entry) for name, entry in {"gptkern": cost["gptkern"], **cost["peers"]}.items()]
+    return _listed([(name, entry["skipped"], where) for where, name, entry in entries if "skipped" in entry])
+
+
+def _listed(found: Sequence[tuple[str, str, str | None]]) -> str:
+    """A line for each (name, reason), with how often it was where; gptkern's own first, and bold."""
     places: dict[tuple[str, str], list[str]] = {}
-    for where, name, entry in entries:
-        if "skipped" in entry:
-            places.setdefault((name, entry["skipped"]), []).append(where)
+    for name, reason, where in found:
+        places.setdefault((name, reason), []).extend([where] if where else [])
     lines = []
-    for name, reason in sorted(places, key=lambda pair: pair[0] != "gptkern"):
+    for name, reason in sorted(places, key=lambda pair: not pair[0].endswith("gptkern")):
         where = places[name, reason]
         listed = ", ".join(f"{where.count(place)} × {place}" for place in dict.fromkeys(where))
         reason = reason if len(reason) <= LONGEST_REASON else reason[:LONGEST_REASON] + "…"
-        mark = "**" if name == "gptkern" else ""
-        lines.append(f"- {mark}{form.escaped(name)}{mark}: {form.escaped(f'{reason} ({listed})')}")
+        mark = "**" if name.endswith("gptkern") else ""
+        lines.append(f"- {mark}{form.escaped(name)}{mark}: {form.escaped(reason + (f' ({listed})' if listed else ''))}")
     return "\n".join(lines)
 
 
@@ -301,4 +340,10 @@ def terminal(results: dict[str, Any]) -> str:
     for cell in lost:
         lead, best = form.times(rates.lead(cell)), rates.best_peer(cell)["name"]
         lines.append(f"LOST: {cell['operator']} {cell['direction']}, {cell['label']} {cell['dtype']}: {lead} of {best}")
+    for cell in results["cells"]:
+        mine, where = rates.ours(cell), f"{cell['operator']} {cell['direction']}, {cell['label']} {cell['dtype']}"
+        if reason := rates.noisy(mine) or rates.noisy(rates.best_peer(cell)):
+            lines.append(f"NOISY: {where}: {reason}")
+        if rates.host_bound(mine):
+            lines.append(f"HOST-BOUND: {where}: the host queues it more slowly than the GPU runs it")
     return "\n".join([*lines, *(f"BROKEN: {promise}" for promise in rates.promises(results) if promise.broken)])

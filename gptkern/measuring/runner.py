@@ -3,7 +3,11 @@
 The check: gptkern's output, and its gradients where a backward is timed, against the operator's plain mathematics in
 float64, as `gptkern check` does it, on a cell small enough for that. At full size the results and the gradients of
 every implementation have to agree with the first peer's, loosely, because some compute in another precision. What is
-wrong gets no time.
+wrong gets no time. A time that says little says so in the record of its implementation:
+
+    noisy           why: its quartiles are far apart after all patience, or others took the processor; else None
+    host_bound      the host queued its calls more slowly than the GPU ran them; None where a CUDA graph was timed
+    not_captured    why plain calls were timed where a graph was wanted; else None
 """
 
 from __future__ import annotations
@@ -20,9 +24,10 @@ from torch._functorch import config as functorch_config
 
 from gptkern import operators
 from gptkern.backends import dispatch
-from gptkern.measuring import machine, timing
+from gptkern.measuring import contention, machine, timing
 from gptkern.measuring.cells import Cell, Implementation, Missing
 from gptkern.measuring.rooms import GPTKERN, Room
+from gptkern.measuring.timing import DeviceLost as DeviceLost
 
 MODEL = "model"
 # What is measured: every operator that has cells, and the whole model.
@@ -34,6 +39,9 @@ ROUNDS = {"smoke": 2, "quick": 20, "full": 50}
 AGREEMENT = 0.05
 # The samples of a cell's implementations end soon after this time, be they fewer than wanted.
 CELL_SECONDS = 20.0
+# Where the quartiles are further apart than this share of the median there are more samples, and where that does not
+# help the time is called noisy: a difference of kernels is smaller.
+STEADY, NOISY = 0.05, 0.2
 # Directions that differentiate.
 _BACKWARD, _BOTH = "backward", "both"
 
@@ -49,10 +57,6 @@ def cells(kind: str, extent: str, operators: Sequence[str] = OPERATORS) -> list[
     lists = [module(operator).cells(kind, extent) for operator in operators]
     longest = max(map(len, lists), default=0)
     return [cells[place] for place in range(longest) for cells in lists if place < len(cells)]
-
-
-class DeviceLost(RuntimeError):
-    """The GPU answers no more: after an illegal access every later call of the process fails."""
 
 
 def measure(
@@ -83,22 +87,15 @@ def measure(
         names = list(found)
         timed = _Timed(operator, cell, kind, found)
         samples = timed.sample(rounds)
-        record["clocks"], record["agreement"] = timed.clocks(), timed.agreement
+        record["clocks"], record["agreement"], record["load"] = timed.clocks(), timed.agreement, timed.load
         record["implementations"] = [timed.entries[name] for name in names]
     # The models and graphs go before their memory is handed back.
     del timed, found
     gc.collect()
+    timing.alive(kind)
     if kind == "cuda":
-        _alive()
         torch.cuda.empty_cache()
     return record, samples
-
-
-def _alive() -> None:
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError as error:
-        raise DeviceLost(f"the GPU answers no more: {_first_line(error)}") from error
 
 
 # --- The check ------------------------------------------------------------------------------------------------------
@@ -128,6 +125,7 @@ class _Timed:
 
     entries      name -> its part of the record
     agreement    {"worst": gptkern's distance from the first peer, "with": that peer}, or None without a peer
+    load         what others had of the processor while it was sampled (contention.py)
     """
 
     def __init__(self, operator, cell: Cell, kind: str, found: dict[str, Implementation | Missing]):
@@ -136,13 +134,18 @@ class _Timed:
         self.samplers: dict[str, dict[str, timing.Sampler]] = {}
         self.calls: dict[str, Callable] = {}
         self.agreement: dict[str, Any] | None = None
+        self.load: dict[str, float | None] = {}
         # The first peer's name and results.
         self.expected: tuple[str, list[torch.Tensor]] | None = None
+        # The model's weights are what is large, and they are the same at every call. Its graphs share their memory.
+        self.few = hasattr(operator, "SETS")
+        self.pool = torch.cuda.graph_pool_handle() if self.few and kind == "cuda" else None
+        self.new_set = lambda: operator.inputs(cell, kind)
         try:
-            if hasattr(operator, "SETS"):
-                self.sets = [operator.inputs(cell, kind) for _ in range(operator.SETS)]
+            if self.few:
+                self.sets = [self.new_set() for _ in range(operator.SETS)]
             else:
-                self.sets = timing.sets_of_inputs(lambda: operator.inputs(cell, kind), kind)
+                self.sets = timing.sets_of_inputs(self.new_set, kind)
         except Exception as error:
             found = dict.fromkeys(found, Missing(_failure(error)))
         self.indices = operator.differentiable(cell) if cell.direction in (_BACKWARD, _BOTH) else ()
@@ -156,29 +159,39 @@ class _Timed:
                 self._ready(name, implementation)
             except Exception as error:
                 self._skip(name, _failure(error))
-                if kind == "cuda":
-                    _alive()
+                timing.alive(kind)
 
     def _skip(self, name: str, reason: str) -> None:
         self.entries[name] = {"name": name, "skipped": reason}
 
     def _ready(self, name: str, implementation: Implementation) -> None:
-        prepared = [_prepared(implementation, inputs, self.indices) for inputs in self.sets]
+        prepared = self._all_prepared(implementation)
         with torch.set_grad_enabled(self.cell.direction != "forward"), dispatch.choices_made() as choices:
             output = _output(implementation.call(*prepared[0]))
             if self.indices and not self.gradients:
-                # One for each set: shared, it would stay in the L2 cache.
-                self.gradients = [torch.randn_like(output) for _ in self.sets]
+                self.gradients = [torch.randn_like(output)]
             leaves = [prepared[0][index] for index in self.indices]
             gradients = torch.autograd.grad(output, leaves, self.gradients[0]) if leaves else ()
             self._compare(name, [output.detach(), *gradients])
             del output, gradients
+        while self.gradients and len(self.gradients) < len(prepared):
+            # One for each set: shared, it would stay in the L2 cache.
+            self.gradients.append(torch.randn_like(self.gradients[0]))
         function, arguments = _function(implementation, self.cell.direction, prepared, self.indices, self.gradients)
         peak = timing.peak_bytes(function, arguments[0])
-        self.samplers[name], timed = _samplers(function, arguments, self.kind, implementation.graph)
+        self.samplers[name], timed = _samplers(function, arguments, self.kind, implementation, self.pool)
         self.calls[name] = lambda: function(*arguments[0])
         backend = ", ".join(sorted({choice.backend for choice in choices})) or None
-        self.entries[name] = {"name": name, "timed": timed, "peak_bytes": peak, "backend": backend}
+        self.entries[name] = {"name": name, "peak_bytes": peak, "backend": backend, "sets": len(prepared), **timed}
+
+    def _all_prepared(self, implementation: Implementation) -> list[tuple]:
+        """Of each set the inputs that the implementation takes; more sets where it has packed them into fewer bytes."""
+        prepared = [_prepared(implementation, inputs, self.indices) for inputs in self.sets]
+        while not self.few and (missing := timing.sets_missing(prepared, self.kind)) > 0:
+            added = [self.new_set() for _ in range(missing)]
+            self.sets += added
+            prepared += [_prepared(implementation, inputs, self.indices) for inputs in added]
+        return prepared
 
     def _compare(self, name: str, results: list[torch.Tensor]) -> None:
         """The output, and the gradients where they are timed, with the first peer's, at full size."""
@@ -203,10 +216,12 @@ class _Timed:
         # On a GPU the eager wall time is read beside the time that counts.
         columns = {"device_s": 1.0, "wall_s": 0.25} if self.kind == "cuda" else {"wall_s": 1.0}
         for column, share in columns.items():
-            names = list(self.samplers)
+            names, others = list(self.samplers), contention.Contention()
             try:
                 samplers = [self.samplers[name][column] for name in names]
-                in_turn = timing.in_turn(samplers, rounds, share * CELL_SECONDS)
+                # What is read beside does not have to be steady.
+                steady = STEADY if share == 1.0 else float("inf")
+                in_turn = timing.in_turn(samplers, rounds, share * CELL_SECONDS, steady)
             except Exception as error:
                 # Whose fault it is cannot be told: they took turns.
                 for name in names:
@@ -216,6 +231,10 @@ class _Timed:
             for name, samples in zip(names, in_turn):
                 self.entries[name] |= {"device_s": None, **self.entries[name], column: timing.spread(samples)._asdict()}
                 counted.setdefault(name, samples)
+            if share == 1.0:
+                self.load = others.shares()
+                for name in names:
+                    self.entries[name]["noisy"] = _noise(counted[name], self.entries[name], self.load)
         return counted
 
     def clocks(self) -> dict[str, int] | None:
@@ -248,12 +267,40 @@ def _function(implementation, direction, prepared, indices, gradients) -> tuple[
     return forward if direction == "forward" else implementation.call, prepared
 
 
-def _samplers(function, arguments, kind, may_graph) -> tuple[dict[str, timing.Sampler], str]:
+def _samplers(
+    function, arguments, kind, implementation: Implementation, pool
+) -> tuple[dict[str, timing.Sampler], dict[str, Any]]:
+    """-> (column -> sampler, "timed", "host_bound" and "not_captured" of the record)."""
     wall = {"wall_s": timing.wall_sampler(function, arguments, kind)}
+    record: dict[str, Any] = {"timed": "wall", "host_bound": None, "not_captured": None}
     if kind != "cuda":
-        return wall, "wall"
-    device = timing.device_sampler(function, arguments, may_graph)
-    return {"device_s": device} | wall, "graph" if may_graph else "events"
+        return wall, record
+    device = None
+    if implementation.graph:
+        try:
+            device = timing.DeviceSampler(function, arguments, pool=pool)
+        except RuntimeError as error:
+            if not implementation.or_events:
+                raise
+            timing.alive(kind)
+            record["not_captured"] = _failure(error)
+    if device is None:
+        device = timing.DeviceSampler(function, arguments, graph=False)
+        record["host_bound"] = device.host_bound
+    graphed = implementation.graph and record["not_captured"] is None
+    return {"device_s": device} | wall, record | {"timed": "graph" if graphed else "events"}
+
+
+def _noise(samples: list[float], entry: dict[str, Any], load: dict[str, float | None]) -> str | None:
+    """Why a time says little, or None."""
+    reasons, apart = [], timing.apart(samples)
+    if len(samples) >= timing.FEWEST_ROUNDS and apart > NOISY:
+        reasons.append(f"the quartiles of {len(samples)} samples are {apart:.0%} of the median apart")
+    # What the GPU does by itself does not wait for the host.
+    on_the_host = entry["device_s"] is None or entry["host_bound"]
+    if on_the_host and (taken := contention.busy(load)) is not None:
+        reasons.append(taken)
+    return "; ".join(reasons) or None
 
 
 # --- Small parts ----------------------------------------------------------------------------------------------------
