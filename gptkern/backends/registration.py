@@ -7,6 +7,7 @@ launchers' arguments and what dispatch looks at are read from its fields: a new 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import types
 import typing
@@ -15,7 +16,7 @@ from typing import Annotated, Any
 
 import torch
 
-from gptkern.backends import dispatch, recomputation
+from gptkern.backends import dispatch, recomputation, tracing
 
 _library = torch.library.Library("gptkern", "FRAGMENT")
 
@@ -76,7 +77,11 @@ class Operator:
         gradient_fake: gradient_fake(gradient, call) -> the backward's results.
 
     A backend's launchers are forward(call) and backward(gradient, call), where tensors of the call that the backward
-    does not read are None.
+    does not read are None. A result that a call does not have is None; of a registered op, which cannot return that, it
+    is an empty tensor.
+
+    `forward` and `backward` start the launcher themselves where nobody would see the registered op: PyTorch's
+    dispatcher takes longer than most launchers do.
     """
 
     def __init__(
@@ -98,14 +103,23 @@ class Operator:
 
     def forward(self, call, backend: str):
         """What the backend's forward launcher returns for the call."""
-        return self._forward(*call, backend)
+        op, start = self._forward
+        if tracing.is_eager() and _are_plain(call):
+            return start(backend, call)
+        return op(*call, backend)
 
     def backward(self, gradient, call, backend: str):
         """What the backend's backward launcher returns."""
-        return self._backward(*gradient, *call, backend)
+        op, start = self._backward
+        if tracing.is_eager() and _are_plain(gradient) and _are_plain(call):
+            return start(backend, gradient, call)
+        return op(*gradient, *call, backend)
 
     def _registered(self, direction: str, arguments: list[str], results: int, records: tuple, fake: Callable):
-        """Registers an op. `Library.define` and `impl`, not the `custom_op` decorator: half the host time of a call."""
+        """Registers an op; returns it, and what it does: start(backend, *records).
+
+        `Library.define` and `impl`, not the `custom_op` decorator: half the host time of a call.
+        """
         operator, name = self.name, f"{self.name}_{direction}"
         names = [argument.split()[-1] for argument in arguments]
         if len({*names, "backend"}) <= len(names):
@@ -123,34 +137,71 @@ class Operator:
 
         is_forward = direction == "forward"
 
-        def run(*given):
-            *given, backend = given
+        def start(backend, *records):
             # What torch.compile made calls no twin.
             if is_forward and recomputation.blocks_are_open():
                 recomputation.carry()
             launcher = getattr(dispatch.load(backend, operator), direction)
-            first = dispatch.first_tensor(given)
-            with on_device_of(first), without_autocast(first.device.type):
-                results = launcher(*split(given))
+            first = dispatch.first_tensor(records[0])
+            if _is_elsewhere(first) or torch._C._is_any_autocast_enabled():
+                with on_device_of(first), without_autocast(first.device.type):
+                    results = launcher(*records)
+            else:
+                results = launcher(*records)
             # A kernel writes unseen by autograd, which would take what it has saved for what it was.
             for index in written:
-                if given[index] is not None:
-                    torch.autograd.graph.increment_version(given[index])
+                tensor = [*itertools.chain(*records)][index]
+                if tensor is not None:
+                    torch.autograd.graph.increment_version(tensor)
             return results
 
+        def whole(found, given):
+            """The results, an empty tensor for each that the call does not have."""
+            if type(found) is not tuple or not any(result is None for result in found):
+                return found
+            empty = dispatch.first_tensor(given).new_empty
+            return tuple(empty(0) if result is None else result for result in found)
+
+        def run(*given):
+            return whole(start(given[-1], *split(given[:-1])), given)
+
         def shapes(*given):
-            return fake(*split(given[:-1]))
+            return whole(fake(*split(given[:-1])), given)
 
         _library.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"gptkern::{name}", shapes, lib=_library)
-        return getattr(torch.ops.gptkern, name).default
+        return getattr(torch.ops.gptkern, name).default, start
+
+
+# What a launcher may be handed as it is: a subclass would be asked how it runs an operator.
+_PLAIN = frozenset((type(None), bool, int, float, str, torch.dtype))
+
+
+def _are_plain(record: tuple) -> bool:
+    """Whether the tensors are what lies in memory: no subclass, no view that PyTorch negates when it is read, no zeros
+    without memory, nothing that a transform of torch.func has left behind.
+    """
+    for argument in record:
+        kind = type(argument)
+        if kind is torch.Tensor or kind is torch.nn.Parameter:
+            if argument.is_neg() or argument._is_zerotensor() or _is_wrapped(argument):
+                return False
+        elif kind not in _PLAIN:
+            return False
+    return True
+
+
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+
+def _is_elsewhere(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is on another GPU than the current one."""
+    return tensor.is_cuda and tensor.get_device() != torch.cuda.current_device()
 
 
 def on_device_of(tensor: torch.Tensor):
     """Makes the tensor's GPU the current one: a kernel is launched on the current device."""
-    if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device) if _is_elsewhere(tensor) else contextlib.nullcontext()
 
 
 def _autocast_is_on(device_type: str) -> bool:
@@ -173,8 +224,8 @@ def autocast(policy: str, *tensors: torch.Tensor | None) -> tuple[torch.Tensor |
             CPU's leaves alone; "lower" for those that run in the autocast dtype on both (matrix products).
     """
     first = tensors[0]
-    # `is_cpu` takes a tenth of the host time of `device.type`.
-    device_type = "cpu" if first.is_cpu else first.device.type
+    # Both take a tenth of the host time of `device.type`.
+    device_type = "cuda" if first.is_cuda else "cpu" if first.is_cpu else first.device.type
     if not _autocast_is_on(device_type) or (policy == "float32" and device_type != "cuda"):
         return tensors
     dtype = torch.float32 if policy == "float32" else torch.get_autocast_dtype(device_type)
