@@ -84,6 +84,25 @@ def in_dispatch_mode() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
 
 
+# Dynamo reads the first line and is done.
+def is_eager() -> bool:
+    """Whether nobody looks on while operators run, or takes their place: what PyTorch's dispatcher would be asked for.
+
+    That is a mode, a compiler or a tracer, a transform, forward mode, autocast, or a profiler.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._autograd._profiler_enabled()
+        or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
+    )
+
+
 def sizes(tensor: torch.Tensor) -> tuple[int, ...]:
     """The tensor's shape, to be compared: of numbers, also while torch.jit.trace makes them tensors."""
     return tensor.shape if torch._C._get_tracing_state() is None else tuple(torch.ops.aten.size(tensor))
