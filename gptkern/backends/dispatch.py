@@ -337,19 +337,15 @@ def _uncovered(name: str, operator: str, call: tuple) -> str | None:
     """Why the backend's kernels do not cover this call, or None. Each call is looked at here: host time counts."""
     if tracing.in_torch_func():
         return "a torch.func transform is active, and the kernels' autograd.Functions have no rules for it"
-    device = first_tensor(call).device
+    device, duals = first_tensor(call).device, forward_ad._current_level >= 0
     for argument in call:
         kind = type(argument)
-        if kind in _PLAIN_TENSORS:
-            reason = _unreadable(argument, device)
-        elif kind in _NO_TENSORS:
+        if kind in _NO_TENSORS or (kind in _PLAIN_TENSORS and argument.device == device and not duals):
             continue
-        else:
-            several = argument if isinstance(argument, (list, tuple)) else (argument,)
-            tensors = (tensor for tensor in several if isinstance(tensor, torch.Tensor))
-            reason = next(filter(None, (_unreadable(tensor, device) for tensor in tensors)), None)
-        if reason is not None:
-            return reason
+        for tensor in argument if isinstance(argument, (list, tuple)) else (argument,):
+            reason = _unreadable(tensor, device) if isinstance(tensor, torch.Tensor) else None
+            if reason is not None:
+                return reason
     return _modules[name, operator].unsupported(call)
 
 
@@ -359,7 +355,7 @@ def _unreadable(tensor: torch.Tensor, device: torch.device) -> str | None:
         return f"{type(tensor).__name__} is a tensor subclass, which kernels cannot read"
     if tensor.device != device:
         return f"tensors are on {device} and {tensor.device}"
-    if forward_ad._current_level >= 0 and tracing.is_dual(tensor):
+    if tracing.is_dual(tensor):
         return "a tensor carries a tangent (torch.autograd.forward_ad), which kernels do not see"
     return None
 

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import importlib.util
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -78,6 +79,10 @@ def _start_with_copies(name: str, arguments: list, unreadable: torch.Tensor, wri
     raise RuntimeError(f"{name} cannot read a contiguous copy: of shape {tuple(unreadable.shape)}")
 
 
+# Launchers of the compiled module by their names: finding one there is most of what this file adds to a call.
+_launchers: dict[str, Callable] = {}
+
+
 def call(name: str, tensor: torch.Tensor, *arguments) -> torch.Tensor | None:
     """Calls the launcher `name` of csrc/ with the arguments and a stream: PyTorch's current one on the tensor's device.
 
@@ -87,9 +92,11 @@ def call(name: str, tensor: torch.Tensor, *arguments) -> torch.Tensor | None:
     Raises:
         RuntimeError: the launch failed; the message has the kernel's name and its configuration.
     """
-    launcher = getattr(library(tensor), name)
     if not tensor.is_cuda:
-        return launcher(*arguments, 0)
+        return getattr(library(tensor), name)(*arguments, 0)
+    launcher = _launchers.get(name)
+    if launcher is None:
+        launcher = _launchers[name] = getattr(library(tensor), name)
     index = tensor.get_device()
     stream = torch._C._cuda_getCurrentRawStream(index)
     if index == torch._C._cuda_getDevice():

@@ -17,8 +17,9 @@ def unsupported(call: Call) -> str | None:
     input = call.input
     if input.shape[-1] > WIDEST:
         return f"rows are {input.shape[-1]} wide; the kernel counts columns up to {WIDEST}"
-    for name, tensor in call._asdict().items():
-        if isinstance(tensor, torch.Tensor) and tensor.dtype not in DTYPES:
+    # The contract has weight and bias of the input's dtype or float32.
+    for name, tensor in (("input", input), ("residual", call.residual)):
+        if tensor is not None and tensor.dtype not in DTYPES:
             return f"{name} is {tensor.dtype}; the kernel is for float16, bfloat16 and float32"
     return None
 
@@ -26,12 +27,15 @@ def unsupported(call: Call) -> str | None:
 def forward(call: Call):
     """(…, width) -> output (…, width), summed (…, width) or empty, statistics (2, rows): mean, rstd."""
     input, residual, weight, bias, eps = call
-    dtype, device = input.dtype, input.device
-    if residual is not None:
+    dtype = input.dtype
+    if residual is None:
+        output = torch.empty_like(input, memory_format=torch.contiguous_format)
+        summed = input.new_empty(0)
+    else:
         dtype = torch.result_type(input, residual)
-    output = torch.empty_like(input, dtype=dtype, memory_format=torch.contiguous_format)
-    summed = torch.empty(0, dtype=dtype, device=device) if residual is None else torch.empty_like(output)
-    statistics = torch.empty((2, input.shape[:-1].numel()), dtype=torch.float32, device=device)
+        output = torch.empty_like(input, dtype=dtype, memory_format=torch.contiguous_format)
+        summed = torch.empty_like(output)
+    statistics = input.new_empty(2, input.shape[:-1].numel(), dtype=torch.float32)
     weight, bias = as_read(weight, dtype), as_read(bias, dtype)
     common.start("layer_norm_forward", input, residual, weight, bias, output, summed, statistics, eps)
     return output, summed, statistics
