@@ -13,7 +13,7 @@ from layouts import guarded
 import gptkern
 from gptkern import functional as F
 from gptkern.autograd import Int8LinearFunction
-from gptkern.operators.int8_linear import contract as int8_linear
+from gptkern.operators.int8_linear import products
 
 # rows, in_features, out_features: at, just below and just above what tiles are made of, and far from any of it
 SHAPES = [
@@ -214,7 +214,7 @@ def test_sums_of_any_length_on_pytorch(device, in_features):
     q[1].random_(-127, 128)
     weight[1].random_(-128, 128)
     expected = q.cpu().long() @ weight.cpu().long().T
-    assert torch.equal(int8_linear.integer_product(q, weight).cpu().long(), expected)
+    assert torch.equal(products.integer_product(q, weight).cpu().long(), expected)
 
 
 @pytest.mark.deep
@@ -230,7 +230,7 @@ def test_longest_sums_of_kernels(kernel_backend, device):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_weight_widened_slice_by_slice(device, monkeypatch, mode):
-    monkeypatch.setattr(int8_linear, "WIDENED_ELEMENTS", {"cpu": 100, "cuda": 100})
+    monkeypatch.setattr(products, "WIDENED_ELEMENTS", {"cpu": 100, "cuda": 100})
     with gptkern.backend("torch"):
         judge(*tensors_of(17, 31, 65, torch.float32, device), mode=mode)
 

@@ -20,6 +20,7 @@ from gptkern.backends import dispatch, tracing
 from gptkern.backends.layouts import described, is_dense
 from gptkern.backends.quantization import quantized
 from gptkern.backends.registration import Operator, autocast, once_differentiable, without_autocast
+from gptkern.operators.int8_linear.products import bfloat16_product, integer_product, widened_product
 
 MODES = ("w8a8", "w8a16", "auto")
 # activation -> F.gelu's name of its approximation
@@ -118,6 +119,8 @@ def int8_linear(
     if choice.backend == "torch":
         needs_grad = torch.is_grad_enabled() and _requires_grad(input, bias)
         is_transformed = tracing.is_transformed()
+        if not is_transformed and not needs_grad and _is_tried_at_each_call(call):
+            return OPERATOR.forward(call, choice.backend)
         if is_transformed or not needs_grad:
             # torch.jit.trace checks its graph against one that it makes under no_grad: both are the same.
             derivatives = needs_grad or tracing.in_derivative() or tracing.in_jit_trace()
@@ -199,6 +202,15 @@ def _requires_grad(input, bias):
     return input.requires_grad or (bias is not None and bias.requires_grad)
 
 
+def _is_tried_at_each_call(call):
+    """Whether the graph that is compiled holds the operator whole: which product this CPU has is not tried in a trace.
+
+    A graph that is exported may run on another one: it holds the products that are right on any.
+    """
+    compiles = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return compiles and call.input.is_cpu and (call.mode == "w8a8" or call.input.dtype == torch.bfloat16)
+
+
 # --- On PyTorch under torch.func, in forward mode and in traces ------------------------------------------------------
 
 
@@ -210,7 +222,7 @@ def _straight_through(call: Call):
 def _straight_through_product(x, weight, mode):
     """`_product`, with the derivative of x @ weight^T."""
     x = x.to(_computing_dtype(x))
-    z = _widened_product(x, weight)
+    z = widened_product(x, weight)
     if mode == "w8a16":
         return z
     # Of the quantised product the value, of the plain one the derivative: what is added is 0.
@@ -228,14 +240,6 @@ def _for_any_rows(rows, input, weight, weight_scale, bias, activation):
 
 
 # --- The torch backend: bare launchers in plain PyTorch -------------------------------------------------------------
-
-# |a * b| <= 2^14 for int8, and float32 holds every integer up to 2^24: so many terms sum exactly, in any order.
-EXACT_TERMS = 1024
-# q is within ±127 and the weight within ±128: longer sums can pass int32.
-INT32_TERMS = (2**31 - 1) // (127 * 128)
-# Elements of the weight that are widened at once. On a CPU a slice stays in the cache: a 4096 x 4096 weight takes a
-# quarter of the time of widening it whole (16 rows, AVX2). A GPU wants long products.
-WIDENED_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 
 
 def unsupported(call: Call) -> None:
@@ -262,7 +266,7 @@ def backward(gradient: Gradient, call: Call):
     dinput = grad_output.new_empty(0)
     if need_input:
         # dinput = (dz * weight_scale) @ weight
-        dinput = _widened_product(dz * weight_scale, weight.t()).to(grad_output.dtype)
+        dinput = widened_product(dz * weight_scale, weight.t()).to(grad_output.dtype)
         dinput = dinput.view(*grad_output.shape[:-1], weight.shape[1])
     return dinput, dz.sum(0) if need_bias else dz.new_empty(0)
 
@@ -278,8 +282,17 @@ def _computed(call, product):
 def _preactivation(input, weight, weight_scale, bias, mode, product):
     """z (rows, out_features) in float32 (float64 for float64 input)."""
     # z = product * weight_scale + bias
-    z = product(rows_of(input), weight, mode) * weight_scale
+    z = product(rows_of(input), weight, mode)
+    if _may_be_written(z):
+        z.mul_(weight_scale)
+        return z if bias is None else z.add_(bias.to(z.dtype))
+    z = z * weight_scale
     return z if bias is None else z + bias.to(z.dtype)
+
+
+def _may_be_written(z):
+    """Whether a result is ours alone. New memory for each step would cost more than the step."""
+    return tracing.has_values(z) and not tracing.is_transformed() and not z.requires_grad
 
 
 def _product(x, weight, mode):
@@ -287,46 +300,18 @@ def _product(x, weight, mode):
     dtype = _computing_dtype(x)
     if mode == "w8a16":
         # x @ weight^T
-        return _widened_product(x.to(dtype), weight)
+        return (
+            bfloat16_product(x, weight).to(dtype) if x.dtype == torch.bfloat16 else widened_product(x.to(dtype), weight)
+        )
     # (q @ weight^T) * input_scale
     q, input_scale = quantized(x, 1)
-    return integer_product(q, weight).to(dtype) * input_scale[:, None]
+    z = integer_product(q, weight).to(dtype)
+    return z.mul_(input_scale[:, None]) if _may_be_written(z) else z * input_scale[:, None]
 
 
 def rows_of(tensor):
     """(…, width) -> (rows, width), width 0 included."""
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
-
-
-def integer_product(q, weight):
-    """q @ weight^T, exact: (rows, out_features), whole numbers in a dtype that holds them.
-
-    q: (rows, in_features) int8 within ±127. weight: (out_features, in_features) int8.
-    """
-    out_features, terms = tracing.sizes(weight)
-    # The shapes that torch._int_mm takes on a GPU. On a CPU without VNNI it takes 25 times as long as float32.
-    fits = q.is_cuda and 0 < terms <= INT32_TERMS and terms % 8 == 0 and out_features % 8 == 0
-    # It has no rule for vmap, and a trace is for any number of rows.
-    if fits and not tracing.is_transformed() and q.shape[0] > 16:
-        return torch._int_mm(q, weight.contiguous().t())
-    if terms <= EXACT_TERMS:
-        return _widened_product(q.float(), weight)
-    dtype = torch.int32 if terms <= INT32_TERMS else torch.int64
-    total = None
-    for start in range(0, terms, EXACT_TERMS):
-        chunk = slice(start, start + EXACT_TERMS)
-        part = _widened_product(q[:, chunk].float(), weight[:, chunk]).to(dtype)
-        total = part if total is None else total.add_(part)
-    return total
-
-
-def _widened_product(x, weight):
-    """x @ weight^T in x's dtype, with never more than a slice of the weight widened to it."""
-    out_features, terms = tracing.sizes(weight)
-    channels = max(WIDENED_ELEMENTS["cuda" if x.is_cuda else "cpu"] // max(terms, 1), 1)
-    if out_features <= channels:
-        return x @ weight.to(x.dtype).t()
-    return torch.cat([x @ part.to(x.dtype).t() for part in weight.split(channels)], 1)
 
 
 # --- Registration and autograd --------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ import torch
 from gptkern.backends.cuda import common
 from gptkern.backends.cuda.common import DTYPES, multiprocessors
 from gptkern.backends.tables.configurations import Table
-from gptkern.operators.int8_linear.contract import INT32_TERMS, Call, Gradient
+from gptkern.operators.int8_linear.contract import Call, Gradient
+from gptkern.operators.int8_linear.products import INT32_TERMS
 
 # csrc/device/linear.cuh, enum Activation.
 ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2}

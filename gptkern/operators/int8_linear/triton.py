@@ -27,7 +27,8 @@ from gptkern.backends.tables.configurations import Table, descent
 from gptkern.backends.triton import quantize
 from gptkern.backends.triton.common import INTERPRETED, CompileCase, cdiv, dot, float32_precision
 from gptkern.backends.triton.common import architecture as architecture_of
-from gptkern.operators.int8_linear.contract import INT32_TERMS, Call, Gradient, rows_of
+from gptkern.operators.int8_linear.contract import Call, Gradient, rows_of
+from gptkern.operators.int8_linear.products import INT32_TERMS
 
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _INV_SQRT_2PI = tl.constexpr(0.3989422804014327)

@@ -1,0 +1,325 @@
+"""int8_linear's products in PyTorch's operators: exact ones of int8 with int8, and those with a widened int8 weight.
+
+On a CPU PyTorch has operators that read the int8 weight as it is, several times as fast, on some processors:
+
+    torch._int_mm               int8 with int8, in int32
+    torch._weight_int8pack_mm   bfloat16 with int8, in float32, rounded to bfloat16
+
+Neither says where it is wrong or slow. Without instructions for int8 products oneDNN adds pairs of them in 16 bits,
+which saturate: 768 products of 127 with 127 are 97,920, not 12,387,072. What torch.cpu tells of the processor decides
+nothing, as oneDNN may be told to leave instructions alone (ONEDNN_MAX_CPU_ISA). So each is tried, once in a process,
+when a call first could use it: it must be right where a wrong one shows, and faster than what it replaces.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from gptkern.backends import tracing
+from gptkern.backends.registration import without_autocast
+
+# |a * b| <= 2^14 for int8, and float32 holds every integer up to 2^24: so many terms sum exactly, in any order.
+EXACT_TERMS = 1024
+# q is within ±127 and the weight within ±128: longer sums can pass int32.
+INT32_TERMS = (2**31 - 1) // (127 * 128)
+# Elements of the weight that are widened at once. On a CPU a slice stays in the cache: a 4096 x 4096 weight takes a
+# quarter of the time of widening it whole (16 rows, AVX2). A GPU wants long products.
+WIDENED_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
+# torch._int_mm leaves its result unwritten on a CPU where in_features is 1 (seen in 2.13): no call so short needs it.
+LEAST_TERMS = 16
+# torch._weight_int8pack_mm has no tail: it would read past the end of a row (seen in 2.13 with in_features 1).
+PACKED_TERMS = 32
+# Up to here a product's time is that of reading the weight.
+FEW_ROWS = 16
+
+
+def integer_product(q, weight):
+    """q @ weight^T, exact: (rows, out_features), whole numbers in a dtype that holds them.
+
+    q: (rows, in_features) int8 within ±127. weight: (out_features, in_features) int8.
+    """
+    out_features, terms = tracing.sizes(weight)
+    # The shapes that torch._int_mm takes on a GPU.
+    fits = q.is_cuda and 0 < terms <= INT32_TERMS and terms % 8 == 0 and out_features % 8 == 0
+    # It has no rule for vmap, and a trace is for any number of rows.
+    if fits and not tracing.is_transformed() and q.shape[0] > 16:
+        return torch._int_mm(q, weight.contiguous().t())
+    if q.is_cpu and LEAST_TERMS <= terms <= INT32_TERMS and _is_plain(q, weight):
+        rows = q.shape[0]
+        if rows and out_features and integer_trial().chosen(rows) == INT_MM:
+            return _int_mm(q, weight)
+    return _product_of_floats(q, weight)
+
+
+def bfloat16_product(x, weight):
+    """x @ weight^T with sums in float32: (rows, out_features) in float32, or in bfloat16 where that is what was chosen.
+
+    x: (rows, in_features) bfloat16. weight: (out_features, in_features) int8.
+    """
+    out_features, terms = tracing.sizes(weight)
+    if x.is_cpu and terms % PACKED_TERMS == 0 and _is_plain(x, weight):
+        rows = x.shape[0]
+        if rows and out_features and terms:
+            return _BFLOAT16_PRODUCTS[bfloat16_trial().chosen(rows)](x, weight)
+    return widened_product(x.float(), weight)
+
+
+def widened_product(x, weight):
+    """x @ weight^T in x's dtype, with never more than a slice of the weight widened to it."""
+    return _slice_by_slice(lambda widened: x @ widened.t(), x, weight)
+
+
+def _product_of_floats(q, weight):
+    """`integer_product` by float32 products of EXACT_TERMS terms."""
+    x, terms = q.float(), tracing.sizes(weight)[1]
+    if terms <= EXACT_TERMS:
+        return widened_product(x, weight)
+    dtype = torch.int32 if terms <= INT32_TERMS else torch.int64
+    chunks = [slice(start, start + EXACT_TERMS) for start in range(0, terms, EXACT_TERMS)]
+
+    def product(widened):
+        total = (x[:, chunks[0]] @ widened[:, chunks[0]].t()).to(dtype)
+        for chunk in chunks[1:]:
+            total.add_((x[:, chunk] @ widened[:, chunk].t()).to(dtype))
+        return total
+
+    return _slice_by_slice(product, x, weight)
+
+
+def _slice_by_slice(product, x, weight):
+    """product(widened) of slices of the weight (channels, in_features), widened to x's dtype, side by side."""
+    out_features, terms = tracing.sizes(weight)
+    channels = max(WIDENED_ELEMENTS["cuda" if x.is_cuda else "cpu"] // max(terms, 1), 1)
+    parts = [weight] if out_features <= channels else weight.split(channels)
+    if x.is_cpu and _is_plain(x, weight) and not (x.requires_grad and torch.is_grad_enabled()):
+        products = [product(_into_scratch(part, x.dtype)) for part in parts]
+    else:
+        products = [product(part.to(x.dtype)) for part in parts]
+    return products[0] if len(products) == 1 else torch.cat(products, 1)
+
+
+class _Scratch(threading.local):
+    """Of each thread, where it widens one slice after another: memory that is in the cache, and has its pages.
+
+    What is allocated for a call may have none. Of a weight of 768 x 768, whose product takes 80 µs, that was 600 now
+    and then.
+    """
+
+    memory: torch.Tensor | None = None
+
+
+_scratch = _Scratch()
+
+
+def _into_scratch(part, dtype):
+    size = part.numel() * dtype.itemsize
+    if size > 4 * WIDENED_ELEMENTS["cpu"]:
+        return part.to(dtype)
+    if _scratch.memory is None or _scratch.memory.numel() < size:
+        with torch.inference_mode(False):
+            _scratch.memory = torch.empty(4 * WIDENED_ELEMENTS["cpu"], dtype=torch.uint8, device="cpu")
+    widened = _scratch.memory[:size].view(dtype)
+    rows, columns = part.shape
+    # The weight of a backward lies the other way.
+    widened = widened.view(columns, rows).t() if part.stride(0) == 1 else widened.view(rows, columns)
+    return widened.copy_(part)
+
+
+def _is_plain(x, weight) -> bool:
+    """Whether the product may be one that no tracer, transform or tensor subclass has to know."""
+    return tracing.has_values(x) and type(weight) in (torch.Tensor, torch.nn.Parameter)
+
+
+def _int_mm(q, weight):
+    # The second operand may lie either way.
+    right = weight.t() if weight.stride() == (1, weight.shape[0]) else _rows(weight).t()
+    return torch._int_mm(_rows(q), right)
+
+
+def _packed(x, weight):
+    return torch._weight_int8pack_mm(_rows(x), _rows(weight), x.new_ones(weight.shape[0]))
+
+
+def _rows(matrix):
+    """The matrix with strides (columns, 1), also where one of its sizes is 1 and PyTorch calls others contiguous.
+
+    With those torch._int_mm leaves its result unwritten (seen in 2.13).
+    """
+    rows, columns = matrix.shape
+    matrix = matrix.contiguous()
+    return matrix if matrix.stride() == (columns, 1) else matrix.view(-1).view(rows, columns)
+
+
+# --- Which of them are right and fast, tried --------------------------------------------------------------------------
+
+FLOATS, INT_MM, PACKED, BFLOAT16 = "float32", "torch._int_mm", "torch._weight_int8pack_mm", "bfloat16"
+_BFLOAT16_PRODUCTS: dict[str, Callable] = {
+    FLOATS: lambda x, weight: widened_product(x.float(), weight),
+    PACKED: _packed,
+    # Every int8 is a bfloat16.
+    BFLOAT16: widened_product,
+}
+
+# Rows, in_features and out_features of the products whose results are looked at: tails of every vector and tile.
+_LOOKED_AT = ((1, 64, 1), (1, 67, 33), (1, 768, 64), (3, 129, 17), (16, 68, 48), (37, 515, 65))
+_LOOKED_AT_PACKED = ((1, 64, 1), (1, 96, 33), (1, 768, 64), (3, 160, 17), (16, 96, 48), (37, 544, 65))
+# What is timed: a weight that stays in the cache, so that a try takes some milliseconds in all.
+_TIMED_ROWS, _TIMED_FEATURES, _TIMES = (1, 32), 512, 5
+# A product that rounds to bfloat16 needs to be so many times as fast: noise must not decide which bits come out.
+_CLEARLY = 1.25
+# A candidate that takes so many times as long is timed no second time.
+_HOPELESS = 4
+
+
+class Trial(NamedTuple):
+    """What a trial found: the product that few rows get, the one that many get, and why, in words."""
+
+    few: str
+    many: str
+    reason: str
+
+    def chosen(self, rows: int) -> str:
+        return self.few if rows <= FEW_ROWS else self.many
+
+
+_trials: dict[tuple[str, bool], Trial] = {}
+_lock = threading.Lock()
+
+
+def _new_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+# A child that is forked while another thread tries would wait for it forever.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)
+
+
+def integer_trial() -> Trial:
+    """Of `integer_product` on this CPU: FLOATS or INT_MM, which give the same bits.
+
+    It is kept when torch.set_num_threads changes: whether a product is right does not depend on it, and what is faster
+    is so by far. Where torch.backends.mkldnn is switched off, whose kernels these are, there is another one.
+    """
+    return _tried("integer", _try_integer)
+
+
+def bfloat16_trial() -> Trial:
+    """Of `bfloat16_product` on this CPU: FLOATS, PACKED or BFLOAT16."""
+    return _tried("bfloat16", _try_bfloat16)
+
+
+def _tried(name: str, function: Callable[[], Trial]) -> Trial:
+    key = name, torch._C._get_mkldnn_enabled()
+    found = _trials.get(key)
+    if found is None:
+        with _lock:
+            found = _trials.get(key)
+            if found is None:
+                # Not the modes, devices or dtypes of whoever calls first.
+                with torch._C.DisableTorchFunction(), torch.no_grad(), without_autocast("cpu"):
+                    found = _trials[key] = function()
+    return found
+
+
+def _try_integer() -> Trial:
+    try:
+        for sizes in _LOOKED_AT:
+            q, weight = _extremes(*sizes)
+            # float64 holds every sum: 2^53 is far.
+            expected = q.double() @ weight.double().t()
+            for laid in (weight, weight.t().contiguous().t()):
+                if not torch.equal(_int_mm(q, laid).double(), expected):
+                    return Trial(FLOATS, FLOATS, f"{INT_MM} is not exact here")
+    except RuntimeError as error:
+        return Trial(FLOATS, FLOATS, f"{INT_MM} cannot run here ({_first_line(error)})")
+    return _fastest({FLOATS: _product_of_floats, INT_MM: _int_mm}, torch.int8, 1.0)
+
+
+def _try_bfloat16() -> Trial:
+    right, wrong = {FLOATS: _BFLOAT16_PRODUCTS[FLOATS]}, []
+    for name in (PACKED, BFLOAT16):
+        reason = _why_not(_BFLOAT16_PRODUCTS[name])
+        if reason is None:
+            right[name] = _BFLOAT16_PRODUCTS[name]
+        else:
+            wrong.append(f"{name} {reason}")
+    trial = _fastest(right, torch.bfloat16, _CLEARLY)
+    return trial._replace(reason="; ".join([trial.reason, *wrong]))
+
+
+def _why_not(product: Callable) -> str | None:
+    """None where the product's result is that of sums in float32, rounded to bfloat16 once."""
+    try:
+        for sizes in _LOOKED_AT_PACKED:
+            x, weight = _of_bfloat16(*sizes)
+            expected = x.double() @ weight.double().t()
+            # a rounding to bfloat16, and roundings of the sum
+            bound = expected.abs() * 2**-8 + (x.double().abs() @ weight.double().abs().t()) * 2**-16
+            if not ((product(x, weight).double() - expected).abs() <= bound).all():
+                return "is wrong here"
+            x[0, -1] = torch.nan
+            if not product(x, weight)[0].isnan().all():
+                return "loses a NaN here"
+    except RuntimeError as error:
+        return f"cannot run here ({_first_line(error)})"
+    return None
+
+
+def _extremes(rows: int, terms: int, out_features: int):
+    """Operands whose sums saturate where anything can: rows of one value, of two in turn, and of all."""
+
+    def rows_of(count, offset):
+        index = torch.arange(count * terms, dtype=torch.int64, device="cpu").view(count, terms)
+        kinds = (torch.arange(count, dtype=torch.int64, device="cpu")[:, None] + offset) % 5
+        values = (index * 7919) % 256 - 128
+        values = torch.where(kinds == 1, -128, torch.where(kinds == 2, 127 - 255 * (index % 2), values))
+        return torch.where(kinds == 0, 127, torch.where(kinds == 3, -127, values)).to(torch.int8)
+
+    return rows_of(rows, 0), rows_of(out_features, 0)
+
+
+def _of_bfloat16(rows: int, terms: int, out_features: int):
+    """Values of four powers of ten and both signs; every int8."""
+    index = torch.arange(rows * terms, dtype=torch.int64, device="cpu").view(rows, terms)
+    x = ((index * 7919) % 509 - 254).double() * 10.0 ** -((index * 31) % 4)
+    weight = torch.arange(out_features * terms, dtype=torch.int64, device="cpu") * 193 % 256 - 128
+    return x.to(torch.bfloat16), weight.view(out_features, terms).to(torch.int8)
+
+
+def _fastest(products: dict[str, Callable], dtype: torch.dtype, clearly: float) -> Trial:
+    """The first of the products, unless another is faster, `clearly` times; for few rows and for many."""
+    chosen, reasons = [], []
+    first, *others = products
+    weight = torch.ones(_TIMED_FEATURES, _TIMED_FEATURES, dtype=torch.int8, device="cpu")
+    for rows in _TIMED_ROWS:
+        seconds = _seconds(products, (torch.ones(rows, _TIMED_FEATURES, dtype=dtype, device="cpu"), weight))
+        best = min(others, key=seconds.__getitem__, default=first)
+        chosen.append(best if seconds[first] > clearly * seconds[best] else first)
+        reasons += [f"{name} {seconds[first] / seconds[name]:.1f} × as fast with {rows} rows" for name in others]
+    return Trial(*chosen, f"against {first}: {', '.join(reasons)}" if reasons else f"{first} alone is right")
+
+
+def _seconds(products: dict[str, Callable], operands: tuple) -> dict[str, float]:
+    """name -> the least time of a call; in turn, so that what else the machine does meets all of them."""
+    first, going, seconds = next(iter(products)), list(products), dict.fromkeys(products, float("inf"))
+    for product in products.values():
+        product(*operands)  # memory and kernels are made once
+    for _ in range(_TIMES):
+        for name in going:
+            start = time.perf_counter()
+            products[name](*operands)
+            seconds[name] = min(seconds[name], time.perf_counter() - start)
+        going = [name for name in going if name == first or seconds[name] < _HOPELESS * seconds[first]]
+    return seconds
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
