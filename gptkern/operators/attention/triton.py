@@ -101,14 +101,16 @@ def _forward_tiles(
         k = load_tile(
             key_ptr + first * key_row_stride, key_row_stride, columns, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, PARTIAL
         )
-        products = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), INPUT_PRECISION, WIDEN)
         mask = None
+        # Before the product: what a load and a product both reach gets the layout of the later one. That of a bool
+        # mask's last tile, which is read byte by byte, would make each exponential twice.
         if MASK != NO_MASK:
             mask = load_mask(
                 mask_ptr + first * mask_column_stride, mask_row_stride, mask_column_stride,
                 tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :],
                 length_q - start_m, length_k - start_n, MASK_BY_KEY, True, PARTIAL,
             )  # fmt: skip
+        products = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), INPUT_PRECISION, WIDEN)
         scores = scores_of(
             products, mask, positions[:, None], columns[None, :], length_k, score_scale, CAUSAL, PARTIAL, True, MASK
         )  # fmt: skip
@@ -186,14 +188,17 @@ def _forward_kernel(
 
     full, stop = key_range(start_m, length_q, length_k, CAUSAL, LOWER_RIGHT, BLOCK_M, BLOCK_N)
     positions = rows + causal_offset(length_q, length_k, LOWER_RIGHT)
-    # Twice the same, first of the tiles that are seen in part.
+    # Twice the same, first of the tiles that are seen in part. On sm_90 the last P @ V is still under way where a loop
+    # ends. A branch around it joins there, which moves its accumulator, and then ptxas makes every wgmma of the kernel
+    # wait for the one before: this branch joins behind the wait, and the loop needs none.
     for whole in tl.static_range(2):
-        accumulator, row_max, row_sum = _forward_tiles(
-            accumulator, row_max, row_sum, q, key_ptr, value_ptr, key_row_stride, value_row_stride,
-            mask_ptr, mask_row_stride, mask_column_stride, seed_ptr, drop_below, batch_head, start_m, positions,
-            0 if whole else full, full if whole else stop, length_q, length_k, score_scale, CAUSAL, whole == 0,
-            MASK, MASK_BY_KEY, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, INPUT_PRECISION, WIDEN,
-        )  # fmt: skip
+        if (0 if whole else full) < (full if whole else stop):
+            accumulator, row_max, row_sum = _forward_tiles(
+                accumulator, row_max, row_sum, q, key_ptr, value_ptr, key_row_stride, value_row_stride,
+                mask_ptr, mask_row_stride, mask_column_stride, seed_ptr, drop_below, batch_head, start_m, positions,
+                0 if whole else full, full if whole else stop, length_q, length_k, score_scale, CAUSAL, whole == 0,
+                MASK, MASK_BY_KEY, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, INPUT_PRECISION, WIDEN,
+            )  # fmt: skip
 
     inside = rows < length_q
     # O = A / l; a query that sees no key gives 0

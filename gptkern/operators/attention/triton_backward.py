@@ -243,15 +243,17 @@ def _key_value_kernel(
             head_row_max_ptr += row_base
         # Twice the same, first of the tiles that see the keys in part.
         for full in tl.static_range(2):
-            grad_key, grad_value = _key_value_tiles(
-                grad_key, grad_value, k, v, head_query_ptr, head_grad_ptr, lse_ptr + row_base, delta_ptr + row_base,
-                head_row_max_ptr, head_mask_ptr, seed_ptr, query_row_stride, grad_output_row_stride,
-                mask_row_stride, mask_column_stride, query_batch_head, start_n, positions,
-                diagonal_stop if full else partial, whole - diagonal_stop if full else count, diagonal_stop, whole,
-                length_q, length_k, score_scale, drop_below, keep_scale,
-                CAUSAL, LOWER_RIGHT, full == 0, MASK, MASK_BY_KEY, DROPOUT, NEED_KEY, NEED_VALUE,
-                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, INPUT_PRECISION, WIDEN,
-            )  # fmt: skip
+            # The branch: as in the forward.
+            if (whole - diagonal_stop if full else count) > 0:
+                grad_key, grad_value = _key_value_tiles(
+                    grad_key, grad_value, k, v, head_query_ptr, head_grad_ptr, lse_ptr + row_base, delta_ptr + row_base,
+                    head_row_max_ptr, head_mask_ptr, seed_ptr, query_row_stride, grad_output_row_stride,
+                    mask_row_stride, mask_column_stride, query_batch_head, start_n, positions,
+                    diagonal_stop if full else partial, whole - diagonal_stop if full else count, diagonal_stop, whole,
+                    length_q, length_k, score_scale, drop_below, keep_scale,
+                    CAUSAL, LOWER_RIGHT, full == 0, MASK, MASK_BY_KEY, DROPOUT, NEED_KEY, NEED_VALUE,
+                    HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, INPUT_PRECISION, WIDEN,
+                )  # fmt: skip
 
     if NEED_KEY:
         grad_key_ptr += batch * grad_key_batch_stride + kv_head * grad_key_head_stride + first * grad_key_row_stride
@@ -390,14 +392,16 @@ def _query_kernel(
     positions = rows + causal_offset(length_q, length_k, LOWER_RIGHT)
     grad_query = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for whole in tl.static_range(2):
-        grad_query = _query_tiles(
-            grad_query, q, grad, lse, delta, row_max, key_ptr, value_ptr, mask_ptr, seed_ptr,
-            key_row_stride, value_row_stride, mask_row_stride, mask_column_stride, batch_head, start_m, positions,
-            0 if whole else full, full if whole else stop,
-            length_q, length_k, score_scale, drop_below, keep_scale,
-            CAUSAL, whole == 0, MASK, MASK_BY_KEY, DROPOUT,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, INPUT_PRECISION, WIDEN,
-        )  # fmt: skip
+        # The branch: as in the forward.
+        if (0 if whole else full) < (full if whole else stop):
+            grad_query = _query_tiles(
+                grad_query, q, grad, lse, delta, row_max, key_ptr, value_ptr, mask_ptr, seed_ptr,
+                key_row_stride, value_row_stride, mask_row_stride, mask_column_stride, batch_head, start_m, positions,
+                0 if whole else full, full if whole else stop,
+                length_q, length_k, score_scale, drop_below, keep_scale,
+                CAUSAL, whole == 0, MASK, MASK_BY_KEY, DROPOUT,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, INPUT_PRECISION, WIDEN,
+            )  # fmt: skip
     grad_query_ptr += batch * grad_query_batch_stride + head * grad_query_head_stride + first * grad_query_row_stride
     store_tile(grad_query_ptr, grad_query_row_stride, rows, length_q, grad_query * scale, BLOCK_M, HEAD_DIM, BLOCK_D)
 
