@@ -12,7 +12,11 @@ from gptkern.backends.registration import autocast
 
 
 def check(query, key, value, attn_mask, is_causal, scale, enable_gqa):
-    """Raises an error that names what is wrong. What PyTorch would broadcast passes."""
+    """-> query, key and value as autocast has them. Raises an error that names what is wrong.
+
+    What PyTorch would broadcast passes.
+    """
+    device = query.device if isinstance(query, torch.Tensor) else None
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"attention: {name} is {type(tensor).__name__}; it needs a Tensor")
@@ -23,11 +27,11 @@ def check(query, key, value, attn_mask, is_causal, scale, enable_gqa):
             )
         if not tensor.is_floating_point():
             raise RuntimeError(f"attention: {name} is {tensor.dtype}; it needs a floating-point dtype")
-        if tensor.device != query.device:
+        if tensor.device != device:
             raise RuntimeError(f"attention: {name} is on {tensor.device}; it needs the query's device, {query.device}")
     # Autocast makes one dtype of several, and leaves float64 alone.
-    dtypes = [tensor.dtype for tensor in autocast("lower", query, key, value)]
-    if dtypes[0] != dtypes[1] or dtypes[0] != dtypes[2]:
+    cast = autocast("lower", query, key, value)
+    if not cast[0].dtype == cast[1].dtype == cast[2].dtype:
         raise RuntimeError(
             f"attention: query, key and value are {query.dtype}, {key.dtype} and {value.dtype}; they need one dtype"
         )
@@ -41,26 +45,28 @@ def check(query, key, value, attn_mask, is_causal, scale, enable_gqa):
         raise TypeError(f"attention: scale is {type(scale).__name__}; it needs a number or None")
     if attn_mask is not None and is_causal:
         raise RuntimeError("attention: attn_mask and is_causal are both given; it needs one of them at most")
-    if query.shape[-1] != key.shape[-1]:
+    of_query, of_key, of_value = query.shape, key.shape, value.shape
+    if of_query[-1] != of_key[-1]:
         raise RuntimeError(
-            f"attention: key has head_dim {key.shape[-1]}; it needs the query's, {query.shape[-1]} "
-            f"(shapes {tuple(query.shape)} and {tuple(key.shape)})"
+            f"attention: key has head_dim {of_key[-1]}; it needs the query's, {of_query[-1]} "
+            f"(shapes {tuple(of_query)} and {tuple(of_key)})"
         )
-    if key.shape[-2] != value.shape[-2]:
+    if of_key[-2] != of_value[-2]:
         raise RuntimeError(
-            f"attention: value has length {value.shape[-2]}; it needs the key's, {key.shape[-2]} "
-            f"(shapes {tuple(value.shape)} and {tuple(key.shape)})"
+            f"attention: value has length {of_value[-2]}; it needs the key's, {of_key[-2]} "
+            f"(shapes {tuple(of_value)} and {tuple(of_key)})"
         )
-    if query.dim() == key.dim() == value.dim() == 4:
-        _check_sizes("batch size", *(tensor.shape[0] for tensor in (query, key, value)))
-        heads, kv_heads = query.shape[1], key.shape[1]
+    if len(of_query) == len(of_key) == len(of_value) == 4:
+        _check_sizes("batch size", of_query[0], of_key[0], of_value[0])
+        heads, kv_heads, value_heads = of_query[1], of_key[1], of_value[1]
         if not enable_gqa:
-            _check_sizes("number of heads", heads, kv_heads, value.shape[1])
-        elif any(tensor.shape[1] > 0 and heads % tensor.shape[1] for tensor in (key, value)):
+            _check_sizes("number of heads", heads, kv_heads, value_heads)
+        elif any(count > 0 and heads % count for count in (kv_heads, value_heads)):
             raise RuntimeError(
-                f"attention: key and value have {kv_heads} and {value.shape[1]} heads; with enable_gqa they need to "
+                f"attention: key and value have {kv_heads} and {value_heads} heads; with enable_gqa they need to "
                 f"divide the query's {heads}"
             )
+    return cast
 
 
 def checked_dropout(dropout_p) -> float:
@@ -96,5 +102,7 @@ def _broadcasts(sizes, wanted) -> bool:
 
 def _check_sizes(what, query, key, value):
     """Sizes of one dimension agree where those that PyTorch broadcasts, the 1s, are left out."""
+    if query == key == value:
+        return
     if len({size for size in (query, key, value) if size != 1}) > 1:
         raise RuntimeError(f"attention: query, key and value differ in {what}: {query}, {key} and {value}")

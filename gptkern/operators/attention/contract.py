@@ -176,8 +176,7 @@ def _checked(query, key, value, attn_mask, is_causal, scale, enable_gqa):
     lower_right = False
     if attn_mask is not None and pytorch.is_causal_bias(attn_mask):
         attn_mask, is_causal, lower_right = _alignment(attn_mask, query, key, is_causal)
-    check(query, key, value, attn_mask, is_causal, scale, enable_gqa)
-    cast = autocast("lower", query, key, value)
+    cast = check(query, key, value, attn_mask, is_causal, scale, enable_gqa)
     if attn_mask is not None:
         attn_mask = _as_autocast_has_it(attn_mask, query)
         check_mask(attn_mask, *cast[:2])
@@ -228,26 +227,27 @@ HEAD_DIM_STEP = 8
 
 def outside_of_kernels(call: Call, dtypes) -> str | None:
     """Why no kernel takes a call of these shapes and dtypes, or None: what the backends' `unsupported` share."""
-    query, key, value = call[:3]
-    if not query.dim() == key.dim() == value.dim() == 4:
+    query, key, value, *_ = call
+    of_query, of_key, of_value = query.shape, key.shape, value.shape
+    if not len(of_query) == len(of_key) == len(of_value) == 4:
         return (
-            f"query, key and value have {query.dim()}, {key.dim()} and {value.dim()} dimensions; kernels need 4, "
+            f"query, key and value have {len(of_query)}, {len(of_key)} and {len(of_value)} dimensions; kernels need 4, "
             "(batch, heads, length, head_dim)"
         )
     if query.dtype not in dtypes:
         *others, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
         return f"the dtype is {query.dtype}; kernels need {', '.join(others)} or {last}"
-    batch, heads, _, head_dim = query.shape
-    if value.shape[3] != head_dim:
-        return f"value has head_dim {value.shape[3]} and query {head_dim}; kernels need them equal"
+    batch, heads, _, head_dim = of_query
+    if of_value[3] != head_dim:
+        return f"value has head_dim {of_value[3]} and query {head_dim}; kernels need them equal"
     if head_dim % HEAD_DIM_STEP != 0 or not 0 < head_dim <= LARGEST_HEAD_DIM:
         return f"head_dim is {head_dim}; kernels need a multiple of {HEAD_DIM_STEP} up to {LARGEST_HEAD_DIM}"
-    if key.shape[0] != batch or value.shape[0] != batch:
-        return f"batch sizes are {batch}, {key.shape[0]} and {value.shape[0]}; kernels need them equal"
-    kv_heads = key.shape[1]
-    if value.shape[1] != kv_heads or (heads % kv_heads if kv_heads else heads):
+    if of_key[0] != batch or of_value[0] != batch:
+        return f"batch sizes are {batch}, {of_key[0]} and {of_value[0]}; kernels need them equal"
+    kv_heads = of_key[1]
+    if of_value[1] != kv_heads or (heads % kv_heads if kv_heads else heads):
         return (
-            f"query, key and value have {heads}, {kv_heads} and {value.shape[1]} heads; kernels need as many in "
+            f"query, key and value have {heads}, {kv_heads} and {of_value[1]} heads; kernels need as many in "
             "value as in key, and that they divide the query's"
         )
     return None

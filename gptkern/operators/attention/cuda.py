@@ -21,9 +21,9 @@ def unsupported(call: Call) -> str | None:
         return f"dropout_p is {call.dropout_p}, and these kernels have no dropout"
     if call.lower_right:
         return "the causal mask is aligned to the lower right, and these kernels have the upper left alone"
-    query = call.query
-    if query.dim() == 4 and query.shape[1] > _MOST_HEADS:
-        return f"query has {query.shape[1]} heads; the CUDA kernels take {_MOST_HEADS}"
+    shape = call.query.shape
+    if len(shape) == 4 and shape[1] > _MOST_HEADS:
+        return f"query has {shape[1]} heads; the CUDA kernels take {_MOST_HEADS}"
     return outside_of_kernels(call, _DTYPES)
 
 
@@ -31,7 +31,8 @@ def forward(call: Call):
     """-> output (batch, heads, length_q, head_dim), lse (batch, heads, length_q) float32, in base 2."""
     query, key, value, is_causal, scale, *_ = call
     output = _empty_like(query)
-    lse = torch.empty(*query.shape[:3], dtype=torch.float32, device=query.device)
+    batch, heads, length_q, _ = query.shape
+    lse = query.new_empty(batch, heads, length_q, dtype=torch.float32)
     if key.numel() == 0:
         return output.zero_(), lse.fill_(-math.inf)
     common.start("attention_forward", query, key, value, output, lse, is_causal, scale)

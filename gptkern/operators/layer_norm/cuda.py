@@ -25,12 +25,12 @@ def unsupported(call: Call) -> str | None:
 
 
 def forward(call: Call):
-    """(…, width) -> output (…, width), summed (…, width) or empty, statistics (2, rows): mean, rstd."""
+    """(…, width) -> output (…, width), summed (…, width) or None, statistics (2, rows): mean, rstd."""
     input, residual, weight, bias, eps = call
     dtype = input.dtype
     if residual is None:
         output = torch.empty_like(input, memory_format=torch.contiguous_format)
-        summed = input.new_empty(0)
+        summed = None
     else:
         dtype = torch.result_type(input, residual)
         output = torch.empty_like(input, dtype=dtype, memory_format=torch.contiguous_format)
