@@ -104,14 +104,14 @@ class Operator:
     def forward(self, call, backend: str):
         """What the backend's forward launcher returns for the call."""
         op, start = self._forward
-        if tracing.is_eager() and _are_plain(call):
+        if tracing.is_eager() and are_plain(call):
             return start(backend, call)
         return op(*call, backend)
 
     def backward(self, gradient, call, backend: str):
         """What the backend's backward launcher returns."""
         op, start = self._backward
-        if tracing.is_eager() and _are_plain(gradient) and _are_plain(call):
+        if tracing.is_eager() and are_plain(gradient) and are_plain(call):
             return start(backend, gradient, call)
         return op(*gradient, *call, backend)
 
@@ -177,7 +177,7 @@ class Operator:
 _PLAIN = frozenset((type(None), bool, int, float, str, torch.dtype))
 
 
-def _are_plain(record: tuple) -> bool:
+def are_plain(record: tuple) -> bool:
     """Whether the tensors are what lies in memory: no subclass, no view that PyTorch negates when it is read, no zeros
     without memory, nothing that a transform of torch.func has left behind.
     """
@@ -236,6 +236,33 @@ def autocast(policy: str, *tensors: torch.Tensor | None) -> tuple[torch.Tensor |
         return tensor.to(dtype)
 
     return tuple(map(cast, tensors))
+
+
+class KernelFunction(torch.autograd.Function):
+    """An autograd.Function of an operator: `apply` is autograd's own where there is nothing to do for anyone else.
+
+    torch.autograd.Function does in Python what torch.func and a setup_context need, which takes as long as all of
+    autograd's work in C++.
+    """
+
+    def __init_subclass__(cls):
+        super().__init_subclass__()
+        cls._apply_plain = super(torch.autograd.Function, cls).apply
+
+    @classmethod
+    def apply(cls, *arguments):
+        if tracing.is_eager() and are_plain(arguments):
+            return cls._apply_plain(*arguments)
+        return super().apply(*arguments)
+
+
+def needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd has to know of a call with these tensors."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 class _OnceDifferentiable(torch.autograd.Function):
