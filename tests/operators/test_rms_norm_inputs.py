@@ -12,6 +12,7 @@ import torch.nn.functional
 from checking import Watched, assert_compiles, raised_by
 from layouts import LAYOUTS, of_own_strides
 from rms_norm_calls import SIXTEEN_BITS, check, tensors_of
+from simulated_gpus import H200, simulate
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gptkern
@@ -166,9 +167,7 @@ def test_autocast_as_pytorch(backend, device, dtype, parameter, autocast_dtype):
 def test_autocast_on_a_gpu_as_pytorch(monkeypatch):
     """CUDA's autocast runs rms_norm in float32. The tensors have no memory: no GPU is needed."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    simulate(monkeypatch, (H200.name, (9, 0)))
     monkeypatch.setattr(gptkern.backends.dispatch, "_uncovered", lambda *call: None)
     was_on = torch.is_autocast_enabled("cuda")
     torch.set_autocast_enabled("cuda", True)

@@ -82,7 +82,8 @@ def rms_norm(
         call = _flattened(*autocast("float32", input, weight), normalized_shape, eps)
         choice = dispatch.choose("rms_norm", call)
         if choice.backend != "torch":
-            return RMSNormFunction.apply(*call, choice.backend).view(input.shape)
+            output = RMSNormFunction.apply(*call, choice.backend)
+            return output if len(normalized_shape) == 1 else output.view(input.shape)
     try:
         return F.rms_norm(input, normalized_shape, weight, eps)
     except TypeError:
@@ -92,9 +93,9 @@ def rms_norm(
 
 def _checked(input, normalized_shape, weight, eps):
     """-> normalized_shape of ints, and eps, a float or None. Raises an error that names what is of a wrong type."""
-    for name, argument in (("input", input), ("weight", weight)):
-        if not isinstance(argument, torch.Tensor) and (argument is not None or name == "input"):
-            raise TypeError(f"rms_norm: {name} is a {type(argument).__name__}; it needs to be a Tensor")
+    if not isinstance(input, torch.Tensor) or not (weight is None or isinstance(weight, torch.Tensor)):
+        name, argument = ("weight", weight) if isinstance(input, torch.Tensor) else ("input", input)
+        raise TypeError(f"rms_norm: {name} is a {type(argument).__name__}; it needs to be a Tensor")
     if not isinstance(normalized_shape, (tuple, list)):
         raise TypeError(
             f"rms_norm: normalized_shape is a {type(normalized_shape).__name__}; it needs to be a tuple of ints"
@@ -128,7 +129,7 @@ def _flattened(input, weight, normalized_shape, eps):
     shape = tuple(normalized_shape)
     if len(shape) == 0:
         raise RuntimeError("rms_norm: normalized_shape is empty; it needs at least one dimension")
-    if weight is not None and tuple(weight.shape) != shape:
+    if weight is not None and weight.shape != shape:
         raise RuntimeError(
             f"rms_norm: weight has shape {tuple(weight.shape)}; it needs normalized_shape, {shape}"
         )  # fmt: skip
@@ -136,7 +137,8 @@ def _flattened(input, weight, normalized_shape, eps):
         raise ValueError(
             f"rms_norm: input has shape {tuple(input.shape)}; it needs the dimensions of normalized_shape, {shape}"
         )
-    if tuple(input.shape[-len(shape) :]) != shape:
+    # One dimension, as nearly always, costs half of a slice.
+    if not (input.shape[-1] == shape[0] if len(shape) == 1 else input.shape[-len(shape) :] == shape):
         raise RuntimeError(
             f"rms_norm: input has shape {tuple(input.shape)}; its last dimensions need to be normalized_shape, {shape}"
         )

@@ -17,9 +17,9 @@ def unsupported(call: Call) -> str | None:
     input, weight, _ = call
     if input.shape[-1] > WIDEST:
         return f"rows are {input.shape[-1]} wide; the kernel counts columns up to {WIDEST}"
-    for name, tensor in (("input", input), ("weight", weight)):
-        if tensor is not None and tensor.dtype not in DTYPES:
-            return f"{name} is {tensor.dtype}; the kernel is for float16, bfloat16 and float32"
+    if input.dtype not in DTYPES or (weight is not None and weight.dtype not in DTYPES):
+        name, tensor = ("weight", weight) if input.dtype in DTYPES else ("input", input)
+        return f"{name} is {tensor.dtype}; the kernel is for float16, bfloat16 and float32"
     return None
 
 
@@ -27,7 +27,7 @@ def forward(call: Call):
     """(…, width) -> output (…, width), rstd (rows,) in float32."""
     input, weight, eps = call
     output = torch.empty_like(input, memory_format=torch.contiguous_format)
-    rstd = torch.empty(input.shape[:-1].numel(), dtype=torch.float32, device=input.device)
+    rstd = input.new_empty(input.shape[:-1].numel(), dtype=torch.float32)
     common.start("rms_norm_forward", input, as_read(weight, input.dtype), output, rstd, eps)
     return output, rstd
 
