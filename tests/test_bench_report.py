@@ -129,7 +129,10 @@ def test_what_is_noisy_or_host_bound_is_marked_and_has_no_verdict(results):
     assert "- ~ host time, layer\\_norm: others had half of the processor" in ends
     said = report.terminal(results)
     assert "NOISY: layer_norm forward, 32768x1024 bfloat16: its quartiles are far apart" in said
-    assert "HOST-BOUND: layer_norm forward, 32768x4096 bfloat16" in said and "LOST: layer_norm forward, 32768x1024" not in said
+    assert (
+        "HOST-BOUND: layer_norm forward, 32768x4096 bfloat16" in said
+        and "LOST: layer_norm forward, 32768x1024" not in said
+    )
     # No promise is broken, nor kept, by a time that says little.
     assert "host time, layer_norm" not in {promise.where for promise in rates.promises(results) if promise.broken}
     best["noisy"], mine["noisy"] = None, "it too"

@@ -23,7 +23,7 @@ from gptkern.backends import dispatch
 from gptkern.backends.problem import BACKWARD, BFLOAT16, BOTH, FLOAT32, FORWARD, Tuned
 from gptkern.backends.tables import files, orders, user
 from gptkern.commands import tune as command
-from gptkern.measuring import tuning, tuning_tasks
+from gptkern.measuring import timing, tuning, tuning_tasks, workers
 from gptkern.measuring.tuning_tasks import ClassTask, RowTask
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -218,6 +218,142 @@ def test_every_operators_backends_pass_the_check_in_every_direction(operator, wh
         assert not outcome.dropped and {"triton", "torch"} <= set(*clock.timed)
 
 
+# --- Climbing -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def climbing(task, table):
+    """The row with all of its neighbours, which have neighbours of their own."""
+    around = tuning_tasks.candidates(table, KEY, task.present, 80)
+    return dataclasses.replace(task, candidates=around, architecture=80)
+
+
+def test_it_climbs_until_no_neighbour_wins(climbing, where, monkeypatch):
+    """The best has four times the present one's BLOCK_N and a stage more: three steps away, each by one move."""
+    present = climbing.present
+    best = present._replace(BLOCK_N=present.BLOCK_N * 4, num_stages=present.num_stages + 1)
+    assert best not in climbing.candidates
+    checked, wrong = [], tuning.wrong
+    monkeypatch.setattr(tuning, "wrong", lambda variant, device: checked.append(variant.candidate) and None)
+
+    def seconds(candidate):
+        apart = [abs(math.log2(value / wanted)) for value, wanted in zip(candidate, best)]
+        return 1e-3 * 1.1 ** sum(apart)
+
+    clock = Clock(seconds)
+    (outcome,), ((row, _),) = tuned([climbing], where, clock)
+    assert outcome.chosen == best and not outcome.note and row["block_n"] == best.BLOCK_N
+    assert outcome.gain == pytest.approx(seconds(present) / 1e-3), "of all steps together"
+    centres = [timed[0] for timed in clock.timed]
+    assert centres[0] == present and centres[-1] == best and len(centres) >= 3
+    others = [candidate for timed in clock.timed for candidate in timed[1:]]
+    assert len(set(others)) == len(others) and not set(others) & {present}, "nothing is tried twice but the best so far"
+    assert set(checked) == {present, *others} and wrong(tuning.Variant(climbing, best), where) is None
+    # Where nothing wins there is one step.
+    flat = Clock(lambda candidate: 1e-3)
+    assert tuned([climbing], where, flat)[0][0].chosen == present and len(flat.timed) == 1
+
+
+def test_climbing_ends_with_the_time_and_keeps_what_it_has(climbing, where, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(tuning.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(tuning, "wrong", lambda variant, device: None)
+    fastest = climbing.candidates[1]
+
+    def ten_seconds():
+        now[0] += 10
+
+    clock = Clock(lambda candidate: 1e-4 if candidate == fastest else 2e-4, before=ten_seconds)
+    (outcome,), kept = tuned([climbing], where, clock, seconds=5)
+    assert outcome.chosen == fastest and outcome.gain == 2 and len(kept) == len(clock.timed) == 1
+    assert outcome.note == "the time was up before its own neighbours were tried"
+
+
+def test_compiled_instances_are_tried_a_dozen_at_a_time():
+    table = SimpleNamespace(instances=lambda *key: range(30))
+    first = tuning_tasks.candidates(table, (), 0, 80)
+    second = tuning_tasks.candidates(table, (), 5, 80, tried={0, *first})
+    assert (first, second) == (tuple(range(1, 13)), tuple(range(13, 25)))
+
+
+# --- In processes of their own --------------------------------------------------------------------------------------
+
+
+@pytest.mark.deep
+def test_candidates_are_tried_in_other_processes(task, class_task, where, monkeypatch):
+    """The real kernels; a tile that is no power of two does not compile, and is named."""
+    impossible = task.present._replace(BLOCK_N=3)
+    two = dataclasses.replace(task, candidates=(task.candidates[0], impossible))
+    monkeypatch.setattr(tuning, "wrong", lambda *_: pytest.fail("it was tried in this process"))
+    clock = Clock(lambda candidate: 1e-3)
+    with tuning.Trials(2) as trials:
+        assert trials.refused(where) is None
+        outcomes, kept = tuned([two, class_task], where, clock, trials=trials)
+    assert clock.timed[0] == [task.present, task.candidates[0]] and set(clock.timed[1]) >= {"triton", "torch"}
+    (drop,) = outcomes[0].dropped
+    assert drop.candidate == impossible and not drop.lost and "power of 2" in drop.reason and len(kept) == 2
+
+
+def test_what_costs_its_process_the_gpu_is_named_and_the_rest_goes_on(task, where, capsys, monkeypatch):
+    """The reply of a process that died, without the process: what one says is above."""
+    killer, fastest = task.candidates[:2]
+
+    class Trials(tuning.Trials):
+        def run(self, calls):
+            died = workers.Died("the GPU answers no more: CUDA error: an illegal memory access was encountered")
+            yield from ((place, died if call[1] == killer else None) for place, call in enumerate(calls))
+
+    monkeypatch.setattr(tuning, "Trials", Trials)
+    monkeypatch.setattr(command, "_gpu", lambda name: where)
+    monkeypatch.setattr(user, "identify", lambda device: H200)
+    monkeypatch.setattr(tuning, "plan", lambda operators, device: [task, task])
+    run = tuning.tune
+    clock = Clock(lambda candidate: {killer: 1e-9, fastest: 1e-4}.get(candidate, 2e-4))
+    monkeypatch.setattr(tuning, "tune", lambda *given, **more: run(*given, **more, timer=clock))
+    assert cli.main(["tune", "--jobs", "2"]) == 1
+    printed = capsys.readouterr()
+    name = command._text(killer)
+    assert printed.out.count(f"  LOST {name}: the GPU answers no more: CUDA error") == 2
+    assert printed.err.count(f"{task.name}, {name}: the GPU answers no more") == 2
+    assert all(killer not in timed for timed in clock.timed) and "(2.00 x faster)" in printed.out
+    assert user.read(H200).content["configurations"], "what was measured is kept"
+
+
+def test_a_gpu_that_this_process_loses_ends_the_run_with_what_ran(task, where, capsys, monkeypatch):
+    now = [0]
+
+    def alive(device):
+        now[0] += 1
+        if now[0] == lost_at:
+            raise timing.DeviceLost("the GPU answers no more: an illegal memory access")
+
+    monkeypatch.setattr(timing, "alive", alive)
+    checked, wrong = [], tuning.wrong
+    monkeypatch.setattr(tuning, "wrong", lambda variant, on: checked.append(variant.candidate) or wrong(variant, on))
+    clock = Clock(lambda candidate: 1e-3)
+    lost_at = 2
+    with pytest.raises(
+        timing.DeviceLost, match=r"int8_linear on triton, .* after .*: the GPU answers no more"
+    ) as error:
+        tuned([task], where, clock)
+    assert str(task.candidates[0]) in str(error.value)
+    assert checked == [task.present, task.candidates[0]], "nothing runs on it any more"
+    # In a process of its own the same is what it says of itself.
+    lost_at = now[0] + 1
+    with pytest.raises(workers.Fatal, match="the GPU answers no more"):
+        tuning.trial(task, task.candidates[0], str(where))
+    monkeypatch.setattr(command, "_gpu", lambda name: where)
+    monkeypatch.setattr(user, "identify", lambda device: H200)
+    monkeypatch.setattr(tuning, "plan", lambda operators, device: [task])
+    monkeypatch.setattr(tuning.Trials, "refused", lambda self, device: "the GPU is for one process alone")
+    lost_at = now[0] + 4
+    assert cli.main(["tune"]) == 1
+    printed = capsys.readouterr()
+    assert "one after another, since another cannot start: the GPU is for one process alone" in printed.out
+    assert printed.err.startswith("gptkern tune: int8_linear on triton, ") and printed.err.count("\n") == 1
+    assert printed.err.endswith("; what was found before is kept\n")
+
+
 # --- What is planned ------------------------------------------------------------------------------------------------
 
 
@@ -332,6 +468,7 @@ def test_tune_keeps_what_it_finds_and_show_and_reset_see_it(where, task, class_t
     monkeypatch.setattr(user, "identify", lambda device: H200)
     monkeypatch.setattr(tuning, "plan", lambda operators, device: [task, class_task])
     clock = Clock(lambda candidate: 1e-4 if candidate in (task.candidates[0], "torch") else 2e-4)
+    monkeypatch.setattr(tuning.Trials, "refused", lambda self, device: "the processes are tried above")
     run, path = tuning.tune, user.path(H200)
     monkeypatch.setattr(tuning, "tune", lambda *given, **more: run(*given, **more, timer=clock))
 

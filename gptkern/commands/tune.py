@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
+import sys
 from collections import Counter
 from typing import Any
 
 from gptkern.commands import RunError, UserError, places, tables
 from gptkern.commands.interrupts import import_torch
-from gptkern.commands.options import duration, shown, whole
+from gptkern.commands.options import duration, positive, shown, whole
 
 SUMMARY = "choose tiles and backends for this machine's GPU by measuring them"
 
-PASSED, NOTHING_TO_CHOOSE = 0, 2
+# 1 where a candidate cost its process the GPU, or did not end: all else was measured, and kept, beside it.
+PASSED, LOST, NOTHING_TO_CHOOSE = 0, 1, 2
+# Candidates that are compiled and checked at a time, at most: each process holds a CUDA context.
+MOST_JOBS = 8
 # What `--dry-run` and `--show` speak of where there is no GPU.
 ARCHITECTURE = 90
 # What the kernels run on, and more than any that there will be soon.
@@ -29,6 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--op", action="append", type=_operator, metavar="OPERATOR", help="only this one; may be given several times"
     )
     parser.add_argument("--seconds", type=duration, metavar="N", help="start nothing new after N seconds")
+    parser.add_argument(
+        "--jobs", type=positive, metavar="N",
+        help=f"candidates that are compiled and checked at a time (default: one for each core, at most {MOST_JOBS})",
+    )  # fmt: skip
     parser.add_argument("--device", default="cuda", help="the GPU: cuda, cuda:1, …")
     parser.add_argument(
         "--architecture", type=whole(OLDEST, NEWEST), metavar="N",
@@ -74,7 +83,12 @@ def _check_together(args: argparse.Namespace) -> None:
     """Raises UserError where an option would have no effect."""
     listing = "--dry-run" if args.dry_run else "--show" if args.show else None
     without = listing or ("--reset" if args.reset else None)
-    for option, given in (("--seconds", args.seconds is not None), ("--shipped", args.shipped)):
+    measuring = (
+        ("--seconds", args.seconds is not None),
+        ("--shipped", args.shipped),
+        ("--jobs", args.jobs is not None),
+    )
+    for option, given in measuring:
         if given and without:
             raise UserError(f"{option} has no effect on {without}, which measures nothing")
     if args.op and args.reset:
@@ -103,7 +117,7 @@ def _gpu(name: str):
 
 def _tune(operators: tuple[str, ...], device, args: argparse.Namespace) -> int:
     from gptkern.backends.tables import files, user
-    from gptkern.measuring import tuning
+    from gptkern.measuring import timing, tuning
 
     found = user.identify(device)
     keep = tuning.keep_shipped(found) if args.shipped else tuning.keep_for_user(found)
@@ -116,21 +130,32 @@ def _tune(operators: tuple[str, ...], device, args: argparse.Namespace) -> int:
     with _kernels_needed():
         tasks = tuning.plan(operators, device)
     print(f"{found.name}, sm_{found.architecture}: {len(tasks)} choices; what is found is kept in {place}")
-    left, gains = Counter(), 0
+    left, gains, lost = Counter(), 0, []
     try:
-        for outcome in tuning.tune(tasks, device, keep, seconds=args.seconds):
-            if isinstance(outcome, tuning.Left):
-                left[outcome.task.operator] += 1
-                continue
-            gains += outcome.gain > 1
-            print(*_told(outcome), sep="\n", flush=True)
+        with tuning.Trials(args.jobs or min(MOST_JOBS, os.cpu_count() or 1)) as trials:
+            refused = trials.refused(device)
+            if refused is not None:
+                print(f"Candidates are tried in this process, one after another, since another cannot start: {refused}")
+            tried_in = trials if refused is None else None
+            for outcome in tuning.tune(tasks, device, keep, seconds=args.seconds, trials=tried_in):
+                if isinstance(outcome, tuning.Left):
+                    left[outcome.task.operator] += 1
+                    continue
+                gains += outcome.gain > 1
+                lost += [(outcome.task, drop) for drop in outcome.dropped if drop.lost]
+                print(*_told(outcome), sep="\n", flush=True)
     except OSError as error:
         raise RunError(f"{place} cannot be written: {error}") from error
+    except timing.DeviceLost as error:
+        raise RunError(f"{error}; what was found before is kept") from error
     print(f"{gains} of {len(tasks) - left.total()} choices gain time; the others stay as they were")
     if left:
         counted = ", ".join(f"{operator} {count}" for operator, count in left.items())
         print(f"not measured, because {args.seconds:g} s were over: {counted}. Run it again to go on with them")
-    return PASSED
+    for task, drop in lost:
+        said = f"{task.name}, {_text(drop.candidate)}: {drop.reason}"
+        print(f"gptkern tune: a kernel did more than fail, and was left out: {said}", file=sys.stderr)
+    return LOST if lost else PASSED
 
 
 @contextlib.contextmanager
@@ -144,14 +169,16 @@ def _kernels_needed():
 def _told(outcome) -> list[str]:
     """The lines that are printed of a task."""
     lines = [f"{outcome.task.name} ({outcome.task.on})"]
-    lines += [f"  dropped {_text(drop.candidate)}: {drop.reason}" for drop in outcome.dropped]
+    lines += [
+        f"  {'LOST' if drop.lost else 'dropped'} {_text(drop.candidate)}: {drop.reason}" for drop in outcome.dropped
+    ]
     if outcome.chosen is None:
         return [*lines, f"  nothing chosen: {outcome.note}"]
     for candidate, seconds in sorted(outcome.seconds.items(), key=lambda item: item[1]):
         lines.append(f"  {seconds * 1e6:10.1f} µs  {_text(candidate)}")
     chosen = " before ".join(outcome.chosen) if isinstance(outcome.chosen[0], str) else _text(outcome.chosen)
     won = f"{outcome.gain:.2f} x faster" if outcome.gain > 1 else "no other is faster by more than the noise"
-    return [*lines, f"  chosen: {chosen} ({won})"]
+    return [*lines, f"  chosen: {chosen} ({won})", *([f"  {outcome.note}"] if outcome.note else [])]
 
 
 def _text(candidate: Any) -> str:
@@ -188,7 +215,8 @@ def _dry_run(operators, device, architecture) -> int:
     for task in classes:
         print(f"{task.name}: the backends against each other, {task.tuned.direction} of {task.on}")
     count = sum(len(task.candidates) for task in tasks)
-    print(f"sm_{of}: {count} configurations and {len(classes)} classes of calls; nothing was measured")
+    calls = f"{len(classes)} classes of calls"
+    print(f"sm_{of}: {count} configurations, the neighbours of each that wins, and {calls}; nothing was measured")
     return PASSED
 
 

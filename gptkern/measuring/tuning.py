@@ -6,15 +6,21 @@ class of calls: the same with the backends. A neighbour wins if its median is be
 
     margin = max(LEAST_GAIN * median of the present one, the wider of the two interquartile ranges)
 
-so that noise changes no table. What was found is handed to `keep` at once; nothing is lost where a run ends early.
+so that noise changes no table. Its own neighbours are tried against it then, until none wins. What was found is handed
+to `keep` at once; nothing is lost where a run ends early.
+
+Candidates are compiled and checked several at a time, in processes of their own (`Trials`): Triton's cache hands what
+was compiled to this process, and a kernel that costs its process the GPU, or does not end, is dropped with that reason
+and costs nothing else. Only what came back right is timed, in this process, alone on the GPU.
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +29,7 @@ from gptkern import operators as rooms
 from gptkern.backends import dispatch
 from gptkern.backends.problem import BACKWARD, FORWARD, Inputs
 from gptkern.backends.tables import files, orders, user
-from gptkern.measuring import checking, timing
+from gptkern.measuring import checking, timing, workers
 from gptkern.measuring.tuning_tasks import ClassTask, RowTask, Task, class_tasks, row_tasks, tables
 
 # timer(functions, inputs, rounds) -> seconds of one call of each function, `rounds` samples each; measuring.timing's.
@@ -33,15 +39,22 @@ Keep = Callable[[Task, dict[str, Any], tuple[str, ...]], None]
 
 # Samples of each candidate.
 ROUNDS = 30
+# Seconds that a candidate may take to be compiled, checked and run, with the start of its process.
+PATIENCE = 300.0
 # Less than this part of the present one's time is no gain that is worth a change.
 LEAST_GAIN = 0.02
 
 
 class Dropped(NamedTuple):
-    """A candidate that gets no time, and why."""
+    """A candidate that gets no time, and why.
+
+    Args:
+        lost: it cost its process the GPU, or did not end: more than a wrong result.
+    """
 
     candidate: Any
     reason: str
+    lost: bool = False
 
 
 class Outcome(NamedTuple):
@@ -94,19 +107,29 @@ def tune(
     seconds: float | None = None,
     rounds: int = ROUNDS,
     timer: Timer = timing.durations,
+    trials: Trials | None = None,
 ) -> Iterator[Outcome | Left]:
     """Measures the tasks in order, and yields what became of each as soon as it is known and kept.
 
     Args:
-        seconds: starts no new task after so long.
+        seconds: starts no new task, and no new step of one, after so long.
+        trials: where candidates are tried before they are timed; None: in this process, one after another.
+
+    Raises:
+        DeviceLost: a kernel cost this process the GPU; the message names the task, and the candidate where it is known.
     """
     start = time.monotonic()
+
+    def over() -> bool:
+        return seconds is not None and time.monotonic() - start > seconds
+
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), timing.own_stream(device.type):
         for task in tasks:
-            if seconds is not None and time.monotonic() - start > seconds:
+            if over():
                 yield Left(task)
                 continue
-            outcome = _outcome(task, device, rounds, timer)
+            measured = functools.partial(_measured, task, device=device, rounds=rounds, timer=timer, trials=trials)
+            outcome = _climbed(task, measured, over) if isinstance(task, RowTask) else _ordered(task, measured, device)
             if outcome.chosen is not None:
                 keep(task, task.record(outcome.chosen, outcome.gain), task.parts)
                 dispatch.forget()
@@ -116,26 +139,45 @@ def tune(
 # --- One task -------------------------------------------------------------------------------------------------------
 
 
-def _outcome(task: Task, device: torch.device, rounds: int, timer: Timer) -> Outcome:
+def _ordered(task: ClassTask, measured: Callable, device: torch.device) -> Outcome:
+    """The backends of a class of calls, the fastest first."""
     candidates = task.alternatives(device)
-    samples, dropped = _measured(task, candidates, device, rounds, timer)
-    spreads = {candidate: timing.spread(values) for candidate, values in samples.items()}
+    spreads, dropped = measured(candidates)
     medians = {candidate: spread.median for candidate, spread in spreads.items()}
     by_time = sorted(medians, key=medians.get)
+    if len(by_time) < 2:
+        return Outcome(task, medians, None, 1.0, dropped, "fewer than two backends can be timed")
     # Within the margin of the fastest the first that stands before it is as good, and stays.
-    best = next((name for name in candidates if name in by_time and not wins(spreads[by_time[0]], spreads[name])), None)
-    if isinstance(task, ClassTask):
-        order = tuple(sorted(by_time, key=lambda name: name != best))
-        if len(order) < 2:
-            return Outcome(task, medians, None, 1.0, dropped, "fewer than two backends can be timed")
-        won = wins(spreads[order[0]], spreads[order[1]])
-        return Outcome(task, medians, order, medians[order[1]] / medians[order[0]] if won else 1.0, dropped)
-    if task.present not in spreads:
-        reason = next(drop.reason for drop in dropped if drop.candidate == task.present)
-        return Outcome(task, medians, None, 1.0, dropped, f"the present configuration: {reason}")
-    if not wins(spreads[by_time[0]], spreads[task.present]):
-        return Outcome(task, medians, task.present, 1.0, dropped)
-    return Outcome(task, medians, by_time[0], medians[task.present] / medians[by_time[0]], dropped)
+    best = next(name for name in candidates if name in by_time and not wins(spreads[by_time[0]], spreads[name]))
+    order = tuple(sorted(by_time, key=lambda name: name != best))
+    won = wins(spreads[order[0]], spreads[order[1]])
+    return Outcome(task, medians, order, medians[order[1]] / medians[order[0]] if won else 1.0, dropped)
+
+
+def _climbed(task: RowTask, measured: Callable, over: Callable[[], bool]) -> Outcome:
+    """From the present configuration to the best of its neighbours, and on from there until none wins."""
+    best, around, gain = task.present, task.candidates, 1.0
+    tried, medians, dropped = {best, *around}, {}, []
+    while True:
+        # The best again beside its neighbours: what slows the machine down slows all of them.
+        spreads, not_timed = measured((best, *around))
+        dropped += not_timed
+        medians |= {candidate: spread.median for candidate, spread in spreads.items()}
+        if best not in spreads:
+            reason = next(drop.reason for drop in not_timed if drop.candidate == best)
+            if best == task.present:
+                return Outcome(task, medians, None, 1.0, dropped, f"the present configuration: {reason}")
+            return Outcome(task, medians, best, gain, dropped, f"it ended early: {reason}")
+        fastest = min(spreads, key=lambda candidate: spreads[candidate].median)
+        if not wins(spreads[fastest], spreads[best]):
+            return Outcome(task, medians, best, gain, dropped)
+        gain *= spreads[best].median / spreads[fastest].median
+        best, around = fastest, task.neighbours(fastest, tried)
+        tried.update(around)
+        if not around:
+            return Outcome(task, medians, best, gain, dropped)
+        if over():
+            return Outcome(task, medians, best, gain, dropped, "the time was up before its own neighbours were tried")
 
 
 def wins(challenger: timing.Spread, present: timing.Spread) -> bool:
@@ -190,28 +232,115 @@ def _tuple(results: Any) -> tuple:
 
 
 def _measured(
-    task: Task, candidates: Sequence[Any], device: torch.device, rounds: int, timer: Timer
-) -> tuple[dict[Any, list[float]], list[Dropped]]:
-    """({candidate: samples in seconds}, what was dropped): what is wrong or fails gets no time."""
-    runnable, inputs, dropped = [], None, []
+    task: Task, candidates: Sequence[Any], *, device: torch.device, rounds: int, timer: Timer, trials: Trials | None
+) -> tuple[dict[Any, timing.Spread], list[Dropped]]:
+    """({candidate: its times}, what was dropped): what is wrong or fails gets no time."""
+    found = _tried(task, candidates, device) if trials is None else trials.of(task, candidates, device)
+    dropped = [drop for drop in map(found.get, candidates) if drop is not None]
+    runnable, inputs = [], None
     generator = torch.Generator(device).manual_seed(0)
-    for variant in (Variant(task, candidate) for candidate in candidates):
+    for variant in (Variant(task, candidate) for candidate in candidates if found[candidate] is None):
         try:
-            reason = wrong(variant, device)
-            if reason is None:
-                inputs = inputs or timing.sets_of_inputs(lambda variant=variant: variant.inputs(generator), device)
-                variant(*inputs[0])
-        except Exception as error:  # a compiler's and a driver's errors are of many types
-            reason = _line(error)
-        if reason is None:
-            runnable.append(variant)
+            inputs = inputs or timing.sets_of_inputs(lambda variant=variant: variant.inputs(generator), device)
+            variant(*inputs[0])
+        except Exception as error:
+            dropped.append(Dropped(variant.candidate, _line(error)))
         else:
-            dropped.append(Dropped(variant.candidate, reason))
+            runnable.append(variant)
+        _still_there(device, task, variant.candidate)
     try:
         samples = timer(runnable, inputs, rounds) if runnable else []
     except RuntimeError as error:
+        _still_there(device, task)
         return {}, [*dropped, *(Dropped(variant.candidate, _line(error)) for variant in runnable)]
-    return {variant.candidate: values for variant, values in zip(runnable, samples)}, dropped
+    return {variant.candidate: timing.spread(values) for variant, values in zip(runnable, samples)}, dropped
+
+
+def _still_there(device: torch.device, task: Task, candidate: Any = None) -> None:
+    """Raises DeviceLost with what ran, where the GPU answers no more."""
+    try:
+        timing.alive(device)
+    except timing.DeviceLost as error:
+        which = "while its candidates were timed" if candidate is None else f"after {candidate}"
+        raise timing.DeviceLost(f"{task.name}, {which}: {error}") from error
+
+
+# --- Trials -----------------------------------------------------------------------------------------------------------
+
+
+def _tried(task: Task, candidates: Sequence[Any], device: torch.device) -> dict[Any, Dropped | None]:
+    """{candidate: why it was dropped, or None}, in this process."""
+    found = {}
+    for candidate in candidates:
+        try:
+            reason = wrong(Variant(task, candidate), device)
+        except Exception as error:  # a compiler's and a driver's errors are of many types
+            reason = _line(error)
+        _still_there(device, task, candidate)
+        found[candidate] = None if reason is None else Dropped(candidate, reason)
+    return found
+
+
+def trial(task: Task | None, candidate: Any, device: str) -> str | None:
+    """What `Trials` runs in a process of its own: what is wrong with a candidate, or None. Without a task: nothing.
+
+    It is compiled for and run on the task's small shape, checked, and then on the one that is timed.
+
+    Raises:
+        workers.Fatal: the GPU answers this process no more.
+    """
+    device = torch.device(device)
+    # What was found since this process began.
+    dispatch.forget()
+    try:
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            if task is None:
+                torch.zeros(1, device=device)
+                return None
+            dispatch.load(task.backend_of(candidate), task.operator)
+            variant = Variant(task, candidate)
+            reason = wrong(variant, device)
+            if reason is None:
+                variant(*variant.inputs(torch.Generator(device).manual_seed(0)))
+            timing.alive(device)
+            return reason
+    except timing.DeviceLost as lost:
+        raise workers.Fatal(str(lost)) from lost
+    except Exception as error:
+        try:
+            timing.alive(device)
+        except timing.DeviceLost as lost:
+            raise workers.Fatal(str(lost)) from error
+        raise
+    finally:
+        # The others need the memory as well.
+        if device.type == "cuda":
+            with suppress(RuntimeError):
+                torch.cuda.empty_cache()
+
+
+class Trials(workers.Workers):
+    """Processes in which candidates are tried, `jobs` at a time."""
+
+    def __init__(self, jobs: int):
+        super().__init__(trial, jobs, PATIENCE)
+
+    def refused(self, device: torch.device) -> str | None:
+        """Why a process of its own cannot use the device (a GPU may be for one process alone), or None."""
+        ((_, result),) = self.run([(None, None, str(device))])
+        return None if result is None else result.reason
+
+    def of(self, task: Task, candidates: Sequence[Any], device: torch.device) -> dict[Any, Dropped | None]:
+        """{candidate: why it was dropped, or None}."""
+        found = {}
+        for place, result in self.run([(task, candidate, str(device)) for candidate in candidates]):
+            candidate = candidates[place]
+            if isinstance(result, workers.Died):
+                found[candidate] = Dropped(candidate, result.reason, lost=True)
+            else:
+                reason = result.reason if isinstance(result, workers.Raised) else result
+                found[candidate] = None if reason is None else Dropped(candidate, reason)
+        return found
 
 
 def wrong(variant: Variant, device: torch.device) -> str | None:

@@ -10,7 +10,7 @@ size that is timed.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,7 @@ class RowTask(Task):
     backend: str = "triton"
     present: Any = None
     candidates: tuple = ()
+    architecture: int | None = None  # of the GPU, which neighbours of a candidate have to fit; None: there are none
 
     @property
     def table(self) -> configurations.Table:
@@ -75,8 +76,11 @@ class RowTask(Task):
     def name(self) -> str:
         return f"{self.operator} on {self.backend}, {configurations.described(self.table.key, self.key)}"
 
-    def alternatives(self, device: torch.device) -> tuple:
-        return self.present, *self.candidates
+    def neighbours(self, candidate: Any, tried: Collection) -> tuple:
+        """Of a candidate that has won, without those that were tried."""
+        if self.architecture is None:
+            return ()
+        return candidates(self.table, self.key, candidate, self.architecture, tried)
 
     def backend_of(self, candidate: Any) -> str:
         return self.backend
@@ -151,7 +155,7 @@ def row_tasks(
     for key, row in rows.items():
         yield RowTask(
             table.operator, key, problem.row(table.backend, *key), bool(row.measured), table.backend,
-            row.configuration, candidates(table, key, row.configuration, architecture),
+            row.configuration, candidates(table, key, row.configuration, architecture), architecture,
         )  # fmt: skip
 
 
@@ -164,14 +168,17 @@ def class_tasks(operator: str, known: set[tuple] | frozenset = frozenset()) -> I
 # --- Neighbours of a configuration ------------------------------------------------------------------------------------
 
 
-def candidates(table: configurations.Table, key: tuple, present: Any, architecture: int) -> tuple:
-    """The neighbours of a configuration that fit the machine, at most MOST_CANDIDATES.
+def candidates(
+    table: configurations.Table, key: tuple, present: Any, architecture: int, tried: Collection = ()
+) -> tuple:
+    """The neighbours of a configuration that fit the machine, but for those that were tried, at most MOST_CANDIDATES.
 
     Each part doubled or halved (the stages: one more or less), and with it, for another tile, the warps; of a table
     that lists what may run (`table.instances`), the others of these.
     """
     if table.instances is not None:
-        return tuple(instance for instance in table.instances(*key) if instance != present)[:MOST_CANDIDATES]
+        others = (instance for instance in table.instances(*key) if instance != present and instance not in tried)
+        return tuple(others)[:MOST_CANDIDATES]
     problem, limit = operators.problem(table.operator), SHARED_MEMORY.get(architecture, LEAST_SHARED_MEMORY)
     found: list[Any] = []
     for changes in _moves(problem, present):
@@ -179,6 +186,7 @@ def candidates(table: configurations.Table, key: tuple, present: Any, architectu
         if (
             candidate != present
             and candidate not in found
+            and candidate not in tried
             and all(_in_range(name, getattr(candidate, name)) for name in changes)
             and problem.sensible(key, candidate)
             and problem.shared_memory(table.backend, key, candidate) <= limit

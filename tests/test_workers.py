@@ -1,0 +1,45 @@
+"""Processes that may die of what they try: the others go on, and what became of each is said."""
+
+from __future__ import annotations
+
+import os
+
+from worked_on import work
+
+from gptkern.measuring import workers
+
+
+def test_workers_outlive_what_ends_one_of_them():
+    calls = [
+        ("works", 1),
+        ("ends",),
+        ("raises", "tile"),
+        ("is killed",),
+        ("loses the GPU",),
+        ("works", 2),
+        ("works", 3),
+    ]
+    with workers.Workers(work, 2, patience=60) as pool:
+        found = dict(pool.run(calls))
+        again = dict(pool.run([("works", 4)]))
+    assert [found[place][1] for place in (0, 5, 6)] == [1, 2, 3] and again[0][1] == 4
+    assert again[0][0] in {found[place][0] for place in (0, 5, 6)} and os.getpid() not in found[0], "they are kept"
+    assert found[2] == workers.Raised("ValueError: no tile")
+    assert found[1] == workers.Died("its process ended with status 7")
+    assert found[3] == workers.Died("its process was ended by SIGSEGV")
+    assert found[4] == workers.Died("the GPU answers no more: an illegal memory access")
+
+
+def test_a_worker_that_does_not_end_is_ended():
+    with workers.Workers(work, 2, patience=3) as pool:
+        found = dict(pool.run([("hangs",), ("works", 1), ("works", 2)]))
+    assert found[0] == workers.Died("it did not end within 3 s") and (found[1][1], found[2][1]) == (1, 2)
+
+
+def test_a_run_that_is_left_early_leaves_no_process():
+    with workers.Workers(work, 2, patience=60) as pool:
+        run = pool.run([("works", 1), ("hangs",)])
+        next(run)
+        (hanging, _), *_ = pool._busy.values()
+        run.close()
+    assert hanging._process.exitcode is not None or not hanging._process.is_alive()
