@@ -80,8 +80,8 @@ class Operator:
     does not read are None. A result that a call does not have is None; of a registered op, which cannot return that, it
     is an empty tensor.
 
-    `forward` and `backward` start the launcher themselves where nobody would see the registered op: PyTorch's
-    dispatcher takes longer than most launchers do.
+    `forward` and `backward` start the launcher themselves where nobody would see the registered op (`is_unseen`):
+    PyTorch's dispatcher takes longer than most launchers do.
     """
 
     def __init__(
@@ -101,17 +101,21 @@ class Operator:
             arguments = list(schema_of([gradient, call], read_only=call))
             self._backward = self._registered("backward", arguments, gradients, (gradient, call), gradient_fake)
 
-    def forward(self, call, backend: str):
-        """What the backend's forward launcher returns for the call."""
+    def forward(self, call, backend: str, unseen: bool | None = None):
+        """What the backend's forward launcher returns for the call.
+
+        Args:
+            unseen: is_unseen(call), where it is known.
+        """
         op, start = self._forward
-        if tracing.is_eager() and are_plain(call):
+        if is_unseen(call) if unseen is None else unseen:
             return start(backend, call)
         return op(*call, backend)
 
     def backward(self, gradient, call, backend: str):
         """What the backend's backward launcher returns."""
         op, start = self._backward
-        if tracing.is_eager() and are_plain(gradient) and are_plain(call):
+        if is_unseen(gradient) and _are_plain(call):
             return start(backend, gradient, call)
         return op(*gradient, *call, backend)
 
@@ -142,7 +146,9 @@ class Operator:
             if is_forward and recomputation.blocks_are_open():
                 recomputation.carry()
             launcher = getattr(dispatch.load(backend, operator), direction)
-            first = dispatch.first_tensor(records[0])
+            first = records[0][0]
+            if not isinstance(first, torch.Tensor):
+                first = dispatch.first_tensor(records[0])
             if _is_elsewhere(first) or torch._C._is_any_autocast_enabled():
                 with on_device_of(first), without_autocast(first.device.type):
                     results = launcher(*records)
@@ -177,7 +183,12 @@ class Operator:
 _PLAIN = frozenset((type(None), bool, int, float, str, torch.dtype))
 
 
-def are_plain(record: tuple) -> bool:
+def is_unseen(call: tuple) -> bool:
+    """Whether a launcher may be called as it is: nobody looks on, and the tensors of the call are plain."""
+    return tracing.is_eager() and _are_plain(call)
+
+
+def _are_plain(record: tuple) -> bool:
     """Whether the tensors are what lies in memory: no subclass, no view that PyTorch negates when it is read, no zeros
     without memory, nothing that a transform of torch.func has left behind.
     """
@@ -239,21 +250,21 @@ def autocast(policy: str, *tensors: torch.Tensor | None) -> tuple[torch.Tensor |
 
 
 class KernelFunction(torch.autograd.Function):
-    """An autograd.Function of an operator: `apply` is autograd's own where there is nothing to do for anyone else.
+    """An autograd.Function of an operator. Its forward's last argument is `unseen`, as Operator.forward has it.
 
-    torch.autograd.Function does in Python what torch.func and a setup_context need, which takes as long as all of
-    autograd's work in C++.
+    `applied` is autograd's own where nobody looks on: torch.autograd.Function does in Python what torch.func and a
+    setup_context need, which takes as long as all of autograd's work in C++.
     """
 
     def __init_subclass__(cls):
         super().__init_subclass__()
-        cls._apply_plain = super(torch.autograd.Function, cls).apply
+        cls._apply_unseen = super(torch.autograd.Function, cls).apply
 
     @classmethod
-    def apply(cls, *arguments):
-        if tracing.is_eager() and are_plain(arguments):
-            return cls._apply_plain(*arguments)
-        return super().apply(*arguments)
+    def applied(cls, unseen: bool, *arguments):
+        if unseen:
+            return cls._apply_unseen(*arguments, True)
+        return cls.apply(*arguments, False)
 
 
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:

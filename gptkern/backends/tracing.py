@@ -92,15 +92,25 @@ def is_eager() -> bool:
     """
     return not (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
+        or _dispatch_modes()
+        or _function_modes()
+        or _in_transform()
         or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._autograd._profiler_enabled()
-        or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
+        or _tracing_state() is not None
+        or _in_autocast()
+        or _in_profiler()
+        or _is_included(_PRE_DISPATCH)
     )
+
+
+# Each is asked at every call of an operator.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_in_transform = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
+_in_autocast = torch._C._is_any_autocast_enabled
+_in_profiler = torch._C._autograd._profiler_enabled
+_is_included = torch._C._dispatch_tls_is_dispatch_key_included
 
 
 def sizes(tensor: torch.Tensor) -> tuple[int, ...]:

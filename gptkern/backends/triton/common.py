@@ -63,6 +63,17 @@ def as_rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(-1 if width else tensor.shape[:-1].numel(), width)
 
 
+def with_row_stride(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """A tensor (…, width) whose rows are contiguous, and elements from a row to the next: no view where none is needed.
+
+    A view takes as long on the host as an allocation.
+    """
+    if tensor.is_contiguous():
+        return tensor, tensor.shape[-1]
+    tensor = as_rows(tensor)
+    return tensor, tensor.stride(0)
+
+
 class CompileCase(NamedTuple):
     """One kernel of one shipped configuration, as `compile_cases(architecture)` of each kernel module lists them.
 

@@ -23,7 +23,14 @@ from torch.overrides import has_torch_function_variadic
 from gptkern.backends import dispatch, tracing
 from gptkern.backends.layouts import described, is_dense
 from gptkern.backends.numbers import as_float, as_size
-from gptkern.backends.registration import KernelFunction, Operator, autocast, needs_gradient, once_differentiable
+from gptkern.backends.registration import (
+    KernelFunction,
+    Operator,
+    autocast,
+    is_unseen,
+    needs_gradient,
+    once_differentiable,
+)
 
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
@@ -287,8 +294,8 @@ def forward(call: Call):
 def backward(gradient: Gradient, call: Call):
     """-> dsummed (…, width), dweight (width,), dbias (width,); what is not needed is empty.
 
-    dsummed includes grad_summed, the gradient that reaches the sum by itself. dweight and dbias are in the
-    statistics' dtype; the autograd.Function rounds them to the parameters'.
+    dsummed includes grad_summed, the gradient that reaches the sum by itself. dweight and dbias are summed in the
+    statistics' dtype and rounded to `_parameters_dtype`.
     """
     grad_output, grad_summed, statistics, need_input, need_weight, need_bias = gradient
     summed, weight = call.input, call.weight
@@ -311,7 +318,8 @@ def backward(gradient: Gradient, call: Call):
         dweight = (dy * x_hat).sum(0)
     if need_bias:
         dbias = dy.sum(0)
-    return dsummed, dweight, dbias
+    dtype = _parameters_dtype(gradient, call)
+    return dsummed, dweight.to(dtype), dbias.to(dtype)
 
 
 # --- Registration and autograd --------------------------------------------------------------------------------------
@@ -319,6 +327,11 @@ def backward(gradient: Gradient, call: Call):
 
 def _statistics_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _parameters_dtype(gradient: Gradient, call: Call) -> torch.dtype:
+    """Of dweight and dbias: the weight's, which is the bias's too; the statistics' where there is no weight."""
+    return gradient.statistics.dtype if call.weight is None else call.weight.dtype
 
 
 def _forward_fake(call: Call):
@@ -335,8 +348,9 @@ def _backward_fake(gradient: Gradient, call: Call):
     width = summed.shape[-1]
     dsummed = torch.empty(summed.shape, dtype=summed.dtype, device=summed.device)
     dsummed = dsummed if gradient.need_input else statistics.new_empty(0)
-    dweight = statistics.new_empty(width if gradient.need_weight else 0)
-    return dsummed, dweight, statistics.new_empty(width if gradient.need_bias else 0)
+    dtype = _parameters_dtype(gradient, call)
+    dweight = statistics.new_empty(width if gradient.need_weight else 0, dtype=dtype)
+    return dsummed, dweight, statistics.new_empty(width if gradient.need_bias else 0, dtype=dtype)
 
 
 TWIN = layer_norm
@@ -355,8 +369,8 @@ class LayerNormFunction(KernelFunction):
     """
 
     @staticmethod
-    def forward(ctx, input, residual, weight, bias, eps, backend):
-        output, summed = _forward_of(ctx, Call(input, residual, weight, bias, eps), backend)
+    def forward(ctx, input, residual, weight, bias, eps, backend, unseen=None):
+        output, summed = _forward_of(ctx, Call(input, residual, weight, bias, eps), backend, unseen)
         if residual is None:
             summed = output.new_empty(0)
             ctx.mark_non_differentiable(summed)
@@ -364,15 +378,15 @@ class LayerNormFunction(KernelFunction):
 
     @staticmethod
     def backward(ctx, grad_output, grad_summed):
-        return *_backward_of(ctx, grad_output, grad_summed, ctx.needs_input_grad[:4]), None, None
+        return *_backward_of(ctx, grad_output, grad_summed, ctx.needs_input_grad[:4]), None, None, None
 
 
 class _AloneFunction(KernelFunction):
     """The same without a residual: a result that nobody asks for takes a tenth of the host's time."""
 
     @staticmethod
-    def forward(ctx, input, weight, bias, eps, backend):
-        output, _ = _forward_of(ctx, Call(input, None, weight, bias, eps), backend)
+    def forward(ctx, input, weight, bias, eps, backend, unseen):
+        output, _ = _forward_of(ctx, Call(input, None, weight, bias, eps), backend, unseen)
         return output
 
     @staticmethod
@@ -380,29 +394,33 @@ class _AloneFunction(KernelFunction):
         need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
         needs = need_input, False, need_weight, need_bias
         dinput, _, dweight, dbias = _backward_of(ctx, grad_output, None, needs)
-        return dinput, dweight, dbias, None, None
+        return dinput, dweight, dbias, None, None, None
 
 
 def _on_kernels(call: Call, backend: str):
     """-> output, and input + residual or None."""
-    if not needs_gradient(call.input, call.residual, call.weight, call.bias):
-        return OPERATOR.forward(_with_dense_parameters(call), backend)[:2]
-    if call.residual is None:
-        return _AloneFunction.apply(call.input, call.weight, call.bias, call.eps, backend), None
-    return LayerNormFunction.apply(*call, backend)
+    input, residual, weight, bias, eps = call
+    unseen = is_unseen(call)
+    if not needs_gradient(input, residual, weight, bias):
+        return OPERATOR.forward(_with_dense_parameters(call), backend, unseen)[:2]
+    if residual is None:
+        return _AloneFunction.applied(unseen, input, weight, bias, eps, backend), None
+    return LayerNormFunction.applied(unseen, *call, backend)
 
 
 def _with_dense_parameters(call: Call) -> Call:
     """Kernels walk the parameters in steps of one element."""
     input, residual, weight, bias, eps = call
+    if (weight is None or weight.is_contiguous()) and (bias is None or bias.is_contiguous()):
+        return call
     weight = None if weight is None else weight.contiguous()
     return Call(input, residual, weight, None if bias is None else bias.contiguous(), eps)
 
 
-def _forward_of(ctx, call: Call, backend: str):
+def _forward_of(ctx, call: Call, backend: str, unseen: bool | None):
     """-> output, and input + residual or what stands for none."""
     input, residual, weight, bias, _ = call = _with_dense_parameters(call)
-    output, summed, statistics = OPERATOR.forward(call, backend)
+    output, summed, statistics = OPERATOR.forward(call, backend, unseen)
     # Gradients that nobody computed arrive as None, not as zeros in memory.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(input if residual is None else summed, weight, statistics)
