@@ -21,10 +21,16 @@ def quantized(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     if not tracing.in_jit_trace() and x.numel() == 0:
         return torch.empty(x.shape, dtype=torch.int8, device=x.device), x.new_ones(without, dtype=torch.float32)
     x = x if x.dtype == torch.float64 else x.float()
-    # scale = max|x| / 127; by a tensor, because on a GPU PyTorch multiplies by a number's reciprocal, an ulp off
-    largest = x.abs().amax(dim, keepdim=True)
-    scale = largest / torch.full_like(largest, LARGEST)
-    scale = scale.clamp_(min=SMALLEST_SCALE).masked_fill_(largest == 0, 1.0).float()
+    magnitude = x.abs()
+    largest = magnitude.amax(dim, keepdim=True)
     # q = round(x / scale); no finite |x| / scale rounds to more than 127, so that there is nothing to clamp
-    q = (x / scale).round_().to(torch.int8)
+    if x.is_cpu and tracing.has_values(magnitude) and not magnitude.requires_grad:
+        # The same in fewer steps and no new memory, of a row more than half of the time: 127 / 127 is a row of zeros' 1.
+        scale = torch.threshold_(largest, 0.0, LARGEST).div_(LARGEST).clamp_(min=SMALLEST_SCALE).float()
+        q = torch.div(x, scale, out=magnitude).round_().to(torch.int8)
+    else:
+        # scale = max|x| / 127; by a tensor, because on a GPU PyTorch multiplies by a number's reciprocal, an ulp off
+        scale = largest / torch.full_like(largest, LARGEST)
+        scale = scale.clamp_(min=SMALLEST_SCALE).masked_fill_(largest == 0, 1.0).float()
+        q = (x / scale).round_().to(torch.int8)
     return q.contiguous(), scale.squeeze(dim).contiguous()

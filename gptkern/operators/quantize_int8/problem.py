@@ -10,12 +10,14 @@ from gptkern.backends.problem import (
     BFLOAT16,
     BITS,
     ELEMENTS,
+    FLOAT32_BYTES,
     FORWARD,
     WIDTHS,
     Check,
     Classes,
     Inputs,
     Problem,
+    Timed,
     Tuned,
     bits,
     least_size,
@@ -65,6 +67,34 @@ class QuantizeInt8(Problem):
 
     def label(self, sizes: Sizes) -> str:
         return f"{sizes.rows}x{sizes.width}"
+
+    def bytes(self, sizes: Sizes, itemsize: int, direction: str) -> int:
+        """The input once, a byte for each of its elements, and a float32 scale for each row."""
+        rows, width, dim = sizes
+        return rows * width * (itemsize + 1) + (rows if dim else width) * FLOAT32_BYTES
+
+    def cells(self, kind: str, extent: str) -> list[Timed]:
+        if extent == "smoke":
+            return [Timed(FORWARD, "float32", Sizes(4, 64))]
+        if kind == "cpu":
+            shapes, dtype = (Sizes(512, 768), Sizes(1, 4096), Sizes(16, 768), Sizes(512, 3072)), "float32"
+        else:
+            shapes, dtype = (Sizes(4096, 4096), Sizes(4096, 768), Sizes(64, 4096), Sizes(16384, 12288)), "bfloat16"
+        return [Timed(FORWARD, dtype, sizes) for sizes in (shapes if extent == "full" else shapes[:1])]
+
+    def shown(self, sizes: Sizes):
+        return ("rows", sizes.rows), ("width", sizes.width)
+
+    def panel(self, sizes: Sizes, dtype: str) -> str:
+        return f"quantize_int8, width {sizes.width}"
+
+    def plain(self, sizes: Sizes):
+        def call(x):
+            """As models write it by hand; a row of zeros gives NaN."""
+            scale = x.float().abs().amax(sizes.dim, keepdim=True) / 127
+            return torch.round(x / scale).clamp(-127, 127).to(torch.int8), scale.squeeze(sizes.dim)
+
+        return call
 
     def class_tasks(self) -> dict[tuple, Tuned]:
         return {
