@@ -99,7 +99,7 @@ _modules: dict[tuple[str, str], Any] = {}
 _warned: set[tuple[str, str]] = set()
 # The types of tensors that kernels read, and of what most often stands beside them in a call.
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
-_NO_TENSORS = (type(None), bool, int, float, str, torch.dtype)
+_NO_TENSORS = frozenset((type(None), bool, int, float, str, torch.dtype))
 
 
 def checked_name(name: str | None, where: str) -> str | None:
@@ -216,14 +216,15 @@ def settled(tensor: Any) -> Choice | None:
     elif (forced := _state.forced) is not None and recomputation.blocks_are_open():
         recomputation.carry()
         forced = _forced_here()
+    is_tensor = isinstance(tensor, torch.Tensor)
     if forced is None:
         # `is_cpu` takes a tenth of the host time of `device.type`.
-        if not isinstance(tensor, torch.Tensor) or tensor.is_cpu:
+        if not is_tensor or tensor.is_cpu:
             return _announced(_ON_CPU)
     elif forced == "torch":
         return _announced(_FORCED_TORCH)
     # A nested or sparse tensor has no shape or strides that a check could read.
-    if isinstance(tensor, torch.Tensor) and (tensor.is_nested or tensor.layout != torch.strided):
+    if is_tensor and (tensor.is_nested or tensor.layout != torch.strided):
         if forced is not None:
             raise BackendError(f"backend {forced!r} was asked for and cannot run a nested or sparse tensor")
         return _announced(_NOT_DENSE)
@@ -244,7 +245,10 @@ def choose(operator: str, call: tuple) -> Choice:
     if torch.compiler.is_compiling():
         return _decide(operator, _forced_while_compiling, call)
     forced = None if _state.forced is None else _forced_here()
-    choice = _known.get((operator, forced, first_tensor(call).device))
+    first = call[0]
+    # Most calls begin with a tensor; the look for one costs more than all of this.
+    device = first.device if isinstance(first, torch.Tensor) else first_tensor(call).device
+    choice = _known.get((operator, forced, device))
     if choice is None or (choice.backend != "torch" and _uncovered(choice.backend, operator, call) is not None):
         choice = _decide(operator, forced, call)
     if _state.observer is not None:
@@ -337,10 +341,11 @@ def _uncovered(name: str, operator: str, call: tuple) -> str | None:
     """Why the backend's kernels do not cover this call, or None. Each call is looked at here: host time counts."""
     if tracing.in_torch_func():
         return "a torch.func transform is active, and the kernels' autograd.Functions have no rules for it"
-    device, duals = first_tensor(call).device, forward_ad._current_level >= 0
+    first, duals = call[0], forward_ad._current_level >= 0
+    device = first.device if isinstance(first, torch.Tensor) else first_tensor(call).device
     for argument in call:
         kind = type(argument)
-        if kind in _NO_TENSORS or (kind in _PLAIN_TENSORS and argument.device == device and not duals):
+        if (argument.device == device and not duals) if kind in _PLAIN_TENSORS else kind in _NO_TENSORS:
             continue
         for tensor in argument if isinstance(argument, (list, tuple)) else (argument,):
             reason = _unreadable(tensor, device) if isinstance(tensor, torch.Tensor) else None

@@ -48,6 +48,10 @@ def library(tensor: torch.Tensor) -> ModuleType:
     return compiled() if tensor.is_cuda else _emulated().load()
 
 
+# Launchers of the compiled module by their names, once they were called.
+_launchers: dict[str, Callable] = {}
+
+
 def start(name: str, *arguments, written: tuple[torch.Tensor, ...] = ()) -> None:
     """Starts the kernels of a launcher `name` that a room of csrc/ binds. The first argument is a tensor on its device.
 
@@ -57,7 +61,13 @@ def start(name: str, *arguments, written: tuple[torch.Tensor, ...] = ()) -> None
     Args:
         written: those of the arguments that are a caller's own and are written: a copy of one goes back.
     """
-    unreadable = call(name, arguments[0], *arguments)
+    first = arguments[0]
+    launcher = _launchers.get(name) if first.is_cuda else None
+    if launcher is not None and (index := first.get_device()) == torch._C._cuda_getDevice():
+        # What `call` does, without its frame.
+        unreadable = launcher(*arguments, torch._C._cuda_getCurrentRawStream(index))
+    else:
+        unreadable = call(name, first, *arguments)
     if unreadable is not None:
         _start_with_copies(name, list(arguments), unreadable, written)
 
@@ -77,10 +87,6 @@ def _start_with_copies(name: str, arguments: list, unreadable: torch.Tensor, wri
                     original.copy_(copy)
             return
     raise RuntimeError(f"{name} cannot read a contiguous copy: of shape {tuple(unreadable.shape)}")
-
-
-# Launchers of the compiled module by their names: finding one there is most of what this file adds to a call.
-_launchers: dict[str, Callable] = {}
 
 
 def call(name: str, tensor: torch.Tensor, *arguments) -> torch.Tensor | None:
@@ -127,7 +133,7 @@ def most_partials(width: int, device: torch.device) -> int:
 
 def as_read(parameter: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     """A parameter of `dtype` or float32, as the kernels of the norms read it."""
-    if parameter is None or parameter.dtype is dtype or parameter.dtype is torch.float32:
+    if parameter is None or (of := parameter.dtype) is dtype or of is torch.float32:
         return parameter
     # 16-bit parameters beside a sum that a residual has widened, or beside the other 16-bit dtype.
     return parameter.float()
