@@ -141,16 +141,20 @@ class Operator:
 
         is_forward = direction == "forward"
 
+        modules: dict[str, Any] = {}
+
         def start(backend, *records):
             # What torch.compile made calls no twin.
             if is_forward and recomputation.blocks_are_open():
                 recomputation.carry()
-            launcher = getattr(dispatch.load(backend, operator), direction)
-            first = records[0][0]
+            module = modules.get(backend)
+            if module is None:
+                module = modules[backend] = dispatch.load(backend, operator)
+            launcher, first = getattr(module, direction), records[0][0]
             if not isinstance(first, torch.Tensor):
                 first = dispatch.first_tensor(records[0])
-            if _is_elsewhere(first) or torch._C._is_any_autocast_enabled():
-                with on_device_of(first), without_autocast(first.device.type):
+            if _is_elsewhere(first):
+                with on_device_of(first):
                     results = launcher(*records)
             else:
                 results = launcher(*records)
@@ -169,7 +173,8 @@ class Operator:
             return tuple(empty(0) if result is None else result for result in found)
 
         def run(*given):
-            return whole(start(given[-1], *split(given[:-1])), given)
+            with without_autocast(dispatch.first_tensor(given).device.type):
+                return whole(start(given[-1], *split(given[:-1])), given)
 
         def shapes(*given):
             return whole(fake(*split(given[:-1])), given)
@@ -194,7 +199,7 @@ def _are_plain(record: tuple) -> bool:
     """
     for argument in record:
         kind = type(argument)
-        if kind is torch.Tensor or kind is torch.nn.Parameter:
+        if kind is _Tensor or kind is _Parameter:
             if argument.is_neg() or argument._is_zerotensor() or _is_wrapped(argument):
                 return False
         elif kind not in _PLAIN:
@@ -202,12 +207,14 @@ def _are_plain(record: tuple) -> bool:
     return True
 
 
+# Looked at for every tensor of every call.
+_Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def _is_elsewhere(tensor: torch.Tensor) -> bool:
     """Whether the tensor is on another GPU than the current one."""
-    return tensor.is_cuda and tensor.get_device() != torch.cuda.current_device()
+    return tensor.is_cuda and tensor.get_device() != torch._C._cuda_getDevice()
 
 
 def on_device_of(tensor: torch.Tensor):
@@ -234,6 +241,8 @@ def autocast(policy: str, *tensors: torch.Tensor | None) -> tuple[torch.Tensor |
         policy: "float32" for the operators that CUDA's autocast runs in float32 (layer_norm, softmax) and the
             CPU's leaves alone; "lower" for those that run in the autocast dtype on both (matrix products).
     """
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return tensors
     first = tensors[0]
     # Both take a tenth of the host time of `device.type`.
     device_type = "cuda" if first.is_cuda else "cpu" if first.is_cpu else first.device.type
@@ -252,19 +261,15 @@ def autocast(policy: str, *tensors: torch.Tensor | None) -> tuple[torch.Tensor |
 class KernelFunction(torch.autograd.Function):
     """An autograd.Function of an operator. Its forward's last argument is `unseen`, as Operator.forward has it.
 
-    `applied` is autograd's own where nobody looks on: torch.autograd.Function does in Python what torch.func and a
-    setup_context need, which takes as long as all of autograd's work in C++.
+    `apply_unseen` is autograd's own `apply`, for where nobody looks on: torch.autograd.Function does in Python what
+    torch.func and a setup_context need, which takes as long as all of autograd's work in C++.
     """
+
+    apply_unseen: Callable
 
     def __init_subclass__(cls):
         super().__init_subclass__()
-        cls._apply_unseen = super(torch.autograd.Function, cls).apply
-
-    @classmethod
-    def applied(cls, unseen: bool, *arguments):
-        if unseen:
-            return cls._apply_unseen(*arguments, True)
-        return cls.apply(*arguments, False)
+        cls.apply_unseen = super(torch.autograd.Function, cls).apply
 
 
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:

@@ -164,16 +164,25 @@ class Kernel(triton.JITFunction):
 
 def _is_watched() -> bool:
     """Whether something wants to see launches, or to change how kernels are compiled."""
-    runtime = knobs.runtime
     try:
-        if runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
-            return True
+        return bool(
+            _runtime.launch_enter_hook.calls
+            or _runtime.launch_exit_hook.calls
+            or _runtime.debug
+            or _compilation.instrumentation_mode
+            or _added_stages()
+        )
     except AttributeError:
         # A hook that somebody put in the place of Triton's chain of them.
         return True
-    return bool(
-        runtime.debug or knobs.compilation.instrumentation_mode or getattr(runtime, "add_stages_inspection_hook", None)
-    )
+
+
+_runtime, _compilation = knobs.runtime, knobs.compilation
+
+
+def _added_stages() -> Any:
+    # Triton 3.7 has it.
+    return getattr(_runtime, "add_stages_inspection_hook", None)
 
 
 def _has_changed(read: list[tuple[dict, str, Any]]) -> bool:

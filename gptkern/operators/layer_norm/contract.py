@@ -404,8 +404,10 @@ def _on_kernels(call: Call, backend: str):
     if not needs_gradient(input, residual, weight, bias):
         return OPERATOR.forward(_with_dense_parameters(call), backend, unseen)[:2]
     if residual is None:
-        return _AloneFunction.applied(unseen, input, weight, bias, eps, backend), None
-    return LayerNormFunction.applied(unseen, *call, backend)
+        apply = _AloneFunction.apply_unseen if unseen else _AloneFunction.apply
+        return apply(input, weight, bias, eps, backend, unseen), None
+    apply = LayerNormFunction.apply_unseen if unseen else LayerNormFunction.apply
+    return apply(*call, backend, unseen)
 
 
 def _with_dense_parameters(call: Call) -> Call:
@@ -425,7 +427,12 @@ def _forward_of(ctx, call: Call, backend: str, unseen: bool | None):
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(input if residual is None else summed, weight, statistics)
     ctx.backend = backend
-    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (input, residual, weight, bias)]
+    ctx.dtypes = (
+        input.dtype,
+        None if residual is None else residual.dtype,
+        None if weight is None else weight.dtype,
+        None if bias is None else bias.dtype,
+    )
     return output, summed
 
 
