@@ -115,7 +115,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the backward forgets avg(g * x_hat)", "layer_norm", "backward_kernel",
-        r"\[:, None\] - x_hat \* average\)", "[:, None])",
+        r"\[:, None\] - x_hat \* average_gx\[:, None\]\)", "[:, None])",
         "tail", "grad input",
     ),
     Mutation(
@@ -145,7 +145,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the backward forgets avg(g * x_hat)", "rms_norm", "backward_kernel",
-        r"dx = rstd \* \(g - x_hat \* average\)", "dx = rstd * g",
+        r"dx = rstd \* \(g - x_hat \* \(tl\.sum\(g \* x_hat, axis=1\) / width\)\[:, None\]\)", "dx = rstd * g",
         "tail", "grad input",
     ),
     Mutation(

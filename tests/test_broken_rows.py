@@ -72,7 +72,7 @@ TRITON = {
         # Layouts
         Mutation(
             "the sum's gradient by dy's stride", "backward_kernel",
-            r"row\[:, None\] \* incoming_stride", "row[:, None] * dy_stride",
+            r"below \* incoming_stride", "below * dy_stride",
             of(test_layer_norm_inputs.test_every_operand_has_strides_of_its_own, width=33),
         ),
         Mutation(
@@ -232,7 +232,7 @@ TRITON_SIZES = {
     "rms_norm": [
         Mutation(
             "rows of the gradient in 32 bits", "backward_kernel",
-            r"tl\.arange\(0, BLOCK_ROWS\)\.to\(tl\.int64\)", "tl.arange(0, BLOCK_ROWS)",
+            r"of_tile\[:, None\]\.to\(tl\.int64\)", "of_tile[:, None]",
             far("rms_norm 61", 2, 0),
         ),
     ],

@@ -41,10 +41,15 @@ def boundaries(rows):
 
 
 def test_the_tiles_of_norms():
-    from gptkern.backends.triton.norms import held_tile
+    from gptkern.backends.triton.norms import backward_tile, held_tile
 
     for width, (_, *expected) in boundaries(NORM_TILES):
         assert held_tile(width) == tuple(expected), width
+    # 16 bytes of an operand for each of 1024 threads, and whole rows of what is wider.
+    for dtype, elements in ((torch.bfloat16, 8192), (torch.float32, 4096), (torch.float64, 2048)):
+        for width in (1, 16, 17, 1024, 1025, 2048, 4096, 8192):
+            block = max(16, 1 << (width - 1).bit_length())
+            assert backward_tile(width, dtype) == (max(elements // block, 1), block, 32), (width, dtype)
     for operator, widest in NORM_WIDEST.items():
         assert widest == dispatch.load("triton", operator).REGISTER_WIDTH
 
@@ -99,7 +104,7 @@ def grids(monkeypatch):
     """grids(operator) -> the grids of what is launched from then on, on a GPU of more multiprocessors than any has."""
     from gptkern.backends.triton import norms, quantize
 
-    monkeypatch.setattr(norms, "programs_of", lambda device: 1000)
+    monkeypatch.setattr(norms, "programs_of", lambda device, num_warps: 1000)
 
     def watch(operator):
         found = []

@@ -235,7 +235,7 @@ def every_row_a_program(kernel_backend, monkeypatch):
     from gptkern.backends.triton import norms
 
     if kernel_backend == "triton":
-        monkeypatch.setattr(norms, "programs_of", lambda device: 2**31)
+        monkeypatch.setattr(norms, "programs_of", lambda device, num_warps: 2**31)
     else:
         for operator in ("layer_norm", "rms_norm"):
             monkeypatch.setattr(dispatch.load("cuda", operator), "most_partials", lambda width, device: 2**31)

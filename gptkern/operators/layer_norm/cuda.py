@@ -42,7 +42,7 @@ def forward(call: Call):
 
 
 def backward(gradient: Gradient, call: Call):
-    """-> dsummed (…, width), dweight (width,), dbias (width,) in float32; what is not needed is empty."""
+    """-> dsummed (…, width), dweight (width,), dbias (width,) in the weight's dtype; what is not needed is empty."""
     grad_output, grad_summed, statistics, need_input, need_weight, need_bias = gradient
     summed, weight = call.input, call.weight
     width, device, float32 = summed.shape[-1], summed.device, torch.float32
@@ -52,9 +52,10 @@ def backward(gradient: Gradient, call: Call):
         dsummed = torch.empty_like(summed, memory_format=torch.contiguous_format)
     else:
         dsummed, grad_summed = torch.empty(0, dtype=float32, device=device), None
+    dtype = float32 if weight is None else weight.dtype
     if rows == 0 or width == 0:
-        new_zeros = statistics.new_zeros
-        return dsummed, new_zeros(width if need_weight else 0), new_zeros(width if need_bias else 0)
+        dweight, dbias = (statistics.new_zeros(width * needed, dtype=dtype) for needed in (need_weight, need_bias))
+        return dsummed, dweight, dbias
     dweight = torch.empty(width if need_weight else 0, dtype=float32, device=device)
     dbias = torch.empty(width if need_bias else 0, dtype=float32, device=device)
     partials = min(rows, most_partials(width, device))
@@ -65,4 +66,4 @@ def backward(gradient: Gradient, call: Call):
         "layer_norm_backward", grad_output, grad_summed, summed, weight, statistics, dsummed, dweight, dbias, partial,
         partials,
     )  # fmt: skip
-    return dsummed, dweight, dbias
+    return dsummed, dweight.to(dtype), dbias.to(dtype)

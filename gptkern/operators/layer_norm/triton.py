@@ -205,7 +205,7 @@ def forward(call: Call):
 
 
 def backward(gradient: Gradient, call: Call):
-    """-> dsummed (…, width), dweight (width,), dbias (width,) in the statistics' dtype; what is not needed is empty."""
+    """-> dsummed (…, width), dweight (width,), dbias (width,) in the weight's dtype; what is not needed is empty."""
     grad_output, grad_summed, statistics, *needs = gradient
     mean, rstd = statistics.unbind()
     walked = None
@@ -229,19 +229,16 @@ def _chunk(direction: str, device: torch.device) -> Tile:
 
 def compile_cases(architecture: int) -> list[CompileCase]:
     """With everything that a kernel can be asked for at once; float64 is there to be right: its widest tiles alone."""
-    held = {"forward": _forward_kernel, "backward": norms.backward_kernel}
     walked = {
         "forward": (_forward_wide_kernel, "forward wide"),
         "backward": (norms.input_gradient_wide_kernel, "input gradient wide"),
         "parameters": (norms.parameter_gradient_wide_kernel, "parameter gradient wide"),
     }
     constants = {"EPS": 1e-5}
-    cases = []
-    for direction, kernel in held.items():
-        widest = REGISTER_WIDTH[direction]
-        for width, dtype in [*((width, "bf16") for width in norms.held_widths(widest)), (widest // 4, "fp64")]:
-            name = f"{direction} width {width}"
-            cases.append(norms.compile_case(kernel, name, dtype, held_tile(width), constants))
+    cases, widest = [], REGISTER_WIDTH["forward"]
+    for width, dtype in [*((width, "bf16") for width in norms.held_widths(widest)), (widest // 4, "fp64")]:
+        cases.append(norms.compile_case(_forward_kernel, f"forward width {width}", dtype, held_tile(width), constants))
+    cases += norms.backward_cases(architecture, REGISTER_WIDTH["backward"], {}, doubles=True)
     for device, rows in TABLE.shipped(architecture):
         for (kernel, _), row in rows.items():
             function, name = walked[kernel]

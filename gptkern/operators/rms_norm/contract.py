@@ -175,7 +175,7 @@ def forward(call: Call):
 
 
 def backward(gradient: Gradient, call: Call):
-    """-> dinput (…, width), dweight (width,) in the statistics' dtype; what is not needed is empty."""
+    """-> dinput (…, width), dweight (width,) in `_parameters_dtype`; what is not needed is empty."""
     grad_output, rstd, need_input, need_weight = gradient
     input, weight, _ = call
     width = input.shape[-1]
@@ -190,7 +190,7 @@ def backward(gradient: Gradient, call: Call):
         dinput = dx.to(input.dtype).view(input.shape)
     if need_weight:
         dweight = (dy * x_hat).sum(0)
-    return dinput, dweight
+    return dinput, dweight.to(_parameters_dtype(gradient, call))
 
 
 # --- Registration and autograd --------------------------------------------------------------------------------------
@@ -198,6 +198,11 @@ def backward(gradient: Gradient, call: Call):
 
 def _statistics_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+def _parameters_dtype(gradient: Gradient, call: Call) -> torch.dtype:
+    """Of dweight: the weight's; the statistics' where there is none."""
+    return gradient.rstd.dtype if call.weight is None else call.weight.dtype
 
 
 def _forward_fake(call: Call):
@@ -210,7 +215,7 @@ def _forward_fake(call: Call):
 def _backward_fake(gradient: Gradient, call: Call):
     input, rstd, need_input, need_weight = call.input, gradient.rstd, gradient.need_input, gradient.need_weight
     dinput = torch.empty(input.shape, dtype=input.dtype, device=input.device) if need_input else rstd.new_empty(0)
-    return dinput, rstd.new_empty(input.shape[-1] if need_weight else 0)
+    return dinput, rstd.new_empty(input.shape[-1] if need_weight else 0, dtype=_parameters_dtype(gradient, call))
 
 
 TWIN = rms_norm

@@ -33,17 +33,18 @@ def forward(call: Call):
 
 
 def backward(gradient: Gradient, call: Call):
-    """-> dinput (…, width), dweight (width,) in float32; what is not needed is empty."""
+    """-> dinput (…, width), dweight (width,) in the weight's dtype; what is not needed is empty."""
     grad_output, rstd, need_input, need_weight = gradient
     input, weight, _ = call
     width, rows, device = input.shape[-1], rstd.numel(), input.device
+    dtype = rstd.dtype if weight is None else weight.dtype
     # What is not needed is a tensor of its own: a registered op may not return one twice.
     if need_input:
         dinput = torch.empty_like(input, memory_format=torch.contiguous_format)
     else:
         dinput = torch.empty(0, dtype=torch.float32, device=device)
     if rows == 0 or width == 0 or not (need_input or need_weight):
-        return dinput, rstd.new_zeros(width if need_weight else 0)
+        return dinput, rstd.new_zeros(width if need_weight else 0, dtype=dtype)
     partial = None
     if need_weight:
         dweight = torch.empty(width, dtype=torch.float32, device=device)
@@ -52,4 +53,4 @@ def backward(gradient: Gradient, call: Call):
         dweight = torch.empty(0, dtype=torch.float32, device=device)
     weight = as_read(weight, input.dtype)
     common.start("rms_norm_backward", grad_output, input, weight, rstd, dinput, dweight, partial)
-    return dinput, dweight
+    return dinput, dweight.to(dtype)

@@ -21,6 +21,7 @@ import triton.language as tl
 from gptkern.backends.tables.configurations import Table
 from gptkern.backends.triton import norms
 from gptkern.backends.triton.common import CompileCase, as_rows, cdiv
+from gptkern.backends.triton.direct import jit
 from gptkern.backends.triton.norms import held_tile
 from gptkern.backends.triton.rows import Tile
 from gptkern.operators.rms_norm.contract import Call, Gradient
@@ -34,7 +35,7 @@ REGISTER_WIDTH = {"forward": 32768, "backward": 8192}
 WIDE_BLOCK: int | None = None
 
 
-@triton.jit
+@jit(do_not_specialize=["rows", "eps"])
 def _forward_kernel(
     x_ptr,  # (rows, width)   input
     weight_ptr,  # (width,)         or None
@@ -63,7 +64,7 @@ def _forward_kernel(
     tl.store(y_ptr + row[:, None] * width + column[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@jit(do_not_specialize=["eps"])
 def _forward_wide_kernel(
     x_ptr,  # (rows, width)   input
     weight_ptr,  # (width,)         or None
@@ -131,7 +132,7 @@ def forward(call: Call):
 
 
 def backward(gradient: Gradient, call: Call):
-    """-> dinput (…, width), dweight (width,) in float32; what is not needed is empty."""
+    """-> dinput (…, width), dweight (width,) in the weight's dtype; what is not needed is empty."""
     grad_output, rstd, need_input, need_weight = gradient
     input, weight, _ = call
     walked = None
@@ -152,18 +153,17 @@ def _chunk(direction: str, device: torch.device) -> Tile:
 
 def compile_cases(architecture: int) -> list[CompileCase]:
     """With everything that a kernel can be asked for at once."""
-    held = {"forward": _forward_kernel, "backward": norms.backward_kernel}
     walked = {
         "forward": (_forward_wide_kernel, "forward wide"),
         "backward": (norms.input_gradient_wide_kernel, "input gradient wide"),
         "weight": (norms.parameter_gradient_wide_kernel, "weight gradient wide"),
     }
-    absent = dict.fromkeys(("mean_ptr", "incoming_ptr", "incoming_stride", "dbias_ptr"))
+    absent = dict.fromkeys(("mean_ptr", "incoming_ptr", "incoming_stride", "dbias_ptr", "bias_gradient_ptr"))
     cases = [
-        norms.compile_case(kernel, f"{direction} width {width}", "bf16", held_tile(width), absent)
-        for direction, kernel in held.items()
-        for width in norms.held_widths(REGISTER_WIDTH[direction])
+        norms.compile_case(_forward_kernel, f"forward width {width}", "bf16", held_tile(width), absent)
+        for width in norms.held_widths(REGISTER_WIDTH["forward"])
     ]
+    cases += norms.backward_cases(architecture, REGISTER_WIDTH["backward"], absent, doubles=False)
     for device, rows in TABLE.shipped(architecture):
         for (kernel, _), row in rows.items():
             function, name = walked[kernel]
