@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import gptkern
 from gptkern import operators
 from gptkern.measuring import model, peers, runner
 from gptkern.measuring.cells import Implementation
+from gptkern.models.gpt import GPT, GPTConfig
 
 KINDS, EXTENTS = ("cpu", "cuda"), ("smoke", "quick", "full")
 KIND = "cuda" if torch.cuda.is_available() else "cpu"
@@ -67,7 +72,7 @@ def test_what_users_write_is_the_same_function(operator):
         expected = made.reference(*made.tensors.values())
         for written in (problem.plain(sizes), problem.written_out(sizes)):
             for actual, right in zip(results(written(*made.arguments)), results(expected), strict=True):
-                torch.testing.assert_close(actual, right, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(actual.to(right.dtype), right, rtol=1e-4, atol=1e-4)
 
 
 def results(returned):
@@ -115,12 +120,13 @@ def test_the_twin_is_checked_and_its_gradient_where_that_is_timed(monkeypatch, d
 
 
 def prepared(direction, name, monkeypatch):
-    """(the implementation, its inputs, the stock model that it was made of)"""
-    made, new = [], model.new_model
+    """(the implementation, its inputs, the model that it was made of)"""
+    made, new, beside = [], model.new_model, model._beside
     monkeypatch.setattr(model, "new_model", lambda *given: made.append(new(*given)) or made[-1])
+    monkeypatch.setattr(model, "_beside", lambda stock: made.append(beside(stock)) or made[-1])
     cell = next(cell for cell in model.cells(KIND, "smoke") if cell.direction == direction)
     implementation = model.implementations(cell, KIND)[name]
-    return implementation, implementation.prepare(*model.inputs(cell, KIND)), made[0]
+    return implementation, implementation.prepare(*model.inputs(cell, KIND)), made[-1]
 
 
 def test_a_training_step_can_be_repeated(monkeypatch):
@@ -142,6 +148,115 @@ def test_generation_appends_the_likeliest_token(monkeypatch):
     logits, longer = implementation.call(ids)
     assert not logits.requires_grad
     assert torch.equal(longer[:, :-1], ids) and torch.equal(longer[:, -1], logits.argmax(-1))
+
+
+def test_implementations_train_the_same_parameters_with_modules_of_their_own(monkeypatch):
+    made, optimizers, new, beside = [], [], model.optimizer_of, model._beside
+    monkeypatch.setattr(model, "optimizer_of", lambda *of, **at: optimizers.append(new(*of, **at)) or optimizers[-1])
+    monkeypatch.setattr(model, "_beside", lambda stock: made.append((stock, beside(stock))) or made[-1][1])
+    cell = next(cell for cell in model.cells(KIND, "smoke") if cell.direction == "training step")
+    found = model.implementations(cell, KIND)
+    tokens = model.inputs(cell, KIND)
+    gradients = [found[name].call(*found[name].prepare(*tokens))[0].clone() for name in ("gptkern", "eager")]
+    torch.testing.assert_close(*gradients, rtol=2e-2, atol=1e-4)
+    (stock, ours), (same, eager) = made
+    assert stock is same and len(optimizers) == 1 and ours is not eager
+    for one, other in ((stock, ours), (stock, eager)):
+        assert all(map(lambda a, b: a is b, one.parameters(), other.parameters()))
+        assert not set(one.modules()) & set(other.modules()) and other.lm_head.weight is other.token_embedding.weight
+    swapped = [any(isinstance(part, gptkern.nn.LayerNorm) for part in each.modules()) for each in (stock, ours, eager)]
+    assert swapped == [False, True, False]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_on_a_gpu_can_be_captured(monkeypatch, kind):
+    monkeypatch.setattr(model, "new_model", lambda config, device, dtype: GPT(config))
+    cell = model.cells("cuda", "smoke")[0]
+    _, optimizer = model._trained(cell, torch.device(kind))
+    assert {group["capturable"] for group in optimizer.param_groups} == {kind == "cuda"}
+    found = model.implementations(cell, kind).values()
+    assert all(implementation.graph and implementation.or_events for implementation in found)
+
+
+# --- Its memory -----------------------------------------------------------------------------------------------------
+
+
+class Held(TorchDispatchMode):
+    """Bytes of the tensors that are alive, and the most that were at a time; of fake ones nothing is allocated."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.sizes = 0, 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        for result in tree_leaves(results):
+            if isinstance(result, torch.Tensor):
+                self._hold(result.untyped_storage())
+        return results
+
+    def _hold(self, storage):
+        if storage._cdata not in self.sizes:
+            self.sizes[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._release, storage._cdata)
+
+    def _release(self, place):
+        self.now -= self.sizes.pop(place)
+
+
+def most_held(cell, swapped):
+    """The bytes that training steps of a cell hold at most: the real ones, on fake tensors."""
+
+    def change(own):
+        if swapped:
+            gptkern.swap(own)
+        return own
+
+    with FakeTensorMode(), Held() as held:
+        stock = GPT(model._config(cell.size("model"))).train()
+        optimizer = model.optimizer_of(stock, lr=0.0)
+        call, prepare = model._training(cell, change, lambda device: (stock, optimizer))
+        inputs = prepare(*model.inputs(cell, torch.device("cpu")))
+        # In the second the moments are there from the start.
+        for _ in range(2):
+            call(*inputs)
+    return held.peak
+
+
+CUT = {"gpt2": GPTConfig(50257, 1024, 2, 768, 12), "gpt3-1.3B": GPTConfig(50257, 2048, 2, 2048, 16)}
+
+
+@pytest.mark.parametrize("swapped", [False, True], ids=["stock", "swapped"])
+@pytest.mark.parametrize("name", model.GPU_BATCHES)
+def test_the_memory_of_a_training_step_is_the_formula_s(monkeypatch, name, swapped):
+    """Of two blocks, and so with the largest batch of all: what a block, the ends and the parameters take."""
+    whole = model._config(name)
+    assert (whole.context, whole.width, whole.heads) == (CUT[name].context, CUT[name].width, CUT[name].heads)
+    cut = f"{name}, cut"
+    monkeypatch.setitem(model.SMALL, cut, CUT[name])
+    for batch in (1, max(model.GPU_BATCHES[name])):
+        held = most_held(model._training_cell("bfloat16", cut, batch), swapped)
+        assert held <= model.training_memory(cut, batch, graph=False) <= 1.4 * held
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("swapped", [False, True], ids=["stock", "swapped"])
+@pytest.mark.parametrize("name, batch", [(name, batch) for name, found in model.GPU_BATCHES.items() for batch in found])
+def test_the_memory_of_whole_models_is_the_formula_s(name, batch, swapped):
+    held = most_held(model._training_cell("bfloat16", name, batch), swapped)
+    assert held <= model.training_memory(name, batch, graph=False) <= 1.4 * held
+
+
+def test_every_training_cell_fits_a_gpu_of_80_gb():
+    cells = [cell for extent in EXTENTS for cell in model.cells("cuda", extent) if cell.direction == "training step"]
+    assert {cell.size("model") for cell in cells} >= {"gpt2", "gpt3-1.3B"}
+    for cell in cells:
+        needed = model.training_memory(cell.size("model"), cell.size("batch"), model.graphed(cell))
+        assert needed <= (1 - model.HEAD_ROOM) * 80e9, f"{cell.key}: {needed / 1e9:.0f} GB"
+    # Both kinds are there: what has room for a graph beside a plain step, and what has not.
+    assert {model.graphed(cell) for cell in cells} == {True, False}
 
 
 @pytest.mark.parametrize("direction", ["training step", "generation"])

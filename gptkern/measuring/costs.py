@@ -21,6 +21,7 @@ import contextlib
 import copy
 import functools
 import importlib.util
+import inspect
 import os
 import subprocess
 import sys
@@ -170,9 +171,12 @@ def _without_launches(module):
             emulator = emulated.load()
             emulator.skip_launches(True)
             stack.callback(emulator.skip_launches, False)
-        for name in vars(module).copy():
-            if name.endswith("_kernel"):
-                stack.enter_context(mock.patch.object(module, name, _NotLaunched()))
+        # Kernels that several operators have stand in a module of their own.
+        shared = [value for value in vars(module).values() if inspect.ismodule(value) and "gptkern." in value.__name__]
+        for place in (module, *shared):
+            for name in vars(place).copy():
+                if name.endswith("_kernel"):
+                    stack.enter_context(mock.patch.object(place, name, _NotLaunched()))
         if not torch.cuda.is_available():
             stack.enter_context(mock.patch.object(dispatch, "unavailable", lambda name, device: None))
         yield

@@ -41,9 +41,10 @@ BF16_LINEAR = "bf16 linear"
 INT_MM = "int_mm + dequantise"
 TORCHAO = "torchao int8"
 BITSANDBYTES = "bitsandbytes int8"
+DEQUANTISED = "dequantise + linear"
 NAMES = (
     EAGER, COMPILE, COMPILE_MAX, *SDPA.values(), FLEX, LIGER, *FLASH_ATTN.values(), QUACK, BF16_LINEAR, INT_MM, TORCHAO,
-    BITSANDBYTES,
+    BITSANDBYTES, DEQUANTISED,
 )  # fmt: skip
 
 # The distributions whose versions a measurement depends on, beside torch and triton.
@@ -322,6 +323,13 @@ def int_mm(cell: Cell, kind: str) -> Implementation:
 
 
 @_adapter
+def dequantised(kind: str) -> Implementation:
+    """The int8 weight widened at each call, in PyTorch's operators: what a CPU falls back to."""
+    _need(kind == "cpu", "is compared on CPUs alone")
+    return Implementation(w8a16_of_operators, _prepare_int8)
+
+
+@_adapter
 def compiled_int8(cell: Cell, kind: str) -> Implementation:
     """The mode's mathematics in PyTorch's operators, compiled: Inductor fuses what is around the product."""
     _need_compiler(kind)
@@ -446,6 +454,7 @@ def of_operator(plain: Callable | None, written_out: Callable | None, cell: Cell
     if cell.operator == "int8_linear":
         adapters = {COMPILE: compiled_int8, INT_MM: int_mm, TORCHAO: torchao, BITSANDBYTES: bitsandbytes}
         found |= {name: _of_float_weight(adapter(cell, kind), cell) for name, adapter in adapters.items()}
+        found[DEQUANTISED] = _of_float_weight(dequantised(kind), cell)
     return found | {lib: of_rows(lib, cell, kind) for lib, operator in _OF_ROWS if operator == cell.operator}
 
 

@@ -73,14 +73,18 @@ class QuantizeInt8(Problem):
         rows, width, dim = sizes
         return rows * width * (itemsize + 1) + (rows if dim else width) * FLOAT32_BYTES
 
+    def flops(self, sizes: Sizes, direction: str) -> float:
+        """An absolute value, a comparison, a division and a rounding of each element."""
+        return 4.0 * sizes.rows * sizes.width
+
     def cells(self, kind: str, extent: str) -> list[Timed]:
-        if extent == "smoke":
-            return [Timed(FORWARD, "float32", Sizes(4, 64))]
+        dtype = "bfloat16" if kind == "cuda" else "float32"
+        # GPT-2 124M's and GPT-3 6.7B's widths, a row and many.
+        shapes = [(4096, 4096), (4096, 768), (64, 4096), (16384, 12288)]
         if kind == "cpu":
-            shapes, dtype = (Sizes(512, 768), Sizes(1, 4096), Sizes(16, 768), Sizes(512, 3072)), "float32"
-        else:
-            shapes, dtype = (Sizes(4096, 4096), Sizes(4096, 768), Sizes(64, 4096), Sizes(16384, 12288)), "bfloat16"
-        return [Timed(FORWARD, dtype, sizes) for sizes in (shapes if extent == "full" else shapes[:1])]
+            shapes = [(512, 768), (1, 4096), (16, 768), (512, 3072)]
+        shapes = {"smoke": [(4, 64)], "quick": shapes[:1], "full": shapes}[extent]
+        return [Timed(FORWARD, dtype, Sizes(*shape)) for shape in shapes]
 
     def shown(self, sizes: Sizes):
         return ("rows", sizes.rows), ("width", sizes.width)
@@ -88,10 +92,13 @@ class QuantizeInt8(Problem):
     def panel(self, sizes: Sizes, dtype: str) -> str:
         return f"quantize_int8, width {sizes.width}"
 
+    def for_float64(self, sizes: Sizes) -> Sizes:
+        return sizes._replace(rows=max(1, min(sizes.rows, ELEMENTS // 4 // sizes.width)))
+
     def plain(self, sizes: Sizes):
         def call(x):
-            """As models write it by hand; a row of zeros gives NaN."""
-            scale = x.float().abs().amax(sizes.dim, keepdim=True) / 127
+            largest = x.float().abs().amax(sizes.dim, keepdim=True)
+            scale = torch.where(largest == 0, 1.0, largest / 127)
             return torch.round(x / scale).clamp(-127, 127).to(torch.int8), scale.squeeze(sizes.dim)
 
         return call
