@@ -8,35 +8,18 @@ import sys
 import textwrap
 import threading
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from simulated_gpus import simulate
 from small_calls import PAIRS, a_call, operators
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gptkern
 import gptkern.functional as G
-from gptkern import operators as rooms
 from gptkern.backends import dispatch
-from gptkern.backends.tables import orders
-from gptkern.backends.triton import launching
 
 # The tests start from the automatic choice, and from no warning given.
 pytestmark = pytest.mark.usefixtures("automatic_choice")
-
-
-@pytest.fixture
-def a_gpu(monkeypatch):
-    """A GPU of compute capability 9.0, of tensors that have shapes and a device and no memory."""
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(launching, "missing", lambda: None)
-    with FakeTensorMode():
-        yield
 
 
 def in_a_new_process(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -242,130 +225,6 @@ def test_meta_tensors_get_pytorch_without_a_warning(operator):
     assert "meta" in choice.reason
 
 
-@operators
-def test_unable_on_a_gpu_warns_once_and_uses_pytorch(a_gpu, operator):
-    # The simulated GPU's tensors are a tensor subclass, which kernels cannot read.
-    call, twin = a_call(operator, "cuda"), PAIRS[operator][1]
-    with pytest.warns(UserWarning, match=f"gptkern: {operator} runs on PyTorch's own operator") as caught:
-        output = twin(*call)
-        twin(*call)
-    ours = [str(w.message) for w in caught if "gptkern" in str(w.message)]
-    assert len(ours) == 1, "a warning is given once for a reason"
-    assert "not triton: FakeTensor is a tensor subclass" in ours[0]
-    assert output.shape == call[0].shape
-    assert output.device.type == "cuda"
-
-
-@operators
-def test_an_old_gpu_gets_pytorch_with_the_reason(a_gpu, monkeypatch, operator):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    with pytest.warns(UserWarning, match="compute capability 8.0 or newer and this GPU has 7.5"):
-        PAIRS[operator][1](*a_call(operator, "cuda"))
-
-
-def test_another_vendors_gpu_gets_pytorch_with_the_reason(a_gpu, monkeypatch):
-    monkeypatch.setattr(torch.version, "hip", "6.0")
-    with pytest.warns(UserWarning, match="kernels are for NVIDIA GPUs"):
-        G.softmax(*a_call("softmax", "cuda"))
-
-
-def test_each_operator_and_each_reason_warns_for_itself(a_gpu, monkeypatch):
-    with pytest.warns(UserWarning) as caught:
-        G.softmax(*a_call("softmax", "cuda"))
-        G.layer_norm(*a_call("layer_norm", "cuda"))
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-        dispatch.forget_choices()
-        G.softmax(*a_call("softmax", "cuda"))
-    assert len([w for w in caught if "gptkern" in str(w.message)]) == 3
-
-
-def test_the_warning_points_at_the_callers_line(a_gpu):
-    with pytest.warns(UserWarning, match="gptkern") as caught:
-        G.softmax(*a_call("softmax", "cuda"))
-    assert caught[0].filename == __file__
-
-
-def test_forced_pytorch_on_a_gpu_does_not_warn(a_gpu):
-    with warnings.catch_warnings(), gptkern.backend("torch"):
-        warnings.simplefilter("error")
-        G.softmax(*a_call("softmax", "cuda"))
-
-
-@pytest.fixture
-def covered_by(a_gpu, monkeypatch):
-    """covered_by("triton", …): these of the two kernel backends cover every softmax, the others none."""
-    monkeypatch.setattr(dispatch, "unavailable", lambda name, device: None)
-    # The simulated tensors are of a subclass, which kernels cannot read: what is left is what a module covers.
-    monkeypatch.setattr(dispatch, "_uncovered", unsupported)
-
-    def cover(*names):
-        def module(name):
-            return SimpleNamespace(unsupported=lambda call: None if name in names else f"{name} leaves this out")
-
-        monkeypatch.setattr(dispatch, "_modules", {(name, "softmax"): module(name) for name in ("cuda", "triton")})
-
-    return cover
-
-
-def unsupported(name, operator, call):
-    return dispatch.load(name, operator).unsupported(call)
-
-
-def a_softmax(device="cuda"):
-    """The record of a softmax."""
-    return rooms.contract("softmax").Call(torch.randn(3, 8, device=device), -1, None, 1.0, None, False)
-
-
-@pytest.mark.parametrize(
-    "covering, expected",
-    [
-        (("cuda", "triton"), ("cuda", orders.default("softmax", None).reason)),
-        (("triton",), ("triton", "the input is on cuda; not cuda: cuda leaves this out")),
-        ((), ("torch", "not cuda: cuda leaves this out; not triton: triton leaves this out")),
-    ],
-    ids=["cuda first", "triton second", "neither"],
-)
-@pytest.mark.filterwarnings("ignore:gptkern")
-def test_the_order_of_the_backends_on_a_gpu(covered_by, covering, expected):
-    covered_by(*covering)
-    assert dispatch.choose("softmax", a_softmax()) == expected
-
-
-def test_a_forced_backend_that_does_not_cover_the_call_is_an_error_even_if_another_does(covered_by):
-    covered_by("triton")
-    with gptkern.backend("cuda"), pytest.raises(gptkern.BackendError, match="cuda leaves this out"):
-        dispatch.choose("softmax", a_softmax())
-    with gptkern.backend("triton"):
-        assert dispatch.choose("softmax", a_softmax()).backend == "triton"
-
-
-def test_attention_says_why_a_mask_runs_on_pytorch(a_gpu, monkeypatch):
-    monkeypatch.setattr(dispatch, "_uncovered", unsupported)
-    query, key, value = a_call("attention", "cuda")
-    explain, attention = gptkern.explain, F.scaled_dot_product_attention
-    assert explain(attention, query, key, value, is_causal=True).backend in ("triton", "cuda")
-    dispatch._warned.clear()
-    with pytest.warns(UserWarning, match="attn_mask"):
-        choice = explain(attention, query, key, value, torch.ones(5, 5, device="cuda", requires_grad=True))
-    assert choice.backend == "torch"
-    assert "attn_mask" in choice.reason
-    # What Triton's kernels have and the CUDA ones have not.
-    for arguments in ({"attn_mask": torch.ones(5, 5, device="cuda")}, {"dropout_p": 0.1}):
-        choice = explain(attention, query, key, value, **arguments)
-        assert choice.backend == "triton"
-        assert "not cuda: " in choice.reason
-
-
-def test_a_masks_gradient_sends_softmax_to_pytorch(a_gpu, monkeypatch):
-    monkeypatch.setattr(dispatch, "_uncovered", unsupported)
-    input, mask = torch.randn(3, 8, device="cuda"), torch.randn(8, device="cuda", requires_grad=True)
-    with pytest.warns(UserWarning, match="mask"):
-        choice = gptkern.explain(G.softmax, input, -1, mask=mask)
-    assert choice.backend == "torch"
-    assert "mask" in choice.reason
-    assert gptkern.explain(G.softmax, input, -1, mask=mask.detach()).backend in ("triton", "cuda")
-
-
 # --- Threads --------------------------------------------------------------------------------------------------------
 
 
@@ -411,54 +270,6 @@ def test_the_backward_uses_the_forwards_backend_outside_the_block(kernel_backend
     with gptkern.backend("torch"):
         output.sum().backward()
     assert input.grad.abs().max() < 1e-6
-
-
-# --- Two GPUs -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def two_gpus(monkeypatch):
-    """cuda:0 is an H200 and cuda:1 an older GPU, of tensors that have shapes and a device and no memory."""
-    simulate(monkeypatch, ("NVIDIA H200", (9, 0)), ("Tesla T4", (7, 5)))
-    with FakeTensorMode():
-        yield
-    dispatch.forget()
-
-
-@operators
-def test_each_gpu_is_asked_for_itself(two_gpus, operator):
-    for _ in range(2):  # what is kept of one is not the other's
-        for gpu, words in (("cuda:0", "FakeTensor is a tensor subclass"), ("cuda:1", "this GPU has 7.5")):
-            dispatch._warned.clear()
-            with pytest.warns(UserWarning, match="gptkern"):
-                choice = gptkern.explain(PAIRS[operator][1], *a_call(operator, gpu))
-            assert choice.backend == "torch"
-            assert words in choice.reason
-
-
-def of(gpu: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.ones(shape, dtype=dtype, device=f"cuda:{gpu}")
-
-
-HEADS = (1, 2, 8, 8)
-OF_TWO_GPUS = {
-    "attention, key": lambda: G.scaled_dot_product_attention(of(0, *HEADS), of(1, *HEADS), of(0, *HEADS)),
-    "attention, value": lambda: G.scaled_dot_product_attention(of(0, *HEADS), of(0, *HEADS), of(1, *HEADS)),
-    "attention, attn_mask": lambda: G.scaled_dot_product_attention(*[of(0, *HEADS)] * 3, attn_mask=of(1, 8, 8)),
-    "layer_norm, weight": lambda: G.layer_norm(of(0, 3, 8), (8,), of(1, 8)),
-    "layer_norm, bias": lambda: G.layer_norm(of(0, 3, 8), (8,), of(0, 8), of(1, 8)),
-    "rms_norm, weight": lambda: G.rms_norm(of(0, 3, 8), (8,), of(1, 8)),
-    "softmax, mask": lambda: G.softmax(of(0, 3, 8), -1, mask=of(1, 8)),
-    "rotary_embedding, cos": lambda: G.rotary_embedding(of(0, *HEADS), of(1, 8, 4), of(0, 8, 4)),
-    "int8_linear, weight": lambda: G.int8_linear(of(0, 3, 8), of(1, 8, 8, dtype=torch.int8), of(0, 8)),
-}
-
-
-@pytest.mark.parametrize("name", OF_TWO_GPUS)
-def test_tensors_of_two_gpus_are_refused(two_gpus, name):
-    operator, argument = name.split(", ")
-    with pytest.raises(RuntimeError, match=rf"{operator}.*{argument}.*cuda:1"):
-        OF_TWO_GPUS[name]()
 
 
 # --- torch.compile --------------------------------------------------------------------------------------------------
