@@ -6,6 +6,7 @@ A kernel whose index arithmetic is too narrow reaches other addresses, which the
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import mmap
 import re
@@ -227,6 +228,31 @@ def test_python_goes_on_while_a_launcher_runs():
     memory[1] = 1
     launch.join()
     assert memory.tolist() == [1, 1, 1]
+
+
+# --- A GPU's device and stream ----------------------------------------------------------------------------------------
+
+
+def test_a_launcher_gets_the_current_stream_of_its_tensors_gpu_and_runs_there(monkeypatch):
+    current, seen = [0], []
+
+    @contextlib.contextmanager
+    def device(index):
+        current.append(index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current[-1], raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 100 + index, raising=False)
+    monkeypatch.setattr(common, "_launchers", {})
+    launcher = lambda *arguments: seen.append((current[-1], *arguments[1:]))  # noqa: E731
+    monkeypatch.setattr(common, "compiled", lambda: types.SimpleNamespace(launcher=launcher))
+    for _ in range(2):  # the first time it is looked up
+        for index in (0, 1):
+            tensor = types.SimpleNamespace(is_cuda=True, get_device=lambda index=index: index)
+            common.start("launcher", tensor, index, None)
+    assert seen == [(0, 0, None, 100), (1, 1, None, 101)] * 2 and current == [0]
 
 
 # --- What C++ cannot read ---------------------------------------------------------------------------------------------
