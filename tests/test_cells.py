@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import weakref
 
@@ -15,7 +16,7 @@ import gptkern
 from gptkern import operators
 from gptkern.measuring import model, peers, runner
 from gptkern.measuring.cells import Implementation
-from gptkern.models.gpt import GPT, GPTConfig
+from gptkern.models.gpt import GPT
 
 KINDS, EXTENTS = ("cpu", "cuda"), ("smoke", "quick", "full")
 KIND = "cuda" if torch.cuda.is_available() else "cpu"
@@ -225,20 +226,20 @@ def most_held(cell, swapped):
     return held.peak
 
 
-CUT = {"gpt2": GPTConfig(50257, 1024, 2, 768, 12), "gpt3-1.3B": GPTConfig(50257, 2048, 2, 2048, 16)}
-
-
 @pytest.mark.parametrize("swapped", [False, True], ids=["stock", "swapped"])
 @pytest.mark.parametrize("name", model.GPU_BATCHES)
 def test_the_memory_of_a_training_step_is_the_formula_s(monkeypatch, name, swapped):
-    """Of two blocks, and so with the largest batch of all: what a block, the ends and the parameters take."""
-    whole = model._config(name)
-    assert (whole.context, whole.width, whole.heads) == (CUT[name].context, CUT[name].width, CUT[name].heads)
-    cut = f"{name}, cut"
-    monkeypatch.setitem(model.SMALL, cut, CUT[name])
-    for batch in (1, max(model.GPU_BATCHES[name])):
+    """Of few blocks with the largest batch: all of it, and what each more block takes."""
+    batch, found = max(model.GPU_BATCHES[name]), []
+    for layers in (1, 3):
+        cut = f"{name}, cut to {layers}"
+        monkeypatch.setitem(model.SMALL, cut, dataclasses.replace(model._config(name), layers=layers))
         held = most_held(model._training_cell("bfloat16", cut, batch), swapped)
-        assert held <= model.training_memory(cut, batch, graph=False) <= 1.4 * held
+        found.append((held, model.training_memory(cut, batch, graph=False)))
+    # Swapped, attention widens to float32 on a CPU, block by block.
+    more = [] if swapped else [[third - first for first, third in zip(*found)]]
+    for held, formula in (*found, *more):
+        assert held <= formula <= 1.3 * held
 
 
 @pytest.mark.deep
@@ -246,7 +247,7 @@ def test_the_memory_of_a_training_step_is_the_formula_s(monkeypatch, name, swapp
 @pytest.mark.parametrize("name, batch", [(name, batch) for name, found in model.GPU_BATCHES.items() for batch in found])
 def test_the_memory_of_whole_models_is_the_formula_s(name, batch, swapped):
     held = most_held(model._training_cell("bfloat16", name, batch), swapped)
-    assert held <= model.training_memory(name, batch, graph=False) <= 1.4 * held
+    assert held <= model.training_memory(name, batch, graph=False) <= 1.3 * held
 
 
 def test_every_training_cell_fits_a_gpu_of_80_gb():
