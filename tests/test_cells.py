@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import types
 import weakref
 
 import pytest
@@ -14,8 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 import gptkern
 from gptkern import operators
-from gptkern.measuring import model, peers, runner
+from gptkern.backends.problem import Tuned
+from gptkern.measuring import model, peers, runner, timing, tuning
 from gptkern.measuring.cells import Implementation
+from gptkern.measuring.tuning_tasks import ClassTask
 from gptkern.models.gpt import GPT
 
 KINDS, EXTENTS = ("cpu", "cuda"), ("smoke", "quick", "full")
@@ -115,6 +118,27 @@ def test_the_twin_is_checked_and_its_gradient_where_that_is_timed(monkeypatch, d
         softmax, "TWIN", lambda input, **options: right(input, **options) + 1e-3 * (input - input.detach())
     )
     assert is_right() is (direction == "forward")
+
+
+@pytest.mark.parametrize("operator", [name for name in runner.OPERATORS if name != "model"])
+def test_sets_of_every_operator_exceed_the_cache_by_what_a_call_is_handed(monkeypatch, operator):
+    """What is timed and what is tuned, on a GPU with a cache of 30,000 bytes; an int8 weight counts, and once."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(L2_cache_size=30_000))
+    room, problem, (cell, *_) = (
+        runner.module(operator),
+        operators.problem(operator),
+        runner.cells("cpu", "smoke", (operator,)),
+    )
+    variant = tuning.Variant(ClassTask(operator, (), Tuned("forward", torch.float32, cell.of, cell.of)), "torch")
+    generator = torch.Generator().manual_seed(0)
+    for make in (lambda: room.inputs(cell, "cpu"), lambda: variant.inputs(generator)):
+        sets = timing.sets_of_inputs(make, "cuda")
+        one = timing.memory(sets[:1])
+        made = problem.inputs(cell.of, torch.float32, generator)
+        assert one == sum(tensor.numel() * tensor.element_size() for tensor in made.arguments)
+        assert len(sets) == min(timing.MOST_SETS, max(2, -(-90_000 // one)))
+    if operator == "int8_linear":
+        assert one < 2 * made.constants["weight"].numel(), "most of it is the weight"
 
 
 # --- The model ------------------------------------------------------------------------------------------------------
