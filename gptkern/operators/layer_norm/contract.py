@@ -104,13 +104,16 @@ def layer_norm(
     choice = dispatch.settled(input)
     if choice is None:
         normalized_shape, eps = _checked(input, normalized_shape, weight, bias, eps, residual)
-        if residual is not None and input.is_cuda and torch.is_autocast_enabled("cuda"):
-            # Autocast widens what is normalised; the sum keeps its own dtype, as PyTorch's addition does.
-            _check_residual(input, residual)
-            summed = input + residual
-            return layer_norm(summed, normalized_shape, weight, bias, eps), summed
-        cast = autocast("float32", input, residual, weight, bias)
-        call = _flattened(*cast, normalized_shape, eps)
+        if input.is_cuda and torch.is_autocast_enabled("cuda"):
+            if residual is not None:
+                # Autocast widens what is normalised; the sum keeps its own dtype, as PyTorch's addition does.
+                _check_residual(input, residual)
+                summed = input + residual
+                return layer_norm(summed, normalized_shape, weight, bias, eps), summed
+            cast = autocast("float32", input, weight, bias)
+            call = _flattened(cast[0], None, *cast[1:], normalized_shape, eps)
+        else:
+            call = _flattened(input, residual, weight, bias, normalized_shape, eps)
         choice = dispatch.choose("layer_norm", call)
         if choice.backend != "torch":
             output, summed = _on_kernels(call, choice.backend)

@@ -14,13 +14,13 @@ WIDEST = 2**30
 
 def unsupported(call: Call) -> str | None:
     """Why these kernels do not cover a call, or None."""
-    input = call.input
+    input, residual = call.input, call.residual
     if input.shape[-1] > WIDEST:
         return f"rows are {input.shape[-1]} wide; the kernel counts columns up to {WIDEST}"
     # The contract has weight and bias of the input's dtype or float32.
-    for name, tensor in (("input", input), ("residual", call.residual)):
-        if tensor is not None and tensor.dtype not in DTYPES:
-            return f"{name} is {tensor.dtype}; the kernel is for float16, bfloat16 and float32"
+    if input.dtype not in DTYPES or (residual is not None and residual.dtype not in DTYPES):
+        name, tensor = ("input", input) if input.dtype not in DTYPES else ("residual", residual)
+        return f"{name} is {tensor.dtype}; the kernel is for float16, bfloat16 and float32"
     return None
 
 
@@ -36,7 +36,10 @@ def forward(call: Call):
         output = torch.empty_like(input, dtype=dtype, memory_format=torch.contiguous_format)
         summed = torch.empty_like(output)
     statistics = input.new_empty(2, input.shape[:-1].numel(), dtype=torch.float32)
-    weight, bias = as_read(weight, dtype), as_read(bias, dtype)
+    if weight is not None and weight.dtype is not dtype:
+        weight = as_read(weight, dtype)
+    if bias is not None and bias.dtype is not dtype:
+        bias = as_read(bias, dtype)
     common.start("layer_norm_forward", input, residual, weight, bias, output, summed, statistics, eps)
     return output, summed, statistics
 
