@@ -1,6 +1,7 @@
 """Writes docs/predictions.md: what the machine code lets expect of three GPUs (make tables). No GPU is needed.
 
     python bench/predict.py                  the page; needs nvcc, Triton and the emulator
+    python bench/predict.py --print          the page on the standard output
     python bench/predict.py --before FILE    no page: the cells' predictions into FILE, to be compared with later ones
 
 Of which kernels: bench/predict_rows.py. From what: bench/sass.py reads the machine code. How: bench/predict_model.py.
@@ -92,8 +93,8 @@ def _seconds(part: Part, row: Row, made: Prediction, end: str) -> float:
 HEAD = """\
 # Predictions
 
-Made by `make tables` from the machine code. **Nothing on this page is measured on a GPU by us: every share is a
-prediction.** The columns "measured" are empty until one is.
+Made by `make tables` from the machine code ({versions}). **Nothing on this page is measured on a GPU by us: every
+share is a prediction.** The columns "measured" are empty until one is.
 
 - A share is of the data sheet's peak of the matrix units, or of its bandwidth. It is a range: from *worst*, in which
   all warps of a scheduler do the same at the same time, so that no pipe works while another does, to *best*, in which
@@ -288,11 +289,16 @@ def rates() -> list[str]:
     return [*lines, ""]
 
 
-def page(rows: list[Row]) -> str:
+def versions(nvcc: str, triton: str) -> str:
+    """Of what made the machine code, as the page has them."""
+    return f"{nvcc}, Triton {triton}"
+
+
+def page(rows: list[Row], made_by: str) -> str:
     made = [predictions(row) for row in rows]
     found = cells(rows, made)
     lines = [
-        *HEAD.format(overlap=predict_model.OVERLAP).splitlines(),
+        *HEAD.format(overlap=predict_model.OVERLAP, versions=made_by).splitlines(),
         "",
         *cell_tables(found),
         *change_table(found, json.loads(BEFORE.read_text("utf-8"))),
@@ -304,16 +310,20 @@ def page(rows: list[Row]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    if arguments and (arguments[0] != "--before" or len(arguments) != 2):
-        sys.exit(__doc__)
+    match arguments:
+        case [] | ["--print"] | ["--before", _]:
+            pass
+        case _:
+            sys.exit(__doc__)
     os.environ["GPTKERN_EMULATE_CUDA"] = "1"
+    import disassemble_cuda
     import predict_rows
 
     try:
         rows = predict_rows.all_rows()
     except predict_rows.Missing as missing:
         sys.exit(f"docs/{PAGE.name}: {missing}")
-    if arguments:
+    if arguments[:1] == ["--before"]:
         found = cells(rows, [predictions(row) for row in rows])
         kept = {
             ", ".join(key): {part: [round(each.worst, 4), round(each.best, 4)] for part, each in ranges.items()}
@@ -321,7 +331,13 @@ def main(arguments: list[str]) -> int:
         }
         Path(arguments[1]).write_text(json.dumps({"commit": "", "cells": kept}, indent=1) + "\n", encoding="utf-8")
         return 0
-    PAGE.write_text(page(rows), encoding="utf-8")
+    import triton
+
+    text = page(rows, versions(disassemble_cuda.compiler_version(), triton.__version__))
+    if arguments:
+        print(text, end="")
+        return 0
+    PAGE.write_text(text, encoding="utf-8")
     print(f"docs/{PAGE.name}")
     return 0
 

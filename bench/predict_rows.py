@@ -262,15 +262,28 @@ def _cuda_code(names: set[str]) -> dict[tuple[str, str], tuple[list[sass.Instruc
 
     wanted: dict[tuple[str, str], tuple[list[sass.Instruction], int, int]] = {}
     for path in disassemble_cuda.objects():
-        code = sass.kernels(disassemble_cuda._dump("--dump-sass", path))
-        readable = disassemble_cuda.demangled({mangled for _, mangled in code})
         usage = _usage(disassemble_cuda._dump("--dump-resource-usage", path))
-        for (architecture, mangled), instructions in code.items():
-            if readable[mangled] in names and architecture in NVCC.values():
-                registers, static = usage[architecture, mangled]
+        readable = disassemble_cuda.demangled({mangled for _, mangled in usage})
+        mangled = sorted(name for name in readable if readable[name] in names)
+        if not mangled:
+            continue
+        # Of what the package is built for, all architectures; few functions of one are read.
+        for target in NVCC.values():
+            command = [
+                disassemble_cuda.cuobjdump(),
+                "--dump-sass",
+                "-arch",
+                target,
+                "-fun",
+                ",".join(mangled),
+                str(path),
+            ]
+            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            for (_, name), instructions in sass.kernels(text.splitlines()).items():
+                registers, static = usage[target, name]
                 # From sm_90 on the report has what the system takes as well.
-                static = static if architecture == "sm_80" else max(0, static - 1024)
-                wanted[readable[mangled], architecture] = instructions, registers, static
+                static = static if target == "sm_80" else max(0, static - 1024)
+                wanted[readable[name], target] = instructions, registers, static
     missing = [(name, target) for name in names for target in NVCC.values() if (name, target) not in wanted]
     if missing:
         raise LookupError(f"no machine code of {missing}")

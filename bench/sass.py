@@ -233,15 +233,16 @@ def _graph(code: list[Instruction]) -> list[list[int]]:
 
 def _loops(graph: list[list[int]]) -> list[Loop]:
     """All, outer and inner: what reaches itself; inside of it, what still does when it may not be entered anew."""
+    leading: dict[int, list[int]] = {}
+    for place, following in enumerate(graph):
+        for other in following:
+            leading.setdefault(other, []).append(place)
     found, open_ = [], [(frozenset(range(len(graph))), None)]
     while open_:
         places, header = open_.pop()
         for part in _components(graph, places, header):
-            entered = [
-                place for place in sorted(part)
-                if place == 0 or any(place in graph[other] for other in range(len(graph)) if other not in part)
-            ]  # fmt: skip
-            loop = Loop(entered[0] if entered else min(part), part)
+            entered = [place for place in part if place == 0 or not part.issuperset(leading[place])]
+            loop = Loop(min(entered, default=min(part)), part)
             found.append(loop)
             open_.append((part, loop.header))
     return sorted(found, key=lambda loop: (loop.header, len(loop.places)))
