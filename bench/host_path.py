@@ -37,7 +37,8 @@ BACKENDS = ("triton", "cuda")
 FORWARD, WITHOUT, BACKWARD = "forward", "forward without gradients", "backward"
 # What the limits are for.
 HELD = {("layer_norm", FORWARD), ("attention", FORWARD)}
-CALLS_A_ROUND = 100
+# Few: a round that another process interrupts tells nothing.
+CALLS_A_ROUND = 20
 
 
 def calls(torch, G) -> dict[str, tuple[Callable, list]]:
@@ -168,7 +169,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--backend", choices=BACKENDS, action="append", help="default: all, each in its own process")
     parser.add_argument("--operator", action="append", default=[], help="default: all")
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=300)
     given = parser.parse_args(arguments)
     backends = given.backend or list(BACKENDS)
     if len(backends) == 1:

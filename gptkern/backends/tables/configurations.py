@@ -111,7 +111,13 @@ class Table:
         steps = self._steps.get(device.index)
         if steps is None:
             steps = self._steps[device.index] = stepped(self.in_force(device), self._sizes)
-        sizes = size if type(size) is tuple else (size,)
+        if type(size) is not tuple:
+            # Asked at every call, so without a generator.
+            for (limit, *_), configuration in steps[key]:
+                if size <= limit:
+                    return configuration
+            raise LookupError(f"{self.path} has no row of {key} for {size}")
+        sizes = size
         for most, configuration in steps[key]:
             if all(size <= limit for size, limit in zip(sizes, most, strict=True)):
                 return configuration

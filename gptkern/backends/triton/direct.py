@@ -138,7 +138,9 @@ class Kernel(triton.JITFunction):
         """Triton's own way; what it chose is kept under the key, if there is one."""
         options = {name: value for name, value in (("num_warps", num_warps), ("num_stages", num_stages)) if value}
         compiled = self.run(*arguments, grid=grid, warmup=False, **constants, **options)
-        if key is not None and indirect() is None and all(type(arguments[index]) is int for index in self._fixed):
+        # True and 1.0 are equal to 1, and Triton takes them for something else.
+        are_ints = all(type(arguments[index]) in (int, type(None)) for index in self._fixed)
+        if key is not None and are_ints and indirect() is None:
             self._keep(key, compiled)
 
     def _keep(self, key: tuple, compiled: Any) -> None:
@@ -156,7 +158,8 @@ class Kernel(triton.JITFunction):
         else:
             # two scratch memories, metadata of the kernel and of the launch, two hooks
             before = (*options, None, None, compiled.packed_metadata, None, None, None)
-        read = [(where, name, value) for (name, _), (value, where) in self.used_global_vals.items()]
+        # Triton, which has just compared them with its copies, holds values; here the objects are known.
+        read = [(where, name, where.get(name)) for (name, _), (_, where) in self.used_global_vals.items()]
         if len(self._kinds) >= _MOST_KINDS:
             self._kinds.clear()
         self._kinds[key] = _Kept(launcher.launch, before, read)

@@ -29,12 +29,13 @@ import triton
 import triton.language as tl
 
 from gptkern.backends.triton.common import CompileCase, as_rows, cdiv, next_power_of_2
+from gptkern.backends.triton.direct import jit
 from gptkern.backends.triton.rows import WARP, Tile, held_elements
 
 # --- Backward: rows held in registers -------------------------------------------------------------------------------
 
 
-@triton.jit
+@jit(do_not_specialize=["rows", "mean_ptr", "rstd_ptr"])
 def backward_kernel(
     dy_ptr,  # (rows, width)        gradient of y
     incoming_ptr,  # (rows, width)        gradient that reaches x by another way, added to dx, or None
@@ -131,7 +132,7 @@ def _load_x_hat(x_ptr, mean, rstd, column, width, statistic: tl.constexpr):
     return x * rstd if mean is None else (x - mean) * rstd
 
 
-@triton.jit
+@jit(do_not_specialize=["mean_ptr", "rstd_ptr"])
 def input_gradient_wide_kernel(
     dy_ptr,  # arguments: as backward_kernel's
     incoming_ptr,
@@ -181,7 +182,7 @@ def input_gradient_wide_kernel(
         tl.store(dx_ptr + column, dx.to(dx_ptr.dtype.element_ty), mask=column < width)
 
 
-@triton.jit
+@jit(do_not_specialize=["rows", "mean_ptr", "rstd_ptr"])
 def parameter_gradient_wide_kernel(
     dy_ptr,  # arguments: as backward_kernel's, but for
     x_ptr,
@@ -225,7 +226,7 @@ def parameter_gradient_wide_kernel(
 # --- Backward: the partial sums -------------------------------------------------------------------------------------
 
 
-@triton.jit
+@jit(do_not_specialize=["programs"])
 def reduction_kernel(
     dweight_ptr,  # (programs, width)    partial sums in the statistics' dtype, or None where they are not needed
     dbias_ptr,  # (programs, width)    or None

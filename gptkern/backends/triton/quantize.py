@@ -16,6 +16,7 @@ import triton.language as tl
 
 from gptkern.backends.quantization import LARGEST, SMALLEST_SCALE
 from gptkern.backends.triton.common import CompileCase, cdiv, next_power_of_2
+from gptkern.backends.triton.direct import jit
 from gptkern.backends.triton.rows import held_elements
 
 # 1.5 * 2^23: a float32 near it has no fraction bits, so adding it rounds |v| < 2^22 to an integer, halves to even,
@@ -43,7 +44,7 @@ def _quantized(x, scale):
     return tl.minimum(tl.maximum(q, -_LARGEST), _LARGEST).to(tl.int8)
 
 
-@triton.jit
+@jit(do_not_specialize=["rows"])
 def _rows_kernel(
     x_ptr,  # (rows, width)  input, any strides
     q_ptr,  # (rows, width)  int8, contiguous
@@ -65,7 +66,7 @@ def _rows_kernel(
     tl.store(scale_ptr + row, scale, mask=row < rows)
 
 
-@triton.jit
+@jit
 def _wide_row_kernel(
     x_ptr,  # (rows, width)  input, any strides
     q_ptr,  # (rows, width)  int8, contiguous

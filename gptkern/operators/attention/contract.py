@@ -34,7 +34,14 @@ import torch
 
 from gptkern.backends import dispatch, philox
 from gptkern.backends.philox import new_seed
-from gptkern.backends.registration import Operator, autocast, once_differentiable
+from gptkern.backends.registration import (
+    KernelFunction,
+    Operator,
+    autocast,
+    is_unseen,
+    needs_gradient,
+    once_differentiable,
+)
 from gptkern.operators.attention import pytorch
 from gptkern.operators.attention.checks import check, check_mask, checked_dropout
 
@@ -139,9 +146,8 @@ def scaled_dot_product_attention(
         if choice.backend != "torch":
             signed_query, factor = pytorch.with_positive_scale(cast[0], factor)
             seed = new_seed(query.device) if dropout_p > 0 else None
-            return AttentionFunction.apply(
-                signed_query, *cast[1:], causal, factor, choice.backend, mask, dropout_p, lower_right, seed
-            )
+            call = Call(signed_query, cast[1], cast[2], causal, factor, mask, dropout_p, lower_right, seed)
+            return _on_kernels(call, choice.backend)
     if (is_causal and attn_mask is not None) or (not torch.compiler.is_compiling() and _differ_in_length(key, value)):
         # One kernel of PyTorch's, the CPU's, takes both, and values of any number.
         _checked(query, key, value, attn_mask, is_causal, scale, enable_gqa)
@@ -364,6 +370,8 @@ def empty_in_layout_of(tensor: torch.Tensor, dtype: torch.dtype | None = None) -
     Of a (batch, length, heads, head_dim) projection seen as (batch, heads, length, head_dim), or of one third of a
     packed qkv projection, the result is such a view again, so that the model's transpose back makes no copy.
     """
+    if dtype is None and tensor.is_contiguous():
+        return torch.empty_like(tensor)
     batch, heads, length, head_dim = tensor.shape
     if tensor.stride(1) < tensor.stride(2):
         return tensor.new_empty((batch, length, heads, head_dim), dtype=dtype).transpose(1, 2)
@@ -372,8 +380,11 @@ def empty_in_layout_of(tensor: torch.Tensor, dtype: torch.dtype | None = None) -
 
 def empty_lse(query: torch.Tensor, attn_mask: torch.Tensor | None) -> torch.Tensor:
     """The uninitialised log-sum-exp: (batch, heads, length_q); with an additive mask (2, batch, heads, length_q)."""
-    is_additive = attn_mask is not None and attn_mask.dtype != torch.bool
-    return query.new_empty((*((2,) if is_additive else ()), *query.shape[:3]), dtype=_statistics_dtype(query))
+    batch, heads, length_q, _ = query.shape
+    dtype = _statistics_dtype(query)
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        return query.new_empty(2, batch, heads, length_q, dtype=dtype)
+    return query.new_empty(batch, heads, length_q, dtype=dtype)
 
 
 def no_key(lse: torch.Tensor) -> torch.Tensor:
@@ -417,7 +428,51 @@ TWIN = scaled_dot_product_attention
 OPERATOR = Operator("attention", Call, 2, _forward_fake, Gradient, 3, _backward_fake)
 
 
-class AttentionFunction(torch.autograd.Function):
+def _on_kernels(call: Call, backend: str):
+    """-> output."""
+    query, key, value, is_causal, scale, mask, dropout_p, lower_right, seed = call
+    unseen = is_unseen(call)
+    if not needs_gradient(query, key, value):
+        return OPERATOR.forward(call, backend, unseen)[0]
+    if mask is None and seed is None:
+        apply = _PlainFunction.apply_unseen if unseen else _PlainFunction.apply
+        return apply(query, key, value, is_causal, scale, lower_right, backend, unseen)
+    apply = AttentionFunction.apply_unseen if unseen else AttentionFunction.apply
+    return apply(query, key, value, is_causal, scale, backend, mask, dropout_p, lower_right, seed, False, unseen)
+
+
+class _PlainFunction(KernelFunction):
+    """AttentionFunction without a mask and dropout: fewer arguments for autograd to look at."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, is_causal, scale, lower_right, backend, unseen):
+        call = Call(query, key, value, is_causal, scale, None, 0.0, lower_right)
+        output, lse = OPERATOR.forward(call, backend, unseen)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(query, key, value, output, lse)
+        ctx.options = is_causal, scale, lower_right, backend
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        if grad_output is None:
+            return (None,) * 8
+        query, key, value, output, lse = ctx.saved_tensors
+        is_causal, scale, lower_right, backend = ctx.options
+        call = Call(query, key, value, is_causal, scale, None, 0.0, lower_right)
+        gradient = Gradient(grad_output, output, lse, *ctx.needs_input_grad[:3])
+        return *_gradients(gradient, call, backend), None, None, None, None, None
+
+
+def _gradients(gradient: Gradient, call: Call, backend: str) -> tuple:
+    """-> of query, key and value, None where they are not needed."""
+    with torch.no_grad():
+        computed = OPERATOR.backward(gradient, call, backend)
+    gradients = [found if needed else None for found, needed in zip(computed, gradient[3:])]
+    return once_differentiable("attention", gradients, (gradient.grad_output, *call[:3]))
+
+
+class AttentionFunction(KernelFunction):
     """The autograd.Function of attention in four dimensions.
 
     `apply(query, key, value, is_causal, scale, backend, attn_mask=None, dropout_p=0.0, lower_right=False, seed=None,
@@ -440,10 +495,10 @@ class AttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, query, key, value, is_causal, scale, backend, attn_mask=None, dropout_p=0.0, lower_right=False, seed=None,
-        return_lse=False,
+        return_lse=False, unseen=None,
     ):  # fmt: skip
         call = Call(query, key, value, is_causal, scale, attn_mask, dropout_p, lower_right, seed)
-        output, lse = OPERATOR.forward(call, backend)
+        output, lse = OPERATOR.forward(call, backend, unseen)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(query, key, value, output, lse, attn_mask, seed)
         ctx.options = is_causal, scale, dropout_p, lower_right
@@ -456,15 +511,11 @@ class AttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output, _=None):
-        rest = (None,) * 8
+        rest = (None,) * 9
         if grad_output is None:
             return None, None, None, *rest
         query, key, value, output, lse, attn_mask, seed = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        with torch.no_grad():
-            is_causal, scale, *extras = ctx.options
-            call = Call(query, key, value, is_causal, scale, attn_mask, *extras, seed)
-            computed = OPERATOR.backward(Gradient(grad_output, output, lse, *needs), call, ctx.backend)
-        gradients = [gradient if needed else None for gradient, needed in zip(computed, needs)]
-        gradients = once_differentiable("attention", gradients, (grad_output, query, key, value))
-        return *gradients, *rest
+        is_causal, scale, *extras = ctx.options
+        call = Call(query, key, value, is_causal, scale, attn_mask, *extras, seed)
+        gradient = Gradient(grad_output, output, lse, *ctx.needs_input_grad[:3])
+        return *_gradients(gradient, call, ctx.backend), *rest

@@ -26,6 +26,7 @@ import triton.language as tl
 from gptkern.backends.tables.configurations import Table, descent
 from gptkern.backends.triton import quantize
 from gptkern.backends.triton.common import INTERPRETED, CompileCase, cdiv, dot, float32_precision
+from gptkern.backends.triton.direct import jit
 from gptkern.backends.triton.common import architecture as architecture_of
 from gptkern.operators.int8_linear.contract import Call, Gradient, rows_of
 from gptkern.operators.int8_linear.products import INT32_TERMS
@@ -83,7 +84,7 @@ def _tile_of_program(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M
     return first + within % height, within // height
 
 
-@triton.jit
+@jit(do_not_specialize=["M"])
 def _w8a8_kernel(
     q_ptr,  # (M, K)            int8, contiguous
     weight_ptr,  # (N, K)       int8, any strides
@@ -132,7 +133,7 @@ def _w8a8_kernel(
     tl.store(y_ptr + m.to(tl.int64)[:, None] * N + n[None, :], y, mask=in_m[:, None] & in_n[None, :])
 
 
-@triton.jit
+@jit(do_not_specialize=["M"])
 def _w8a16_kernel(
     x_ptr,  # (M, K)            float16, bfloat16 or float32, any strides
     weight_ptr,  # (N, K)       int8, any strides
@@ -184,7 +185,7 @@ def _w8a16_kernel(
     tl.store(y_ptr + m.to(tl.int64)[None, :] * N + n[:, None], y, mask=in_m[None, :] & in_n[:, None])
 
 
-@triton.jit
+@jit(do_not_specialize=["M"])
 def _gradient_kernel(
     dy_ptr,  # (M, N)           any strides
     z_ptr,  # (M, N)            float32, contiguous, where there is an ACTIVATION

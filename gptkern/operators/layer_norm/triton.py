@@ -21,7 +21,8 @@ import triton.language as tl
 
 from gptkern.backends.tables.configurations import Table
 from gptkern.backends.triton import norms
-from gptkern.backends.triton.common import CompileCase, as_rows, cdiv
+from gptkern.backends.triton.common import CompileCase, cdiv, with_row_stride
+from gptkern.backends.triton.direct import jit
 from gptkern.backends.triton.norms import held_tile
 from gptkern.backends.triton.rows import Tile
 from gptkern.operators.layer_norm.contract import Call, Gradient
@@ -45,7 +46,7 @@ def _quotient(a, b):
         return tl.div_rn(a, divisor)
 
 
-@triton.jit
+@jit(do_not_specialize=["rows"])
 def _forward_kernel(
     x_ptr,  # (rows, width)   input
     residual_ptr,  # (rows, width)   added to it, or None
@@ -105,7 +106,7 @@ def _load_summed(x_ptr, residual_ptr, column, width, statistic: tl.constexpr, ro
     return x
 
 
-@triton.jit
+@jit
 def _forward_wide_kernel(
     x_ptr,  # (rows, width)   input
     residual_ptr,  # (rows, width)   added to it, or None
@@ -170,35 +171,41 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def unsupported(call: Call) -> str | None:
     """Why these kernels do not cover a call, or None."""
-    for name, tensor in call._asdict().items():
-        if isinstance(tensor, torch.Tensor) and tensor.dtype not in _DTYPES:
+    for tensor in call[:-1]:
+        if tensor is not None and tensor.dtype not in _DTYPES:
+            name = next(name for name, argument in call._asdict().items() if argument is tensor)
             return f"{name} is {tensor.dtype}; the kernel is for float16, bfloat16, float32 and float64"
     return None
 
 
 def forward(call: Call):
-    """(…, width) -> output (…, width), summed (…, width) or empty, statistics (2, rows): mean, rstd."""
+    """(…, width) -> output (…, width), summed (…, width) or None, statistics (2, rows): mean, rstd."""
     input, residual, weight, bias, eps = call
     width = input.shape[-1]
-    dtype = input.dtype if residual is None else torch.result_type(input, residual)
-    statistic = torch.float64 if dtype == torch.float64 else torch.float32
-    output = torch.empty(input.shape, dtype=dtype, device=input.device)
-    summed = output.new_empty(0) if residual is None else torch.empty_like(output)
-    x = as_rows(input)
-    rows = x.shape[0]
-    statistics = torch.empty((2, rows), dtype=statistic, device=input.device)
-    if output.numel() == 0:
+    if residual is None and input.is_contiguous():
+        dtype, output, summed = input.dtype, torch.empty_like(input), None
+        added, added_stride = None, 0
+    else:
+        dtype = input.dtype if residual is None else torch.result_type(input, residual)
+        output = torch.empty_like(input, dtype=dtype, memory_format=torch.contiguous_format)
+        summed = None if residual is None else torch.empty_like(output)
+        added, added_stride = (None, 0) if residual is None else with_row_stride(residual)
+    statistic = torch.float64 if dtype is torch.float64 else torch.float32
+    rows = output.numel() // width if width else input.shape[:-1].numel()
+    statistics = output.new_empty(2, rows, dtype=statistic)
+    if rows == 0 or width == 0:
         return output, summed, statistics
-    added, stored = (None, None) if residual is None else (as_rows(residual), summed)
-    pointers = x, added, weight, bias, output, stored, statistics
-    strides = x.stride(0), 0 if added is None else added.stride(0)
+    x, x_stride = with_row_stride(input)
     if _is_wide("forward", width, statistic):
         _, block_width, warps = _chunk("forward", x.device)
-        _forward_wide_kernel[(rows,)](*pointers, *strides, width, EPS=eps, BLOCK_WIDTH=block_width, num_warps=warps)
+        _forward_wide_kernel[(rows,)](
+            x, added, weight, bias, output, summed, statistics, x_stride, added_stride, width,
+            EPS=eps, BLOCK_WIDTH=block_width, num_warps=warps,
+        )  # fmt: skip
     else:
         block_rows, block_width, warps = held_tile(width)
         _forward_kernel[(cdiv(rows, block_rows),)](
-            *pointers, *strides, rows, width,
+            x, added, weight, bias, output, summed, statistics, x_stride, added_stride, rows, width,
             EPS=eps, BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width, num_warps=warps,
         )  # fmt: skip
     return output, summed, statistics

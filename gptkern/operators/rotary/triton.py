@@ -24,6 +24,7 @@ import triton.language as tl
 
 from gptkern.backends.tables.configurations import Table
 from gptkern.backends.triton.common import CompileCase, cdiv, next_power_of_2
+from gptkern.backends.triton.direct import jit
 from gptkern.operators.rotary.contract import Call, Gradient, result_strides
 
 # --- Forward and backward -------------------------------------------------------------------------------------------
@@ -36,7 +37,7 @@ def _turn(x_a, x_b, cos, sin):
     return x_a * cos - x_b * sin, x_b * cos + x_a * sin
 
 
-@triton.jit
+@jit(do_not_specialize=["length"])
 def _rotary_kernel(
     x_ptr,  # (batch, heads, length, HEAD_DIM), any strides with a contiguous last dimension
     cos_ptr,  # (batch, length, HALF), any strides

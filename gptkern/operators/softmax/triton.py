@@ -33,6 +33,7 @@ import triton.language as tl
 
 from gptkern.backends.tables.configurations import Table
 from gptkern.backends.triton.common import CompileCase, cdiv, next_power_of_2
+from gptkern.backends.triton.direct import jit
 from gptkern.backends.triton.rows import held_elements
 from gptkern.backends.triton.strides import Layout, layout
 from gptkern.operators.softmax.contract import Call, Gradient
@@ -57,7 +58,7 @@ LOG2E = tl.constexpr(math.log2(math.e))
 # --- Forward --------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["scale_bits"])
+@jit(do_not_specialize=["scale_bits", "causal_rows"])
 def _forward_kernel(
     x_ptr,  # (size_0, size_1, lanes, width) in any strides
     mask_ptr,  # broadcast to the same: uint8 (0 hides) or floating point; anything where MASK is NO_MASK
@@ -92,7 +93,7 @@ def _forward_kernel(
     tl.store(y_ptr + y_lane + n.to(tl.int64) * y_stride_n, y.to(CONVERTED), mask=in_row)
 
 
-@triton.jit(do_not_specialize=["scale_bits"])
+@jit(do_not_specialize=["scale_bits", "causal_rows"])
 def _forward_chunked_kernel(
     x_ptr,  # arguments: as _forward_kernel's
     mask_ptr,
@@ -149,7 +150,7 @@ def _forward_chunked_kernel(
 # --- Backward -------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["scale_bits"])
+@jit(do_not_specialize=["scale_bits", "causal_rows"])
 def _backward_kernel(
     dy_ptr,  # (size_0, size_1, lanes, width) in any strides
     y_ptr,  # contiguous, as the forward wrote it
@@ -179,7 +180,7 @@ def _backward_kernel(
     tl.store(dx_ptr + y_lane + n.to(tl.int64) * y_stride_n, dx.to(dx_ptr.dtype.element_ty), mask=in_row)
 
 
-@triton.jit(do_not_specialize=["scale_bits"])
+@jit(do_not_specialize=["scale_bits", "causal_rows"])
 def _backward_chunked_kernel(
     dy_ptr,  # arguments: as _backward_kernel's
     y_ptr,
