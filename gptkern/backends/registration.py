@@ -246,7 +246,9 @@ def autocast(policy: str, *tensors: torch.Tensor | None) -> tuple[torch.Tensor |
     first = tensors[0]
     # Both take a tenth of the host time of `device.type`.
     device_type = "cuda" if first.is_cuda else "cpu" if first.is_cpu else first.device.type
-    if not _autocast_is_on(device_type) or (policy == "float32" and device_type != "cuda"):
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return tensors
+    if policy == "float32" and device_type != "cuda":
         return tensors
     dtype = torch.float32 if policy == "float32" else torch.get_autocast_dtype(device_type)
 

@@ -15,13 +15,14 @@ _MOST_HEADS = 65535
 
 
 def unsupported(call: Call) -> str | None:
-    if call.attn_mask is not None:
+    query, _, _, _, _, attn_mask, dropout_p, lower_right, _ = call
+    if attn_mask is not None:
         return "attn_mask is given, and these kernels have the causal mask alone"
-    if call.dropout_p != 0.0:
-        return f"dropout_p is {call.dropout_p}, and these kernels have no dropout"
-    if call.lower_right:
+    if dropout_p != 0.0:
+        return f"dropout_p is {dropout_p}, and these kernels have no dropout"
+    if lower_right:
         return "the causal mask is aligned to the lower right, and these kernels have the upper left alone"
-    shape = call.query.shape
+    shape = query.shape
     if len(shape) == 4 and shape[1] > _MOST_HEADS:
         return f"query has {shape[1]} heads; the CUDA kernels take {_MOST_HEADS}"
     return outside_of_kernels(call, _DTYPES)
