@@ -49,6 +49,7 @@ def gathered() -> dict[str, Any]:
     devices += [_device(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
     for device in devices:
         device["backends"] = _backends(torch.device(device["name"]))
+    devices[0]["products"] = {name: told for name in NAMES if (told := _on_this_cpu(name))}
     return {
         "versions": _versions(torch),
         "environment": {name: os.environ.get(name) for name in VARIABLES},
@@ -155,6 +156,14 @@ def _device(device) -> dict[str, Any]:
     }
 
 
+def _on_this_cpu(operator: str) -> list[str]:
+    """What an operator found out about PyTorch's own operators on this CPU, if it has to."""
+    from gptkern import operators
+
+    tell = getattr(operators.contract(operator), "on_this_cpu", None)
+    return [] if tell is None else tell()
+
+
 def _tables(device) -> str:
     """Whose tiles and preferred backends are in force on a GPU; `gptkern tune --show` prints them."""
     from gptkern.backends.tables import user
@@ -190,10 +199,13 @@ def _show(facts: dict[str, Any]) -> None:
     rows = [[name, version or "none"] for name, version in facts["versions"].items()]
     tables.show("Versions", ("", "version"), rows)
     print()
-    apart = ("backends", "tables")
+    apart = ("backends", "tables", "products")
     for device in facts["devices"]:
         described = ", ".join(f"{value} {name}" for name, value in list(device.items())[2:] if name not in apart)
         print(f"{device['name']}: {device['model']} ({described})")
+        for operator, told in device.get("products", {}).items():
+            for line in told:
+                print(f"  {operator} {line}")
         if "tables" in device:
             print(f"  tiles and preferred backends: {device['tables']}")
     if len(facts["devices"]) == 1:

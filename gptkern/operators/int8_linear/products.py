@@ -8,7 +8,7 @@ On a CPU PyTorch has operators that read the int8 weight as it is, several times
 Neither says where it is wrong or slow. Without instructions for int8 products oneDNN adds pairs of them in 16 bits,
 which saturate: 768 products of 127 with 127 are 97,920, not 12,387,072. What torch.cpu tells of the processor decides
 nothing, as oneDNN may be told to leave instructions alone (ONEDNN_MAX_CPU_ISA). So each is tried, once in a process,
-when a call first could use it: it must be right where a wrong one shows, and faster than what it replaces.
+when a call first could use it: it must be right where a wrong one shows, and not slower than what it replaces.
 """
 
 from __future__ import annotations
@@ -170,11 +170,15 @@ _BFLOAT16_PRODUCTS: dict[str, Callable] = {
 _LOOKED_AT = ((1, 64, 1), (1, 67, 33), (1, 768, 64), (3, 129, 17), (16, 68, 48), (37, 515, 65))
 _LOOKED_AT_PACKED = ((1, 64, 1), (1, 96, 33), (1, 768, 64), (3, 160, 17), (16, 96, 48), (37, 544, 65))
 # What is timed: a weight that stays in the cache, so that a try takes some milliseconds in all.
-_TIMED_ROWS, _TIMED_FEATURES, _TIMES = (1, 32), 512, 5
-# A product that rounds to bfloat16 needs to be so many times as fast: noise must not decide which bits come out.
-_CLEARLY = 1.25
-# A candidate that takes so many times as long is timed no second time.
-_HOPELESS = 4
+_TIMED_ROWS, _TIMED_FEATURES = (1, 32), 512
+# So many times at least; seconds after which it is decided in any case.
+_TIMES, _PATIENCE = 10, 0.01
+# A product that is right is taken unless it takes so many times as long. What lacks its instructions takes 4 to 100
+# times as long; a smaller difference may be what the machine does besides, which must not decide what runs, nor, in
+# bfloat16, which bits come out.
+_SLOWER = 1.5
+# A candidate that took so many times as long so many times is timed no more.
+_HOPELESS, _HOPELESS_TIMES = 4, 3
 
 
 class Trial(NamedTuple):
@@ -186,6 +190,10 @@ class Trial(NamedTuple):
 
     def chosen(self, rows: int) -> str:
         return self.few if rows <= FEW_ROWS else self.many
+
+    def __str__(self) -> str:
+        products = self.few if self.few == self.many else f"{self.few} up to {FEW_ROWS} rows, {self.many} beyond"
+        return f"{products} ({self.reason})"
 
 
 _trials: dict[tuple[str, bool], Trial] = {}
@@ -240,7 +248,7 @@ def _try_integer() -> Trial:
                     return Trial(FLOATS, FLOATS, f"{INT_MM} is not exact here")
     except RuntimeError as error:
         return Trial(FLOATS, FLOATS, f"{INT_MM} cannot run here ({_first_line(error)})")
-    return _fastest({FLOATS: _product_of_floats, INT_MM: _int_mm}, torch.int8, 1.0)
+    return _fastest({FLOATS: _product_of_floats, INT_MM: _int_mm}, torch.int8)
 
 
 def _try_bfloat16() -> Trial:
@@ -251,8 +259,8 @@ def _try_bfloat16() -> Trial:
             right[name] = _BFLOAT16_PRODUCTS[name]
         else:
             wrong.append(f"{name} {reason}")
-    trial = _fastest(right, torch.bfloat16, _CLEARLY)
-    return trial._replace(reason="; ".join([trial.reason, *wrong]))
+    trial = _fastest(right, torch.bfloat16)
+    return trial._replace(reason="; ".join([*([trial.reason] if len(right) > 1 else []), *wrong]))
 
 
 def _why_not(product: Callable) -> str | None:
@@ -276,14 +284,14 @@ def _why_not(product: Callable) -> str | None:
 def _extremes(rows: int, terms: int, out_features: int):
     """Operands whose sums saturate where anything can: rows of one value, of two in turn, and of all."""
 
-    def rows_of(count, offset):
+    def rows_of(count):
         index = torch.arange(count * terms, dtype=torch.int64, device="cpu").view(count, terms)
-        kinds = (torch.arange(count, dtype=torch.int64, device="cpu")[:, None] + offset) % 5
+        kinds = torch.arange(count, dtype=torch.int64, device="cpu")[:, None] % 5
         values = (index * 7919) % 256 - 128
         values = torch.where(kinds == 1, -128, torch.where(kinds == 2, 127 - 255 * (index % 2), values))
         return torch.where(kinds == 0, 127, torch.where(kinds == 3, -127, values)).to(torch.int8)
 
-    return rows_of(rows, 0), rows_of(out_features, 0)
+    return rows_of(rows), rows_of(out_features)
 
 
 def _of_bfloat16(rows: int, terms: int, out_features: int):
@@ -294,30 +302,46 @@ def _of_bfloat16(rows: int, terms: int, out_features: int):
     return x.to(torch.bfloat16), weight.view(out_features, terms).to(torch.int8)
 
 
-def _fastest(products: dict[str, Callable], dtype: torch.dtype, clearly: float) -> Trial:
-    """The first of the products, unless another is faster, `clearly` times; for few rows and for many."""
-    chosen, reasons = [], []
+def _fastest(products: dict[str, Callable], dtype: torch.dtype) -> Trial:
+    """The fastest of the products behind the first, unless the first is faster by far; for few rows and for many."""
     first, *others = products
     weight = torch.ones(_TIMED_FEATURES, _TIMED_FEATURES, dtype=torch.int8, device="cpu")
-    for rows in _TIMED_ROWS:
-        seconds = _seconds(products, (torch.ones(rows, _TIMED_FEATURES, dtype=dtype, device="cpu"), weight))
-        best = min(others, key=seconds.__getitem__, default=first)
-        chosen.append(best if seconds[first] > clearly * seconds[best] else first)
-        reasons += [f"{name} {seconds[first] / seconds[name]:.1f} × as fast with {rows} rows" for name in others]
-    return Trial(*chosen, f"against {first}: {', '.join(reasons)}" if reasons else f"{first} alone is right")
+    seconds = [
+        _seconds(products, (torch.ones(rows, _TIMED_FEATURES, dtype=dtype, device="cpu"), weight))
+        for rows in _TIMED_ROWS
+    ]
+    chosen = []
+    for times in seconds:
+        best = min(others, key=times.__getitem__, default=first)
+        chosen.append(best if times[best] < _SLOWER * times[first] else first)
+    few, many = _TIMED_ROWS
+    reasons = []
+    for name in others:
+        of_few, of_many = (times[first] / times[name] for times in seconds)
+        reasons.append(f"{name} {of_few:.1f} × as fast as {first} with {few} row, {of_many:.1f} × with {many}")
+    return Trial(*chosen, "; ".join(reasons) or f"{first} alone")
 
 
 def _seconds(products: dict[str, Callable], operands: tuple) -> dict[str, float]:
-    """name -> the least time of a call; in turn, so that what else the machine does meets all of them."""
+    """name -> the least time of a call; in turn, so that what else the machine does meets all of them.
+
+    As long as two are about as fast, others may have had the processors: then it goes on for a while.
+    """
     first, going, seconds = next(iter(products)), list(products), dict.fromkeys(products, float("inf"))
     for product in products.values():
         product(*operands)  # memory and kernels are made once
-    for _ in range(_TIMES):
+    rounds, begin = 0, time.perf_counter()
+    while len(going) > 1 and (rounds < _TIMES or time.perf_counter() - begin < _PATIENCE):
         for name in going:
             start = time.perf_counter()
             products[name](*operands)
             seconds[name] = min(seconds[name], time.perf_counter() - start)
-        going = [name for name in going if name == first or seconds[name] < _HOPELESS * seconds[first]]
+        rounds += 1
+        unlike = {name: max(seconds[name] / seconds[first], seconds[first] / seconds[name]) for name in going}
+        if rounds >= _TIMES and all(unlike[name] > 2 for name in going if name != first):
+            break
+        if rounds >= _HOPELESS_TIMES:
+            going = [name for name in going if name == first or seconds[name] < _HOPELESS * seconds[first]]
     return seconds
 
 
