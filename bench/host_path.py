@@ -4,8 +4,8 @@
 
 One JSON object a line: operator, backend, direction, microseconds, and the ratio to F.layer_norm's forward with
 gradients in the same run. `forward` has gradients on, `forward without gradients` runs under torch.no_grad(),
-`backward` is torch.autograd.grad of the result, the engine's own time included. Inputs are small: the host's time does not
-depend on their size.
+`backward` is torch.autograd.grad of the result, the engine's own time included. Inputs are small: the host's time does
+not depend on their size.
 
 Everything that a call does on a GPU's host runs as it is, checks, dispatch, autograd and allocations included, down to
 the driver's launch, which does nothing: a driver of a real GPU adds its own time, to PyTorch's own call as well. The
@@ -89,7 +89,7 @@ def _without_device(make: Callable) -> Callable:
 
 
 def prefer(backend: str) -> None:
-    """Dispatch finds the backend first in its order, as it does where that is measured or reasoned to be the fastest."""
+    """Dispatch finds the backend first in its order, as where it is measured or reasoned to be the fastest."""
     import gptkern
     from gptkern.backends import dispatch
     from gptkern.backends.tables.orders import Preference

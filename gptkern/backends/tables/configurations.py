@@ -113,7 +113,7 @@ class Table:
             steps = self._steps[device.index] = stepped(self.in_force(device), self._sizes)
         if type(size) is not tuple:
             # Asked at every call, so without a generator.
-            for (limit, *_), configuration in steps[key]:
+            for (limit,), configuration in steps[key]:
                 if size <= limit:
                     return configuration
             raise LookupError(f"{self.path} has no row of {key} for {size}")

@@ -26,8 +26,8 @@ import triton.language as tl
 from gptkern.backends.tables.configurations import Table, descent
 from gptkern.backends.triton import quantize
 from gptkern.backends.triton.common import INTERPRETED, CompileCase, cdiv, dot, float32_precision
-from gptkern.backends.triton.direct import jit
 from gptkern.backends.triton.common import architecture as architecture_of
+from gptkern.backends.triton.direct import jit
 from gptkern.operators.int8_linear.contract import Call, Gradient, rows_of
 from gptkern.operators.int8_linear.products import INT32_TERMS
 

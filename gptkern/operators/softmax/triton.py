@@ -28,7 +28,6 @@ import struct
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 
 from gptkern.backends.tables.configurations import Table
