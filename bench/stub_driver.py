@@ -7,6 +7,7 @@ launcher of Triton then packs its arguments as it always does, and hands them to
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import importlib.util
@@ -42,7 +43,9 @@ def _compiler() -> str | None:
 @functools.cache
 def activate() -> ctypes.CDLL:
     """Makes the stub Triton's driver in this process, for good; returns the library."""
+    # Triton 3.6 links a launcher for each kernel's signature with it.
     folder = Path(tempfile.mkdtemp(prefix="gptkern-stub-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = folder / "libcuda.so.1"
     flags = ["-O2", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
     subprocess.run([_compiler(), *flags, "-o", path, SOURCE], check=True)
@@ -62,7 +65,6 @@ def activate() -> ctypes.CDLL:
             self.set_current_device = lambda device: None
 
     triton.runtime.driver.set_active(Stub())
-    shutil.rmtree(folder)
     return library
 
 
