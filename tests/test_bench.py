@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gptkern import cli, operators
-from gptkern.measuring import rates, results, runner
+from gptkern.measuring import contention, costs, rates, results, runner
 
 ROOT = Path(__file__).parents[1]
 
@@ -89,6 +89,28 @@ def test_a_failure_counts_for_more_than_what_is_left(bench, monkeypatch):
         assert bench()[0] == 1
     monkeypatch.setattr(command, "_records", lambda *_: iter([("a line", 0), ("left", 3), ("a line", 0)]))
     assert bench()[0] == 3
+
+
+def test_what_a_time_is_worth_stands_beside_it(bench, tmp_path, monkeypatch):
+    measure = runner.measure
+
+    def doubtful(*args):
+        record, samples = measure(*args)
+        rates.ours(record).update(noisy="others had the processor", host_bound=True)
+        return record, samples
+
+    monkeypatch.setattr(runner, "measure", doubtful)
+    monkeypatch.setattr(contention, "busy", lambda shares: "others had it for 50% of the time")
+    monkeypatch.setattr(costs, "listed", lambda extent: [("a cost", lambda: costs.record("a cost", "", numbers))])
+    numbers = costs.numbers([1e-3])
+    status, printed = bench()
+    (first,) = (line for line in printed.out.splitlines() if line.startswith("[1/"))
+    assert "; noisy: others had the processor; host-bound: the host queues it" in first and status == 0
+    assert "NOISY: softmax forward" in printed.out and "HOST-BOUND: softmax forward" in printed.out
+    assert "(the times are noisy)" in printed.out
+    # What is no kernel too; the command for it names no operator.
+    assert cli.main(["bench", "--smoke", "--costs-only", "--out", str(tmp_path)]) == 0
+    assert results.load(tmp_path)["costs"][0]["noisy"] == "others had it for 50% of the time"
 
 
 def test_interrupted_keeps_what_is_done(bench, tmp_path, monkeypatch):

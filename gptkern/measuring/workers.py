@@ -94,6 +94,9 @@ class Workers:
         return found
 
     def close(self) -> None:
+        # All are told before the first is waited for.
+        for worker in self._idle:
+            worker.pipe.close()
         for worker in self._idle:
             worker.end(politely=True)
         self._idle.clear()
