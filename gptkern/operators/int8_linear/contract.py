@@ -267,7 +267,7 @@ def backward(gradient: Gradient, call: Call):
     dz = rows_of(grad_output).to(_computing_dtype(grad_output))
     if activation is not None:
         # dz = dy * act'(z)
-        z = _preactivation(input, weight, weight_scale, bias, mode, _product)
+        z = _preactivation(input, weight, weight_scale, bias, mode, _unrounded_product)
         dz = torch.ops.aten.gelu_backward(dz, z, approximate=ACTIVATIONS[activation])
     dinput = grad_output.new_empty(0)
     if need_input:
@@ -313,6 +313,11 @@ def _product(x, weight, mode):
     q, input_scale = quantized(x, 1)
     z = integer_product(q, weight).to(dtype)
     return z.mul_(input_scale[:, None]) if _may_be_written(z) else z * input_scale[:, None]
+
+
+def _unrounded_product(x, weight, mode):
+    """`_product` of which w8a16's is not rounded to bfloat16: the gradient of a float32 bias is in float32."""
+    return _product(x if mode == "w8a8" else x.to(_computing_dtype(x)), weight, mode)
 
 
 def rows_of(tensor):
