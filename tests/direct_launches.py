@@ -1,12 +1,12 @@
-"""What a directly started Triton kernel hands to the driver, beside what Triton itself hands to it: the same, or a line.
+"""What a directly started Triton kernel hands to the driver, beside what Triton itself hands to it.
 
     python tests/direct_launches.py [--calls N]
 
 A program of its own: the kernels of a process with TRITON_INTERPRET=1 are interpreted, and the driver is a stub for
-good (bench/stub_driver.py). Every kernel of the rooms is called with random arguments, as no launcher would: pointers of
-any dtype and alignment or None, integers of any width, any constants. Nothing is compiled but one kernel, whose machine
-code stands for all: what is compared is which kernel Triton has for a call, and which bytes it gets. Prints one object
-of JSON.
+good (bench/stub_driver.py). Every kernel of the rooms is called with random arguments, as no launcher would: pointers
+of any dtype and alignment or None, integers of any width, any constants. Nothing is compiled but one kernel, whose
+machine code stands for all: what is compared is which kernel Triton has for a call, and which bytes it gets. Prints one
+object of JSON.
 """
 
 from __future__ import annotations
