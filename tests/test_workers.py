@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 from worked_on import work
 
@@ -43,3 +47,33 @@ def test_a_run_that_is_left_early_leaves_no_process():
         (hanging, _), *_ = pool._busy.values()
         run.close()
     assert hanging._process.exitcode is not None or not hanging._process.is_alive()
+
+
+def test_ctrl_c_is_for_the_process_that_started_them():
+    """From before they import anything: to a group goes what a terminal sends."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", STARTS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, cwd=Path(__file__).parent,
+    )  # fmt: skip
+    assert process.stdout.readline() == "started\n"
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out.split()) == (0, ["interrupted", "1"]) and not err
+
+
+# A call is on its way to a process that is only starting; the answer comes after the interruption.
+STARTS = """
+import signal
+
+from worked_on import work
+from gptkern.measuring import workers
+
+signal.signal(signal.SIGINT, lambda *_: print("interrupted", flush=True))
+with workers.Workers(work, 1, patience=60) as pool:
+    worker = workers._Worker(pool._context, work)
+    worker.give(("works", 1))
+    print("started", flush=True)
+    worker.pipe.poll(60)
+    print(worker.take()[1], flush=True)
+    worker.end(politely=True)
+"""

@@ -109,7 +109,8 @@ class _Worker:
         self.pipe, theirs = context.Pipe()
         # A daemon goes when this process does.
         self._process = context.Process(target=_serve, args=(theirs, function), daemon=True)
-        self._process.start()
+        with _no_interrupt():
+            self._process.start()
         theirs.close()
 
     def give(self, arguments: tuple) -> None:
@@ -136,9 +137,26 @@ class _Worker:
         self._process.join()
 
 
+@contextlib.contextmanager
+def _no_interrupt():
+    """What is started inside never sees Ctrl-C, not while it imports either; for this process it waits for the end."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    from multiprocessing import resource_tracker
+
+    # multiprocessing starts this one with the first process, and unblocks the signal afterwards.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _serve(pipe, function: Callable[..., Any]) -> None:
     """What a process does: a call after another, until the other end is closed."""
-    # Ctrl-C in a terminal goes to this process too: the one that started it decides.
+    # Ctrl-C in a terminal goes to this process too, and to compilers that it starts: the one that started it decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(EOFError, OSError):
         while True:
