@@ -39,7 +39,7 @@ def scaled_relu(input, *, scale=1.0):
     choice = dispatch.settled(input)
     if choice is None:
         call = Call(input, float(scale))
-        choice = dispatch.choose("scaled_relu", call)
+        choice, _ = dispatch.chosen("scaled_relu", call)
         if choice.backend != "torch":
             return ScaledReluFunction.apply(*call, choice.backend)
     return torch.relu(input) * scale

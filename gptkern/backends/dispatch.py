@@ -21,7 +21,7 @@ is first chosen, and has
 The order in which they are tried on a GPU is data (gptkern.backends.tables): by operator, device and class of shapes
 where it was measured, and one default where it was not. PyTorch may come first.
 
-`choose` is called once per call of an operator, at the public boundary; the backward uses the backend
+`chosen` is called once per call of an operator, at the public boundary; the backward uses the backend
 that its forward used. On the `torch` backend a twin calls PyTorch's own operator, with PyTorch's autograd:
 the registered op and the autograd.Function cost more host time than a small layer_norm itself takes.
 """
@@ -40,7 +40,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd import forward_ad
 
 from gptkern import operators
 from gptkern.backends import recomputation, tracing
@@ -98,7 +97,8 @@ _TRACED = Choice("torch", "torch.jit.trace records it, whose graphs hold PyTorch
 _modules: dict[tuple[str, str], Any] = {}
 _warned: set[tuple[str, str]] = set()
 # The types of tensors that kernels read, and of what most often stands beside them in a call.
-_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+_PLAIN_TENSORS = _Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _NO_TENSORS = frozenset((type(None), bool, int, float, str, torch.dtype))
 
 
@@ -209,7 +209,7 @@ def choices_made():
 def settled(tensor: Any) -> Choice | None:
     """The choice where the call need not be looked at: PyTorch, which then checks the input itself.
 
-    None where kernels may run: the twin then checks its input and calls `choose`.
+    None where kernels may run: the twin then checks its input and calls `chosen`.
     """
     if torch.compiler.is_compiling():
         forced = _forced_while_compiling
@@ -242,18 +242,55 @@ def _while_traced(forced: str | None) -> Choice:
 
 def choose(operator: str, call: tuple) -> Choice:
     """The backend for a checked call of an operator: the record that its launchers would get."""
+    return chosen(operator, call)[0]
+
+
+def chosen(operator: str, call: tuple) -> tuple[Choice, bool | None]:
+    """What twins call: the choice, and whether a kernel's launcher may be called as it is (`is_unseen`), or None where
+    that is not known. Each tensor of most calls is looked at here, once.
+    """
     if torch.compiler.is_compiling():
-        return _decide(operator, _forced_while_compiling, call)
+        return _decide(operator, _forced_while_compiling, call), None
     forced = None if _state.forced is None else _forced_here()
     first = call[0]
     # Most calls begin with a tensor; the look for one costs more than all of this.
     device = first.device if isinstance(first, torch.Tensor) else first_tensor(call).device
-    choice = _known.get((operator, forced, device))
-    if choice is None or (choice.backend != "torch" and _uncovered(choice.backend, operator, call) is not None):
+    choice, unseen = _known.get((operator, forced, device)), None
+    if choice is None:
         choice = _decide(operator, forced, call)
+    elif choice.backend != "torch":
+        unseen = is_unseen(call, device)
+        if unseen:
+            reason = _modules[choice.backend, operator].unsupported(call)
+        else:
+            reason, unseen = _uncovered(choice.backend, operator, call), None
+        if reason is not None:
+            choice, unseen = _decide(operator, forced, call), None
     if _state.observer is not None:
         _state.observer(choice)
-    return choice
+    return choice, unseen
+
+
+def is_unseen(call: tuple, device: torch.device | None = None) -> bool:
+    """Whether a launcher may be called as it is: nobody looks on while operators run (tracing.is_eager), and each
+    tensor is what lies in memory: of no subclass, no view that PyTorch negates when it is read, no zeros without
+    memory, nothing that a transform of torch.func has left behind.
+
+    Args:
+        device: the one that all tensors need to be on.
+    """
+    if not tracing.is_eager():
+        return False
+    for argument in call:
+        kind = type(argument)
+        if kind is _Tensor or kind is _Parameter:
+            if argument.is_neg() or argument._is_zerotensor() or _is_wrapped(argument):
+                return False
+            if device is not None and argument.device != device:
+                return False
+        elif kind not in _NO_TENSORS:
+            return False
+    return True
 
 
 def first_tensor(arguments: Iterable[Any]) -> torch.Tensor:
@@ -338,15 +375,11 @@ def _kept(operator: str, forced: str | None, device_type: str, device_index: int
 
 
 def _uncovered(name: str, operator: str, call: tuple) -> str | None:
-    """Why the backend's kernels do not cover this call, or None. Each call is looked at here: host time counts."""
+    """Why the backend's kernels do not cover this call, or None."""
     if tracing.in_torch_func():
         return "a torch.func transform is active, and the kernels' autograd.Functions have no rules for it"
-    first, duals = call[0], forward_ad._current_level >= 0
-    device = first.device if isinstance(first, torch.Tensor) else first_tensor(call).device
+    device = first_tensor(call).device
     for argument in call:
-        kind = type(argument)
-        if (argument.device == device and not duals) if kind in _PLAIN_TENSORS else kind in _NO_TENSORS:
-            continue
         for tensor in argument if isinstance(argument, (list, tuple)) else (argument,):
             reason = _unreadable(tensor, device) if isinstance(tensor, torch.Tensor) else None
             if reason is not None:

@@ -16,7 +16,8 @@ from typing import Annotated, Any
 
 import torch
 
-from gptkern.backends import dispatch, recomputation, tracing
+from gptkern.backends import dispatch, recomputation
+from gptkern.backends.dispatch import is_unseen
 
 _library = torch.library.Library("gptkern", "FRAGMENT")
 
@@ -115,7 +116,7 @@ class Operator:
     def backward(self, gradient, call, backend: str):
         """What the backend's backward launcher returns."""
         op, start = self._backward
-        if is_unseen(gradient) and _are_plain(call):
+        if is_unseen((*gradient, *call)):
             return start(backend, gradient, call)
         return op(*gradient, *call, backend)
 
@@ -182,34 +183,6 @@ class Operator:
         _library.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"gptkern::{name}", shapes, lib=_library)
         return getattr(torch.ops.gptkern, name).default, start
-
-
-# What a launcher may be handed as it is: a subclass would be asked how it runs an operator.
-_PLAIN = frozenset((type(None), bool, int, float, str, torch.dtype))
-
-
-def is_unseen(call: tuple) -> bool:
-    """Whether a launcher may be called as it is: nobody looks on, and the tensors of the call are plain."""
-    return tracing.is_eager() and _are_plain(call)
-
-
-def _are_plain(record: tuple) -> bool:
-    """Whether the tensors are what lies in memory: no subclass, no view that PyTorch negates when it is read, no zeros
-    without memory, nothing that a transform of torch.func has left behind.
-    """
-    for argument in record:
-        kind = type(argument)
-        if kind is _Tensor or kind is _Parameter:
-            if argument.is_neg() or argument._is_zerotensor() or _is_wrapped(argument):
-                return False
-        elif kind not in _PLAIN:
-            return False
-    return True
-
-
-# Looked at for every tensor of every call.
-_Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def _is_elsewhere(tensor: torch.Tensor) -> bool:

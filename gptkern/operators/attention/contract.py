@@ -139,15 +139,17 @@ def scaled_dot_product_attention(
         cast, mask, causal, lower_right = _checked(query, key, value, attn_mask, is_causal, scale, enable_gqa)
         dropout_p = checked_dropout(dropout_p)
         factor = 1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else float(scale)
-        choice = dispatch.choose("attention", Call(*cast, causal, factor, mask, dropout_p, lower_right))
+        call = Call(*cast, causal, factor, mask, dropout_p, lower_right)
+        choice, unseen = dispatch.chosen("attention", call)
         if choice.backend == "torch:cudnn":
             cudnn = dispatch.load(choice.backend, "attention")
             return cudnn.attention(query, key, value, causal, scale, enable_gqa)
         if choice.backend != "torch":
-            signed_query, factor = pytorch.with_positive_scale(cast[0], factor)
-            seed = new_seed(query.device) if dropout_p > 0 else None
-            call = Call(signed_query, cast[1], cast[2], causal, factor, mask, dropout_p, lower_right, seed)
-            return _on_kernels(call, choice.backend)
+            if not factor > 0 or dropout_p > 0:
+                signed_query, factor = pytorch.with_positive_scale(cast[0], factor)
+                seed = new_seed(query.device) if dropout_p > 0 else None
+                call, unseen = call._replace(query=signed_query, scale=factor, seed=seed), None
+            return _on_kernels(call, choice.backend, unseen)
     if (is_causal and attn_mask is not None) or (not torch.compiler.is_compiling() and _differ_in_length(key, value)):
         # One kernel of PyTorch's, the CPU's, takes both, and values of any number.
         _checked(query, key, value, attn_mask, is_causal, scale, enable_gqa)
@@ -233,7 +235,7 @@ HEAD_DIM_STEP = 8
 
 def outside_of_kernels(call: Call, dtypes) -> str | None:
     """Why no kernel takes a call of these shapes and dtypes, or None: what the backends' `unsupported` share."""
-    query, key, value, *_ = call
+    query, key, value = call[:3]
     of_query, of_key, of_value = query.shape, key.shape, value.shape
     if not len(of_query) == len(of_key) == len(of_value) == 4:
         return (
@@ -428,10 +430,11 @@ TWIN = scaled_dot_product_attention
 OPERATOR = Operator("attention", Call, 2, _forward_fake, Gradient, 3, _backward_fake)
 
 
-def _on_kernels(call: Call, backend: str):
+def _on_kernels(call: Call, backend: str, unseen: bool | None):
     """-> output."""
     query, key, value, is_causal, scale, mask, dropout_p, lower_right, seed = call
-    unseen = is_unseen(call)
+    if unseen is None:
+        unseen = is_unseen(call)
     if not needs_gradient(query, key, value):
         return OPERATOR.forward(call, backend, unseen)[0]
     if mask is None and seed is None:

@@ -116,7 +116,7 @@ def int8_linear(
     (input,) = autocast("lower", input)
     call = Call(input, weight, weight_scale, bias, activation, mode)
     if choice is None:
-        choice = dispatch.choose("int8_linear", call)
+        choice, _ = dispatch.chosen("int8_linear", call)
     if choice.backend == "torch":
         needs_grad = torch.is_grad_enabled() and _requires_grad(input, bias)
         is_transformed = tracing.is_transformed()

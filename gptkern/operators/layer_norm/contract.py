@@ -114,9 +114,9 @@ def layer_norm(
             call = _flattened(cast[0], None, *cast[1:], normalized_shape, eps)
         else:
             call = _flattened(input, residual, weight, bias, normalized_shape, eps)
-        choice = dispatch.choose("layer_norm", call)
+        choice, unseen = dispatch.chosen("layer_norm", call)
         if choice.backend != "torch":
-            output, summed = _on_kernels(call, choice.backend)
+            output, summed = _on_kernels(call, choice.backend, unseen)
             if len(normalized_shape) > 1:
                 output, summed = output.view(input.shape), summed.view(input.shape) if residual is not None else summed
             return output if residual is None else (output, summed)
@@ -204,20 +204,13 @@ def _flattened(input, residual, weight, bias, normalized_shape, eps):
             f"normalized_shape, {shape}"
         )
     device, dtype = input.device, input.dtype
-    is_of_one_dtype = True
     for parameter in (weight, bias):
         if parameter is None:
             continue
-        name = "weight" if parameter is weight else "bias"
-        if parameter.shape != shape:
-            raise RuntimeError(
-                f"layer_norm: {name} has shape {tuple(parameter.shape)}; it needs normalized_shape, {shape}"
-            )
-        if parameter.device != device:
-            raise RuntimeError(f"layer_norm: {name} is on {parameter.device}; it needs the input's device, {device}")
-        is_of_one_dtype = is_of_one_dtype and parameter.dtype == dtype
-    if not is_of_one_dtype:
-        _check_parameter_dtypes(input, weight, bias)
+        # All at once where nothing is wrong.
+        if parameter.shape != shape or parameter.device != device or parameter.dtype != dtype:
+            _check_parameters(input, weight, bias, shape)
+            break
     if not input.is_floating_point():
         raise NotImplementedError(f"layer_norm: input is {input.dtype}; it needs a floating-point dtype")
     if residual is not None:
@@ -233,6 +226,21 @@ def _flattened(input, residual, weight, bias, normalized_shape, eps):
         weight = None if weight is None else weight.reshape(width)
         bias = None if bias is None else bias.reshape(width)
     return Call(input, residual, weight, bias, eps)
+
+
+def _check_parameters(input, weight, bias, shape):
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is None:
+            continue
+        if parameter.shape != shape:
+            raise RuntimeError(
+                f"layer_norm: {name} has shape {tuple(parameter.shape)}; it needs normalized_shape, {shape}"
+            )
+        if parameter.device != input.device:
+            raise RuntimeError(
+                f"layer_norm: {name} is on {parameter.device}; it needs the input's device, {input.device}"
+            )
+    _check_parameter_dtypes(input, weight, bias)
 
 
 def _check_parameter_dtypes(input, weight, bias):
@@ -400,10 +408,11 @@ class _AloneFunction(KernelFunction):
         return dinput, dweight, dbias, None, None, None
 
 
-def _on_kernels(call: Call, backend: str):
+def _on_kernels(call: Call, backend: str, unseen: bool | None):
     """-> output, and input + residual or None."""
     input, residual, weight, bias, eps = call
-    unseen = is_unseen(call)
+    if unseen is None:
+        unseen = is_unseen(call)
     if not needs_gradient(input, residual, weight, bias):
         return OPERATOR.forward(_with_dense_parameters(call), backend, unseen)[:2]
     if residual is None:

@@ -58,7 +58,7 @@ def quantize_int8(input: torch.Tensor, dim: int = -1) -> tuple[torch.Tensor, tor
         raise IndexError(f"quantize_int8: dim is {dim}; it needs one of the input's {input.dim()} dimensions")
     call = Call(input.detach(), dim % input.dim())
     if choice is None:
-        choice = dispatch.choose("quantize_int8", call)
+        choice, _ = dispatch.chosen("quantize_int8", call)
     return forward(call) if choice.backend == "torch" else OPERATOR.forward(call, choice.backend)
 
 

@@ -80,7 +80,7 @@ def rms_norm(
     if choice is None:
         normalized_shape, eps = _checked(input, normalized_shape, weight, eps)
         call = _flattened(*autocast("float32", input, weight), normalized_shape, eps)
-        choice = dispatch.choose("rms_norm", call)
+        choice, _ = dispatch.chosen("rms_norm", call)
         if choice.backend != "torch":
             output = RMSNormFunction.apply(*call, choice.backend)
             return output if len(normalized_shape) == 1 else output.view(input.shape)

@@ -99,7 +99,7 @@ def rotary_embedding(
     rotary_dim = _checked_rotary_dim(input, cos, sin, interleaved, rotary_dim)
     if choice is None:
         call = Call(input, cos, sin, rotary_dim, interleaved)
-        choice = dispatch.choose("rotary", call)
+        choice, _ = dispatch.chosen("rotary", call)
         if choice.backend != "torch":
             return RotaryFunction.apply(*call, choice.backend)
     # Autocast would look at the 16-bit parts of the result, and on a CPU refuses float16.

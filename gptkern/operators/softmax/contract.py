@@ -102,7 +102,7 @@ def softmax(
     if choice is None:
         # Integers are converted here; kernels convert the others as they load.
         call = Call(input if input.is_floating_point() else input.to(dtype), dim, dtype, float(scale), mask, is_causal)
-        choice = dispatch.choose("softmax", call)
+        choice, _ = dispatch.chosen("softmax", call)
         if choice.backend != "torch":
             return SoftmaxFunction.apply(*call, choice.backend)
     return _on_pytorch(input, dim, dtype, scale, mask, is_causal)
@@ -144,7 +144,8 @@ def _autocast_dtype(input, dtype):
 
 
 def _check(input, dim, dtype, mask, is_causal):
-    least, most = -max(input.dim(), 1), max(input.dim(), 1) - 1
+    most = max(input.dim(), 1) - 1
+    least = -most - 1
     if not least <= dim <= most:
         raise IndexError(f"softmax: dim is {dim}; it needs to be from {least} to {most}")
     if dtype is not None and not isinstance(dtype, torch.dtype):

@@ -24,20 +24,21 @@ _MAX_COUNT = 2**31 - 2**20
 
 
 def unsupported(call: Call) -> str | None:
-    input, dim, dtype, mask = call.input, call.dim, call.dtype, call.mask
-    for name, of in (("input", input.dtype), ("dtype", dtype)):
-        if of is not None and of not in DTYPES:
-            return f"{name} is {of}; the kernels cover float16, bfloat16 and float32"
+    input, dim, dtype, _, mask, _ = call
+    if input.dtype not in DTYPES or (dtype is not None and dtype not in DTYPES):
+        name, of = ("input", input.dtype) if input.dtype not in DTYPES else ("dtype", dtype)
+        return f"{name} is {of}; the kernels cover float16, bfloat16 and float32"
     if mask is not None:
         if mask.dtype not in MASK_DTYPES:
             return f"mask is {mask.dtype}; the kernels cover bool, float16, bfloat16 and float32"
         if mask.requires_grad and torch.is_grad_enabled():
             return "the mask requires a gradient, which the kernels do not compute"
-    if input.dim() > _MOST_DIMENSIONS:
-        return f"the input has {input.dim()} dimensions; the kernels walk {_MOST_DIMENSIONS}"
-    width = input.shape[dim] if input.dim() else 1
+    shape = input.shape
+    if len(shape) > _MOST_DIMENSIONS:
+        return f"the input has {len(shape)} dimensions; the kernels walk {_MOST_DIMENSIONS}"
+    width = shape[dim] if shape else 1
     if width > _MAX_COUNT or input.numel() > max(width, 1) * _MAX_COUNT:
-        return f"the input has shape {tuple(input.shape)}; the kernels count its width and its rows in 32 bits"
+        return f"the input has shape {tuple(shape)}; the kernels count its width and its rows in 32 bits"
     return None
 
 
