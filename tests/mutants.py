@@ -95,7 +95,14 @@ def changed_triton_module(operator: str, function: str, old: str, new: str, fold
     spec = importlib.util.spec_from_file_location(changed, path)
     sys.modules[changed] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[changed])
-    return importlib.import_module(f"{room}.triton")
+    planted = importlib.import_module(f"{room}.triton")
+    # Dispatch and the registered ops keep the module that they have found.
+    kept = dispatch.load("triton", operator)
+    for launcher in ("forward", "backward", "unsupported"):
+        if hasattr(kept, launcher):
+            monkeypatch.setattr(kept, launcher, getattr(planted, launcher))
+    monkeypatch.setitem(dispatch._modules, ("triton", operator), planted)
+    return planted
 
 
 def _source_of(operator: str, function: str) -> Path:
