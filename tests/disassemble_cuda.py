@@ -222,9 +222,9 @@ def plain(name: str) -> str:
     return name
 
 
-def occupancy(kernel: Kernel, threads: int, dynamic_bytes: int) -> int:
-    """Blocks of so many threads that a multiprocessor holds at a time."""
-    limits = MULTIPROCESSOR[kernel.architecture]
+def occupancy(kernel: Kernel, threads: int, dynamic_bytes: int, limits: Limits | None = None) -> int:
+    """Blocks of so many threads that a multiprocessor, by default the architecture's, holds at a time."""
+    limits = limits or MULTIPROCESSOR[kernel.architecture]
     warps = -(-threads // 32)
     # Registers are given to a warp by 256, and a warp lives in one quarter.
     registers = -(-kernel.registers * 32 // 256) * 256
