@@ -16,6 +16,38 @@ def check(query, key, value, attn_mask, is_causal, scale, enable_gqa):
 
     What PyTorch would broadcast passes.
     """
+    if not _is_usual(query, key, value, attn_mask, is_causal, scale, enable_gqa):
+        _check_each(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+    return autocast("lower", query, key, value)
+
+
+def _is_usual(query, key, value, attn_mask, is_causal, scale, enable_gqa) -> bool:
+    """Whether nothing is wrong with a call of four dimensions, as many heads everywhere and no mask: most calls are
+    such, and this is half of what `_check_each` takes.
+    """
+    if attn_mask is not None:
+        return False
+    if not (isinstance(query, torch.Tensor) and isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor)):
+        return False
+    shape, of_key, device, dtype = query.shape, key.shape, query.device, query.dtype
+    return (
+        len(shape) == 4
+        and of_key == value.shape
+        and shape[0] == of_key[0]
+        and shape[1] == of_key[1]
+        and shape[3] == of_key[3]
+        and key.device == device
+        and value.device == device
+        and key.dtype == dtype
+        and value.dtype == dtype
+        and query.is_floating_point()
+        and isinstance(is_causal, bool)
+        and isinstance(enable_gqa, bool)
+        and (scale is None or type(scale) is float)
+    )
+
+
+def _check_each(query, key, value, attn_mask, is_causal, scale, enable_gqa):
     device = query.device if isinstance(query, torch.Tensor) else None
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, torch.Tensor):
@@ -66,7 +98,6 @@ def check(query, key, value, attn_mask, is_causal, scale, enable_gqa):
                 f"attention: key and value have {kv_heads} and {value_heads} heads; with enable_gqa they need to "
                 f"divide the query's {heads}"
             )
-    return cast
 
 
 def checked_dropout(dropout_p) -> float:
