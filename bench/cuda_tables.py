@@ -1,4 +1,4 @@
-"""Writes docs/cuda_resources.md and docs/cuda_counters.md: what the CUDA kernels use and do (make tables).
+"""Writes docs/cuda_resources.md, cuda_other_architectures.md and cuda_counters.md: what the CUDA kernels use and do.
 
 It needs nvcc and a C++ compiler, and no GPU.
 """
@@ -14,7 +14,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import count_cuda  # noqa: E402
 import disassemble_cuda  # noqa: E402
 
-for name, make in (("cuda_counters.md", count_cuda.table), ("cuda_resources.md", disassemble_cuda.table)):
+PAGES = {
+    "cuda_counters.md": count_cuda.table,
+    "cuda_resources.md": disassemble_cuda.table,
+    "cuda_other_architectures.md": disassemble_cuda.other_table,
+}
+for name, make in PAGES.items():
     try:
         (ROOT / "docs" / name).write_text(make(), encoding="utf-8")
     except disassemble_cuda.Missing as missing:

@@ -31,6 +31,9 @@ from gptkern.backends.tables import user
 
 # "sm_90a": with Hopper's own instructions.
 ARCHITECTURES = ("sm_80", "sm_90a")
+# What else a build offers: of its default list, and what nvcc 13 knows beyond it (103, 110 and 121 are of the same
+# families). All kernels are compiled for them when their table is made, and one, at the limit of registers, in a test.
+OTHER_ARCHITECTURES = ("sm_86", "sm_89", "sm_100", "sm_120")
 FLAGS = ("-std=c++20", "-O3")
 
 
@@ -55,6 +58,7 @@ class Kernel(NamedTuple):
     stack: int
     shared: int  # static
     instructions: dict[str, int]  # "LDG.E.128.CONSTANT": how many stand in the code
+    local_in_loops: int = 0  # instructions that reach local memory, between a backward branch and its target
 
     def count(self, *prefixes: str) -> int:
         """Instructions that begin with one of the prefixes, in parts between dots: "LDG.E.128" is not "LDG.E.12"."""
@@ -130,11 +134,11 @@ def objects() -> list[Path]:
         return list(pool.map(lambda unit: compiled(unit, csrc), sources.kernel_units(csrc)))
 
 
-def compiled(unit: sources.Unit, csrc: Path) -> Path:
+def compiled(unit: sources.Unit, csrc: Path, architectures: tuple[str, ...] = ARCHITECTURES) -> Path:
     """The unit's fat binary, from the cache or compiled now."""
     folder = user.folder() / "compiled"
     folder.mkdir(parents=True, exist_ok=True)
-    targets = [f"-gencode=arch={name.replace('sm', 'compute')},code={name}" for name in ARCHITECTURES]
+    targets = [f"-gencode=arch={name.replace('sm', 'compute')},code={name}" for name in architectures]
     flags = [*FLAGS, *targets, f"-I{csrc}", *(f"-D{define}" for define in unit.defines)]
     digest = hashlib.sha256(repr((compiler_version(), flags)).encode())
     for path in sources.included(unit.source, csrc):
@@ -146,18 +150,20 @@ def compiled(unit: sources.Unit, csrc: Path) -> Path:
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
 
+_LOCAL = re.compile(r"/\*([0-9a-f]{4,})\*/.*?\b(?:LDL|STL)\b")
+_BRANCH = re.compile(r"/\*([0-9a-f]{4,})\*/.*?\bBRA\b.*?0x([0-9a-f]+)\s*;")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)")
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
-def kernels(paths: list[Path]) -> list[Kernel]:
-    """Every kernel in the files, by name and architecture."""
+def kernels(paths: list[Path], architectures: tuple[str, ...] = ARCHITECTURES) -> list[Kernel]:
+    """Every kernel in the files for these architectures, by name and architecture."""
     # What device/ has is compiled into each room that launches it: one of those is shown.
-    found = {(kernel.name, kernel.architecture): kernel for path in paths for kernel in _kernels(path)}
+    found = {(kernel.name, kernel.architecture): kernel for path in paths for kernel in _kernels(path, architectures)}
     return [kernel for _, kernel in sorted(found.items())]
 
 
-def _kernels(path: Path) -> Iterator[Kernel]:
+def _kernels(path: Path, architectures: tuple[str, ...]) -> Iterator[Kernel]:
     usage: dict[tuple[str, str], tuple[int, ...]] = {}
     architecture = function = ""
     for line in _dump("--dump-resource-usage", path):  # "arch = sm_80", "Function …:", then its usage
@@ -168,24 +174,38 @@ def _kernels(path: Path) -> Iterator[Kernel]:
         elif match := _USAGE.search(line):
             usage[architecture, function] = tuple(map(int, match.groups()))
     instructions: dict[tuple[str, str], collections.Counter] = {}
+    loops: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    local: dict[tuple[str, str], list[int]] = {}
     for line in _dump("--dump-sass", path):
         if match := re.match(r"\s*code for (sm_\w+)", line):
             architecture = match[1]
         elif match := re.match(r"\s*Function : (\S+)", line):
-            counter = instructions.setdefault((architecture, match[1]), collections.Counter())
+            key = architecture, match[1]
+            counter = instructions.setdefault(key, collections.Counter())
+            branches, places = loops.setdefault(key, []), local.setdefault(key, [])
         elif match := _INSTRUCTION.match(line):
             counter[match[1]] += 1
+            if match := _LOCAL.search(line):
+                places.append(int(match[1], 16))
+            elif match := _BRANCH.search(line):
+                place, target = (int(number, 16) for number in match.groups())
+                if target < place:
+                    branches.append((target, place))
     if instructions.keys() - usage.keys():
         raise ValueError(f"{path}: cuobjdump reports no resources of {sorted(instructions.keys() - usage.keys())}")
     names = demangled({function for _, function in instructions})
     for (architecture, function), counter in instructions.items():
-        if architecture not in ARCHITECTURES:
+        if architecture not in architectures:
             continue
-        registers, stack, shared, local = usage[architecture, function]
+        registers, stack, shared, array = usage[architecture, function]
+        looped = sum(
+            any(first <= place <= last for first, last in loops[architecture, function])
+            for place in local[architecture, function]
+        )
         # From sm_90 on the report has what the system takes of each block as well, where a block has any of its own.
         if architecture not in ("sm_80", "sm_86", "sm_89"):
-            shared = max(shared - MULTIPROCESSOR[architecture].reserved, 0)
-        yield Kernel(names[function], architecture, registers, stack + local, shared, dict(counter))
+            shared = max(shared - Limits._field_defaults["reserved"], 0)
+        yield Kernel(names[function], architecture, registers, stack + array, shared, dict(counter), looped)
 
 
 def _dump(what: str, path: Path) -> list[str]:
@@ -285,6 +305,44 @@ def table() -> str:
         *(row(kernel, launched.get(kernel.name)) for kernel in found),
     ]
     return "\n".join(lines) + "\n"
+
+
+def other_kernels(of: str = "") -> list[Kernel]:
+    """The kernels of units whose name begins so, for OTHER_ARCHITECTURES: nvcc compiles each unit once."""
+    csrc = sources.folder()
+    units = [unit for unit in sources.kernel_units(csrc) if unit.name.startswith(of)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        paths = list(pool.map(lambda unit: compiled(unit, csrc, OTHER_ARCHITECTURES), units))
+    return kernels(paths, OTHER_ARCHITECTURES)
+
+
+def other_table() -> str:
+    """docs/cuda_other_architectures.md: what spills where the bench's GPUs are not, and the registers."""
+    found: dict[str, dict[str, Kernel]] = {}
+    for kernel in other_kernels():
+        found.setdefault(kernel.name, {})[kernel.architecture] = kernel
+    lines = [
+        "# What the CUDA kernels use on other architectures",
+        "",
+        f"Made by `make tables` with {compiler_version()} from the sources {sources.digest(sources.folder())[:16]}:",
+        "read from the machine code, not measured on a GPU; `tests/test_cuda_resources.py` holds the rule.",
+        "",
+        "A cell has the registers of a thread and, where it spills, the instructions that reach local memory: all of",
+        "them, and those inside a loop. The tables of tiles and `cuda_resources.md` are for sm_80 and sm_90a.",
+        "",
+        f"| kernel | {' | '.join(OTHER_ARCHITECTURES)} |",
+        "|---" * (1 + len(OTHER_ARCHITECTURES)) + "|",
+    ]
+    for name, by_architecture in found.items():
+        cells = [other_cell(by_architecture[architecture]) for architecture in OTHER_ARCHITECTURES]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def other_cell(kernel: Kernel) -> str:
+    if not kernel.local:
+        return f"{kernel.registers}"
+    return f"{kernel.registers}, {kernel.local} ({kernel.local_in_loops} in loops)"
 
 
 if __name__ == "__main__":
