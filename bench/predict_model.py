@@ -110,7 +110,7 @@ def predict(part: Part, trip: sass.Trip, launch: Launch, streamed: float | None 
     if streamed is None:
         shares = [part.sustained.value * 2 * trip.products / cycles / full for cycles in (best, worst)]
     else:
-        shares = [part.streamed.value * min(1.0, streamed / cycles / full) for cycles in (best, worst)]
+        shares = [part.streamed.value * streamed / cycles / full for cycles in (best, worst)]
     return Prediction(part, trip, launch, blocks, warps, busy, alone, worst * warps, *shares, binds)
 
 

@@ -57,10 +57,10 @@ def names(trip: Trip) -> list[str]:
 def test_instructions_are_read_with_their_control_codes():
     load, use = program(
         ("@!P0 LDG.E.128 R4, [R2.64]", dict(stall=2, sets=3, releases=1)),
-        ("FADD R4, R4, 1", dict(stall=5, waits=0b1010)),
+        ("FADD R4, R4, 1", dict(stall=13, waits=0b1010)),
     )
     assert load == Instruction(0, "LDG.E.128", "R4, [R2.64]", True, 2, 3, 1, ())
-    assert use == Instruction(16, "FADD", "R4, R4, 1", False, 5, None, None, (1, 3))
+    assert use == Instruction(16, "FADD", "R4, R4, 1", False, 13, None, None, (1, 3))
 
 
 def test_what_cuobjdump_prints_is_read():
@@ -118,6 +118,15 @@ def test_the_main_loop_is_the_one_without_masks():
     plain = [HMMA, "@P0 BRA 0x50"]
     trip = sass.main_loop(program("MOV R1, R2", *masked, *plain, "EXIT"))
     assert (trip.header, names(trip)) == (0x50, ["HMMA.16816.F32", "BRA"])
+
+
+def test_a_small_loop_is_not_the_main_one_however_neat():
+    """A rest of one product in a loop of two instructions, beside the loop of four."""
+    small, large = [HMMA, "@P0 BRA 0x0"], [HMMA, HMMA, HMMA, HMMA, *["NOP"] * 9, "@P0 BRA 0x20"]
+    assert sass.main_loop(program(*small, *large, "EXIT")).header == 0x20
+    # Half of the work is enough.
+    small, large = [HMMA, HMMA, "@P0 BRA 0x0"], [HMMA, HMMA, HMMA, HMMA, *["NOP"] * 9, "@P0 BRA 0x30"]
+    assert sass.main_loop(program(*small, *large, "EXIT")).header == 0x0
 
 
 def test_a_loop_around_another_is_not_the_main_one():
@@ -187,6 +196,7 @@ def test_without_a_loop_the_trip_is_the_whole_kernel():
         (A100, 129, 128, 0, 3),
         (A100, 32, 32, 0, 32),
         (A100, 32, 128, 80 * 1024, 2),
+        (A100, 32, 128, 82 * 1024, 1),  # each block gives the system 1 KB
         (H100, 32, 128, 75 * 1024, 3),
         (H100, 32, 1024, 0, 2),
         (RTX_4090, 32, 1024, 0, 1),
@@ -224,6 +234,8 @@ def test_a_warp_waits_for_stall_counts_pipes_and_scoreboards():
     # The pipe takes one in two cycles on an A100, in one on an H100, whatever the stall count says.
     independent = program(*["FADD R1, R2, R3"] * 4)
     assert walk(A100, independent, 0.0, 0.0, 1) == 8 and walk(H100, independent, 0.0, 0.0, 1) == 4
+    # Four warps in step issue one after another.
+    assert walk(A100, program("NOP", "NOP"), 0.0, 0.0, 4) == 8
     # An mma in 8 cycles.
     assert walk(A100, program(HMMA, HMMA), 0.0, 0.0, 1) == 16
     load = ("LDS R1, [R2]", dict(sets=0))

@@ -33,8 +33,11 @@ LAYERS = (
     {"backends"},
     {"operators", "models", "version", "formatting"},
 )
-# What may name an operator: the public faces, swap's map of PyTorch's functions, the peers' adapters.
-MAY_NAME = {"functional.py", "nn.py", "autograd.py", "swapping/twins.py", "measuring/peers.py"}
+# What may name an operator: the public faces, swap's map of PyTorch's functions, the peers' adapters; and the choice
+# of cells and compile cases that are predicted.
+MAY_NAME = {
+    "functional.py", "nn.py", "autograd.py", "swapping/twins.py", "measuring/peers.py", "bench/predict_rows.py",
+}  # fmt: skip
 
 
 def layer(name: str) -> int:
