@@ -122,8 +122,7 @@ def _into_scratch(part, dtype):
     if size > 4 * WIDENED_ELEMENTS["cpu"]:
         return part.to(dtype)
     if _scratch.memory is None or _scratch.memory.numel() < size:
-        with torch.inference_mode(False):
-            _scratch.memory = torch.empty(4 * WIDENED_ELEMENTS["cpu"], dtype=torch.uint8, device="cpu")
+        _scratch.memory = torch.empty(4 * WIDENED_ELEMENTS["cpu"], dtype=torch.uint8, device="cpu")
     widened = _scratch.memory[:size].view(dtype)
     rows, columns = part.shape
     # The weight of a backward lies the other way.
