@@ -412,9 +412,9 @@ def test_a_class_is_timed_by_a_call_of_that_class(operator, monkeypatch):
 
     def chosen(name, call):
         found.append((name, problem.classes.of(call) if name == operator else None))
-        return dispatch.Choice("torch", "")
+        return dispatch.Choice("torch", ""), None
 
-    monkeypatch.setattr(dispatch, "choose", chosen)
+    monkeypatch.setattr(dispatch, "chosen", chosen)
     monkeypatch.setattr(dispatch, "settled", lambda tensor: None)
     tasks = list(tuning_tasks.class_tasks(operator))
     assert len(tasks) >= 4
