@@ -86,6 +86,10 @@ def int8_linear(
     recomputed, not kept. No second derivative, but under torch.func: there and in forward mode
     (torch.autograd.forward_ad) PyTorch runs, and every derivative follows the same rule.
 
+    On a CPU w8a8 runs on torch._int_mm where a trial in the process finds it exact and not slower, else on exact
+    float32 products, with the same bits; `gptkern info` says which. In bfloat16 the sums of w8a16, in float32, may be
+    rounded to bfloat16 before the scale too, where the product that does so was found right and fast.
+
     Under autocast the input is cast to the autocast dtype, as for F.linear.
 
     Raises:
