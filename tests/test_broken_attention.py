@@ -214,9 +214,9 @@ TRITON = [
     Mutation("dQ: keys in 32 bits", "_query_tiles", r"tl\.cast\(start_n, tl\.int64\)", "start_n", KEYS),
     Mutation(
         "rows are read however far apart",
-        "readable",
-        r"tensor\.stride\(2\) \* _LARGEST_BLOCK < _INT32_RANGE",
-        "True",
+        "read",
+        r"strides\[2\] \* _LARGEST_BLOCK >= _INT32_RANGE",
+        "False",
         spread,
     ),
 ]

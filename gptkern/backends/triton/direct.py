@@ -67,12 +67,12 @@ class _Kept(NamedTuple):
 
     launch: Callable  # Triton's, in C
     before: tuple  # its arguments between the stream and the kernel's own
-    read: list[tuple[dict, str, Any]]  # (where, name, value) of what the kernel has read of its module
+    read: tuple[list, list, list] | None  # where, by which names and which values the kernel has read of its module
 
 
 # What a kernel's call becomes: straight-line code, which takes half the time of loops over the arguments.
 _SOURCE = """
-def start(grid, {arguments}, *, {named}num_warps=None, num_stages=None):
+def start(grid, {arguments}, /, *, {named}num_warps=None, num_stages=None):
     active = driver.active
     device = active.get_current_device()
     {addresses}
@@ -159,7 +159,8 @@ class Kernel(triton.JITFunction):
             # two scratch memories, metadata of the kernel and of the launch, two hooks
             before = (*options, None, None, compiled.packed_metadata, None, None, None)
         # Triton, which has just compared them with its copies, holds values; here the objects are known.
-        read = [(where, name, where.get(name)) for (name, _), (_, where) in self.used_global_vals.items()]
+        found = [(where, name, where.get(name)) for (name, _), (_, where) in self.used_global_vals.items()]
+        read = tuple(map(list, zip(*found))) if found else None
         if len(self._kinds) >= _MOST_KINDS:
             self._kinds.clear()
         self._kinds[key] = _Kept(launcher.launch, before, read)
@@ -188,6 +189,7 @@ def _added_stages() -> Any:
     return getattr(_runtime, "add_stages_inspection_hook", None)
 
 
-def _has_changed(read: list[tuple[dict, str, Any]]) -> bool:
+def _has_changed(read: tuple[list, list, list]) -> bool:
     """Whether a global that the kernel was compiled with is another one: Triton then raises."""
-    return any(where.get(name) is not value for where, name, value in read)
+    where, names, values = read
+    return [*map(dict.get, where, names)] != values

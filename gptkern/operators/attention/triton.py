@@ -25,19 +25,20 @@ import torch
 import triton
 import triton.language as tl
 
-from gptkern.backends.triton.common import CompileCase, cdiv, dot
+from gptkern.backends.triton.common import INTERPRETED, CompileCase, cdiv, dot
+from gptkern.backends.triton.direct import jit
 from gptkern.operators.attention import triton_backward
 from gptkern.operators.attention.contract import Call, empty_in_layout_of, empty_lse, no_key, outside_of_kernels
 from gptkern.operators.attention.triton_launch import (
     LOG2E,
     TABLE,
     compile_case,
-    constants_of,
     extra_cases,
     extras_of,
     forced_tiles,
+    input_precision,
     padded_head_dim,
-    readable,
+    read,
     shipped_tiles,
     tiles_of,
     unreadable_mask,
@@ -101,16 +102,19 @@ def _forward_tiles(
         k = load_tile(
             key_ptr + first * key_row_stride, key_row_stride, columns, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, PARTIAL
         )
+        # What a load and a product both reach gets the layout of the later one. That of a bool mask's last tile, which
+        # is read byte by byte, would make each exponential twice; an additive mask would take registers beside Q @ K^T.
+        if MASK == ADDITIVE_MASK:
+            products = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), INPUT_PRECISION, WIDEN)
         mask = None
-        # Before the product: what a load and a product both reach gets the layout of the later one. That of a bool
-        # mask's last tile, which is read byte by byte, would make each exponential twice.
         if MASK != NO_MASK:
             mask = load_mask(
                 mask_ptr + first * mask_column_stride, mask_row_stride, mask_column_stride,
                 tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :],
                 length_q - start_m, length_k - start_n, MASK_BY_KEY, True, PARTIAL,
             )  # fmt: skip
-        products = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), INPUT_PRECISION, WIDEN)
+        if MASK != ADDITIVE_MASK:
+            products = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), INPUT_PRECISION, WIDEN)
         scores = scores_of(
             products, mask, positions[:, None], columns[None, :], length_k, score_scale, CAUSAL, PARTIAL, True, MASK
         )  # fmt: skip
@@ -142,7 +146,7 @@ def _forward_tiles(
     return accumulator, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=["heads", "group", "length_q", "length_k", "drop_below"])
+@jit(do_not_specialize=["heads", "group", "length_q", "length_k", "score_scale", "drop_below", "keep_scale"])
 def _forward_kernel(
     query_ptr,  # (batch, heads, length_q, head_dim), any strides but the last, which is 1; so are all below
     key_ptr,  # (batch, heads // group, length_k, head_dim)
@@ -238,25 +242,35 @@ def forward(call: Call):
     """
     query, key, value, is_causal, scale, attn_mask, dropout_p, lower_right, seed = call
     batch, heads, length_q, head_dim = query.shape
-    length_k = key.shape[2]
+    _, kv_heads, length_k, _ = key.shape
     output = empty_in_layout_of(query)
     lse = empty_lse(query, attn_mask)
-    if output.numel() == 0:
+    if batch * heads * length_q == 0:
         return output, lse
     if length_k == 0:
         return output.zero_(), no_key(lse)
-    query, key, value = map(readable, (query, key, value))
+    # Each argument by itself: a call that unpacks takes longer on the host.
+    query, (query_batch, query_head, query_row) = read(query)
+    key, (key_batch, key_head, key_row) = read(key)
+    value, (value_batch, value_head, value_row) = read(value)
+    output_batch, output_head, output_row, _ = output.stride()
     extras = extras_of(query, key, attn_mask, dropout_p, seed)
-    lse_of_rows, row_max = (lse[0], lse[1]) if extras.is_additive else (lse, None)
+    constants, mask, (mask_batch, mask_head, mask_row, mask_column), seed, drop_below, keep_scale = extras
+    lse_of_rows, row_max, score_scale = lse, None, scale * LOG2E
+    if extras.is_additive:
+        lse_of_rows, row_max, score_scale = lse[0], lse[1], scale
     block_d = padded_head_dim(head_dim)
-    tiles = tiles_of("forward", query, block_d, extras)
-    _forward_kernel[(cdiv(length_q, tiles.block_m) * batch * heads,)](
-        query, key, value, output, lse_of_rows, row_max, extras.mask, extras.seed,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3], *extras.mask_strides,
-        heads, heads // key.shape[1], length_q, length_k,
-        scale if extras.is_additive else scale * LOG2E, extras.drop_below, extras.keep_scale,
+    block_m, block_n, num_warps, num_stages = tiles_of("forward", query, block_d, extras)
+    _forward_kernel[(cdiv(length_q, block_m) * batch * heads,)](
+        query, key, value, output, lse_of_rows, row_max, mask, seed,
+        query_batch, query_head, query_row, key_batch, key_head, key_row,
+        value_batch, value_head, value_row, output_batch, output_head, output_row,
+        mask_batch, mask_head, mask_row, mask_column,
+        heads, heads // kv_heads, length_q, length_k, score_scale, drop_below, keep_scale,
         CAUSAL=is_causal, LOWER_RIGHT=lower_right,
-        **extras.constants, **constants_of(query, head_dim, block_d, tiles),
+        MASK=constants["MASK"], MASK_BY_KEY=constants["MASK_BY_KEY"], DROPOUT=constants["DROPOUT"],
+        HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n,
+        INPUT_PRECISION=input_precision(query), WIDEN=INTERPRETED, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return output, lse
 
@@ -267,13 +281,12 @@ def forward(call: Call):
 def compile_cases(architecture: int) -> list[CompileCase]:
     """Every row of the configuration table that serves the architecture."""
     plain = [
-        compile_case(_forward_kernel, "forward", tiles, device, dtype, head_dim, CAUSAL=causal)
+        compile_case(_forward_kernel, "forward", row, CAUSAL=causal)
         for causal in (False, True)
-        for tiles, device, dtype, head_dim in shipped_tiles(architecture, "forward")
-        if causal or (dtype, head_dim) == ("bf16", 64)
+        for row in shipped_tiles(architecture, "forward")
+        if causal or (row.dtype == "bf16" and row.head_dim != 80)
     ]
     extra = [
-        compile_case(_forward_kernel, "forward", *row, variant)
-        for variant, *row in extra_cases(architecture, "forward")
+        compile_case(_forward_kernel, "forward", row, variant) for variant, row in extra_cases(architecture, "forward")
     ]
     return [*plain, *extra, *triton_backward.compile_cases(architecture)]

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from gptkern.backends.triton.common import CompileCase, cdiv, dot
+from gptkern.backends.triton.direct import jit
 from gptkern.operators.attention.contract import Call, Gradient, empty_in_layout_of
 from gptkern.operators.attention.triton_launch import (
     LOG2E,
@@ -25,7 +26,7 @@ from gptkern.operators.attention.triton_launch import (
     extra_cases,
     extras_of,
     padded_head_dim,
-    readable,
+    read,
     shipped_tiles,
     signature,
     tiles_of,
@@ -53,7 +54,7 @@ _DELTA_WARPS = 4
 # --- Kernels --------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["heads", "length_q"])
+@jit(do_not_specialize=["heads", "length_q"])
 def _delta_kernel(
     grad_output_ptr,  # (batch, heads, length_q, head_dim)
     output_ptr,  # (batch, heads, length_q, head_dim)
@@ -178,7 +179,11 @@ def _key_value_tiles(
     return grad_key, grad_value
 
 
-@triton.jit(do_not_specialize=["kv_heads", "group", "length_q", "length_k", "drop_below"])
+@jit(
+    do_not_specialize=[
+        "kv_heads", "group", "length_q", "length_k", "scale", "score_scale", "drop_below", "keep_scale",
+    ]
+)  # fmt: skip
 def _key_value_kernel(
     grad_output_ptr,  # (batch, kv_heads * group, length_q, head_dim)
     query_ptr,  # (batch, kv_heads * group, length_q, head_dim)
@@ -335,7 +340,11 @@ def _query_tiles(
     return grad_query
 
 
-@triton.jit(do_not_specialize=["heads", "group", "length_q", "length_k", "drop_below"])
+@jit(
+    do_not_specialize=[
+        "heads", "group", "length_q", "length_k", "scale", "score_scale", "drop_below", "keep_scale",
+    ]
+)  # fmt: skip
 def _query_kernel(
     grad_output_ptr,  # (batch, heads, length_q, head_dim)
     query_ptr,  # (batch, heads, length_q, head_dim)
@@ -421,14 +430,18 @@ def backward(gradient: Gradient, call: Call):
     )
     if query.numel() == 0 or key.numel() == 0:
         return grad_query.zero_(), grad_key.zero_(), grad_value.zero_()
-    grad_output, query, key, value, output = map(readable, (grad_output, query, key, value, output))
+    grad_output, grad_strides = read(grad_output)
+    query, query_strides = read(query)
+    key, key_strides = read(key)
+    value, value_strides = read(value)
+    output, output_strides = read(output)
     # As the forward made it: saved_tensors_hooks may hand back other strides.
     lse = lse.contiguous()
     extras = extras_of(query, key, attn_mask, dropout_p, seed)
     lse, row_max = (lse[0], lse[1]) if extras.is_additive else (lse, None)
     group = heads // kv_heads
     block_d = padded_head_dim(head_dim)
-    strides = [stride for tensor in (grad_output, query, key, value) for stride in tensor.stride()[:3]]
+    strides = *grad_strides, *query_strides, *key_strides, *value_strides
     scales = scale, scale if extras.is_additive else scale * LOG2E, extras.drop_below, extras.keep_scale
     constants = {"CAUSAL": is_causal, "LOWER_RIGHT": lower_right, **extras.constants}
     # Nobody reads delta for dvalue alone: lse stands in for the pointer.
@@ -437,18 +450,18 @@ def backward(gradient: Gradient, call: Call):
         delta = torch.empty_like(lse)
         _delta_kernel[(cdiv(length_q, _DELTA_BLOCK_M) * batch * heads,)](
             grad_output, output, delta,
-            *grad_output.stride()[:3], *output.stride()[:3],
+            *grad_strides, *output_strides,
             heads, length_q,
             HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=_DELTA_BLOCK_M, num_warps=_DELTA_WARPS,
         )  # fmt: skip
     # A gradient that is not needed is not written: the key's strides stand in for its own.
-    key_strides = (grad_key if need_key else key).stride()[:3]
-    value_strides = (grad_value if need_value else key).stride()[:3]
+    grad_key_strides = (grad_key if need_key else key).stride()[:3]
+    grad_value_strides = (grad_value if need_value else key).stride()[:3]
     for pass_key, pass_value in _key_value_passes(need_key, need_value, block_d):
         tiles = tiles_of("key_value", query, block_d, extras)
         _key_value_kernel[(cdiv(length_k, tiles.block_n) * batch * kv_heads,)](
             grad_output, query, key, value, lse, delta, row_max, extras.mask, extras.seed, grad_key, grad_value,
-            *strides, *key_strides, *value_strides, *extras.mask_strides,
+            *strides, *grad_key_strides, *grad_value_strides, *extras.mask_strides,
             kv_heads, group, length_q, length_k,
             *scales,
             NEED_KEY=pass_key, NEED_VALUE=pass_value, **constants, **constants_of(query, head_dim, block_d, tiles),
@@ -478,15 +491,22 @@ def _key_value_passes(need_key, need_value, block_d):
 def compile_cases(architecture: int) -> list[CompileCase]:
     """Every row of the configuration table that serves the architecture."""
     cases = [_delta_case()]
-    queries = [("", *row) for row in shipped_tiles(architecture, "query")] + extra_cases(architecture, "query")
-    cases += [compile_case(_query_kernel, "query", *row, variant) for variant, *row in queries]
-    keys = [("", *row) for row in shipped_tiles(architecture, "key_value")] + extra_cases(architecture, "key_value")
-    for variant, *row in keys:
-        for need_key, need_value in _key_value_passes(True, True, padded_head_dim(row[-1])):
+    for variant, row, causal in _variants(architecture, "query"):
+        cases.append(compile_case(_query_kernel, "query", row, variant, **causal))
+    for variant, row, causal in _variants(architecture, "key_value"):
+        for need_key, need_value in _key_value_passes(True, True, padded_head_dim(row.head_dim)):
             name = "key_value" + ("" if need_key and need_value else " dK" if need_key else " dV")
-            needs = {"NEED_KEY": need_key, "NEED_VALUE": need_value}
-            cases.append(compile_case(_key_value_kernel, name, *row, variant, "keys", **needs))
+            needs = {"NEED_KEY": need_key, "NEED_VALUE": need_value} | causal
+            cases.append(compile_case(_key_value_kernel, name, row, variant, "keys", **needs))
     return cases
+
+
+def _variants(architecture, kernel):
+    """(variant, row, constants) of the kernel's cases: causal; without the limit, save head_dim 80; the others."""
+    rows = shipped_tiles(architecture, kernel)
+    whole = [row for row in rows if row.dtype == "bf16" and row.head_dim != 80]
+    found = [("", row, {}) for row in rows] + [("", row, {"CAUSAL": False}) for row in whole]
+    return found + [(variant, row, {}) for variant, row in extra_cases(architecture, kernel)]
 
 
 def _delta_case():

@@ -128,11 +128,20 @@ def unreadable_mask(query, key, mask) -> str | None:
     return None
 
 
-def readable(tensor):
-    """The tensor itself, or a copy where its head_dim is not contiguous or a tile would pass the int32 range."""
-    if tensor.stride(3) == 1 and tensor.stride(2) * _LARGEST_BLOCK < _INT32_RANGE:
-        return tensor
-    return tensor.contiguous()
+def read(tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
+    """The tensor itself, or a copy where its head_dim is not contiguous or a tile would pass the int32 range; and the
+    strides of its batches, heads and rows.
+    """
+    strides = tensor.stride()
+    if strides[3] != 1 or strides[2] * _LARGEST_BLOCK >= _INT32_RANGE:
+        tensor = tensor.contiguous()
+        strides = tensor.stride()
+    return tensor, strides[:3]
+
+
+def input_precision(query) -> str:
+    """tl.dot's: IEEE for 16 bits, since the option is for float32 operands alone."""
+    return float32_precision() if query.dtype is torch.float32 else "ieee"
 
 
 def constants_of(query, head_dim, block_d, tiles):
@@ -141,8 +150,7 @@ def constants_of(query, head_dim, block_d, tiles):
         "BLOCK_D": block_d,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
-        # IEEE for 16 bits: the option is for float32 operands alone.
-        "INPUT_PRECISION": float32_precision() if query.dtype == torch.float32 else "ieee",
+        "INPUT_PRECISION": input_precision(query),
         "WIDEN": INTERPRETED,
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
@@ -152,21 +160,27 @@ def constants_of(query, head_dim, block_d, tiles):
 # --- What ships, for the compile tests ------------------------------------------------------------------------------
 
 
-def shipped_tiles(architecture: int, kernel: str) -> list[tuple[Tiles, str, str, int]]:
-    """(tiles, the device that they were measured on or "", dtype, head_dim) of every row that serves an architecture.
+class Shipped(NamedTuple):
+    """A row of the table, for one head_dim that it serves."""
 
-    The one table of float32 is compiled whole for 80: its products are the same scalar instructions on every part.
-    """
+    tiles: Tiles
+    spill: int  # the bytes that the row says may spill
+    device: str  # that it was measured on, or ""
+    dtype: str
+    head_dim: int
+
+
+def shipped_tiles(architecture: int, kernel: str) -> list[Shipped]:
+    """Every row that serves an architecture; the one table of float32 serves all."""
     found = []
     for device, rows in TABLE.shipped(architecture):
         # 80 fills 128 columns with masked ones, which costs registers: its rows are the 128s.
-        shapes = [("bf16", head_dim) for head_dim in (64, 80, 128, 256)] + [("fp32", 64)]
-        if architecture == 80 or device:
-            shapes += [("fp32", 128), ("fp32", 256)]
+        shapes = [("bf16", head_dim) for head_dim in (64, 80, 128, 256)]
+        shapes += [("fp32", head_dim) for head_dim in (64, 128, 256)]
         for dtype, head_dim in shapes:
             row = rows.get((kernel, 16 if dtype == "bf16" else 32, max(padded_head_dim(head_dim), 64)))
             if row is not None:
-                found.append((row.configuration, device, dtype, head_dim))
+                found.append(Shipped(row.configuration, row.measured.get("spill", 0), device, dtype, head_dim))
     return found
 
 
@@ -179,17 +193,17 @@ VARIANTS = {
     " additive mask": {"MASK": ADDITIVE_MASK.value},
     " additive mask by key": {"MASK": ADDITIVE_MASK.value, "MASK_BY_KEY": True},
     " dropout": {"DROPOUT": True},
+    " bool mask dropout": {"MASK": BOOL_MASK.value, "DROPOUT": True},
     " additive mask dropout": {"MASK": ADDITIVE_MASK.value, "DROPOUT": True},
 }
 
 
-def compile_case(
-    function, name, tiles, device, dtype, head_dim, variant="", rows="queries", **constants
-) -> CompileCase:  # fmt: skip
-    """The case of a kernel with these tiles, "*bf16" or "*fp32" being its tensors; rows: of its first product.
+def compile_case(function, name, row: Shipped, variant="", rows="queries", **constants) -> CompileCase:
+    """The case of a kernel with a row's tiles, "*bf16" or "*fp32" being its tensors; rows: of its first product.
 
     Causal; with a mask not, since the two exclude one another. What a case does not use is None, as in a launch.
     """
+    tiles, spill, device, dtype, head_dim = row
     constants = {
         "CAUSAL": "mask" not in variant,
         "LOWER_RIGHT": False,
@@ -222,24 +236,31 @@ def compile_case(
         tiles.num_warps, tiles.num_stages, tuple(name for name in aligned if types[name] != "constexpr"),
         # Below 64 rows the products are mma.sync on every part.
         matrix_product=dtype == "bf16" and (tiles.block_m if rows == "queries" else tiles.block_n) >= 64,
+        allowed_spill_bytes=spill,
     )  # fmt: skip
 
 
-def extra_cases(architecture: int, kernel: str) -> list[tuple[str, Tiles, str, str, int]]:
-    """(variant, then as shipped_tiles) of the kernel with mask, dropout and the other alignment.
+def extra_cases(architecture: int, kernel: str) -> list[tuple[str, Shipped]]:
+    """(variant, row) of the kernel with mask, dropout and the other alignment.
 
     Every row is compiled with what takes the most registers, all else at head_dim 64. Masks of float32 take the most.
+    For 90 every row has every dense mask: what ptxas serialises does not follow the registers.
     """
     found = [
-        (" lower-right", *row) for row in shipped_tiles(architecture, kernel) if row[2:] == ("bf16", 64) and not row[1]
+        (" lower-right", row)
+        for row in shipped_tiles(architecture, kernel)
+        if (row.dtype, row.head_dim, row.device) == ("bf16", 64, "")
     ]
     for row in shipped_tiles(architecture, f"masked_{kernel}"):
-        *_, device, dtype, head_dim = row
-        if head_dim == 80 or (dtype == "fp32" and architecture != 80):
+        if row.head_dim == 80:
             continue
-        found.append((" additive mask dropout", *row))
-        if (dtype, head_dim, architecture, device) == ("bf16", 64, 90, ""):
-            found += [(variant, *row) for variant in (" bool mask", " additive mask by key", " dropout")]
+        found.append((" additive mask dropout", row))
+        if row.dtype == "bf16" and architecture == 90:
+            found += [(variant, row) for variant in (" bool mask", " bool mask dropout", " dropout")]
+            if row.head_dim == 64:
+                found += [
+                    (variant, row) for variant in (" bool mask by key", " additive mask", " additive mask by key")
+                ]
     return found
 
 

@@ -182,20 +182,22 @@ def forward(call: Call):
     """(…, width) -> output (…, width), summed (…, width) or None, statistics (2, rows): mean, rstd."""
     input, residual, weight, bias, eps = call
     width = input.shape[-1]
+    added, added_stride, summed = None, 0, None
     if residual is None and input.is_contiguous():
-        dtype, output, summed = input.dtype, torch.empty_like(input), None
-        added, added_stride = None, 0
+        dtype, output = input.dtype, torch.empty_like(input)
+        x, x_stride = input, width
     else:
         dtype = input.dtype if residual is None else torch.result_type(input, residual)
         output = torch.empty_like(input, dtype=dtype, memory_format=torch.contiguous_format)
-        summed = None if residual is None else torch.empty_like(output)
-        added, added_stride = (None, 0) if residual is None else with_row_stride(residual)
+        x, x_stride = with_row_stride(input)
+        if residual is not None:
+            summed = torch.empty_like(output)
+            added, added_stride = with_row_stride(residual)
     statistic = torch.float64 if dtype is torch.float64 else torch.float32
     rows = output.numel() // width if width else input.shape[:-1].numel()
     statistics = output.new_empty(2, rows, dtype=statistic)
     if rows == 0 or width == 0:
         return output, summed, statistics
-    x, x_stride = with_row_stride(input)
     if _is_wide("forward", width, statistic):
         _, block_width, warps = _chunk("forward", x.device)
         _forward_wide_kernel[(rows,)](

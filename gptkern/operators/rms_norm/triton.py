@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 import triton.language as tl
 
 from gptkern.backends.tables.configurations import Table

@@ -28,6 +28,7 @@ import struct
 from typing import NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 
 from gptkern.backends.tables.configurations import Table
@@ -54,15 +55,24 @@ from gptkern.operators.softmax.triton_tiles import (
 
 LOG2E = tl.constexpr(math.log2(math.e))
 
+
+@triton.jit
+def scale_of(scale, COMPUTE: tl.constexpr):
+    if COMPUTE.is_fp64():
+        return scale.to(tl.int64).to(tl.float64, bitcast=True)
+    else:
+        return scale
+
+
 # --- Forward --------------------------------------------------------------------------------------------------------
 
 
-@jit(do_not_specialize=["scale_bits", "causal_rows"])
+@jit(do_not_specialize=["scale", "causal_rows"])
 def _forward_kernel(
     x_ptr,  # (size_0, size_1, lanes, width) in any strides
     mask_ptr,  # broadcast to the same: uint8 (0 hides) or floating point; anything where MASK is NO_MASK
     y_ptr,  # contiguous: (size_0, size_1, lanes, width) where AXIS is 1, (size_0, size_1, width, lanes) where it is 0
-    scale_bits,  # the bits of a float64: a float argument would arrive rounded to float32
+    scale,  # float32, which is how a float arrives; where COMPUTE is float64, its bits
     size_1, lanes, width,
     causal_rows,  # lane % causal_rows is the last element that is visible
     x_stride_0, x_stride_1, x_stride_lane, x_stride_n,
@@ -74,7 +84,7 @@ def _forward_kernel(
     x_lane = x_ptr + i_0 * x_stride_0 + i_1 * x_stride_1 + lane.to(tl.int64) * x_stride_lane
     mask_lane = mask_ptr + i_0 * mask_stride_0 + i_1 * mask_stride_1 + lane.to(tl.int64) * mask_stride_lane
     y_lane, y_stride_n = contiguous(group, lane, lanes, width, AXIS)
-    scale = scale_bits.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
+    scale = scale_of(scale, COMPUTE)
     CONVERTED: tl.constexpr = y_ptr.dtype.element_ty
 
     n = indices_from(0, BLOCK_N, AXIS)
@@ -92,12 +102,12 @@ def _forward_kernel(
     tl.store(y_ptr + y_lane + n.to(tl.int64) * y_stride_n, y.to(CONVERTED), mask=in_row)
 
 
-@jit(do_not_specialize=["scale_bits", "causal_rows"])
+@jit(do_not_specialize=["scale", "causal_rows"])
 def _forward_chunked_kernel(
     x_ptr,  # arguments: as _forward_kernel's
     mask_ptr,
     y_ptr,
-    scale_bits,
+    scale,
     size_1, lanes, width, causal_rows,
     x_stride_0, x_stride_1, x_stride_lane, x_stride_n,
     mask_stride_0, mask_stride_1, mask_stride_lane, mask_stride_n,
@@ -108,7 +118,7 @@ def _forward_chunked_kernel(
     x_lane = x_ptr + i_0 * x_stride_0 + i_1 * x_stride_1 + lane.to(tl.int64) * x_stride_lane
     mask_lane = mask_ptr + i_0 * mask_stride_0 + i_1 * mask_stride_1 + lane.to(tl.int64) * mask_stride_lane
     y_lane, y_stride_n = contiguous(group, lane, lanes, width, AXIS)
-    scale = scale_bits.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
+    scale = scale_of(scale, COMPUTE)
     CONVERTED: tl.constexpr = y_ptr.dtype.element_ty
 
     limit = last_visible(lane, width, causal_rows, CAUSAL)
@@ -149,12 +159,12 @@ def _forward_chunked_kernel(
 # --- Backward -------------------------------------------------------------------------------------------------------
 
 
-@jit(do_not_specialize=["scale_bits", "causal_rows"])
+@jit(do_not_specialize=["scale", "causal_rows"])
 def _backward_kernel(
     dy_ptr,  # (size_0, size_1, lanes, width) in any strides
     y_ptr,  # contiguous, as the forward wrote it
     dx_ptr,  # as y
-    scale_bits,
+    scale,
     size_1, lanes, width, causal_rows,
     dy_stride_0, dy_stride_1, dy_stride_lane, dy_stride_n,
     CAUSAL: tl.constexpr, COMPUTE: tl.constexpr, AXIS: tl.constexpr, LANES: tl.constexpr,
@@ -163,7 +173,7 @@ def _backward_kernel(
     i_0, i_1, group, lane = position_of(lanes, size_1, LANES, AXIS)
     dy_lane = dy_ptr + i_0 * dy_stride_0 + i_1 * dy_stride_1 + lane.to(tl.int64) * dy_stride_lane
     y_lane, y_stride_n = contiguous(group, lane, lanes, width, AXIS)
-    scale = scale_bits.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
+    scale = scale_of(scale, COMPUTE)
 
     n = indices_from(0, BLOCK_N, AXIS)
     in_row = (n < width) & (lane < lanes)
@@ -179,12 +189,12 @@ def _backward_kernel(
     tl.store(dx_ptr + y_lane + n.to(tl.int64) * y_stride_n, dx.to(dx_ptr.dtype.element_ty), mask=in_row)
 
 
-@jit(do_not_specialize=["scale_bits", "causal_rows"])
+@jit(do_not_specialize=["scale", "causal_rows"])
 def _backward_chunked_kernel(
     dy_ptr,  # arguments: as _backward_kernel's
     y_ptr,
     dx_ptr,
-    scale_bits,
+    scale,
     size_1, lanes, width, causal_rows,
     dy_stride_0, dy_stride_1, dy_stride_lane, dy_stride_n,
     CAUSAL: tl.constexpr, COMPUTE: tl.constexpr, AXIS: tl.constexpr, LANES: tl.constexpr,
@@ -193,7 +203,7 @@ def _backward_chunked_kernel(
     i_0, i_1, group, lane = position_of(lanes, size_1, LANES, AXIS)
     dy_lane = dy_ptr + i_0 * dy_stride_0 + i_1 * dy_stride_1 + lane.to(tl.int64) * dy_stride_lane
     y_lane, y_stride_n = contiguous(group, lane, lanes, width, AXIS)
-    scale = scale_bits.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
+    scale = scale_of(scale, COMPUTE)
     limit = last_visible(lane, width, causal_rows, CAUSAL)
 
     # dot = sum(dy * y)
@@ -315,8 +325,9 @@ def _walked(input, dim, mask) -> tuple[Layout, torch.Tensor, torch.Tensor]:
     return found, input, mask
 
 
-def _bits(scale: float) -> int:
-    return struct.unpack("q", struct.pack("d", scale))[0]
+def _argument(scale: float, compute) -> float | int:
+    """What the kernels take for it. A float64 in a float32 kernel would ask for units of which most parts have few."""
+    return struct.unpack("q", struct.pack("d", scale))[0] if compute == tl.float64 else scale
 
 
 def _compute(dtype: torch.dtype):
@@ -350,10 +361,11 @@ def forward(call: Call):
     walk, input, mask = _walked(input, dim, mask)
     lanes, block_n, warps, chunked = tile("forward", walk.axis, width, walk.lanes, output.dtype, input.device)
     kernel = _forward_chunked_kernel if chunked else _forward_kernel
+    compute = _compute(output.dtype)
     kernel[(walk.size_0 * walk.size_1 * cdiv(walk.lanes, lanes),)](
-        input, mask, output, _bits(scale), walk.size_1, walk.lanes, width, input.shape[-2] if is_causal else 1,
-        *walk.strides[0], *walk.strides[1],
-        MASK=kind, CAUSAL=is_causal, COMPUTE=_compute(output.dtype), AXIS=walk.axis, LANES=lanes, BLOCK_N=block_n,
+        input, mask, output, _argument(scale, compute), walk.size_1, walk.lanes, width,
+        input.shape[-2] if is_causal else 1, *walk.strides[0], *walk.strides[1],
+        MASK=kind, CAUSAL=is_causal, COMPUTE=compute, AXIS=walk.axis, LANES=lanes, BLOCK_N=block_n,
         num_warps=warps,
     )  # fmt: skip
     return output
@@ -377,10 +389,11 @@ def backward(gradient: Gradient, call: Call):
         walk = layout(dim, grad_output)
     lanes, block_n, warps, chunked = tile("backward", walk.axis, width, walk.lanes, output.dtype, output.device)
     kernel = _backward_chunked_kernel if chunked else _backward_kernel
+    compute = _compute(output.dtype)
     kernel[(walk.size_0 * walk.size_1 * cdiv(walk.lanes, lanes),)](
-        grad_output, output, dx, _bits(scale), walk.size_1, walk.lanes, width,
+        grad_output, output, dx, _argument(scale, compute), walk.size_1, walk.lanes, width,
         grad_output.shape[-2] if is_causal else 1, *walk.strides[0],
-        CAUSAL=is_causal, COMPUTE=_compute(output.dtype), AXIS=walk.axis, LANES=lanes, BLOCK_N=block_n,
+        CAUSAL=is_causal, COMPUTE=compute, AXIS=walk.axis, LANES=lanes, BLOCK_N=block_n,
         num_warps=warps,
     )  # fmt: skip
     return dx
@@ -408,7 +421,7 @@ def compile_cases(architecture: int) -> list[CompileCase]:
         # The stride along the dimension that neighbouring threads walk is 1, and a launch makes it a constant.
         unit = "stride_n" if axis == 1 else "stride_lane"
         constants |= {name: 1 for name in kernel.arg_names if name.endswith(unit)}
-        types = {"scale_bits": "i64", "mask_ptr": "*u8" if mask == BOOL_MASK else f"*{dtype}"}
+        types = {"scale": "i64" if dtype == "fp64" else "fp32", "mask_ptr": "*u8" if mask == BOOL_MASK else f"*{dtype}"}
         signature = {
             name: "constexpr" if name in constants
             else types.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
