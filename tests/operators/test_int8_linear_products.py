@@ -15,6 +15,7 @@ from int8_linear_calls import judge, tensors_of, weight_of
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from gptkern import functional as F
+from gptkern.commands import info
 from gptkern.operators.int8_linear import products
 
 # --- What is tried, in processes of their own -----------------------------------------------------------------------
@@ -295,3 +296,14 @@ def test_without_mkldnn_there_is_another_trial(untried):
     with torch.backends.mkldnn.flags(enabled=False):
         same_bits("product", F.int8_linear(x, weight, scale, mode="w8a8"), expected)
     assert set(untried) == {("integer", True), ("integer", False)}
+
+
+def test_info_says_what_was_found(capsys):
+    facts = info.gathered()
+    assert facts["devices"][0]["products"] == {
+        "int8_linear": [f"w8a8: {products.integer_trial()}", f"w8a16 of bfloat16: {products.bfloat16_trial()}"]
+    }
+    info._show(facts)
+    shown = capsys.readouterr().out
+    assert f"  int8_linear w8a8: {products.integer_trial().few}" in shown
+    assert products.integer_trial().reason in shown
