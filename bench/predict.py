@@ -53,7 +53,7 @@ class Range(NamedTuple):
 
 
 def percent(share: float) -> str:
-    return f"{100 * share:.0f}"
+    return str(round(100 * share))
 
 
 def predictions(row: Row) -> dict[str, Prediction]:
