@@ -4,7 +4,7 @@
     python tests/compile_kernels.py --operator softmax --architecture 90    one line of JSON for each kernel
 
 A program of its own, because the kernels of a process with TRITON_INTERPRET=1 are interpreted and cannot be
-compiled. No GPU is needed: Triton's wheel brings the assembler (ptxas) and cuobjdump.
+compiled. No GPU is needed: Triton's wheel brings the assembler (ptxas), cuobjdump and nvdisasm.
 
 What was read is kept in the folder of pytest's cache, by what it depends on: the case as Triton's front end reads it
 (in which comments, and where a function stands, do not show), the options, Triton and its assembler, and this file. So
@@ -14,6 +14,11 @@ Where the numbers come from:
     registers, spill    `cuobjdump --dump-resource-usage` of the machine code. A Triton kernel has no local arrays and
                         no calls, so a stack frame means that registers spill to local memory.
     shared, tensor      Triton's metadata: bytes of shared memory and columns of tensor memory of one program
+    notes               what ptxas says of lost performance (`ptxas -v`, as Triton runs it): wgmma that it serialises,
+                        and why; a setmaxnreg that it ignores
+    loops               of the machine code, the innermost loops that hold matrix instructions, or all innermost ones
+                        where none does: instructions, and of these those that reach what was spilled (LDL, STL)
+    float64             instructions of the PTX that compute in float64
     instructions        the matrix instructions in the PTX
     widest load         bytes that one thread reads at once from global memory, from the PTX
 """
@@ -23,8 +28,10 @@ from __future__ import annotations
 import argparse
 import ast
 import concurrent.futures
+import contextlib
 import hashlib
 import importlib
+import io
 import json
 import os
 import re
@@ -50,6 +57,17 @@ TENSOR_COPY = re.compile(r"\bcp\.async\.bulk\.tensor\b")
 # Where in a file an operation comes from: `loc(#loc5)` behind it, `#loc5 = loc("…":12:8)` at the end.
 LOCATION = re.compile(r"^#loc.*$|loc\([^()]*(?:\([^()]*\))?[^()]*\)", re.MULTILINE)
 TENSOR_COPY_BYTES = 16  # at least: the unit of the hardware's tensor copies
+# `ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to … in the
+# function '_forward_kernel'`: one a function, whichever of its loops is the cause. Newer ones add the line.
+NOTE = re.compile(r"\((C\d+)\) (Potential Performance Loss: .*?)(?: in the function .*)?$", re.MULTILINE)
+ASSEMBLED = "Compiling entry function"
+FLOAT64 = re.compile(r"^\s*(?:@!?%p\d+\s+)?([a-z]\w*(?:\.\w+)*\.f64(?:\.\w+)*)\b", re.MULTILINE)
+
+LABEL = re.compile(r"^(\.L_x_\d+):")
+INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*(\S+)(.*?);")
+BRANCH_TARGET = re.compile(r"`\((\.L_x_\d+)\)")
+MATRIX_MACHINE_INSTRUCTION = re.compile(r"[HIDQO]G?MMA|UTC\w*MMA")
+LOCAL_MEMORY = re.compile(r"LDL|STL")
 
 
 def modules() -> list[str]:
@@ -74,7 +92,6 @@ def kernel_names() -> set[str]:
 
 def compiled(case, architecture: int) -> dict[str, Any]:
     """One case's use of the machine: from the cache, or compiled. Raises what the compiler raises."""
-    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -98,10 +115,13 @@ def compiled(case, architecture: int) -> dict[str, Any]:
     kept = CACHE / f"{cache_key(source, target, options)}.json"
     if kept.is_file():
         return json.loads(kept.read_text())
-    binary = triton.compile(source, target=target, options=options)
+    binary, said = assembled(source, target, options)
     ptx = binary.asm["ptx"]
     use = {
         **resource_usage(binary.asm["cubin"]),
+        "notes": notes_of(said),
+        "loops": loops_of(disassembly(binary.asm["cubin"])),
+        "float64": sorted(set(FLOAT64.findall(ptx))),
         "shared": binary.metadata.shared,
         "tensor_memory": getattr(binary.metadata, "tmem_size", 0) or 0,
         "instructions": sorted(set(MATRIX_INSTRUCTION.findall(ptx))),
@@ -113,6 +133,25 @@ def compiled(case, architecture: int) -> dict[str, Any]:
         json.dump(use, file)
     os.replace(file.name, kept)
     return use
+
+
+def assembled(source, target, options: dict[str, int]):
+    """(the compiled kernel, what ptxas said of it): Triton runs `ptxas -v` anyway, and prints that when it is asked."""
+    import triton
+
+    knobs, said = triton.knobs, io.StringIO()
+    # What Triton kept of an earlier run would not be assembled again, and nothing said.
+    with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(said):
+        knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
+        binary = triton.compile(source, target=target, options=options)
+    return binary, said.getvalue()
+
+
+def notes_of(said: str) -> list[str]:
+    """ptxas's notes of lost performance, each once."""
+    if ASSEMBLED not in said:
+        raise ValueError(f"ptxas said nothing of a kernel, so that its notes are not known: {said!r}")
+    return sorted({f"{code} {text}" for code, text in NOTE.findall(said)})
 
 
 def cache_key(source, target, options: dict[str, int]) -> str:
@@ -133,17 +172,60 @@ def cache_key(source, target, options: dict[str, int]) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def resource_usage(cubin: bytes) -> dict[str, int]:
-    """Registers of a thread and bytes of its stack frame, which is where registers are spilled to."""
+def read_by(tool: str, option: str, cubin: bytes) -> str:
     import triton
 
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        dump = subprocess.run(
-            [cuobjdump, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        return subprocess.run([program, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def disassembly(cubin: bytes) -> str:
+    return read_by("nvdisasm", "--print-code", cubin)
+
+
+def loops_of(code: str) -> list[dict[str, int]]:
+    """{"instructions", "spills"} of each of the loops that the module's docstring names, in the order of the code.
+
+    A loop is what lies between a backward branch and its target. Waiting for a barrier is a loop too, inside of the one
+    that computes: where there are matrix instructions, loops without them do not count.
+    """
+    instructions, labels = [], {}
+    for line in code.splitlines():
+        if label := LABEL.match(line):
+            labels[label[1]] = len(instructions)
+        elif found := INSTRUCTION.match(line):
+            instructions.append((found[1], found[2]))
+    if not instructions:
+        raise ValueError(f"nvdisasm's output has no instructions: {code[:200]!r}")
+    spans = set()
+    for place, (name, operands) in enumerate(instructions):
+        target = BRANCH_TARGET.search(operands) if name.startswith("BRA") else None
+        # Code ends in a branch to itself, which is no loop.
+        if target and labels.get(target[1], place) < place:
+            spans.add((labels[target[1]], place + 1))
+    with_products = {
+        span for span in spans if any(MATRIX_MACHINE_INSTRUCTION.match(name) for name, _ in instructions[slice(*span)])
+    }
+    spans = with_products or spans
+    inner = [
+        span for span in sorted(spans)
+        if not any(other != span and span[0] <= other[0] and other[1] <= span[1] for other in spans)
+    ]  # fmt: skip
+    return [
+        {
+            "instructions": end - begin,
+            "spills": sum(bool(LOCAL_MEMORY.match(name)) for name, _ in instructions[begin:end]),
+        }
+        for begin, end in inner
+    ]
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    """Registers of a thread and bytes of its stack frame, which is where registers are spilled to."""
+    dump = read_by("cuobjdump", "--dump-resource-usage", cubin)
     usage = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", dump)
     if usage is None:
         raise ValueError(f"cuobjdump's report has no resource usage: {dump!r}")
@@ -170,6 +252,8 @@ def records(module: str, architecture: int):
             "aligned": bool(case.aligned),
             "matrix_product": case.matrix_product,
             "allowed_spill": case.allowed_spill_bytes,
+            "is_float64": any(type_.endswith("fp64") for type_ in case.signature.values() if type_.startswith("*")),
+            "scalars": sorted({type_ for type_ in case.signature.values() if type_.startswith("fp")}),
         }
         try:
             record |= compiled(case, architecture)

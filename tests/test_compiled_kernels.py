@@ -1,7 +1,10 @@
 """Every shipped configuration compiles for sm_80, sm_90 and sm_100, without a GPU, and fits the machine.
 
 What is held, for each kernel that a module's `compile_cases` lists:
-- no registers spill to local memory (or as little as its configuration table says, with the reason);
+- ptxas notes no lost performance: no wgmma waits for the one before (sm_90; of tcgen05 ptxas has no such note);
+- no registers spill to local memory, or as few bytes as its configuration table says, with the reason, and those not in
+  the loops that compute;
+- what is not float64 computes nothing in float64;
 - shared memory fits one block of the part, and tensor memory fits sm_100;
 - a matrix product runs on the part's own matrix instruction;
 - a kernel that streams memory loads 16 bytes at a time.
@@ -28,6 +31,9 @@ pytestmark = [
 ]
 
 FULL_LOAD = 16  # bytes: one thread's widest load that all three parts have
+# A few bytes spilled outside of the loops that compute cost once what a smaller tile costs at every trip.
+MOST_SPILL = 128  # bytes: what a table may allow, 1% of what a program of attention's backward moves at length 2048
+SPILLS_IN_A_LOOP = 0.02  # of its instructions: inside they are paid at every trip
 # wgmma and tcgen05 take tiles of at least 64 rows and 4 warps; smaller products, and int8 products on sm_100 before
 # Triton 3.9, are lowered to mma.sync, which every part has: such a case does not say matrix_product.
 MATRIX_INSTRUCTIONS = {80: {"mma.sync"}, 90: {"wgmma.mma_async"}, 100: {"tcgen05.mma"}}
@@ -38,11 +44,25 @@ def broken_rules(record: dict) -> list[str]:
     if "error" in record:
         return [f"it does not compile: {record['error']}"]
     architecture, broken = record["architecture"], []
+    broken += [f"ptxas: {note}" for note in record["notes"]]
     if record["spill"] > record["allowed_spill"]:
         broken.append(
             f"{record['spill']} bytes of registers spill ({record['registers']} registers); "
             f"{record['allowed_spill']} are allowed"
         )
+    if record["allowed_spill"] > MOST_SPILL:
+        broken.append(f"its table allows {record['allowed_spill']} bytes of spills; it may allow {MOST_SPILL}")
+    for loop in record["loops"]:
+        if loop["spills"] > SPILLS_IN_A_LOOP * loop["instructions"]:
+            broken.append(
+                f"a loop of {loop['instructions']} instructions reaches spilled registers in {loop['spills']} of them; "
+                f"{SPILLS_IN_A_LOOP:.0%} are allowed"
+            )
+    if not record["is_float64"]:
+        if record["float64"]:
+            broken.append(f"its PTX computes in float64: {record['float64']}")
+        if "fp64" in record["scalars"]:
+            broken.append("a scalar argument is fp64; Triton hands a Python float over as fp32")
     if record["shared"] > SHARED_LIMIT[architecture]:
         broken.append(f"{record['shared']} bytes of shared memory; a block may have {SHARED_LIMIT[architecture]}")
     if record["tensor_memory"] > TENSOR_MEMORY_LIMIT:
@@ -113,7 +133,13 @@ def product_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr, STEPS: tl.constexpr):
         sums = tl.dot(x, tl.trans(x), sums)
     tl.store(y_ptr + row * BLOCK + column, sums)
 
+@triton.jit
+def doubling_kernel(x_ptr, y_ptr, scale, BLOCK: tl.constexpr):
+    index = tl.arange(0, BLOCK)
+    tl.store(y_ptr + index, tl.load(x_ptr + index) * scale)
+
 copy = dict(x_ptr="*bf16", y_ptr="*bf16", count="i32", BLOCK="constexpr")
+scaled = dict(x_ptr="*bf16", y_ptr="*bf16", scale="fp32", BLOCK="constexpr")
 product = dict(x_ptr="*bf16", y_ptr="*fp32", BLOCK="constexpr", STEPS="constexpr")
 cases = [
     CompileCase("spills", spilling_kernel, dict(x_ptr="*fp32", y_ptr="*fp32", COUNT="constexpr", WIDTH="constexpr"),
@@ -123,6 +149,10 @@ cases = [
     CompileCase("product", product_kernel, product, dict(BLOCK=64, STEPS=8), 4, 3),
     # Eight stages or more of 128 * 128 bfloat16, 32 KB each: more shared memory than any part has.
     CompileCase("too many stages", product_kernel, product, dict(BLOCK=128, STEPS=16), 8, 9),
+    # The sums alone take the 256 registers that a thread of 8 warps may have.
+    CompileCase("wgmma without registers", product_kernel, product, dict(BLOCK=256, STEPS=8), 8, 2),
+    CompileCase("scaled by a float", doubling_kernel, scaled, dict(BLOCK=1024), 4, 1),
+    CompileCase("scaled by a double", doubling_kernel, scaled | dict(scale="fp64"), dict(BLOCK=1024), 4, 1),
 ]
 records = [compiled(case, {architecture}) for case in cases]
 
@@ -150,11 +180,21 @@ def test_the_reader_sees_what_it_forbids(architecture, tmp_path):
     environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run([sys.executable, program], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    spills, copy, unaligned, product, stages, again = json.loads(done.stdout.splitlines()[-1])
+    spills, copy, unaligned, product, stages, full, scaled, doubled, again = json.loads(done.stdout.splitlines()[-1])
     assert again == copy, "what was read of a case is kept, and of that case alone"
     plain = dict(architecture=architecture, allowed_spill=0, matrix_product=False, aligned=True)
+    plain |= dict(is_float64=False, scalars=["fp32"])
     assert spills["spill"] > 0
     assert "spill" in " ".join(broken_rules(spills | plain))
+    assert "it may allow" in " ".join(broken_rules(spills | plain | dict(allowed_spill=1 << 20)))
+    assert "a loop of" in " ".join(broken_rules(spills | plain | dict(allowed_spill=1 << 20)))
+    # Serialised wgmma are sm_90's alone.
+    assert any("serialized" in note for note in full["notes"]) == (architecture == 90)
+    assert ("ptxas: C75" in " ".join(broken_rules(full | plain))) == (architecture == 90)
+    assert not scaled["float64"] and doubled["float64"]
+    assert "computes in float64" in " ".join(broken_rules(doubled | plain))
+    assert "float64" not in " ".join(broken_rules(doubled | plain | dict(is_float64=True)))
+    assert "fp64" in " ".join(broken_rules(scaled | plain | dict(scalars=["fp64"])))
     assert copy["spill"] == 0 and copy["registers"] > 0
     assert not broken_rules(copy | plain)
     assert unaligned["widest_load"] < FULL_LOAD
