@@ -256,6 +256,20 @@ def needs_gradient(*tensors: torch.Tensor | None) -> bool:
     return False
 
 
+def on_kernels(operator: Operator, function: type[KernelFunction], call, backend: str, unseen: bool | None, *wanted):
+    """What the kernels return for a call, through the autograd.Function where one of the tensors wants a gradient.
+
+    Args:
+        function: its `apply` takes the fields of the call, the backend and `unseen`.
+        unseen: is_unseen(call), or None where that is not known.
+    """
+    if unseen is None:
+        unseen = is_unseen(call)
+    if not needs_gradient(*wanted):
+        return operator.forward(call, backend, unseen)
+    return (function.apply_unseen if unseen else function.apply)(*call, backend, unseen)
+
+
 class _OnceDifferentiable(torch.autograd.Function):
     """The identity on gradients, whose own backward raises."""
 

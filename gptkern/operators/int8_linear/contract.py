@@ -19,7 +19,14 @@ import torch.nn.functional as F
 from gptkern.backends import dispatch, tracing
 from gptkern.backends.layouts import described, is_dense
 from gptkern.backends.quantization import quantized
-from gptkern.backends.registration import Operator, autocast, once_differentiable, without_autocast
+from gptkern.backends.registration import (
+    KernelFunction,
+    Operator,
+    autocast,
+    on_kernels,
+    once_differentiable,
+    without_autocast,
+)
 from gptkern.operators.int8_linear import products
 from gptkern.operators.int8_linear.products import bfloat16_product, integer_product, widened_product
 
@@ -120,7 +127,9 @@ def int8_linear(
     (input,) = autocast("lower", input)
     call = Call(input, weight, weight_scale, bias, activation, mode)
     if choice is None:
-        choice, _ = dispatch.chosen("int8_linear", call)
+        choice, unseen = dispatch.chosen("int8_linear", call)
+        if choice.backend != "torch":
+            return on_kernels(OPERATOR, Int8LinearFunction, call, choice.backend, unseen, input, bias)
     if choice.backend == "torch":
         needs_grad = torch.is_grad_enabled() and _requires_grad(input, bias)
         is_transformed = tracing.is_transformed()
@@ -351,7 +360,7 @@ TWIN = int8_linear
 OPERATOR = Operator("int8_linear", Call, 1, _forward_fake, Gradient, 2, _backward_fake)
 
 
-class Int8LinearFunction(torch.autograd.Function):
+class Int8LinearFunction(KernelFunction):
     """The autograd.Function of int8_linear.
 
     `apply(input, weight, weight_scale, bias, activation, mode, backend)` -> output. The arguments are trusted:
@@ -363,8 +372,8 @@ class Int8LinearFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, input, weight, weight_scale, bias, activation, mode, backend):
-        output = OPERATOR.forward(Call(input, weight, weight_scale, bias, activation, mode), backend)
+    def forward(ctx, input, weight, weight_scale, bias, activation, mode, backend, unseen=None):
+        output = OPERATOR.forward(Call(input, weight, weight_scale, bias, activation, mode), backend, unseen)
         kept = (None, None) if activation is None else (input, bias)
         ctx.save_for_backward(weight, weight_scale, *kept)
         ctx.options = activation, mode
@@ -381,4 +390,4 @@ class Int8LinearFunction(torch.autograd.Function):
             dinput, dbias = OPERATOR.backward(Gradient(grad_output, need_input, need_bias), call, ctx.backend)
         gradients = [dinput if need_input else None, dbias.to(ctx.bias_dtype) if need_bias else None]
         dinput, dbias = once_differentiable("int8_linear", gradients, (grad_output, input, bias), remedy="")
-        return dinput, None, None, dbias, None, None, None
+        return dinput, None, None, dbias, None, None, None, None

@@ -58,8 +58,10 @@ def quantize_int8(input: torch.Tensor, dim: int = -1) -> tuple[torch.Tensor, tor
         raise IndexError(f"quantize_int8: dim is {dim}; it needs one of the input's {input.dim()} dimensions")
     call = Call(input.detach(), dim % input.dim())
     if choice is None:
-        choice, _ = dispatch.chosen("quantize_int8", call)
-    return forward(call) if choice.backend == "torch" else OPERATOR.forward(call, choice.backend)
+        choice, unseen = dispatch.chosen("quantize_int8", call)
+        if choice.backend != "torch":
+            return OPERATOR.forward(call, choice.backend, unseen)
+    return forward(call)
 
 
 # --- The torch backend ----------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from gptkern.backends import dispatch
 from gptkern.backends.numbers import as_float, as_size
-from gptkern.backends.registration import Operator, autocast, once_differentiable
+from gptkern.backends.registration import KernelFunction, Operator, autocast, on_kernels, once_differentiable
 
 
 class Call(NamedTuple):
@@ -80,9 +80,13 @@ def rms_norm(
     if choice is None:
         normalized_shape, eps = _checked(input, normalized_shape, weight, eps)
         call = _flattened(*autocast("float32", input, weight), normalized_shape, eps)
-        choice, _ = dispatch.chosen("rms_norm", call)
+        choice, unseen = dispatch.chosen("rms_norm", call)
         if choice.backend != "torch":
-            output = RMSNormFunction.apply(*call, choice.backend)
+            if call.weight is not None and not call.weight.is_contiguous():
+                call = call._replace(weight=call.weight.contiguous())
+            output = on_kernels(OPERATOR, RMSNormFunction, call, choice.backend, unseen, call.input, call.weight)
+            # Without gradients the statistics come too.
+            output = output[0] if type(output) is tuple else output
             return output if len(normalized_shape) == 1 else output.view(input.shape)
     try:
         return F.rms_norm(input, normalized_shape, weight, eps)
@@ -222,7 +226,7 @@ TWIN = rms_norm
 OPERATOR = Operator("rms_norm", Call, 2, _forward_fake, Gradient, 2, _backward_fake)
 
 
-class RMSNormFunction(torch.autograd.Function):
+class RMSNormFunction(KernelFunction):
     """The autograd.Function of rms_norm over the last dimension.
 
     `apply(input, weight, eps, backend)` -> output. The arguments are trusted: gptkern.functional.rms_norm checks them.
@@ -233,10 +237,10 @@ class RMSNormFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, input, weight, eps, backend):
+    def forward(ctx, input, weight, eps, backend, unseen=None):
         # Kernels walk the weight in steps of one element.
         weight = None if weight is None else weight.contiguous()
-        output, rstd = OPERATOR.forward(Call(input, weight, eps), backend)
+        output, rstd = OPERATOR.forward(Call(input, weight, eps), backend, unseen)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, weight, rstd)
         ctx.backend = backend
@@ -245,7 +249,7 @@ class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         if grad_output is None:
-            return None, None, None, None
+            return None, None, None, None, None
         # As the forward made them: saved_tensors_hooks may hand back other strides.
         input, weight, rstd = ctx.saved_tensors
         weight, rstd = None if weight is None else weight.contiguous(), rstd.contiguous()
@@ -255,4 +259,4 @@ class RMSNormFunction(torch.autograd.Function):
             # eps is in rstd.
             dinput, dweight = OPERATOR.backward(gradient, Call(input, weight, 0.0), ctx.backend)
         gradients = [dinput if need_input else None, dweight.to(weight.dtype) if need_weight else None]
-        return *once_differentiable("rms_norm", gradients, (grad_output, input, weight)), None, None
+        return *once_differentiable("rms_norm", gradients, (grad_output, input, weight)), None, None, None

@@ -27,7 +27,7 @@ import torch
 
 from gptkern.backends import dispatch, tracing
 from gptkern.backends.layouts import described, is_dense
-from gptkern.backends.registration import Operator, once_differentiable, without_autocast
+from gptkern.backends.registration import KernelFunction, Operator, on_kernels, once_differentiable, without_autocast
 
 
 class Call(NamedTuple):
@@ -99,9 +99,9 @@ def rotary_embedding(
     rotary_dim = _checked_rotary_dim(input, cos, sin, interleaved, rotary_dim)
     if choice is None:
         call = Call(input, cos, sin, rotary_dim, interleaved)
-        choice, _ = dispatch.chosen("rotary", call)
+        choice, unseen = dispatch.chosen("rotary", call)
         if choice.backend != "torch":
-            return RotaryFunction.apply(*call, choice.backend)
+            return on_kernels(OPERATOR, RotaryFunction, call, choice.backend, unseen, call.input)
     # Autocast would look at the 16-bit parts of the result, and on a CPU refuses float16.
     with without_autocast(input.device.type):
         return _turned(input, cos, sin, rotary_dim, interleaved)
@@ -260,7 +260,7 @@ OPERATOR = Operator(
 )  # fmt: skip
 
 
-class RotaryFunction(torch.autograd.Function):
+class RotaryFunction(KernelFunction):
     """The autograd.Function of the rotary embedding.
 
     `apply(input, cos, sin, rotary_dim, interleaved, backend)` -> output. The arguments are trusted:
@@ -274,8 +274,8 @@ class RotaryFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, input, cos, sin, rotary_dim, interleaved, backend):
-        output = OPERATOR.forward(Call(input, cos, sin, rotary_dim, interleaved), backend)
+    def forward(ctx, input, cos, sin, rotary_dim, interleaved, backend, unseen=None):
+        output = OPERATOR.forward(Call(input, cos, sin, rotary_dim, interleaved), backend, unseen)
         # A gradient that nobody computed arrives as None, not as zeros in memory.
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(cos, sin)
@@ -286,9 +286,9 @@ class RotaryFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         if grad_output is None or not ctx.needs_input_grad[0]:
-            return None, None, None, None, None, None
+            return None, None, None, None, None, None, None
         cos, sin = ctx.saved_tensors
         with torch.no_grad():
             dx = OPERATOR.backward(Gradient(grad_output), Call(None, cos, sin, *ctx.options), ctx.backend)
         (dx,) = once_differentiable("rotary_embedding", [dx], (grad_output,))
-        return dx, None, None, None, None, None
+        return dx, None, None, None, None, None, None

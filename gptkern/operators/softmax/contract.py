@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from gptkern.backends import dispatch, tracing
 from gptkern.backends.numbers import as_float, as_int
-from gptkern.backends.registration import Operator, once_differentiable
+from gptkern.backends.registration import KernelFunction, Operator, on_kernels, once_differentiable
 
 
 class Call(NamedTuple):
@@ -102,9 +102,9 @@ def softmax(
     if choice is None:
         # Integers are converted here; kernels convert the others as they load.
         call = Call(input if input.is_floating_point() else input.to(dtype), dim, dtype, float(scale), mask, is_causal)
-        choice, _ = dispatch.chosen("softmax", call)
+        choice, unseen = dispatch.chosen("softmax", call)
         if choice.backend != "torch":
-            return SoftmaxFunction.apply(*call, choice.backend)
+            return on_kernels(OPERATOR, SoftmaxFunction, call, choice.backend, unseen, call.input)
     return _on_pytorch(input, dim, dtype, scale, mask, is_causal)
 
 
@@ -295,7 +295,7 @@ TWIN = softmax
 OPERATOR = Operator("softmax", Call, 1, _forward_fake, Gradient, 1, _backward_fake)
 
 
-class SoftmaxFunction(torch.autograd.Function):
+class SoftmaxFunction(KernelFunction):
     """The autograd.Function of softmax.
 
     `apply(input, dim, dtype, scale, mask, is_causal, backend)` -> output. The arguments are trusted:
@@ -309,8 +309,8 @@ class SoftmaxFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, input, dim, dtype, scale, mask, is_causal, backend):
-        output = OPERATOR.forward(Call(input, dim, dtype, scale, mask, is_causal), backend)
+    def forward(ctx, input, dim, dtype, scale, mask, is_causal, backend, unseen=None):
+        output = OPERATOR.forward(Call(input, dim, dtype, scale, mask, is_causal), backend, unseen)
         # A gradient that nobody computed arrives as None, not as zeros in memory.
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(output)
@@ -321,7 +321,7 @@ class SoftmaxFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         if grad_output is None or not ctx.needs_input_grad[0]:
-            return None, None, None, None, None, None, None
+            return None, None, None, None, None, None, None, None
         (output,) = ctx.saved_tensors
         with torch.no_grad():
             dim, scale, is_causal = ctx.options
@@ -329,4 +329,4 @@ class SoftmaxFunction(torch.autograd.Function):
             call = Call(None, dim, None, scale, None, is_causal)
             dx = OPERATOR.backward(Gradient(grad_output, output, ctx.dtype), call, ctx.backend)
         (dx,) = once_differentiable("softmax", [dx], (grad_output, output))
-        return dx, None, None, None, None, None, None
+        return dx, None, None, None, None, None, None, None
