@@ -396,8 +396,10 @@ class _AloneFunction(KernelFunction):
     """The same without a residual: a result that nobody asks for takes a tenth of the host's time."""
 
     @staticmethod
-    def forward(ctx, input, weight, bias, eps, backend, unseen):
-        output, _ = _forward_of(ctx, Call(input, None, weight, bias, eps), backend, unseen)
+    def forward(ctx, input, weight, bias, eps, backend, call):
+        # Where nobody looks on, the call that was made before is handed on.
+        unseen = call is not None
+        output, _ = _forward_of(ctx, call if unseen else Call(input, None, weight, bias, eps), backend, unseen)
         return output
 
     @staticmethod
@@ -417,7 +419,7 @@ def _on_kernels(call: Call, backend: str, unseen: bool | None):
         return OPERATOR.forward(_with_dense_parameters(call), backend, unseen)[:2]
     if residual is None:
         apply = _AloneFunction.apply_unseen if unseen else _AloneFunction.apply
-        return apply(input, weight, bias, eps, backend, unseen), None
+        return apply(input, weight, bias, eps, backend, call if unseen else None), None
     apply = LayerNormFunction.apply_unseen if unseen else LayerNormFunction.apply
     return apply(*call, backend, unseen)
 
@@ -439,12 +441,10 @@ def _forward_of(ctx, call: Call, backend: str, unseen: bool | None):
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(input if residual is None else summed, weight, statistics)
     ctx.backend = backend
-    ctx.dtypes = (
-        input.dtype,
-        None if residual is None else residual.dtype,
-        None if weight is None else weight.dtype,
-        None if bias is None else bias.dtype,
-    )
+    # Of most calls they are those of what is saved: bias has the weight's.
+    ctx.dtypes = None
+    if residual is not None or weight is None:
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (input, residual, weight, bias)]
     return output, summed
 
 
@@ -454,7 +454,8 @@ def _backward_of(ctx, grad_output, grad_summed, needed):
     summed, weight, statistics = ctx.saved_tensors
     weight, statistics = None if weight is None else weight.contiguous(), statistics.contiguous()
     need_input, need_residual, need_weight, need_bias = needed
-    has_residual = ctx.dtypes[1] is not None
+    dtypes = ctx.dtypes or (summed.dtype, None, weight.dtype, weight.dtype)
+    has_residual = dtypes[1] is not None
     grad_summed = grad_summed if has_residual else None
     if grad_output is None:
         if grad_summed is None:
@@ -469,6 +470,6 @@ def _backward_of(ctx, grad_output, grad_summed, needed):
             dsummed, dweight, dbias = OPERATOR.backward(gradient, call, ctx.backend)
     gradients = [
         tensor.to(dtype) if needed and tensor is not None else None
-        for tensor, dtype, needed in zip((dsummed, dsummed, dweight, dbias), ctx.dtypes, needed)
+        for tensor, dtype, needed in zip((dsummed, dsummed, dweight, dbias), dtypes, needed)
     ]
     return once_differentiable("layer_norm", gradients, (grad_output, grad_summed, summed, weight))
