@@ -12,6 +12,7 @@ object of JSON.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
 import random
@@ -186,6 +187,43 @@ def hooks_see(kernel: direct.Kernel) -> dict[str, bool]:
     return {"seen": len(seen) == 2, "by name": set(seen) == {_base.metadata.name}}
 
 
+def compiled_anew() -> dict[str, int]:
+    """How many kernels are compiled for other rows and lengths than those of a first call of each launcher."""
+    from gptkern import operators
+
+    def norm(name, rows):
+        contract = operators.contract(name)
+        x, weight = torch.zeros(rows, 64), torch.zeros(64)
+        residual = (None,) if name == "layer_norm" else ()
+        bias = (weight,) if name == "layer_norm" else ()
+        call = contract.Call(x, *residual, weight, *bias, 1e-5)
+        kernels = importlib.import_module(f"gptkern.operators.{name}.triton")
+        *_, statistics = kernels.forward(call)
+        grad_summed, needs = residual, (True, True, *(True for _ in bias))
+        kernels.backward(contract.Gradient(x, *grad_summed, statistics, *needs), call)
+
+    def attention(lengths):
+        contract = operators.contract("attention")
+        query, key = (torch.zeros(2, 2, length, 64, dtype=torch.bfloat16) for length in lengths)
+        call = contract.Call(query, key, key, False, 0.125)
+        kernels = importlib.import_module("gptkern.operators.attention.triton")
+        output, lse = kernels.forward(call)
+        kernels.backward(contract.Gradient(output, output, lse, True, True, True), call)
+
+    stub_driver.record({})
+    sizes = (2, 1, 3, 16, 17, 31, 64)
+    calls = {name: [functools.partial(norm, name, rows) for rows in sizes] for name in ("layer_norm", "rms_norm")}
+    calls["attention"] = [functools.partial(attention, lengths) for lengths in zip(sizes, (64, 16, 17, 1, 2, 33, 8))]
+    found = {}
+    for name, (first, *others) in calls.items():
+        first()
+        before = len(compilations)
+        for other in others:
+            other()
+        found[name] = len(compilations) - before
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--calls", type=int, default=60)
@@ -200,6 +238,7 @@ def main() -> None:
     varying = [parameter.name for parameter in largest.params if parameter.do_not_specialize]
     found["sees"] = {blindness: sees(blindness, largest.fn, varying, 40 * calls) for blindness in BLIND}
     found["hooks"] = hooks_see(every[0])
+    found["anew"] = compiled_anew()
     print(json.dumps(found))
 
 

@@ -51,6 +51,10 @@ def test_launch_hooks_see_what_was_started_directly_before(few):
     assert few["hooks"] == {"seen": True, "by name": True}
 
 
+def test_other_rows_and_lengths_compile_nothing(few):
+    assert few["anew"] == {"layer_norm": 0, "rms_norm": 0, "attention": 0}
+
+
 @pytest.mark.deep
 def test_the_same_of_many_calls():
     found = ran(1500)
