@@ -25,7 +25,7 @@ def quantized(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     largest = magnitude.amax(dim, keepdim=True)
     # q = round(x / scale); no finite |x| / scale rounds to more than 127, so that there is nothing to clamp
     if x.is_cpu and tracing.has_values(magnitude) and not magnitude.requires_grad:
-        # The same in fewer steps and no new memory, of a row more than half of the time: 127 / 127 is a row of zeros' 1.
+        # The same in fewer steps, which are most of a row's time, and no new memory. A row of zeros: 127 / 127.
         scale = torch.threshold_(largest, 0.0, LARGEST).div_(LARGEST).clamp_(min=SMALLEST_SCALE).float()
         q = torch.div(x, scale, out=magnitude).round_().to(torch.int8)
     else:
