@@ -296,8 +296,11 @@ def table(reports: dict[tuple[str, int], list[dict[str, Any]]]) -> str:
         "keeps in local memory. Shared is the bytes of shared memory of one program; a program may have",
         ", ".join(f"{limit // 1024} KB on sm_{arch}" for arch, limit in SHARED_LIMIT.items()) + ".",
         "The widest load is the bytes that a thread reads at once from global memory.",
+        "Loops are the innermost ones that hold matrix instructions, or all innermost ones where none does: their",
+        "instructions, and in brackets those that reach spilled registers. ptxas notes the performance that it gives",
+        "away, such as wgmma that wait for one another (C7510 and its like).",
     ]
-    columns = ("case", "warps", "registers", "spill", "shared", "matrix instruction", "widest load")
+    columns = ("case", "warps", "registers", "spill", "shared", "loops", "matrix instruction", "widest load", "notes")
     for (module, architecture), report in reports.items():
         lines += ["", f"## {module}, sm_{architecture}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         for record in report:
@@ -305,7 +308,11 @@ def table(reports: dict[tuple[str, int], list[dict[str, Any]]]) -> str:
                 raise SystemExit(f"{module} {record['case']} sm_{architecture}: {record['error']}")
             instructions = ", ".join(f"`{name}`" for name in record["instructions"])
             cells = [record["case"], record["num_warps"], record["registers"], record["spill"], record["shared"]]
-            lines.append(f"| {' | '.join(map(str, [*cells, instructions, record['widest_load']]))} |")
+            loops = [
+                f"{loop['instructions']}" + f" ({loop['spills']})" * bool(loop["spills"]) for loop in record["loops"]
+            ]
+            cells += [", ".join(loops), instructions, record["widest_load"], ", ".join(record["notes"])]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
