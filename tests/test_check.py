@@ -16,7 +16,7 @@ import torch
 
 from gptkern import cli, operators
 from gptkern.backends import dispatch
-from gptkern.commands import check
+from gptkern.commands import check, interrupts
 from gptkern.measuring import checking
 from gptkern.measuring.checking import LAUNCHERS, cases_of
 
@@ -329,3 +329,18 @@ def test_command_interprets_in_a_process_of_its_own(tmp_path):
 def test_process_that_a_signal_ended_was_interrupted():
     assert check._in_a_process([sys.executable, "-c", "raise KeyboardInterrupt"]) == 130
     assert check._in_a_process([sys.executable, "-c", "raise SystemExit(2)"]) == 2
+
+
+def test_interruption_that_python_drops_comes_again(monkeypatch):
+    class Interrupting:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    dropped = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda what: dropped.append(what.exc_type))
+    with interrupts.interruptible() as raise_if_dropped:
+        raise_if_dropped()
+        Interrupting()
+        assert dropped == [KeyboardInterrupt]
+        with pytest.raises(KeyboardInterrupt):
+            raise_if_dropped()

@@ -76,8 +76,9 @@ def run(args: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter")
     results = []
     try:
-        with interruptible():
+        with interruptible() as raise_if_dropped:
             for result in checking.run(args.op, device=device, backends=backends, seconds=args.seconds):
+                raise_if_dropped()
                 results.append(result)
                 _progress(len(results), result)
     except KeyboardInterrupt:

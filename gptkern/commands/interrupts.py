@@ -11,13 +11,28 @@ import threading
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
+@contextlib.contextmanager
 def interruptible():
     """Inside the block SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt, also where the shell had SIGINT ignored.
 
     A shell does so for what a script starts in the background, `timeout` sends SIGTERM, and a terminal that is closed
     SIGHUP. Where SIGHUP is ignored, as under `nohup`, it stays so.
+
+    What is raised within a weak reference's callback or a `__del__` Python prints and drops. It is raised again where
+    a loop in the block calls what the block is given.
     """
-    return _handled(signal.default_int_handler)
+    came = []
+
+    def interrupt(number, frame):
+        came.append(number)
+        raise KeyboardInterrupt
+
+    def raise_if_dropped():
+        if came:
+            raise KeyboardInterrupt
+
+    with _handled(interrupt):
+        yield raise_if_dropped
 
 
 def uninterrupted():
