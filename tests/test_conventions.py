@@ -71,6 +71,13 @@ BY_HAND = {
         ((1, 768, 3072, None, "w8a16"), "bytes 2", "forward", 2_385_408),
         ((10, 32, 48, "gelu", "w8a8"), "products", "forward", 15_360),
     ],
+    "quantize_int8": [
+        # 10 rows of 8: x 160 bytes, q 80, and a scale for each of 10 rows, 40, or of 8 columns, 32. 4 an element.
+        ((10, 8), "bytes 2", "forward", 280),
+        ((10, 8), "bytes 4", "forward", 440),
+        ((10, 8, 0), "bytes 2", "forward", 272),
+        ((10, 8), "flops", "forward", 320),
+    ],
 }  # fmt: skip
 
 
