@@ -176,7 +176,7 @@ TRITON = [
         "query_range",
         r"whole\) < tiles:",
         "whole) < tiles and length_q % BLOCK_M != BLOCK_M - 1:",
-        lengths(31, 65),
+        lengths(63, 65),
     ),
     # Values
     Mutation("the maximum begins at -1e9", "_forward_kernel", r"else LOWEST", "else -1.0e9", one_score(-1e30)),
