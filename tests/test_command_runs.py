@@ -227,6 +227,17 @@ def signalled_at(monkeypatch, step: int, number: int, within: str) -> None:
         monkeypatch.setattr(training, "optimizer_of", optimizer_of)
 
 
+@contextlib.contextmanager
+def not_under_nohup():
+    """What these tests run under may be."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL) if hasattr(signal, "SIGHUP") else None
+    try:
+        yield
+    finally:
+        if hasattr(signal, "SIGHUP"):
+            signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("within, done", [("forward", 2), ("optimizer", 3)])
 def test_a_signal_keeps_every_update_that_was_done(folder, monkeypatch, capsys, number, within, done):
@@ -234,7 +245,8 @@ def test_a_signal_keeps_every_update_that_was_done(folder, monkeypatch, capsys, 
         pytest.skip(f"{number} is none of this system's signals")
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     signalled_at(monkeypatch, 3, getattr(signal, number), within)
-    assert train("--out", "run", "--lr", "1e-3", steps=40) == 130
+    with not_under_nohup():
+        assert train("--out", "run", "--lr", "1e-3", steps=40) == 130
     assert f"interrupted at step {done} of 40" in capsys.readouterr().out
     assert json.loads((folder / "run" / "config.json").read_text())["training"]["step"] == done
     assert before == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]

@@ -60,7 +60,8 @@ def test_deterministic_algorithms_are_not_cudnns():
 def chosen(monkeypatch):
     """The twin's calls go to the variant, on a CPU: PyTorch takes what of its order the CPU has."""
     monkeypatch.setattr(dispatch, "settled", lambda tensor: None)
-    monkeypatch.setattr(dispatch, "choose", lambda operator, call: dispatch.Choice("torch:cudnn", "for the test"))
+    choice = dispatch.Choice("torch:cudnn", "for the test")
+    monkeypatch.setattr(dispatch, "chosen", lambda operator, call: (choice, False))
 
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.5}, {"enable_gqa": True}], ids=str)

@@ -10,11 +10,14 @@ from gptkern.backends.problem import (
     BFLOAT16,
     BITS,
     ELEMENTS,
+    FLOAT16,
+    FLOAT32,
     FLOAT32_BYTES,
     FORWARD,
     WIDTHS,
     Check,
     Classes,
+    Counted,
     Inputs,
     Problem,
     Timed,
@@ -37,6 +40,10 @@ class QuantizeInt8(Problem):
         dict(bits=BITS, width=WIDTHS),
         lambda call: (bits(call.input), least_size(WIDTHS, call.input.shape[call.dim])),
     )
+    counted = (
+        Counted(Sizes(48, 768), backward=False), Counted(Sizes(9, 4096), FLOAT16, backward=False),
+        Counted(Sizes(5, 1024), FLOAT32, backward=False), Counted(Sizes(2, 40000), backward=False),
+    )  # fmt: skip
 
     def inputs(self, sizes: Sizes, dtype, generator) -> Inputs:
         rows, width, dim = sizes
