@@ -99,6 +99,7 @@ _warned: set[tuple[str, str]] = set()
 # The types of tensors that kernels read, and of what most often stands beside them in a call.
 _PLAIN_TENSORS = _Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_strided = torch.strided
 _NO_TENSORS = frozenset((type(None), bool, int, float, str, torch.dtype))
 
 
@@ -216,7 +217,7 @@ def settled(tensor: Any) -> Choice | None:
     elif (forced := _state.forced) is not None and recomputation.blocks_are_open():
         recomputation.carry()
         forced = _forced_here()
-    is_tensor = isinstance(tensor, torch.Tensor)
+    is_tensor = isinstance(tensor, _Tensor)
     if forced is None:
         # `is_cpu` takes a tenth of the host time of `device.type`.
         if not is_tensor or tensor.is_cpu:
@@ -224,7 +225,7 @@ def settled(tensor: Any) -> Choice | None:
     elif forced == "torch":
         return _announced(_FORCED_TORCH)
     # A nested or sparse tensor has no shape or strides that a check could read.
-    if is_tensor and (tensor.is_nested or tensor.layout != torch.strided):
+    if is_tensor and (tensor.is_nested or tensor.layout != _strided):
         if forced is not None:
             raise BackendError(f"backend {forced!r} was asked for and cannot run a nested or sparse tensor")
         return _announced(_NOT_DENSE)
@@ -254,18 +255,20 @@ def chosen(operator: str, call: tuple) -> tuple[Choice, bool | None]:
     forced = None if _state.forced is None else _forced_here()
     first = call[0]
     # Most calls begin with a tensor; the look for one costs more than all of this.
-    device = first.device if isinstance(first, torch.Tensor) else first_tensor(call).device
-    choice, unseen = _known.get((operator, forced, device)), None
-    if choice is None:
+    device = first.device if isinstance(first, _Tensor) else first_tensor(call).device
+    known, unseen = _known.get((operator, forced, device)), None
+    if known is None:
         choice = _decide(operator, forced, call)
-    elif choice.backend != "torch":
-        unseen = is_unseen(call, device)
-        if unseen:
-            reason = _modules[choice.backend, operator].unsupported(call)
-        else:
-            reason, unseen = _uncovered(choice.backend, operator, call), None
-        if reason is not None:
-            choice, unseen = _decide(operator, forced, call), None
+    else:
+        choice, unsupported = known
+        if unsupported is not None:
+            unseen = _look(call, device)
+            if unseen:
+                reason = unsupported(call)
+            else:
+                reason, unseen = _uncovered(choice.backend, operator, call), None
+            if reason is not None:
+                choice, unseen = _decide(operator, forced, call), None
     if _state.observer is not None:
         _state.observer(choice)
     return choice, unseen
@@ -279,7 +282,12 @@ def is_unseen(call: tuple, device: torch.device | None = None) -> bool:
     Args:
         device: the one that all tensors need to be on.
     """
-    if not tracing.is_eager():
+    return not torch.compiler.is_compiling() and _look(call, device)
+
+
+def _look_in_python(call: tuple, device: torch.device | None) -> bool:
+    """`is_unseen`, where no compiler runs."""
+    if tracing.is_watched():
         return False
     for argument in call:
         kind = type(argument)
@@ -291,6 +299,9 @@ def is_unseen(call: tuple, device: torch.device | None = None) -> bool:
         elif kind not in _NO_TENSORS:
             return False
     return True
+
+
+_look = _look_in_python
 
 
 def first_tensor(arguments: Iterable[Any]) -> torch.Tensor:
@@ -362,15 +373,17 @@ def _decide(operator: str, forced: str | None, call: tuple) -> Choice:
     return choice
 
 
-# (operator, the forced backend or None, a GPU) -> the choice for each call that its backend covers. Only of GPUs: a
-# CPU's depends on environment variables, which may change. What was measured by classes of calls is not in it.
-_known: dict[tuple[str, str | None, torch.device], Choice] = {}
+# (operator, the forced backend or None, a GPU) -> the choice for each call that its backend covers, and the backend's
+# `unsupported` (None of PyTorch). Only of GPUs: a CPU's depends on environment variables, which may change. What was
+# measured by classes of calls is not in it.
+_known: dict[tuple[str, str | None, torch.device], tuple[Choice, Callable | None]] = {}
 
 
 def _kept(operator: str, forced: str | None, device_type: str, device_index: int | None, choice: Choice) -> Choice:
     """The choice; later calls of the operator are looked at for what the backend's kernels cover, and no more."""
     if device_type == "cuda" and not torch.compiler.is_compiling():
-        _known[operator, forced, torch.device(device_type, device_index)] = choice
+        unsupported = None if choice.backend == "torch" else load(choice.backend, operator).unsupported
+        _known[operator, forced, torch.device(device_type, device_index)] = choice, unsupported
     return choice
 
 

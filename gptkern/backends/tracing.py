@@ -90,9 +90,13 @@ def is_eager() -> bool:
 
     That is a mode, a compiler or a tracer, a transform, forward mode, autocast, or a profiler.
     """
-    return not (
-        torch.compiler.is_compiling()
-        or _dispatch_modes()
+    return not (torch.compiler.is_compiling() or is_watched())
+
+
+def is_watched() -> bool:
+    """Whether somebody looks on, compilers apart."""
+    return (
+        _dispatch_modes()
         or _function_modes()
         or _in_transform()
         or forward_ad._current_level >= 0

@@ -48,8 +48,9 @@ def library(tensor: torch.Tensor) -> ModuleType:
     return compiled() if tensor.is_cuda else _emulated().load()
 
 
-# Launchers of the compiled module by their names, once they were called.
-_launchers: dict[str, Callable] = {}
+# Launchers of the compiled module by their names, once they were called, with what finds the current device and its
+# stream, which not every build of PyTorch has.
+_launchers: dict[str, tuple[Callable, Callable, Callable]] = {}
 
 
 def start(name: str, *arguments, written: tuple[torch.Tensor, ...] = ()) -> None:
@@ -62,10 +63,10 @@ def start(name: str, *arguments, written: tuple[torch.Tensor, ...] = ()) -> None
         written: those of the arguments that are a caller's own and are written: a copy of one goes back.
     """
     first = arguments[0]
-    launcher = _launchers.get(name) if first.is_cuda else None
-    if launcher is not None and (index := first.get_device()) == torch._C._cuda_getDevice():
+    known = _launchers.get(name) if first.is_cuda else None
+    if known is not None and (index := first.get_device()) == known[1]():
         # What `call` does, without its frame.
-        unreadable = launcher(*arguments, torch._C._cuda_getCurrentRawStream(index))
+        unreadable = known[0](*arguments, known[2](index))
     else:
         unreadable = call(name, first, *arguments)
     if unreadable is not None:
@@ -100,12 +101,14 @@ def call(name: str, tensor: torch.Tensor, *arguments) -> torch.Tensor | None:
     """
     if not tensor.is_cuda:
         return getattr(library(tensor), name)(*arguments, 0)
-    launcher = _launchers.get(name)
-    if launcher is None:
-        launcher = _launchers[name] = getattr(library(tensor), name)
+    known = _launchers.get(name)
+    if known is None:
+        launcher = getattr(library(tensor), name)
+        known = _launchers[name] = launcher, torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
+    launcher, current_device, current_stream = known
     index = tensor.get_device()
-    stream = torch._C._cuda_getCurrentRawStream(index)
-    if index == torch._C._cuda_getDevice():
+    stream = current_stream(index)
+    if index == current_device():
         return launcher(*arguments, stream)
     with torch.cuda.device(index):
         return launcher(*arguments, stream)

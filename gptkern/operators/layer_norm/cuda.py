@@ -35,7 +35,10 @@ def forward(call: Call):
         dtype = torch.result_type(input, residual)
         output = torch.empty_like(input, dtype=dtype, memory_format=torch.contiguous_format)
         summed = torch.empty_like(output)
-    statistics = input.new_empty(2, input.shape[:-1].numel(), dtype=torch.float32)
+    # A dtype that is named costs a seventh of an allocation.
+    rows = input.shape[:-1].numel()
+    is_float32 = input.dtype is torch.float32
+    statistics = input.new_empty(2, rows) if is_float32 else input.new_empty(2, rows, dtype=torch.float32)
     if weight is not None and weight.dtype is not dtype:
         weight = as_read(weight, dtype)
     if bias is not None and bias.dtype is not dtype:
