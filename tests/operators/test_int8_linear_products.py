@@ -114,6 +114,37 @@ def test_strides_of_single_rows_and_columns(product, shape):
             assert torch.equal(product(q, laid).long(), q.long() @ weight.long().t())
 
 
+@pytest.mark.parametrize(
+    ("magnitudes", "chunks"),
+    [
+        ([(127, 1032), (8, 1), (0, 3063)], [4096]),  # 2^17, all that fits
+        ([(127, 1032), (9, 1), (0, 3063)], [1024, 3072]),
+        ([(0, 3063), (9, 1), (127, 1032)], [3072, 1024]),
+        ([(32, 4096)], [4096]),
+        ([(33, 4096)], [3072, 1024]),
+        ([(127, 2048), (0, 2047), (1, 1)], [1024, 1024 + 2048]),
+        ([(127, 1024)], [1024]),
+        ([(1, 131_072), (1, 1)], [131_072, 1]),
+    ],
+    ids=str,
+)
+def test_longer_sums_where_the_row_lets_them_be_exact(magnitudes, chunks):
+    row = torch.cat([torch.full((terms,), float(value)) for value, terms in magnitudes])
+    terms = len(row)
+    # What the last term adds is odd, and float32 holds no odd number beyond 2^24.
+    weight = torch.cat([torch.full((1, terms), -128), torch.full((1, terms), 127)]).to(torch.int8)
+    weight[:, -1] = torch.tensor([-127, 125])
+    for x in (row[None], -row[None], torch.stack([torch.zeros(terms), row, row.clamp(max=1)])):
+        found = products._exact_chunks(x, weight, terms)
+        assert [len(range(terms)[chunk]) for chunk in found] == chunks
+        result = products._product_of_floats(x.to(torch.int8), weight)
+        assert torch.equal(result.long(), x.long() @ weight.long().t())
+    # Each row is small enough, and both in the same chunk are.
+    apart = torch.zeros(2, 2048)
+    apart[0, :1024], apart[1, 1024:] = 127, 127
+    assert len(products._exact_chunks(apart, weight, 2048)) == 1
+
+
 def test_a_product_that_saturates_or_loses_a_term_is_not_taken(untried, monkeypatch):
     def saturating(q, weight):
         pairs = (q.long()[:, None] * weight.long()).unfold(-1, 2, 2).sum(-1)
