@@ -151,7 +151,7 @@ class Operator:
             module = modules.get(backend)
             if module is None:
                 module = modules[backend] = dispatch.load(backend, operator)
-            launcher, first = getattr(module, direction), records[0][0]
+            launcher, first = (module.forward if is_forward else module.backward), records[0][0]
             if not isinstance(first, torch.Tensor):
                 first = dispatch.first_tensor(records[0])
             if _is_elsewhere(first):

@@ -93,6 +93,8 @@ class Table:
         self.entries: list[Entry] = []
         # index of a GPU, or None for a CPU -> the key without its sizes -> (sizes, configuration), the least first
         self._steps: dict[int | None, dict[tuple, tuple[tuple[tuple, Any], ...]]] = {}
+        # What launchers keep that follows from the configurations.
+        self.kept: dict = {}
         self.read_again()
         TABLES[operator, backend] = self
 
@@ -100,7 +102,12 @@ class Table:
         """Reads the file, at the beginning and after it was written."""
         with files.reading(self.path):
             self.entries = self._entries(files.read(self.path))
+        self.find_anew()
+
+    def find_anew(self) -> None:
+        """Another configuration may be in force."""
         self._steps.clear()
+        self.kept.clear()
 
     def find(self, device: torch.device, size: float | tuple[float, ...], *key) -> Any:
         """The configuration for a call: of the rows none of whose sizes is below the call's, the least.
@@ -259,7 +266,7 @@ def override(operator: str, key: tuple, configuration: Any, backend: str = "trit
         raise LookupError(f"{operator} has no row of {described(table.key, key)} on {backend}")
     before = _overrides.get(place)
     _overrides[place] = configuration
-    table._steps.clear()
+    table.find_anew()
     try:
         yield
     finally:
@@ -267,7 +274,7 @@ def override(operator: str, key: tuple, configuration: Any, backend: str = "trit
             del _overrides[place]
         else:
             _overrides[place] = before
-        table._steps.clear()
+        table.find_anew()
 
 
 def has_table(operator: str, backend: str) -> bool:
@@ -279,4 +286,4 @@ def forget() -> None:
     """What is in force is found anew at the next call: after a user's file was written."""
     user.forget()
     for table in TABLES.values():
-        table._steps.clear()
+        table.find_anew()

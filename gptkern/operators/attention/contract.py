@@ -136,7 +136,12 @@ def scaled_dot_product_attention(
     """
     choice = dispatch.settled(query)
     if choice is None:
-        cast, mask, causal, lower_right = _checked(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+        if attn_mask is None:
+            # What _checked does, which takes a little of the host's time itself.
+            cast, mask, lower_right = check(query, key, value, None, is_causal, scale, enable_gqa), None, False
+            causal = is_causal
+        else:
+            cast, mask, causal, lower_right = _checked(query, key, value, attn_mask, is_causal, scale, enable_gqa)
         dropout_p = checked_dropout(dropout_p)
         factor = 1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else float(scale)
         call = Call(*cast, causal, factor, mask, dropout_p, lower_right)
@@ -438,8 +443,9 @@ def _on_kernels(call: Call, backend: str, unseen: bool | None):
     if not needs_gradient(query, key, value):
         return OPERATOR.forward(call, backend, unseen)[0]
     if mask is None and seed is None:
-        apply = _PlainFunction.apply_unseen if unseen else _PlainFunction.apply
-        return apply(query, key, value, is_causal, scale, lower_right, backend, unseen)
+        if unseen:
+            return _PlainFunction.apply_unseen(query, key, value, backend, call)
+        return _PlainFunction.apply(query, key, value, backend, None, is_causal, scale, lower_right)
     apply = AttentionFunction.apply_unseen if unseen else AttentionFunction.apply
     return apply(query, key, value, is_causal, scale, backend, mask, dropout_p, lower_right, seed, False, unseen)
 
@@ -448,23 +454,27 @@ class _PlainFunction(KernelFunction):
     """AttentionFunction without a mask and dropout: fewer arguments for autograd to look at."""
 
     @staticmethod
-    def forward(ctx, query, key, value, is_causal, scale, lower_right, backend, unseen):
-        call = Call(query, key, value, is_causal, scale, None, 0.0, lower_right)
+    def forward(ctx, query, key, value, backend, call, is_causal=False, scale=1.0, lower_right=False):
+        # Where nobody looks on, the call that was made before is handed on.
+        unseen = call is not None
+        if not unseen:
+            call = Call(query, key, value, is_causal, scale, None, 0.0, lower_right)
         output, lse = OPERATOR.forward(call, backend, unseen)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(query, key, value, output, lse)
-        ctx.options = is_causal, scale, lower_right, backend
+        ctx.options = call[3:], backend
         return output
 
     @staticmethod
     def backward(ctx, grad_output):
         if grad_output is None:
-            return (None,) * 8
+            return (None,) * len(ctx.needs_input_grad)
         query, key, value, output, lse = ctx.saved_tensors
-        is_causal, scale, lower_right, backend = ctx.options
-        call = Call(query, key, value, is_causal, scale, None, 0.0, lower_right)
-        gradient = Gradient(grad_output, output, lse, *ctx.needs_input_grad[:3])
-        return *_gradients(gradient, call, backend), None, None, None, None, None
+        options, backend = ctx.options
+        call = Call(query, key, value, *options)
+        needs = ctx.needs_input_grad
+        gradients = _gradients(Gradient(grad_output, output, lse, *needs[:3]), call, backend)
+        return *gradients, *(None,) * (len(needs) - 3)
 
 
 def _gradients(gradient: Gradient, call: Call, backend: str) -> tuple:

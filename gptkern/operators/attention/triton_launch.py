@@ -46,10 +46,12 @@ def forced_tiles(block_m: int, block_n: int, num_warps: int = 4, num_stages: int
     """
     global _forced_tiles
     before, _forced_tiles = _forced_tiles, Tiles(block_m, block_n, num_warps, num_stages)
+    TABLE.find_anew()
     try:
         yield
     finally:
         _forced_tiles = before
+        TABLE.find_anew()
 
 
 def tiles_of(kernel: str, query: torch.Tensor, block_d: int, extras: Extras) -> Tiles:

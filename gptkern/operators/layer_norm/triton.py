@@ -22,7 +22,7 @@ import triton.language as tl
 from gptkern.backends.tables.configurations import Table
 from gptkern.backends.triton import norms
 from gptkern.backends.triton.common import CompileCase, cdiv, with_row_stride
-from gptkern.backends.triton.direct import jit
+from gptkern.backends.triton.direct import jit, keep_plan
 from gptkern.backends.triton.norms import held_tile
 from gptkern.backends.triton.rows import Tile
 from gptkern.operators.layer_norm.contract import Call, Gradient
@@ -167,6 +167,9 @@ def _forward_wide_kernel(
 # --- Launchers ------------------------------------------------------------------------------------------------------
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# What is kept of calls without a residual whose rows lie one after the other: the kernel, its launch, how many rows,
+# the statistics' dtype. Their tiles follow from the width.
+_plans: dict[tuple, tuple | None] = {}
 
 
 def unsupported(call: Call) -> str | None:
@@ -181,10 +184,24 @@ def unsupported(call: Call) -> str | None:
 def forward(call: Call):
     """(…, width) -> output (…, width), summed (…, width) or None, statistics (2, rows): mean, rstd."""
     input, residual, weight, bias, eps = call
-    width = input.shape[-1]
+    shape, plan_key = input.shape, None
+    width = shape[-1]
     added, added_stride, summed = None, 0, None
     if residual is None and input.is_contiguous():
         dtype, output = input.dtype, torch.empty_like(input)
+        plan_key = (
+            shape, dtype, None if weight is None else weight.dtype, None if bias is None else bias.dtype, eps,
+            REGISTER_WIDTH["forward"],
+        )  # fmt: skip
+        plan = _plans.get(plan_key)
+        if plan is not None and plan[0] is _forward_kernel:
+            _, start, rows, statistic = plan
+            statistics = output.new_empty(2, rows, dtype=statistic)
+            if weight is None or bias is None:
+                start(*[tensor for tensor in (input, weight, bias, output, statistics) if tensor is not None])
+            else:
+                start(input, weight, bias, output, statistics)
+            return output, None, statistics
         x, x_stride = input, width
     else:
         dtype = input.dtype if residual is None else torch.result_type(input, residual)
@@ -206,10 +223,12 @@ def forward(call: Call):
         )  # fmt: skip
     else:
         block_rows, block_width, warps = held_tile(width)
-        _forward_kernel[(cdiv(rows, block_rows),)](
-            x, added, weight, bias, output, summed, statistics, x_stride, added_stride, rows, width,
-            EPS=eps, BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width, num_warps=warps,
-        )  # fmt: skip
+        grid = (cdiv(rows, block_rows),)
+        arguments = x, added, weight, bias, output, summed, statistics, x_stride, added_stride, rows, width
+        options = dict(EPS=eps, BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width, num_warps=warps)
+        _forward_kernel[grid](*arguments, **options)
+        if plan_key is not None:
+            keep_plan(_plans, plan_key, _forward_kernel, (rows, statistic), grid, *arguments, **options)
     return output, summed, statistics
 
 
