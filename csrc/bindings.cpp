@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "binding.h"
+#include "unseen.h"
 
 #ifdef GPTKERN_EMULATED
 #include "emulator/bindings.h"
@@ -30,6 +31,7 @@ PYBIND11_MODULE(GPTKERN_MODULE, module) {
     module.attr("architectures") = GPTKERN_ARCHITECTURES;
     module.attr("compiler") = GPTKERN_COMPILER;
     module.def("use_tensors_of", &gptkern::dlpack::use_tensors_of);
+    gptkern::unseen::bind(module);
     for (auto bind : gptkern::Binding::all()) bind(module);
 #ifdef GPTKERN_EMULATED
     gptkern::emulator::bind(module);

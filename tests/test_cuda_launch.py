@@ -281,6 +281,15 @@ def test_what_a_copy_does_not_help_is_an_error(monkeypatch):
         common.start("launcher", torch.zeros(2), 1.0)
 
 
+def test_a_launcher_says_which_argument_is_none_of_its_own():
+    module, x, q = emulated.load(), torch.ones(2), torch.zeros(2, dtype=torch.int8)
+    with pytest.raises(TypeError, match="^quantize_int8: it needs 5 arguments and got 3$"):
+        module.quantize_int8(x, q, torch.empty(()))
+    with pytest.raises(TypeError, match="^quantize_int8: argument 3 is a str, which it cannot be$"):
+        module.quantize_int8(x, q, torch.empty(()), "0", 0)
+    assert not q.any()
+
+
 def test_the_table_of_tensors_is_asked_once(tmp_path):
     """And it is known before the first call whether it is there."""
     path = emulated.build(quiet=True)
@@ -288,6 +297,8 @@ def test_the_table_of_tensors_is_asked_once(tmp_path):
     q, x = torch.empty(2, dtype=torch.int8), torch.ones(2)
     with pytest.raises(RuntimeError, match="called before use_tensors_of"):
         fresh.quantize_int8(x, q, torch.empty(()), 0, 0)
+    with pytest.raises(RuntimeError, match="called before ask_whether_unseen"):
+        fresh.is_unseen((x,), None)
     assert "PyTorch 2.11 or newer" in fresh.use_tensors_of(int)
     other = types.SimpleNamespace  # a table of another library's making
     assert "has another" in fresh.use_tensors_of(type("Tensor", (), {"__dlpack_c_exchange_api__": other()}))
@@ -296,6 +307,10 @@ def test_the_table_of_tensors_is_asked_once(tmp_path):
     assert emulated.taking_tensors(fresh) is fresh
     fresh.quantize_int8(x, q, torch.empty(()), 0, 0)
     assert q.tolist() == [127, 127]
+    fresh.ask_whether_unseen((), (), (torch.Tensor,), ())
+    assert fresh.is_unseen((x,), None)
+    with pytest.raises(TypeError, match="^is_unseen needs a tuple"):
+        fresh.is_unseen([x], None)
 
 
 def test_what_is_no_tensor_is_an_error():

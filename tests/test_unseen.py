@@ -13,14 +13,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gptkern
 import gptkern.functional as G
 from gptkern import operators
-from gptkern.backends import registration
+from gptkern.backends import dispatch, registration, tracing
+from gptkern.backends.cuda import emulated
 
 OPS = ["gptkern::layer_norm_forward", "gptkern::layer_norm_backward"]
 OPERATOR = operators.contract("layer_norm").OPERATOR
 
 
-@pytest.fixture(autouse=True)
-def on_launchers():
+@pytest.fixture(autouse=True, params=["in Python", "compiled"])
+def on_launchers(request, monkeypatch):
+    """And who looks on is asked in Python, or by csrc/unseen.h."""
+    monkeypatch.setattr(dispatch, "_look", dispatch._look_in_python)
+    if request.param == "compiled":
+        if emulated.compiler() is None:
+            pytest.skip("there is no C++ compiler for csrc/")
+        dispatch.look_with(emulated.load())
     with gptkern.backend("torch:launchers"):
         yield
 
@@ -214,3 +221,77 @@ def test_the_launcher_of_a_call_on_another_gpu_has_that_one_current(monkeypatch)
     assert len(current) == 1 and current[0].data_ptr() == x.data_ptr()
     output.sum().backward()
     assert len(current) == 2
+
+
+# --- The same answers from both -------------------------------------------------------------------------------------
+
+
+def in_forward_mode(look):
+    with torch.autograd.forward_ad.dual_level():
+        return look()
+
+
+def in_a_transform(look):
+    found = []
+    torch.func.vmap(lambda x: (found.append(look()), x)[1])(torch.zeros(2))
+    return found[0]
+
+
+def in_a_trace(look):
+    found = []
+    torch.jit.trace(lambda x: (found.append(look()), x + 1)[1], torch.zeros(2), check_trace=False)
+    return found[0]
+
+
+def before_dispatch(look):
+    found = []
+    make_fx(lambda x: (found.append(look()), x + 1)[1], pre_dispatch=True)(torch.zeros(2))
+    return found[0]
+
+
+def inside(block):
+    def run(look):
+        with block():
+            return look()
+
+    return run
+
+
+WATCHED = {
+    "a dispatch mode": inside(Dispatched),
+    "a function mode": inside(Functions),
+    "autocast": inside(lambda: torch.autocast("cpu", torch.bfloat16)),
+    "a profiler": inside(torch.autograd.profiler.profile),
+    "forward mode": in_forward_mode,
+    "a transform": in_a_transform,
+    "a trace": in_a_trace,
+    "make_fx before dispatch": before_dispatch,
+}
+
+
+@pytest.mark.parametrize("watched", WATCHED.values(), ids=WATCHED)
+def test_whoever_looks_on_is_seen(watched):
+    given = torch.zeros(2), None, 1.0
+
+    def look():
+        asked = any(question() for question in tracing.WATCHERS)
+        assert bool(tracing.is_watched()) == asked and registration.is_unseen(given) == (not asked)
+        return asked
+
+    assert not look() and watched(look) and not look()
+
+
+def test_what_is_no_plain_tensor_is_seen():
+    dense = torch.zeros(2)
+    parameter, subclass = torch.nn.Parameter(dense), dense.as_subclass(type("Own", (torch.Tensor,), {}))
+    offset = torch._efficientzerotensor(8)[3:]
+    for argument in (dense, parameter, None, True, 1, 1.0, "same", torch.float16, torch.zeros(0)):
+        assert registration.is_unseen((dense, argument)) and registration.is_unseen((dense, argument), dense.device)
+    for argument in (subclass, offset, negated(dense), left_by_a_transform(dense), [dense], object()):
+        assert not registration.is_unseen((dense, argument))
+
+
+def test_tensors_of_two_devices_are_seen():
+    here, there = torch.zeros(2), torch.zeros(2, device="meta")
+    assert not registration.is_unseen((here, None, there), here.device)
+    assert registration.is_unseen((here, None, here), here.device)

@@ -6,6 +6,7 @@ at, or ones that a graph must not keep; a size that torch.jit.trace hands out is
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,9 @@ from torch.autograd import forward_ad
 
 # Where make_fx and torch.export keep their modes while they trace above autograd.
 _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+# Of the batches from before torch.func, in which autograd takes gradients of many at once (is_grads_batched). The enum
+# has no such member.
+_VMAP = torch._C._dispatch_key_parse("VmapMode")
 
 
 def constant_while_compiling(function: Callable) -> Callable:
@@ -76,6 +80,7 @@ def has_values(tensor: torch.Tensor) -> bool:
         and not in_torch_func()
         and not in_jit_trace()
         and not in_dispatch_mode()
+        and not _is_included(_VMAP)
     )
 
 
@@ -104,6 +109,7 @@ def is_watched() -> bool:
         or _in_autocast()
         or _in_profiler()
         or _is_included(_PRE_DISPATCH)
+        or _is_included(_VMAP)
     )
 
 
@@ -115,6 +121,18 @@ _tracing_state = torch._C._get_tracing_state
 _in_autocast = torch._C._is_any_autocast_enabled
 _in_profiler = torch._C._autograd._profiler_enabled
 _is_included = torch._C._dispatch_tls_is_dispatch_key_included
+# What `is_watched` asks, for whoever can ask faster: functions of nothing. Python's own loop over them is slower.
+WATCHERS = (
+    _dispatch_modes,
+    _function_modes,
+    _in_transform,
+    lambda: forward_ad._current_level >= 0,
+    _tracing_state,
+    _in_autocast,
+    _in_profiler,
+    functools.partial(_is_included, _PRE_DISPATCH),
+    functools.partial(_is_included, _VMAP),
+)
 
 
 def sizes(tensor: torch.Tensor) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from types import ModuleType
 
 import torch
 
+from gptkern.backends import dispatch
 from gptkern.backends.cuda import sources
 
 # csrc/tensor.h, enum Dtype.
@@ -160,7 +161,10 @@ def not_built() -> str | None:
     # Launchers and kernels that differ in their arguments would read wrong memory.
     if csrc is not None and module.sources != sources.digest(csrc):
         return f"the CUDA kernels were not compiled from {csrc} as it is now: install gptkern again"
-    return module.use_tensors_of(torch.Tensor)
+    reason = module.use_tensors_of(torch.Tensor)
+    if reason is None:
+        dispatch.look_with(module)
+    return reason
 
 
 @functools.cache
