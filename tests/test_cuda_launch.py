@@ -283,9 +283,9 @@ def test_what_a_copy_does_not_help_is_an_error(monkeypatch):
 
 def test_a_launcher_says_which_argument_is_none_of_its_own():
     module, x, q = emulated.load(), torch.ones(2), torch.zeros(2, dtype=torch.int8)
-    with pytest.raises(TypeError, match="^quantize_int8: it needs 5 arguments and got 3$"):
+    with pytest.raises(TypeError, match=r"^quantize_int8: it needs 5 arguments and got 3$"):
         module.quantize_int8(x, q, torch.empty(()))
-    with pytest.raises(TypeError, match="^quantize_int8: argument 3 is a str, which it cannot be$"):
+    with pytest.raises(TypeError, match=r"^quantize_int8: argument 3 is a str, which it cannot be$"):
         module.quantize_int8(x, q, torch.empty(()), "0", 0)
     assert not q.any()
 
@@ -309,7 +309,7 @@ def test_the_table_of_tensors_is_asked_once(tmp_path):
     assert q.tolist() == [127, 127]
     fresh.ask_whether_unseen((), (), (torch.Tensor,), ())
     assert fresh.is_unseen((x,), None)
-    with pytest.raises(TypeError, match="^is_unseen needs a tuple"):
+    with pytest.raises(TypeError, match=r"^is_unseen needs a tuple"):
         fresh.is_unseen([x], None)
 
 
