@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -23,11 +25,13 @@ from gptkern.operators.int8_linear import products
 # What the trial decided, beside what torch._int_mm gives here; then products of every class of shapes, bit for bit.
 PROGRAM = """
 import json
+import math
 import torch
 torch.set_num_threads(1)
 import gptkern.functional as F
 from gptkern.operators.int8_linear import products
 at_import = len(products._trials)
+products.integer_trial(math.inf)
 
 def is_exact(product, rows, terms, outputs, left, right):
     q = torch.full((rows, terms), left, dtype=torch.int8)
@@ -92,11 +96,21 @@ INTEGER = [products._product_of_floats, products._int_mm]
 def untried(monkeypatch):
     """As in a process that has tried nothing."""
     monkeypatch.setattr(products, "_trials", {})
+    monkeypatch.setattr(products, "_unfinished", {})
     return products._trials
 
 
+def found_by(steps):
+    """What a trial's steps return."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return stop.value
+
+
 def exact_here(product):
-    if product is products._int_mm and products.INT_MM not in products.integer_trial()[:2]:
+    if product is products._int_mm and products.INT_MM not in products.integer_trial(math.inf)[:2]:
         pytest.skip("torch._int_mm is not exact here, or slow: the trial refuses it")
 
 
@@ -154,13 +168,13 @@ def test_a_product_that_saturates_or_loses_a_term_is_not_taken(untried, monkeypa
     for wrong in (saturating, lambda q, weight: torch._int_mm(q[:, :64], weight[:, :64].t().contiguous())):
         untried.clear()
         monkeypatch.setattr(products, "_int_mm", wrong)
-        assert products.integer_trial() == ("float32", "float32", "torch._int_mm is not exact here")
+        assert products.integer_trial(math.inf) == ("float32", "float32", "torch._int_mm is not exact here")
 
 
 def test_a_bfloat16_product_that_is_wrong_is_not_taken():
     right = products._BFLOAT16_PRODUCTS[products.FLOATS]
-    assert products._why_not(right) is None
-    assert products._why_not(lambda x, weight: right(x, weight).to(torch.bfloat16)) is None
+    assert found_by(products._why_not(right)) is None
+    assert found_by(products._why_not(lambda x, weight: right(x, weight).to(torch.bfloat16))) is None
     wrong = {
         "rounded twice as coarsely": lambda x, weight: right(x, weight).mul(4.03).to(torch.bfloat16).float() / 4,
         "summed in bfloat16": lambda x, weight: sum(
@@ -169,14 +183,14 @@ def test_a_bfloat16_product_that_is_wrong_is_not_taken():
         "without its first term": lambda x, weight: right(x[:, 1:], weight[:, 1:]),
     }
     for what, product in wrong.items():
-        assert products._why_not(product) == "is wrong here", what
-    assert products._why_not(lambda x, weight: right(x.nan_to_num(), weight)) == "loses a NaN here"
+        assert found_by(products._why_not(product)) == "is wrong here", what
+    assert found_by(products._why_not(lambda x, weight: right(x.nan_to_num(), weight))) == "loses a NaN here"
 
 
 @pytest.mark.parametrize("name", [products.FLOATS, products.PACKED, products.BFLOAT16])
 @pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])
 def test_every_bfloat16_product_is_within_the_rule(untried, name, activation):
-    if products._why_not(products._BFLOAT16_PRODUCTS[name]) is not None:
+    if found_by(products._why_not(products._BFLOAT16_PRODUCTS[name])) is not None:
         pytest.skip(f"{name} is wrong on this CPU: the trial refuses it")
     untried["bfloat16", True] = products.Trial(name, name, "asked for by a test")
     for rows, terms, outputs in ((1, 64, 7), (3, 768, 33), (40, 160, 65)):
@@ -221,8 +235,15 @@ def a_call(rows=3, dtype=torch.float32):
 
 
 def test_the_first_calls_of_many_threads_try_once(untried, monkeypatch):
-    times, real = [], products._try_integer
-    monkeypatch.setattr(products, "_try_integer", lambda: times.append(threading.get_ident()) or real())
+    times = []
+
+    def steps():
+        times.append(threading.get_ident())
+        time.sleep(0.02)
+        yield
+        return products.Trial(products.FLOATS, products.FLOATS, "made up")
+
+    monkeypatch.setattr(products, "_try_integer", steps)
     x, weight, scale, expected = a_call()
     start, results = threading.Barrier(6), []
 
@@ -280,7 +301,7 @@ def test_a_compiled_graph_asks_when_it_runs(untried):
     with torch.no_grad():
         same_bits("compiled", compiled(x), expected)
     assert len(graphs) == 1 and "_int_mm" not in graphs[0].code
-    assert set(untried) == {("integer", True)}
+    assert {*untried, *products._unfinished} == {("integer", True)}
 
 
 class Watching(torch.overrides.TorchFunctionMode):
@@ -303,8 +324,8 @@ def test_a_trial_is_the_same_in_any_mode_of_the_caller_and_leaves_it(untried):
             torch.inference_mode(),
             Watching() as watching,
         ):
-            products.integer_trial()
-            products.bfloat16_trial()
+            products.integer_trial(math.inf)
+            products.bfloat16_trial(math.inf)
             assert not watching.seen
             assert torch.is_inference_mode_enabled() and torch.is_autocast_enabled("cpu")
             assert torch.empty(1).is_meta and torch.empty(1).dtype == torch.float64
@@ -318,7 +339,7 @@ def test_a_trial_is_the_same_in_any_mode_of_the_caller_and_leaves_it(untried):
     found = products.integer_trial()
     untried.clear()
     # Whether it is exact does not depend on who asked.
-    assert ("not exact" in found.reason) is ("not exact" in products.integer_trial().reason)
+    assert ("not exact" in found.reason) is ("not exact" in products.integer_trial(math.inf).reason)
 
 
 def test_without_mkldnn_there_is_another_trial(untried):
@@ -326,7 +347,95 @@ def test_without_mkldnn_there_is_another_trial(untried):
     F.int8_linear(x, weight, scale, mode="w8a8")
     with torch.backends.mkldnn.flags(enabled=False):
         same_bits("product", F.int8_linear(x, weight, scale, mode="w8a8"), expected)
-    assert set(untried) == {("integer", True), ("integer", False)}
+    assert {*untried, *products._unfinished} == {("integer", True), ("integer", False)}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The clock that a trial's patience goes by, in a list."""
+    now = [100.0]
+    monkeypatch.setattr(products, "_wall", lambda: now[0])
+    return now
+
+
+def test_a_trial_that_takes_too_long_is_left_and_gone_on_with(untried, monkeypatch, clock):
+    begun, done = [], []
+
+    def steps():
+        begun.append(torch.is_inference_mode_enabled())
+        for step in range(40):
+            done.append(step)
+            clock[0] += 0.03
+            yield
+        return products.Trial(products.INT_MM, products.FLOATS, "after 40 steps of 30 ms")
+
+    monkeypatch.setattr(products, "_try_integer", steps)
+    x, weight, scale, expected = a_call()
+
+    def call():
+        before, begin = len(done), clock[0]
+        same_bits("product", F.int8_linear(x, weight, scale, mode="w8a8"), expected)
+        return len(done) - before, clock[0] - begin
+
+    with torch.inference_mode():
+        steps_made, seconds = call()
+    assert 1 <= steps_made <= 4 and seconds < products._BUDGET + 0.03 and not untried
+    assert products.integer_trial()[:2] == (products.FLOATS, products.FLOATS)
+    assert call() == (0, 0), "it rests"
+    clock[0] += 0.9 * products._REST * seconds
+    assert call() == (0, 0)
+    clock[0] += 0.2 * products._REST * seconds
+    assert call()[0] == steps_made
+    while not untried:
+        clock[0] += 10
+        assert call()[0] <= 4
+    assert begun == [False] and done == list(range(40)) and not products._unfinished
+    assert products.integer_trial() == (products.INT_MM, products.FLOATS, "after 40 steps of 30 ms")
+
+
+def test_who_needs_to_know_waits_for_a_trial_and_one_that_fails_begins_anew(untried, monkeypatch, clock):
+    failing = [False, True]
+
+    def steps():
+        for _ in range(40):
+            clock[0] += 1
+            yield
+        if failing.pop():
+            raise KeyboardInterrupt
+        return products.Trial(products.PACKED, products.FLOATS, "made up")
+
+    monkeypatch.setattr(products, "_try_bfloat16", steps)
+    assert products.bfloat16_trial().few == products.FLOATS
+    with pytest.raises(KeyboardInterrupt):
+        products.bfloat16_trial(math.inf)
+    assert not untried and not products._unfinished
+    assert products.bfloat16_trial(math.inf).few == products.PACKED
+
+
+def test_times_of_a_busy_machine_do_not_decide(monkeypatch):
+    # What each call takes, in ms: INT_MM a sixth of FLOATS, but for the first calls, in which it waits for a thread.
+    waits = iter([9.0, 4.0, 2.5, 7.0, 3.1])
+    now = [0.0]
+    monkeypatch.setattr(products, "_clock", lambda: now[0])
+
+    def slow(x, weight):
+        now[0] += 0.6e-3
+
+    def fast(x, weight):
+        now[0] += next(waits, 0.1) * 1e-3
+
+    trial = found_by(products._fastest({products.FLOATS: slow, products.INT_MM: fast}, torch.int8))
+    assert trial[:2] == (products.INT_MM, products.INT_MM), trial.reason
+    # And the other way: as fast as FLOATS only while FLOATS waits.
+    waits = iter([])
+    held = iter([5.0, 9.0, 3.3, 2.2])
+    monkeypatch.setattr(products, "_PATIENCE", 1.0)
+
+    def held_up(x, weight):
+        now[0] += next(held, 0.1) * 1e-3
+
+    trial = found_by(products._fastest({products.FLOATS: held_up, products.INT_MM: slow}, torch.int8))
+    assert trial[:2] == (products.FLOATS, products.FLOATS), trial.reason
 
 
 def test_info_says_what_was_found(capsys):

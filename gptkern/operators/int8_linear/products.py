@@ -8,15 +8,18 @@ On a CPU PyTorch has operators that read the int8 weight as it is, several times
 Neither says where it is wrong or slow. Without instructions for int8 products oneDNN adds pairs of them in 16 bits,
 which saturate: 768 products of 127 with 127 are 97,920, not 12,387,072. What torch.cpu tells of the processor decides
 nothing, as oneDNN may be told to leave instructions alone (ONEDNN_MAX_CPU_ISA). So each is tried, once in a process,
-when a call first could use it: it must be right where a wrong one shows, and not slower than what it replaces.
+when a call first could use it: it must be right where a wrong one shows, and not slower than what it replaces. On a
+machine too busy for that to end soon, calls get float32 products meanwhile, and some of them go on with the trial.
 """
 
 from __future__ import annotations
 
+import bisect
+import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import NamedTuple
 
 import torch
@@ -126,7 +129,9 @@ def _slice_by_slice(product, x, weight):
     out_features, terms = tracing.sizes(weight)
     channels = max(WIDENED_ELEMENTS["cuda" if x.is_cuda else "cpu"] // max(terms, 1), 1)
     parts = [weight] if out_features <= channels else weight.split(channels)
-    if x.is_cpu and _is_plain(x, weight) and not (x.requires_grad and torch.is_grad_enabled()):
+    # Who looks on, as a mode or forward mode, may keep the widened weight.
+    needs_gradient = x.requires_grad and torch.is_grad_enabled()
+    if x.is_cpu and _is_plain(x, weight) and not (needs_gradient or tracing.is_watched()):
         products = [product(_into_scratch(part, x.dtype)) for part in parts]
     else:
         products = [product(part.to(x.dtype)) for part in parts]
@@ -151,7 +156,9 @@ def _into_scratch(part, dtype):
     if size > 4 * WIDENED_ELEMENTS["cpu"]:
         return part.to(dtype)
     if _scratch.memory is None or _scratch.memory.numel() < size:
-        _scratch.memory = torch.empty(4 * WIDENED_ELEMENTS["cpu"], dtype=torch.uint8, device="cpu")
+        # Memory with a version: to save it for a backward and write it again is an error, not a wrong gradient.
+        with torch.inference_mode(False):
+            _scratch.memory = torch.empty(4 * WIDENED_ELEMENTS["cpu"], dtype=torch.uint8, device="cpu")
     widened = _scratch.memory[:size].view(dtype)
     rows, columns = part.shape
     # The weight of a backward lies the other way.
@@ -199,14 +206,24 @@ _LOOKED_AT = ((1, 64, 1), (1, 67, 33), (1, 768, 64), (3, 129, 17), (16, 68, 48),
 _LOOKED_AT_PACKED = ((1, 64, 1), (1, 96, 33), (1, 768, 64), (3, 160, 17), (16, 96, 48), (37, 544, 65))
 # What is timed: a weight that stays in the cache, so that a try takes some milliseconds in all.
 _TIMED_ROWS, _TIMED_FEATURES = (1, 32), 512
-# So many times at least; seconds after which it is decided in any case.
-_TIMES, _PATIENCE = 10, 0.01
+# A least time counts when so many are within so many times it: what waits for another thread takes as long as it likes.
+_TIMES, _ALIKE = 3, 1.3
+# Seconds of products, where two are about as fast, and rounds in any case, after which the least so far decide.
+_PATIENCE, _ROUNDS = 0.005, 100
+# Seconds that a trial takes of a call at most, and one product more. A quiet machine needs 7 to 30 ms, one with as many
+# busy processes again for each processor needed 12 s: a product in two threads waits for both.
+_BUDGET = 0.1
+# Times what it took of a call until the trial goes on with another: a tenth of the time at most.
+_REST = 10
+# The processor's time of this thread, which what else runs does not lengthen. Where it is coarse, the clock's.
+_wall = time.perf_counter
+_clock = time.thread_time if time.get_clock_info("thread_time").resolution < 1e-6 else _wall
 # A product that is right is taken unless it takes so many times as long. What lacks its instructions takes 4 to 100
 # times as long; a smaller difference may be what the machine does besides, which must not decide what runs, nor, in
 # bfloat16, which bits come out.
 _SLOWER = 1.5
-# A candidate that took so many times as long so many times is timed no more.
-_HOPELESS, _HOPELESS_TIMES = 4, 3
+# A candidate that takes so many times as long is timed no more.
+_HOPELESS = 4
 
 
 class Trial(NamedTuple):
@@ -224,48 +241,96 @@ class Trial(NamedTuple):
         return f"{products} ({self.reason})"
 
 
+_UNDECIDED = Trial(FLOATS, FLOATS, "the machine is too busy to try others: a later call goes on")
+
+# A trial, in steps that it can be left after: what is yielded means nothing, what is returned was found.
+Steps = Generator[None, None, Trial]
+
+
+class _Unfinished:
+    """A trial that began."""
+
+    def __init__(self, steps: Steps):
+        self.steps, self.goes_on_at = steps, 0.0
+
+
 _trials: dict[tuple[str, bool], Trial] = {}
+_unfinished: dict[tuple[str, bool], _Unfinished] = {}
 _lock = threading.Lock()
 
 
-def _new_lock() -> None:
+def _begin_anew() -> None:
     global _lock
     _lock = threading.Lock()
+    _unfinished.clear()
 
 
 # A child that is forked while another thread tries would wait for it forever.
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_new_lock)
+    os.register_at_fork(after_in_child=_begin_anew)
 
 
-def integer_trial() -> Trial:
+def integer_trial(seconds: float = _BUDGET) -> Trial:
     """Of `integer_product` on this CPU: FLOATS or INT_MM, which give the same bits.
 
     It is kept when torch.set_num_threads changes: whether a product is right does not depend on it, and what is faster
     is so by far. Where torch.backends.mkldnn is switched off, whose kernels these are, there is another one.
+
+    After `seconds` (math.inf: never) it is left as it stands: FLOATS for now, and a later call goes on with it.
     """
-    return _tried("integer", _try_integer)
+    return _tried("integer", _try_integer, seconds)
 
 
-def bfloat16_trial() -> Trial:
-    """Of `bfloat16_product` on this CPU: FLOATS, PACKED or BFLOAT16."""
-    return _tried("bfloat16", _try_bfloat16)
+def bfloat16_trial(seconds: float = _BUDGET) -> Trial:
+    """Of `bfloat16_product` on this CPU: FLOATS, PACKED or BFLOAT16. `seconds`: as of `integer_trial`."""
+    return _tried("bfloat16", _try_bfloat16, seconds)
 
 
-def _tried(name: str, function: Callable[[], Trial]) -> Trial:
+def _tried(name: str, begun: Callable[[], Steps], seconds: float) -> Trial:
     key = name, torch._C._get_mkldnn_enabled()
     found = _trials.get(key)
-    if found is None:
-        with _lock:
-            found = _trials.get(key)
-            if found is None:
-                # Not the modes, devices or dtypes of whoever calls first.
-                with torch._C.DisableTorchFunction(), torch.no_grad(), without_autocast("cpu"):
-                    found = _trials[key] = function()
-    return found
+    if found is not None:
+        return found
+    if _is_resting(key, seconds):
+        return _UNDECIDED
+    with _lock:
+        # Another thread may have been at it.
+        found = _trials.get(key)
+        if found is None and not _is_resting(key, seconds):
+            found = _gone_on(key, begun, seconds)
+    return found or _UNDECIDED
 
 
-def _try_integer() -> Trial:
+def _is_resting(key, seconds):
+    unfinished = _unfinished.get(key)
+    return unfinished is not None and seconds < math.inf and _wall() < unfinished.goes_on_at
+
+
+def _gone_on(key, begun: Callable[[], Steps], seconds: float) -> Trial | None:
+    """What the trial found, or None where `seconds` were over before."""
+    begin = _wall()
+    # What it found so far is kept; after an exception that is no answer it begins anew.
+    unfinished = _unfinished.pop(key, None) or _Unfinished(begun())
+    try:
+        # Not the modes, devices or dtypes of whoever calls.
+        with (
+            torch._C.DisableTorchFunction(),
+            torch.inference_mode(False),
+            torch.no_grad(),
+            without_autocast("cpu"),
+        ):
+            while _wall() - begin < seconds:
+                next(unfinished.steps)
+    except StopIteration as stop:
+        _trials[key] = stop.value
+        return stop.value
+    now = _wall()
+    unfinished.goes_on_at = now + _REST * (now - begin)
+    _unfinished[key] = unfinished
+    return None
+
+
+def _try_integer() -> Steps:
     try:
         for sizes in _LOOKED_AT:
             q, weight = _extremes(*sizes)
@@ -274,24 +339,25 @@ def _try_integer() -> Trial:
             for laid in (weight, weight.t().contiguous().t()):
                 if not torch.equal(_int_mm(q, laid).double(), expected):
                     return Trial(FLOATS, FLOATS, f"{INT_MM} is not exact here")
+                yield
     except RuntimeError as error:
         return Trial(FLOATS, FLOATS, f"{INT_MM} cannot run here ({_first_line(error)})")
-    return _fastest({FLOATS: _product_of_floats, INT_MM: _int_mm}, torch.int8)
+    return (yield from _fastest({FLOATS: _product_of_floats, INT_MM: _int_mm}, torch.int8))
 
 
-def _try_bfloat16() -> Trial:
+def _try_bfloat16() -> Steps:
     right, wrong = {FLOATS: _BFLOAT16_PRODUCTS[FLOATS]}, []
     for name in (PACKED, BFLOAT16):
-        reason = _why_not(_BFLOAT16_PRODUCTS[name])
+        reason = yield from _why_not(_BFLOAT16_PRODUCTS[name])
         if reason is None:
             right[name] = _BFLOAT16_PRODUCTS[name]
         else:
             wrong.append(f"{name} {reason}")
-    trial = _fastest(right, torch.bfloat16)
+    trial = yield from _fastest(right, torch.bfloat16)
     return trial._replace(reason="; ".join([*([trial.reason] if len(right) > 1 else []), *wrong]))
 
 
-def _why_not(product: Callable) -> str | None:
+def _why_not(product: Callable) -> Generator[None, None, str | None]:
     """None where the product's result is that of sums in float32, rounded to bfloat16 once."""
     try:
         for sizes in _LOOKED_AT_PACKED:
@@ -304,6 +370,7 @@ def _why_not(product: Callable) -> str | None:
             x[0, -1] = torch.nan
             if not product(x, weight)[0].isnan().all():
                 return "loses a NaN here"
+            yield
     except RuntimeError as error:
         return f"cannot run here ({_first_line(error)})"
     return None
@@ -330,15 +397,14 @@ def _of_bfloat16(rows: int, terms: int, out_features: int):
     return x.to(torch.bfloat16), weight.view(out_features, terms).to(torch.int8)
 
 
-def _fastest(products: dict[str, Callable], dtype: torch.dtype) -> Trial:
+def _fastest(products: dict[str, Callable], dtype: torch.dtype) -> Steps:
     """The fastest of the products behind the first, unless the first is faster by far; for few rows and for many."""
     first, *others = products
     weight = torch.ones(_TIMED_FEATURES, _TIMED_FEATURES, dtype=torch.int8, device="cpu")
-    seconds = [
-        _seconds(products, (torch.ones(rows, _TIMED_FEATURES, dtype=dtype, device="cpu"), weight))
-        for rows in _TIMED_ROWS
-    ]
-    chosen = []
+    seconds, chosen = [], []
+    for rows in _TIMED_ROWS:
+        operands = torch.ones(rows, _TIMED_FEATURES, dtype=dtype, device="cpu"), weight
+        seconds.append((yield from _seconds(products, operands)))
     for times in seconds:
         best = min(others, key=times.__getitem__, default=first)
         chosen.append(best if times[best] < _SLOWER * times[first] else first)
@@ -350,27 +416,30 @@ def _fastest(products: dict[str, Callable], dtype: torch.dtype) -> Trial:
     return Trial(*chosen, "; ".join(reasons) or f"{first} alone")
 
 
-def _seconds(products: dict[str, Callable], operands: tuple) -> dict[str, float]:
+def _seconds(products: dict[str, Callable], operands: tuple) -> Generator[None, None, dict[str, float]]:
     """name -> the least time of a call; in turn, so that what else the machine does meets all of them.
 
     As long as two are about as fast, others may have had the processors: then it goes on for a while.
     """
-    first, going, seconds = next(iter(products)), list(products), dict.fromkeys(products, float("inf"))
     for product in products.values():
         product(*operands)  # memory and kernels are made once
-    rounds, begin = 0, time.perf_counter()
-    while len(going) > 1 and (rounds < _TIMES or time.perf_counter() - begin < _PATIENCE):
+        yield
+    first, going, spent = next(iter(products)), list(products), 0.0
+    times: dict[str, list[float]] = {name: [] for name in products}
+    for _ in range(_ROUNDS):
         for name in going:
-            start = time.perf_counter()
+            start = _clock()
             products[name](*operands)
-            seconds[name] = min(seconds[name], time.perf_counter() - start)
-        rounds += 1
-        unlike = {name: max(seconds[name] / seconds[first], seconds[first] / seconds[name]) for name in going}
-        if rounds >= _TIMES and all(unlike[name] > 2 for name in going if name != first):
-            break
-        if rounds >= _HOPELESS_TIMES:
-            going = [name for name in going if name == first or seconds[name] < _HOPELESS * seconds[first]]
-    return seconds
+            took = max(_clock() - start, 1e-9)
+            bisect.insort(times[name], took)
+            spent += took
+            yield
+        ratios = {name: times[name][0] / times[first][0] for name in going if name != first}
+        if all(len(times[name]) >= _TIMES and times[name][_TIMES - 1] < _ALIKE * times[name][0] for name in going):
+            going = [name for name in going if name == first or ratios[name] < _HOPELESS]
+            if spent > _PATIENCE or all(not 0.5 < ratios[name] < 2 for name in going[1:]):
+                break
+    return {name: of_it[0] for name, of_it in times.items()}
 
 
 def _first_line(error: Exception) -> str:
