@@ -27,6 +27,7 @@ import stub_driver  # noqa: E402
 
 stub_driver.activate()
 
+import direct_plans  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 from triton import knobs  # noqa: E402
@@ -239,6 +240,7 @@ def main() -> None:
     found["sees"] = {blindness: sees(blindness, largest.fn, varying, 40 * calls) for blindness in BLIND}
     found["hooks"] = hooks_see(every[0])
     found["anew"] = compiled_anew()
+    found["plans"] = direct_plans.report()
     print(json.dumps(found))
 
 

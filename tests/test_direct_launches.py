@@ -55,6 +55,18 @@ def test_other_rows_and_lengths_compile_nothing(few):
     assert few["anew"] == {"layer_norm": 0, "rms_norm": 0, "attention": 0}
 
 
+def test_what_a_launcher_keeps_is_what_it_launches_without(few):
+    assert few["plans"]["different"] == {"attention": [], "layer_norm": []}
+    assert few["plans"]["kept"] == {"attention": True, "layer_norm": True}
+    assert [name for name, seen in few["plans"]["sees"].items() if not seen] == []
+
+
+def test_a_kept_launch_gives_way_where_something_changed(few):
+    gave_way = few["plans"]["gives way"]
+    assert not gave_way.pop("")
+    assert [what for what, gave in gave_way.items() if not gave] == []
+
+
 @pytest.mark.deep
 def test_the_same_of_many_calls():
     found = ran(1500)
