@@ -303,7 +303,7 @@ def _tried(name: str, begun: Callable[[], Steps], seconds: float) -> Trial:
 
 def _is_resting(key, seconds):
     unfinished = _unfinished.get(key)
-    return unfinished is not None and _wall() < unfinished.goes_on_at
+    return unfinished is not None and seconds < math.inf and _wall() < unfinished.goes_on_at
 
 
 def _gone_on(key, begun: Callable[[], Steps], seconds: float) -> Trial | None:
