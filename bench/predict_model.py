@@ -28,7 +28,7 @@ import sass
 from predict_parts import SCHEDULERS, Part, occupancy
 
 # Where between the worst (0) and the best (1) a kernel with matrix work is expected. FITTED: of the published rates of
-# four strangers (bench/predict_strangers.json) the largest error is least with it; all else here has a source. Nothing
+# four strangers (bench/predict_strangers.json) the largest error is least with it, to the nearest 0.05; all else here has a source. Nothing
 # of the kind was fitted for kernels that the bandwidth limits: of those there is a range alone.
 OVERLAP = 0.25
 # A trip is walked so often before it is measured: loads of a trip are waited for in a later one.
@@ -128,10 +128,8 @@ def costs(part: Part, each: sass.Instruction, share: float) -> dict[str, float]:
     if kind == sass.SPECIAL:
         return {kind: part.special.value}
     if kind == sass.FLOAT:
-        if each.opcode.startswith(
-            "H"
-        ):  # two halves a lane: twice the lanes of an A100's float32, an H100's and Ada's own
-            return {kind: 1.0}
+        if each.opcode.startswith("H"):
+            return {kind: (part.bfloat16 if ".BF16" in each.name else part.half).value}
         cycles = part.imad if each.opcode == "IMAD" else part.float32
         return {kind: cycles.value * (2 if ".WIDE" in each.name or ".HI" in each.name else 1)}
     if kind == sass.INTEGER:

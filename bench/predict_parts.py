@@ -59,6 +59,8 @@ class Part(NamedTuple):
     wgmma: Rate | None
     wgmma_int8: Rate | None
     float32: Rate
+    half: Rate  # two results a lane
+    bfloat16: Rate
     imad: Rate
     integer: Rate
     special: Rate
@@ -92,6 +94,7 @@ PARTS = (
         peak=Rate(312e12, "A100"), peak_int8=Rate(624e12, "A100"), bandwidth=Rate(2.039e12, "A100"),
         mma=Rate(256, "A100"), mma_int8=Rate(512, "A100"), wgmma=None, wgmma_int8=None,
         float32=Rate(_lanes(64), "guide"), imad=Rate(_lanes(64), "guide"), integer=Rate(_lanes(64), "guide"),
+        half=Rate(_lanes(128), "guide"), bfloat16=Rate(_lanes(64), "guide"),
         special=Rate(_lanes(16), "guide"),
         shared=Rate(128, "A100"), l2=Rate(5120 / 108, "A100"),
         memory=Rate(466, "Luo 2024"), cache=Rate(262, "Luo 2024"), local=Rate(29, "Luo 2024"),
@@ -107,6 +110,7 @@ PARTS = (
         mma=Rate(0.629 * 512, "Luo 2025"), mma_int8=Rate(0.629 * 1024, "Luo 2025"),
         wgmma=Rate(512, "H100"), wgmma_int8=Rate(1024, "H100"),
         float32=Rate(_lanes(128), "guide"), imad=Rate(_lanes(64), "guide"), integer=Rate(_lanes(64), "guide"),
+        half=Rate(_lanes(128), "guide"), bfloat16=Rate(_lanes(128), "guide"),
         special=Rate(_lanes(16), "guide"),
         shared=Rate(128, "H100"), l2=Rate(5120 / 132, "as A100"),
         memory=Rate(479, "Luo 2024"), cache=Rate(263, "Luo 2024"), local=Rate(29, "Luo 2024"),
@@ -121,6 +125,7 @@ PARTS = (
         peak=Rate(165.2e12, "Ada"), peak_int8=Rate(660.6e12, "Ada"), bandwidth=Rate(1.008e12, "Ada"),
         mma=Rate(64, "Ada"), mma_int8=Rate(256, "Ada"), wgmma=None, wgmma_int8=None,
         float32=Rate(_lanes(128), "guide"), imad=Rate(_lanes(64), "guide"), integer=Rate(_lanes(64), "guide"),
+        half=Rate(_lanes(64), "guide"), bfloat16=Rate(_lanes(64), "guide"),
         special=Rate(_lanes(16), "guide"),
         shared=Rate(128, "Ada"), l2=Rate(5.0e12 / 128 / 2.52e9, "Lam 2022"),
         memory=Rate(541, "Luo 2024"), cache=Rate(273, "Luo 2024"), local=Rate(30, "Luo 2024"),

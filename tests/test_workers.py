@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from worked_on import work
 
 from gptkern.measuring import workers
@@ -18,7 +19,7 @@ def test_workers_outlive_what_ends_one_of_them():
         ("works", 1),
         ("ends",),
         ("raises", "tile"),
-        ("is killed",),
+        ("is killed", signal.SIGSEGV),
         ("loses the GPU",),
         ("works", 2),
         ("works", 3),
@@ -32,6 +33,14 @@ def test_workers_outlive_what_ends_one_of_them():
     assert found[1] == workers.Died("its process ended with status 7")
     assert found[3] == workers.Died("its process was ended by SIGSEGV")
     assert found[4] == workers.Died("the GPU answers no more: an illegal memory access")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGRTMIN"), reason="this system has no real-time signals")
+def test_a_signal_without_a_name():
+    with workers.Workers(work, 1, patience=60) as pool:
+        # The first two of the real-time signals are the C library's own.
+        found = dict(pool.run([("is killed", signal.SIGRTMIN + 1)]))
+    assert found[0] == workers.Died(f"its process was ended by signal {signal.SIGRTMIN + 1}")
 
 
 def test_a_worker_that_does_not_end_is_ended():
@@ -65,6 +74,7 @@ def test_ctrl_c_is_for_the_process_that_started_them():
 STARTS = """
 import signal
 
+import pytest
 from worked_on import work
 from gptkern.measuring import workers
 

@@ -225,9 +225,9 @@ def _report(results: list, show_all: bool, what: str) -> int:
     if left_out:
         counts = f"partial, {form.count(left_out, 'case')} left out for want of time: {counts}"
     print(f"{counts}: {what}")
-    if failed or not compared:
-        return FAILED
-    return PARTIAL if left_out else PASSED
+    if left_out and not failed:
+        return PARTIAL
+    return FAILED if failed or not compared else PASSED
 
 
 def _worst_of_each(results: list) -> list[tuple]:

@@ -125,7 +125,8 @@ class _Worker:
             self._process.join(GRACE_SECONDS)
             status = self._process.exitcode
             if status is not None and status < 0:
-                return Died(f"its process was ended by {signal.Signals(-status).name}")
+                known = {each.value: each.name for each in signal.Signals}  # none of the real-time ones
+                return Died(f"its process was ended by {known.get(-status, f'signal {-status}')}")
             return Died(f"its process ended with status {status}")
 
     def end(self, politely: bool = False) -> None:
