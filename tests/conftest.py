@@ -16,6 +16,7 @@ if DEVICE == "cpu":
 
 import contextlib
 import importlib.util
+import math
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -114,6 +115,14 @@ def automatic_choice():
         yield
     dispatch._warned.clear()
     dispatch._warned.update(warned)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _products_are_tried():
+    """What a machine too busy for a trial runs meanwhile may round otherwise: two calls of a test must not differ."""
+    from gptkern.operators.int8_linear import products
+
+    products.bfloat16_trial(math.inf)
 
 
 @pytest.fixture(autouse=True)
