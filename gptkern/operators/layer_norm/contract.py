@@ -208,7 +208,7 @@ def _flattened(input, residual, weight, bias, normalized_shape, eps):
         if parameter is None:
             continue
         # All at once where nothing is wrong.
-        if parameter.shape != shape or parameter.device != device or parameter.dtype != dtype:
+        if parameter.shape != shape or parameter.device != device or parameter.dtype is not dtype:
             _check_parameters(input, weight, bias, shape)
             break
     if not input.is_floating_point():
