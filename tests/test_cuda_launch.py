@@ -7,6 +7,7 @@ A kernel whose index arithmetic is too narrow reaches other addresses, which the
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import mmap
 import re
@@ -311,6 +312,37 @@ def test_the_table_of_tensors_is_asked_once(tmp_path):
     assert fresh.is_unseen((x,), None)
     with pytest.raises(TypeError, match=r"^is_unseen needs a tuple"):
         fresh.is_unseen([x], None)
+    _ask_about_devices(fresh)
+
+
+def _ask_about_devices(fresh):
+    """By a table of tensors that lie where their attribute says: there is one device here."""
+
+    class Tensor(ctypes.Structure):
+        _fields_ = [("data", ctypes.c_void_p), ("type", ctypes.c_int32), ("index", ctypes.c_int32)]
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.POINTER(Tensor))
+    def place(tensor, found):
+        found[0].type, found[0].index = tensor.place
+        return 0
+
+    class Table(ctypes.Structure):
+        _fields_ = [("version", ctypes.c_uint32 * 2), ("before", ctypes.c_void_p * 4), ("place", type(place))]
+
+    class Placed:
+        def __init__(self, *place):
+            self.place = place
+
+    table = Table((1, 3), (None,) * 4, place)
+    capsule = ctypes.pythonapi.PyCapsule_New
+    capsule.restype, capsule.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+    Placed.__dlpack_c_exchange_api__ = capsule(ctypes.addressof(table), b"dlpack_exchange_api", None)
+    assert fresh.use_tensors_of(Placed) is None
+    fresh.ask_whether_unseen((), (), (Placed,), (type(None),))
+    here = Placed(2, 1)
+    assert fresh.is_unseen((here, None, Placed(2, 1)), "a device")
+    for there in (Placed(2, 0), Placed(1, 1)):
+        assert not fresh.is_unseen((None, here, there), "a device") and fresh.is_unseen((here, there), None)
 
 
 def test_what_is_no_tensor_is_an_error():

@@ -249,6 +249,15 @@ def before_dispatch(look):
     return found[0]
 
 
+def with_a_key_before_dispatch(look):
+    """What is left of it where torch functions are no longer seen."""
+    torch._C._dispatch_tls_set_dispatch_key_included(torch._C.DispatchKey.PreDispatch, True)
+    try:
+        return look()
+    finally:
+        torch._C._dispatch_tls_set_dispatch_key_included(torch._C.DispatchKey.PreDispatch, False)
+
+
 def inside(block):
     def run(look):
         with block():
@@ -266,6 +275,7 @@ WATCHED = {
     "a transform": in_a_transform,
     "a trace": in_a_trace,
     "make_fx before dispatch": before_dispatch,
+    "the key before dispatch": with_a_key_before_dispatch,
 }
 
 
