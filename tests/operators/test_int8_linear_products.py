@@ -367,7 +367,7 @@ def test_a_trial_that_takes_too_long_is_left_and_gone_on_with(untried, monkeypat
             done.append(step)
             clock[0] += 0.03
             yield
-        return products.Trial(products.INT_MM, products.FLOATS, "after 40 steps of 30 ms")
+        return products.Trial(products.FLOATS, products.FLOATS, "after 40 steps of 30 ms")
 
     monkeypatch.setattr(products, "_try_integer", steps)
     x, weight, scale, expected = a_call()
@@ -380,7 +380,7 @@ def test_a_trial_that_takes_too_long_is_left_and_gone_on_with(untried, monkeypat
     with torch.inference_mode():
         steps_made, seconds = call()
     assert 1 <= steps_made <= 4 and seconds < products._BUDGET + 0.03 and not untried
-    assert products.integer_trial()[:2] == (products.FLOATS, products.FLOATS)
+    assert products.integer_trial() == products._UNDECIDED
     assert call() == (0, 0), "it rests"
     clock[0] += 0.9 * products._REST * seconds
     assert call() == (0, 0)
@@ -390,7 +390,7 @@ def test_a_trial_that_takes_too_long_is_left_and_gone_on_with(untried, monkeypat
         clock[0] += 10
         assert call()[0] <= 4
     assert begun == [False] and done == list(range(40)) and not products._unfinished
-    assert products.integer_trial() == (products.INT_MM, products.FLOATS, "after 40 steps of 30 ms")
+    assert products.integer_trial().reason == "after 40 steps of 30 ms"
 
 
 def test_who_needs_to_know_waits_for_a_trial_and_one_that_fails_begins_anew(untried, monkeypatch, clock):
