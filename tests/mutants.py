@@ -96,11 +96,6 @@ def changed_triton_module(operator: str, function: str, old: str, new: str, fold
     sys.modules[changed] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[changed])
     planted = importlib.import_module(f"{room}.triton")
-    # Dispatch and the registered ops keep the module that they have found.
-    kept = dispatch.load("triton", operator)
-    for launcher in ("forward", "backward", "unsupported"):
-        if hasattr(kept, launcher):
-            monkeypatch.setattr(kept, launcher, getattr(planted, launcher))
     monkeypatch.setitem(dispatch._modules, ("triton", operator), planted)
     return planted
 

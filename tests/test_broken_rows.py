@@ -83,8 +83,8 @@ TRITON = {
         # Edges
         Mutation(
             "the row after a tile's is left out", "forward",
-            r"_forward_kernel\[\(cdiv\(rows, block_rows\),\)\]",
-            "_forward_kernel[(max(cdiv(rows - 1, block_rows), 1),)]",
+            r"cdiv\(rows, block_rows\)",
+            "max(cdiv(rows - 1, block_rows), 1)",
             of(test_layer_norm_faults.test_widths_and_rows_beside_tiles, edge=512),
         ),
         # Rare values

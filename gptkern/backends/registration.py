@@ -141,16 +141,14 @@ class Operator:
             return [records[0]._make(given[: sizes[0]]), records[1]._make(given[sizes[0] :])]
 
         is_forward = direction == "forward"
-
-        modules: dict[str, Any] = {}
-
+        loaded = dispatch._modules
         def start(backend, *records):
             # What torch.compile made calls no twin.
             if is_forward and recomputation.blocks_are_open():
                 recomputation.carry()
-            module = modules.get(backend)
+            module = loaded.get((backend, operator))
             if module is None:
-                module = modules[backend] = dispatch.load(backend, operator)
+                module = dispatch.load(backend, operator)
             launcher, first = (module.forward if is_forward else module.backward), records[0][0]
             if not isinstance(first, torch.Tensor):
                 first = dispatch.first_tensor(records[0])
