@@ -28,9 +28,8 @@ import sass
 from predict_parts import SCHEDULERS, Part, occupancy
 
 # Where between the worst (0) and the best (1) a kernel with matrix work is expected. FITTED: of the published rates of
-# four strangers (bench/predict_strangers.json) the largest error is least with it, to the nearest 0.05; all else here has a
-# source. Nothing
-# of the kind was fitted for kernels that the bandwidth limits: of those there is a range alone.
+# four strangers (bench/predict_strangers.json) the largest error is least with it, to the nearest 0.05; all else here
+# has a source. Nothing of the kind was fitted for kernels that the bandwidth limits: of those there is a range alone.
 OVERLAP = 0.25
 # A trip is walked so often before it is measured: loads of a trip are waited for in a later one.
 WARMING, MEASURED = 4, 4

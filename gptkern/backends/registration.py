@@ -142,6 +142,7 @@ class Operator:
 
         is_forward = direction == "forward"
         loaded = dispatch._modules
+
         def start(backend, *records):
             # What torch.compile made calls no twin.
             if is_forward and recomputation.blocks_are_open():
