@@ -75,7 +75,7 @@ def test_without_a_gradient_autograd_is_not_asked(monkeypatch):
         raise AssertionError("an autograd.Function was applied")
 
     contract = operators.contract("layer_norm")
-    for function in (contract.LayerNormFunction, contract._AloneFunction):
+    for function in (contract.LayerNormFunction, contract._LayerNormAloneFunction):
         monkeypatch.setattr(function, "apply", refuse)
         monkeypatch.setattr(function, "apply_unseen", refuse)
     tensors = leaves()
@@ -305,3 +305,11 @@ def test_tensors_of_two_devices_are_seen():
     here, there = torch.zeros(2), torch.zeros(2, device="meta")
     assert not registration.is_unseen((here, None, there), here.device)
     assert registration.is_unseen((here, None, here), here.device)
+
+
+def test_a_saved_tensor_that_comes_back_on_another_device_is_named():
+    tensors = leaves()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor.to("meta")):
+        output = call(*tensors)
+    with pytest.raises(RuntimeError, match=r"layer_norm: in the backward .* is on meta; it needs to be on cpu"):
+        output.sum().backward()

@@ -114,10 +114,23 @@ class Operator:
         return op(*call, backend)
 
     def backward(self, gradient, call, backend: str):
-        """What the backend's backward launcher returns."""
+        """What the backend's backward launcher returns.
+
+        Raises:
+            RuntimeError: a tensor that the forward has saved came back on another device.
+        """
         op, start = self._backward
-        if is_unseen((*gradient, *call)):
+        given = (*gradient, *call)
+        device = dispatch.first_tensor(given).device
+        if is_unseen(given, device):
             return start(backend, gradient, call)
+        # A kernel would be handed an address of another memory.
+        for name, argument in zip((*gradient._fields, *call._fields), given):
+            if isinstance(argument, torch.Tensor) and argument.device != device:
+                raise RuntimeError(
+                    f"{self.name}: in the backward {name} is on {argument.device}; it needs to be on {device}, where "
+                    "the forward ran: a hook on saved tensors has to put it back"
+                )
         return op(*gradient, *call, backend)
 
     def _registered(self, direction: str, arguments: list[str], results: int, records: tuple, fake: Callable):

@@ -200,7 +200,8 @@ class Kernel(triton.JITFunction):
         """Triton's own way; what it chose is kept under the key, if there is one."""
         options = {name: value for name, value in (("num_warps", num_warps), ("num_stages", num_stages)) if value}
         compiled = self.run(*arguments, grid=grid, warmup=False, **constants, **options)
-        # True and 1.0 are equal to 1, and Triton takes them for something else.
+        # True and 1.0 are equal to 1, and Triton takes them for something else: no launcher may hand them on where
+        # others hand an int, since they would find what was kept of it.
         are_ints = all(type(arguments[index]) in (int, type(None)) for index in self._fixed)
         if key is not None and are_ints and indirect() is None:
             self._keep(key, compiled)

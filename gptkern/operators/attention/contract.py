@@ -444,13 +444,13 @@ def _on_kernels(call: Call, backend: str, unseen: bool | None):
         return OPERATOR.forward(call, backend, unseen)[0]
     if mask is None and seed is None:
         if unseen:
-            return _PlainFunction.apply_unseen(query, key, value, backend, call)
-        return _PlainFunction.apply(query, key, value, backend, None, is_causal, scale, lower_right)
+            return _AttentionPlainFunction.apply_unseen(query, key, value, backend, call)
+        return _AttentionPlainFunction.apply(query, key, value, backend, None, is_causal, scale, lower_right)
     apply = AttentionFunction.apply_unseen if unseen else AttentionFunction.apply
     return apply(query, key, value, is_causal, scale, backend, mask, dropout_p, lower_right, seed, False, unseen)
 
 
-class _PlainFunction(KernelFunction):
+class _AttentionPlainFunction(KernelFunction):
     """AttentionFunction without a mask and dropout: fewer arguments for autograd to look at."""
 
     @staticmethod
@@ -503,6 +503,7 @@ class AttentionFunction(KernelFunction):
         lower_right: with is_causal, query i sees the keys j <= i + length_k - length_q.
         return_lse: also return the natural log-sum-exp of the scores, (batch, heads, length_q), float32 (float64 for
             float64 input), which has no gradient.
+        unseen: what `dispatch.is_unseen` says of the call, from a twin that has asked; None: it is asked.
     """
 
     @staticmethod

@@ -93,7 +93,7 @@ def int8_linear(
     recomputed, not kept. No second derivative, but under torch.func: there and in forward mode
     (torch.autograd.forward_ad) PyTorch runs, and every derivative follows the same rule.
 
-    On a CPU w8a8 runs on torch._int_mm where a trial in the process finds it exact and not slower, else on exact
+    On a CPU w8a8 runs on torch._int_mm where a trial in the process finds it exact and not slower by far, else on exact
     float32 products, with the same bits; `gptkern info` says which. In bfloat16 the sums of w8a16, in float32, may be
     rounded to bfloat16 before the scale too, where the product that does so was found right and fast. The trial takes
     0.1 s of a call at most; on a machine too busy for it float32 products run, until calls that go on with it end it.
@@ -371,6 +371,7 @@ class Int8LinearFunction(KernelFunction):
     Args:
         input: (…, in_features). weight: (out_features, in_features) int8. weight_scale: (out_features,) float32.
         bias: (out_features,) or None. mode: "w8a8" or "w8a16". backend: "torch", "triton" or "cuda".
+        unseen: what `dispatch.is_unseen` says of the call, from a twin that has asked; None: it is asked.
     """
 
     @staticmethod

@@ -8,8 +8,8 @@ On a CPU PyTorch has operators that read the int8 weight as it is, several times
 Neither says where it is wrong or slow. Without instructions for int8 products oneDNN adds pairs of them in 16 bits,
 which saturate: 768 products of 127 with 127 are 97,920, not 12,387,072. What torch.cpu tells of the processor decides
 nothing, as oneDNN may be told to leave instructions alone (ONEDNN_MAX_CPU_ISA). So each is tried, once in a process,
-when a call first could use it: it must be right where a wrong one shows, and not slower than what it replaces. On a
-machine too busy for that to end soon, calls get float32 products meanwhile, and some of them go on with the trial.
+when a call first could use it: it must be right where a wrong one shows, and not slower by far than what it replaces.
+On a machine too busy for that to end soon, calls get float32 products meanwhile, and some of them go on with the trial.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ _BFLOAT16_PRODUCTS: dict[str, Callable] = {
 }
 
 # Rows, in_features and out_features of the products whose results are looked at: tails of every vector and tile.
-_LOOKED_AT = ((1, 64, 1), (1, 67, 33), (1, 768, 64), (3, 129, 17), (16, 68, 48), (37, 515, 65))
+_LOOKED_AT = ((1, 64, 1), (1, 67, 33), (1, 768, 64), (3, 129, 17), (16, 68, 48), (37, 515, 65), (2, 4099, 3))
 _LOOKED_AT_PACKED = ((1, 64, 1), (1, 96, 33), (1, 768, 64), (3, 160, 17), (16, 96, 48), (37, 544, 65))
 # What is timed: a weight that stays in the cache, so that a try takes some milliseconds in all.
 _TIMED_ROWS, _TIMED_FEATURES = (1, 32), 512
@@ -398,15 +398,20 @@ def _of_bfloat16(rows: int, terms: int, out_features: int):
 
 
 def _fastest(products: dict[str, Callable], dtype: torch.dtype) -> Steps:
-    """The fastest of the products behind the first, unless the first is faster by far; for few rows and for many."""
+    """One of the products behind the first, unless the first is faster by far; for few rows and for many.
+
+    Of several, the first where there are few rows and the last where there are many, unless another is faster by far.
+    """
     first, *others = products
     weight = torch.ones(_TIMED_FEATURES, _TIMED_FEATURES, dtype=torch.int8, device="cpu")
     seconds, chosen = [], []
     for rows in _TIMED_ROWS:
         operands = torch.ones(rows, _TIMED_FEATURES, dtype=dtype, device="cpu"), weight
         seconds.append((yield from _seconds(products, operands)))
-    for times in seconds:
-        best = min(others, key=times.__getitem__, default=first)
+    for times, preferred in zip(seconds, (others, others[::-1])):
+        best = next(iter(preferred), first)
+        for name in preferred:
+            best = name if times[name] * _SLOWER < times[best] else best
         chosen.append(best if times[best] < _SLOWER * times[first] else first)
     few, many = _TIMED_ROWS
     reasons = []

@@ -377,6 +377,7 @@ class LayerNormFunction(KernelFunction):
     Args:
         input: (…, width). residual: (…, width) or None. weight, bias: (width,) or None.
         backend: "torch", "triton" or "cuda".
+        unseen: what `dispatch.is_unseen` says of the call, from a twin that has asked; None: it is asked.
     """
 
     @staticmethod
@@ -392,7 +393,7 @@ class LayerNormFunction(KernelFunction):
         return *_backward_of(ctx, grad_output, grad_summed, ctx.needs_input_grad[:4]), None, None, None
 
 
-class _AloneFunction(KernelFunction):
+class _LayerNormAloneFunction(KernelFunction):
     """The same without a residual: a result that nobody asks for takes a tenth of the host's time."""
 
     @staticmethod
@@ -418,7 +419,7 @@ def _on_kernels(call: Call, backend: str, unseen: bool | None):
     if not needs_gradient(input, residual, weight, bias):
         return OPERATOR.forward(_with_dense_parameters(call), backend, unseen)[:2]
     if residual is None:
-        apply = _AloneFunction.apply_unseen if unseen else _AloneFunction.apply
+        apply = _LayerNormAloneFunction.apply_unseen if unseen else _LayerNormAloneFunction.apply
         return apply(input, weight, bias, eps, backend, call if unseen else None), None
     apply = LayerNormFunction.apply_unseen if unseen else LayerNormFunction.apply
     return apply(*call, backend, unseen)

@@ -234,6 +234,7 @@ class RMSNormFunction(KernelFunction):
     Args:
         input: (…, width). weight: (width,) or None. eps: a number.
         backend: "torch", "triton" or "cuda".
+        unseen: what `dispatch.is_unseen` says of the call, from a twin that has asked; None: it is asked.
     """
 
     @staticmethod

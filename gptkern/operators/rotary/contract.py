@@ -271,6 +271,7 @@ class RotaryFunction(KernelFunction):
         cos, sin: (length, width) or (batch or 1, length, width), width being rotary_dim / 2 or rotary_dim.
         rotary_dim: even, at most head_dim. interleaved: whether pairs are neighbours.
         backend: "torch", "triton" or "cuda".
+        unseen: what `dispatch.is_unseen` says of the call, from a twin that has asked; None: it is asked.
     """
 
     @staticmethod

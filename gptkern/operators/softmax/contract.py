@@ -306,6 +306,7 @@ class SoftmaxFunction(KernelFunction):
         mask: bool or floating point, broadcastable to the input, or None.
         is_causal: only with `dim` the last of at least two.
         backend: "torch", "triton" or "cuda".
+        unseen: what `dispatch.is_unseen` says of the call, from a twin that has asked; None: it is asked.
     """
 
     @staticmethod
