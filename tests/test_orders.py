@@ -102,7 +102,11 @@ def kernels(monkeypatch):
     """kernels("triton", …): these backends cover every softmax. cuda:0 is an H200, nobody measured cuda:1."""
     simulate(monkeypatch, ("NVIDIA H200", (9, 0)), ("NVIDIA H900", (10, 3)))
     monkeypatch.setattr(dispatch, "unavailable", lambda name, device: None)
-    monkeypatch.setattr(dispatch, "_modules", {(name, "softmax"): SimpleNamespace() for name in ("cuda", "triton")})
+    monkeypatch.setattr(
+        dispatch,
+        "_modules",
+        {(name, "softmax"): SimpleNamespace(unsupported=lambda call: None) for name in ("cuda", "triton")},
+    )
 
     def covering(*names):
         monkeypatch.setattr(dispatch, "_uncovered", lambda name, *_: None if name in names else f"{name} can not")

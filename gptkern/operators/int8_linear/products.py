@@ -108,7 +108,7 @@ def _exact_chunks(x, weight, terms):
         return [slice(0, terms)]
     sums = [EXACT_SUM] * len(starts)
     # On a GPU the values would be waited for.
-    if x.is_cpu and x.shape[0] and _is_plain(x, weight):
+    if x.is_cpu and _is_plain(x, weight) and x.shape[0]:
         # A float32 sum of what is not negative is never rounded below a bound that it has passed.
         magnitude = x.abs()
         if magnitude.sum(1).max().item() <= EXACT_SUM:
