@@ -64,7 +64,7 @@ gpu:  ## on a machine with a GPU: check, test, sanitize and measure, in nine min
 figures: $(VENV)/installed  ## the figures of docs/ from bench/results/
 	$(BIN)/python bench/publish.py
 
-tables: $(VENV)/cuda  ## docs/cuda_resources.md, cuda_counters.md and predictions.md, from the kernels, and what README.md says of them
+tables: $(VENV)/cuda  ## docs/cuda_resources.md, cuda_other_architectures.md, cuda_counters.md and predictions.md, from the kernels, and what README.md says of them
 	$(BIN)/python bench/cuda_tables.py
 	$(BIN)/python bench/predict.py
 	$(BIN)/python docs/kernel_facts.py

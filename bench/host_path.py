@@ -14,6 +14,7 @@ host_path_<backend>.py, which has
 
     LIMIT          the ratio that layer_norm's and attention's forward may have
     prepare()      makes launches do nothing in this process; returns None, or why the backend cannot be measured here
+    versions()     what each line says besides: a version, or which module was used
 
 Calls take turns with F.layer_norm in rounds; of each the fastest round counts, since nothing but other work on the
 machine makes one slower. Exit status: 0 within the limits, 1 above one of them, 2 where a backend cannot be measured.

@@ -188,6 +188,19 @@ def hooks_see(kernel: direct.Kernel) -> dict[str, bool]:
     return {"seen": len(seen) == 2, "by name": set(seen) == {_base.metadata.name}}
 
 
+def kept_of_a_first_call(kernel: direct.Kernel) -> dict[str, bool]:
+    """Whether a first call under debug, which compiles assertions in, is kept for later ones; and one without."""
+    stub_driver.record({})
+    arguments, constants = random_call(kernel, random.Random(2))
+    kernel._kinds.clear()
+    found = {}
+    for name, is_on in (("debug", True), ("plain", False)):
+        knobs.runtime.debug = is_on
+        kernel[(1,)](*arguments, **constants)
+        found[name] = bool(kernel._kinds)
+    return found
+
+
 def compiled_anew() -> dict[str, int]:
     """How many kernels are compiled for other rows and lengths than those of a first call of each launcher."""
     from gptkern import operators
@@ -239,6 +252,7 @@ def main() -> None:
     varying = [parameter.name for parameter in largest.params if parameter.do_not_specialize]
     found["sees"] = {blindness: sees(blindness, largest.fn, varying, 40 * calls) for blindness in BLIND}
     found["hooks"] = hooks_see(every[0])
+    found["first"] = kept_of_a_first_call(every[0])
     found["anew"] = compiled_anew()
     found["plans"] = direct_plans.report()
     print(json.dumps(found))

@@ -28,8 +28,7 @@ def launchers(name: str) -> ModuleType:
 
 
 def plans(name: str) -> dict:
-    module = launchers(name)
-    return module.TABLE.kept if name == "attention" else module._plans
+    return launchers(name).TABLE.kept
 
 
 @contextlib.contextmanager

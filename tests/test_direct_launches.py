@@ -51,6 +51,10 @@ def test_launch_hooks_see_what_was_started_directly_before(few):
     assert few["hooks"] == {"seen": True, "by name": True}
 
 
+def test_what_was_compiled_under_debug_is_not_kept(few):
+    assert few["first"] == {"debug": False, "plain": True}
+
+
 def test_other_rows_and_lengths_compile_nothing(few):
     assert few["anew"] == {"layer_norm": 0, "rms_norm": 0, "attention": 0}
 

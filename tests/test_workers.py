@@ -43,6 +43,16 @@ def test_a_signal_without_a_name():
     assert found[0] == workers.Died(f"its process was ended by signal {signal.SIGRTMIN + 1}")
 
 
+def test_a_worker_that_ends_between_two_calls_costs_none_of_them():
+    with workers.Workers(work, 1, patience=60) as pool:
+        ((_, (process, _)),) = pool.run([("works", 1)])
+        os.kill(process, signal.SIGKILL)
+        while not pool._idle[0].pipe.poll(0.1):
+            pass
+        ((_, (other, value)),) = pool.run([("works", 2)])
+    assert value == 2 and other != process
+
+
 def test_a_worker_that_does_not_end_is_ended():
     with workers.Workers(work, 2, patience=3) as pool:
         found = dict(pool.run([("hangs",), ("works", 1), ("works", 2)]))

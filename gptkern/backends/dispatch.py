@@ -14,7 +14,7 @@ backend's name ("cuda:sm90": cuda_sm90.py; of "torch" and "torch:launchers" it i
 is first chosen, and has
 
     unsupported(call) -> str | None    why this call is not covered, or None
-    forward(call)                      bare launchers, which the registered ops call (registration.py)
+    forward(call)                      bare launchers, which registration.py starts, by a registered op or not
     backward(gradient, call)
     unavailable(device) -> str | None  of a variant alone, if it needs more than its backend: why not on this device
 
@@ -276,7 +276,7 @@ def chosen(operator: str, call: tuple) -> tuple[Choice, bool | None]:
 
 
 def is_unseen(call: tuple, device: torch.device | None = None) -> bool:
-    """Whether a launcher may be called as it is: nobody looks on while operators run (tracing.is_eager), and each
+    """Whether a launcher may be called as it is: nobody looks on while operators run (tracing.is_watched), and each
     tensor is what lies in memory: of no subclass, no view that PyTorch negates when it is read, no zeros without
     memory, nothing that a transform of torch.func has left behind.
 

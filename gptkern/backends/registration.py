@@ -1,4 +1,5 @@
-"""What the operators share: registration with PyTorch, autocast, and the refusal of second derivatives.
+"""What the operators share: registration with PyTorch, the way past it where nobody looks on, autocast, and the refusal
+of second derivatives.
 
 A call of an operator is one record, a NamedTuple of its contract. The schema of the registered op, the order of the
 launchers' arguments and what dispatch looks at are read from its fields: a new option is one field and its meaning.
@@ -246,7 +247,8 @@ def autocast(policy: str, *tensors: torch.Tensor | None) -> tuple[torch.Tensor |
 
 
 class KernelFunction(torch.autograd.Function):
-    """An autograd.Function of an operator. Its forward's last argument is `unseen`, as Operator.forward has it.
+    """An autograd.Function of an operator. The public ones' forward ends with `unseen`, as Operator.forward has it;
+    those for the most usual calls get the call itself, or None where somebody looks on.
 
     `apply_unseen` is autograd's own `apply`, for where nobody looks on: torch.autograd.Function does in Python what
     torch.func and a setup_context need, which takes as long as all of autograd's work in C++.

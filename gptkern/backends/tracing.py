@@ -1,7 +1,8 @@
-"""Who else is there while a call runs: torch.func, forward mode, torch.jit.trace, a compiler, fake tensors.
+"""Who else is there while a call runs: torch.func, forward mode, torch.jit.trace, a compiler, modes and fake tensors,
+autocast, a profiler.
 
-Kernels know none of them, and PyTorch's own operators all. A tensor that one of them holds may have no values to look
-at, or ones that a graph must not keep; a size that torch.jit.trace hands out is a tensor.
+Kernels know none of the tracers and transforms, and PyTorch's own operators all. A tensor that one of them holds may
+have no values to look at, or ones that a graph must not keep; a size that torch.jit.trace hands out is a tensor.
 """
 
 from __future__ import annotations
@@ -89,17 +90,10 @@ def in_dispatch_mode() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
 
 
-# Dynamo reads the first line and is done.
-def is_eager() -> bool:
-    """Whether nobody looks on while operators run, or takes their place: what PyTorch's dispatcher would be asked for.
-
-    That is a mode, a compiler or a tracer, a transform, forward mode, autocast, or a profiler.
-    """
-    return not (torch.compiler.is_compiling() or is_watched())
-
-
 def is_watched() -> bool:
-    """Whether somebody looks on, compilers apart."""
+    """Whether somebody looks on while operators run, or takes their place, compilers apart: a mode, a tracer, a
+    transform, forward mode, autocast, or a profiler. What is asked here WATCHERS asks too.
+    """
     return (
         _dispatch_modes()
         or _function_modes()

@@ -324,7 +324,7 @@ def int_mm(cell: Cell, kind: str) -> Implementation:
 
 @_adapter
 def dequantised(kind: str) -> Implementation:
-    """The int8 weight widened at each call, in PyTorch's operators: what a CPU falls back to."""
+    """The whole int8 weight widened at each call, in PyTorch's operators: what one writes by hand."""
     _need(kind == "cpu", "is compared on CPUs alone")
     return Implementation(w8a16_of_operators, _prepare_int8)
 

@@ -143,7 +143,7 @@ def noisy(implementation: dict[str, Any] | None) -> str | None:
 
 
 def host_bound(implementation: dict[str, Any] | None) -> bool:
-    """Whether the host queued its calls more slowly than the GPU ran them: the time is the host's."""
+    """Whether the host queued its calls more slowly than the GPU ran them: its time may be in this one."""
     return bool((implementation or {}).get("host_bound"))
 
 

@@ -188,7 +188,7 @@ def _legend(results: dict[str, Any]) -> str:
         f"{LOST_MARK} where it is the best peer: faster by more than {rates.LOST - 1:.0%}, and the quartiles of the "
         f"two do not overlap; {UNCLEAR_MARK}: they overlap. {EVENTS_MARK}: timed with events around plain calls, gaps "
         f"between launches count; {HOST_MARK}: host-bound, the host queued them more slowly than the GPU ran them, and "
-        f"it is the host that is timed. {NOISY_MARK}: noisy, a time that says little, and no verdict hangs on it. "
+        f"the host's time may be in it. {NOISY_MARK}: noisy, a time that says little, and no verdict hangs on it. "
         f"{form.NONE}: not measured. The reasons stand at the end."
     )
 

@@ -61,8 +61,7 @@ class Workers:
         try:
             while waiting or self._busy:
                 while waiting and len(self._busy) < self._count:
-                    worker = self._idle.pop() if self._idle else _Worker(self._context, self._function)
-                    place = waiting.pop()
+                    worker, place = self._free(), waiting.pop()
                     self._busy[place] = worker, time.monotonic() + self._patience
                     worker.give(calls[place])
                 yield from self._ended()
@@ -71,6 +70,15 @@ class Workers:
             for worker, _ in self._busy.values():
                 worker.end()
             self._busy.clear()
+
+    def _free(self) -> _Worker:
+        while self._idle:
+            worker = self._idle.pop()
+            # What one that has nothing to do can send is its end, of which the next call is innocent.
+            if not worker.pipe.poll():
+                return worker
+            worker.end()
+        return _Worker(self._context, self._function)
 
     def _ended(self) -> list[tuple[int, Any]]:
         """Waits until a call ends, or its time."""
@@ -124,7 +132,9 @@ class _Worker:
         except (EOFError, ConnectionError):
             self._process.join(GRACE_SECONDS)
             status = self._process.exitcode
-            if status is not None and status < 0:
+            if status is None:
+                return Died("its process answers no more")
+            if status < 0:
                 known = {each.value: each.name for each in signal.Signals}  # none of the real-time ones
                 return Died(f"its process was ended by {known.get(-status, f'signal {-status}')}")
             return Died(f"its process ended with status {status}")
@@ -140,7 +150,7 @@ class _Worker:
 
 @contextlib.contextmanager
 def _no_interrupt():
-    """What is started inside never sees Ctrl-C, not while it imports either; for this process it waits for the end."""
+    """What is started inside never sees Ctrl-C, not while it imports either; for this thread it waits for the end."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

@@ -7,8 +7,8 @@ compiles; what it chose is kept by a key, and later calls of the kind hand their
 What a kind is has to tell apart at least what Triton tells apart, or a call would run a kernel that was compiled for
 other facts. Triton's facts are: of a pointer its dtype, whether it is None and whether it is aligned to 16 bytes; of an
 integer whether it is 1, whether 16 divides it, and whether it takes 32 bits, 64, or all 64 unsigned; the constants and
-the options. The key has the integers themselves. Of those in `do_not_specialize`, which change from call to call,
-Triton knows the width alone, and so does the key.
+the options. The key has the integers themselves. Of the integers in `do_not_specialize`, which change from call to
+call, Triton knows the width alone, and so does the key.
 
 Where a launcher sees that a call is like an earlier one in all that its kernel's arguments follow from, the pointers
 apart, it need not find them again: `Kernel.bound` is a launch that gets pointers alone, and `keep_plan`
@@ -60,7 +60,8 @@ def jit(function: Callable | None = None, *, do_not_specialize: Iterable[str] = 
 
     Args:
         do_not_specialize: numbers that change from call to call and must not be compiled for: rows, lengths, and
-            every float, of which Triton knows the type alone.
+            every float, of which Triton knows the type alone; and pointers whose alignment changes, as that of the
+            second of two rows in one tensor does.
     """
     if function is None:
         return functools.partial(jit, do_not_specialize=do_not_specialize)
@@ -203,7 +204,8 @@ class Kernel(triton.JITFunction):
         # True and 1.0 are equal to 1, and Triton takes them for something else: no launcher may hand them on where
         # others hand an int, since they would find what was kept of it.
         are_ints = all(type(arguments[index]) in (int, type(None)) for index in self._fixed)
-        if key is not None and are_ints and indirect() is None:
+        # What was compiled while somebody watched may be another kernel: with assertions, or with stages of theirs.
+        if key is not None and are_ints and not _is_watched() and indirect() is None:
             self._keep(key, compiled)
 
     def _keep(self, key: tuple, compiled: Any) -> None:

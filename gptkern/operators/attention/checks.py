@@ -1,4 +1,6 @@
-"""What attention asks of its arguments: each error names the argument, what it got and what it needs."""
+"""What attention asks of its arguments: each error names the argument, what it got and what it needs. And what kernels
+take of a call that is right.
+"""
 
 from __future__ import annotations
 
@@ -137,3 +139,38 @@ def _check_sizes(what, query, key, value):
         return
     if len({size for size in (query, key, value) if size != 1}) > 1:
         raise RuntimeError(f"attention: query, key and value differ in {what}: {query}, {key} and {value}")
+
+
+# --- What kernels take ---------------------------------------------------------------------------------------------
+
+LARGEST_HEAD_DIM = 256
+# Rows are read by 16 bytes: 8 values of 16 bits.
+HEAD_DIM_STEP = 8
+
+
+def outside_of_kernels(call: tuple, dtypes) -> str | None:
+    """Why no kernel takes a call of these shapes and dtypes, or None: what the backends' `unsupported` share."""
+    query, key, value = call[:3]
+    of_query, of_key, of_value = query.shape, key.shape, value.shape
+    if not len(of_query) == len(of_key) == len(of_value) == 4:
+        return (
+            f"query, key and value have {len(of_query)}, {len(of_key)} and {len(of_value)} dimensions; kernels need 4, "
+            "(batch, heads, length, head_dim)"
+        )
+    if query.dtype not in dtypes:
+        *others, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+        return f"the dtype is {query.dtype}; kernels need {', '.join(others)} or {last}"
+    batch, heads, _, head_dim = of_query
+    if of_value[3] != head_dim:
+        return f"value has head_dim {of_value[3]} and query {head_dim}; kernels need them equal"
+    if head_dim % HEAD_DIM_STEP != 0 or not 0 < head_dim <= LARGEST_HEAD_DIM:
+        return f"head_dim is {head_dim}; kernels need a multiple of {HEAD_DIM_STEP} up to {LARGEST_HEAD_DIM}"
+    if of_key[0] != batch or of_value[0] != batch:
+        return f"batch sizes are {batch}, {of_key[0]} and {of_value[0]}; kernels need them equal"
+    kv_heads = of_key[1]
+    if of_value[1] != kv_heads or (heads % kv_heads if kv_heads else heads):
+        return (
+            f"query, key and value have {heads}, {kv_heads} and {of_value[1]} heads; kernels need as many in "
+            "value as in key, and that they divide the query's"
+        )
+    return None

@@ -231,41 +231,6 @@ def _as_autocast_has_it(mask, query):
     return autocast("lower", query, mask)[1].expand(shape)
 
 
-# --- What kernels take ---------------------------------------------------------------------------------------------
-
-LARGEST_HEAD_DIM = 256
-# Rows are read by 16 bytes: 8 values of 16 bits.
-HEAD_DIM_STEP = 8
-
-
-def outside_of_kernels(call: Call, dtypes) -> str | None:
-    """Why no kernel takes a call of these shapes and dtypes, or None: what the backends' `unsupported` share."""
-    query, key, value = call[:3]
-    of_query, of_key, of_value = query.shape, key.shape, value.shape
-    if not len(of_query) == len(of_key) == len(of_value) == 4:
-        return (
-            f"query, key and value have {len(of_query)}, {len(of_key)} and {len(of_value)} dimensions; kernels need 4, "
-            "(batch, heads, length, head_dim)"
-        )
-    if query.dtype not in dtypes:
-        *others, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
-        return f"the dtype is {query.dtype}; kernels need {', '.join(others)} or {last}"
-    batch, heads, _, head_dim = of_query
-    if of_value[3] != head_dim:
-        return f"value has head_dim {of_value[3]} and query {head_dim}; kernels need them equal"
-    if head_dim % HEAD_DIM_STEP != 0 or not 0 < head_dim <= LARGEST_HEAD_DIM:
-        return f"head_dim is {head_dim}; kernels need a multiple of {HEAD_DIM_STEP} up to {LARGEST_HEAD_DIM}"
-    if of_key[0] != batch or of_value[0] != batch:
-        return f"batch sizes are {batch}, {of_key[0]} and {of_value[0]}; kernels need them equal"
-    kv_heads = of_key[1]
-    if of_value[1] != kv_heads or (heads % kv_heads if kv_heads else heads):
-        return (
-            f"query, key and value have {heads}, {kv_heads} and {of_value[1]} heads; kernels need as many in "
-            "value as in key, and that they divide the query's"
-        )
-    return None
-
-
 # --- The torch backend: bare launchers in plain PyTorch -------------------------------------------------------------
 
 
@@ -371,18 +336,19 @@ def _kept(query, key, dropout_p, seed):
 # --- Registration and autograd --------------------------------------------------------------------------------------
 
 
-def empty_in_layout_of(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+def empty_in_layout_of(tensor: torch.Tensor) -> torch.Tensor:
     """An uninitialised (batch, heads, length, head_dim) tensor of the given one's shape and order in memory, dense.
 
     Of a (batch, length, heads, head_dim) projection seen as (batch, heads, length, head_dim), or of one third of a
     packed qkv projection, the result is such a view again, so that the model's transpose back makes no copy.
     """
-    if dtype is None and tensor.is_contiguous():
-        return torch.empty_like(tensor)
+    if tensor.is_contiguous():
+        # By its format: else the strides of dimensions of one place, which may be any, stay.
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
     batch, heads, length, head_dim = tensor.shape
     if tensor.stride(1) < tensor.stride(2):
-        return tensor.new_empty((batch, length, heads, head_dim), dtype=dtype).transpose(1, 2)
-    return tensor.new_empty((batch, heads, length, head_dim), dtype=dtype)
+        return tensor.new_empty((batch, length, heads, head_dim)).transpose(1, 2)
+    return tensor.new_empty((batch, heads, length, head_dim))
 
 
 def empty_lse(query: torch.Tensor, attn_mask: torch.Tensor | None) -> torch.Tensor:
@@ -496,7 +462,7 @@ class AttentionFunction(KernelFunction):
         query: (batch, heads, length_q, head_dim). key, value: (batch, kv_heads, length_k, head_dim), where
             kv_heads divides heads.
         scale: a positive number.
-        backend: "torch", "triton" or "cuda"; cuda has none of the arguments that follow.
+        backend: "torch", "triton" or "cuda"; cuda has no attn_mask, dropout_p and lower_right.
         attn_mask: bool or floating point, broadcastable to (batch, heads, length_q, length_k), without is_causal. It
             gets no gradient.
         dropout_p: in [0, 1]; above 0 with seed, (1,) int64 on the query's device, which decides what is dropped.

@@ -7,7 +7,8 @@ import math
 import torch
 
 from gptkern.backends.cuda import common
-from gptkern.operators.attention.contract import Call, Gradient, empty_in_layout_of, outside_of_kernels
+from gptkern.operators.attention.checks import outside_of_kernels
+from gptkern.operators.attention.contract import Call, Gradient, empty_in_layout_of
 
 _DTYPES = (torch.float16, torch.bfloat16)
 # csrc/attention/forward.cu: heads are the second number of a grid.
@@ -31,7 +32,7 @@ def unsupported(call: Call) -> str | None:
 def forward(call: Call):
     """-> output (batch, heads, length_q, head_dim), lse (batch, heads, length_q) float32, in base 2."""
     query, key, value, is_causal, scale, *_ = call
-    output = _empty_like(query)
+    output = empty_in_layout_of(query)
     batch, heads, length_q, _ = query.shape
     lse = query.new_empty(batch, heads, length_q, dtype=torch.float32)
     if key.numel() == 0:
@@ -44,9 +45,9 @@ def backward(gradient: Gradient, call: Call):
     """-> dquery, dkey, dvalue of the shapes, dtypes and layouts of query, key, value; what is not needed is empty."""
     grad_output, output, lse, need_query, need_key, need_value = gradient
     query, key, value, is_causal, scale, *_ = call
-    grad_query = _empty_like(query) if need_query else query.new_empty(0)
-    grad_key = _empty_like(key) if need_key else key.new_empty(0)
-    grad_value = _empty_like(value) if need_value else value.new_empty(0)
+    grad_query = empty_in_layout_of(query) if need_query else query.new_empty(0)
+    grad_key = empty_in_layout_of(key) if need_key else key.new_empty(0)
+    grad_value = empty_in_layout_of(value) if need_value else value.new_empty(0)
     if query.numel() == 0 or key.numel() == 0:
         return grad_query.zero_(), grad_key.zero_(), grad_value.zero_()
     delta = torch.empty_like(lse, memory_format=torch.contiguous_format) if need_query or need_key else None
@@ -55,10 +56,3 @@ def backward(gradient: Gradient, call: Call):
         is_causal, scale,
     )  # fmt: skip
     return grad_query, grad_key, grad_value
-
-
-def _empty_like(tensor):
-    """empty_in_layout_of, at once for a contiguous tensor."""
-    if tensor.is_contiguous():
-        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-    return empty_in_layout_of(tensor)

@@ -8,9 +8,9 @@ A tile of keys at a time; m is the running maximum of S, l the running sum, A th
     l = l * 2^(m - m') + rowsum(p)         A = A * 2^(m - m') + p @ V
     O = A / l                              lse = m + log2(l)
 
-One program computes a tile of BLOCK_M queries of one head. It has two loops: full tiles, which know no mask, then the
-tiles on the diagonal and the tail, which do. P stays in registers, rounded to the inputs' dtype for the second
-product, as the tensor cores take it; sums are float32.
+One program computes a tile of BLOCK_M queries of one head. It has two loops: first the tiles on the diagonal and the
+tail, which are masked, then the full tiles, which know no mask. P stays in registers, rounded to the inputs' dtype for
+the second product, as the tensor cores take it; sums are float32.
 
 What it costs, for n = batch * heads, lengths T and S, head_dim D, b bytes an element:
     operations     forward 4nTSD, backward 14nTSD (dK/dV computes four products, dQ three), both halved by the mask
@@ -28,7 +28,8 @@ import triton.language as tl
 from gptkern.backends.triton.common import INTERPRETED, CompileCase, cdiv, dot, float32_precision
 from gptkern.backends.triton.direct import jit, keep_plan
 from gptkern.operators.attention import triton_backward
-from gptkern.operators.attention.contract import Call, empty_in_layout_of, empty_lse, no_key, outside_of_kernels
+from gptkern.operators.attention.checks import outside_of_kernels
+from gptkern.operators.attention.contract import Call, empty_in_layout_of, empty_lse, no_key
 from gptkern.operators.attention.triton_launch import (
     LOG2E,
     TABLE,

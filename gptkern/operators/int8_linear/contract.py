@@ -96,7 +96,8 @@ def int8_linear(
     On a CPU w8a8 runs on torch._int_mm where a trial in the process finds it exact and not slower by far, else on exact
     float32 products, with the same bits; `gptkern info` says which. In bfloat16 the sums of w8a16, in float32, may be
     rounded to bfloat16 before the scale too, where the product that does so was found right and fast. The trial takes
-    0.1 s of a call at most; on a machine too busy for it float32 products run, until calls that go on with it end it.
+    0.1 s of a call and the step that it is in at most; on a machine too busy for it float32 products run, until calls
+    that go on with it end it.
 
     Under autocast the input is cast to the autocast dtype, as for F.linear.
 

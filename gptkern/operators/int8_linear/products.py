@@ -210,8 +210,8 @@ _TIMED_ROWS, _TIMED_FEATURES = (1, 32), 512
 _TIMES, _ALIKE = 3, 1.3
 # Seconds of products, where two are about as fast, and rounds in any case, after which the least so far decide.
 _PATIENCE, _ROUNDS = 0.005, 100
-# Seconds that a trial takes of a call at most, and one product more. A quiet machine needs 7 to 30 ms, one with as many
-# busy processes again for each processor needed 12 s: a product in two threads waits for both.
+# Seconds that a trial takes of a call at most, and one product more. A quiet machine needs 7 to 30 ms, one with three
+# more busy processes for each processor up to 12 s: a product in two threads waits for both.
 _BUDGET = 0.1
 # Times what it took of a call until the trial goes on with another: a tenth of the time at most.
 _REST = 10

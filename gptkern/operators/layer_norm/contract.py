@@ -286,7 +286,7 @@ def unsupported(call: Call) -> None:
 
 
 def forward(call: Call):
-    """(…, width) -> output (…, width), summed (…, width) or None, statistics (2, rows): mean, rstd in float32."""
+    """-> output (…, width), summed (…, width) or None, statistics (2, rows): mean, rstd in float32 (float64)."""
     input, residual, weight, bias, eps = call
     summed = input if residual is None else input + residual
     x = summed.to(_statistics_dtype(summed)).reshape(-1, summed.shape[-1])

@@ -52,7 +52,8 @@ def forward(call: Call):
 
 
 def backward(gradient: Gradient, call: Call):
-    """-> dsummed (…, width), dweight (width,), dbias (width,) in the weight's dtype; what is not needed is empty."""
+    """-> dsummed (…, width), dweight (width,), dbias (width,) in the weight's dtype (the statistics'
+    without one); what is not needed is empty."""
     grad_output, grad_summed, statistics, need_input, need_weight, need_bias = gradient
     summed, weight = call.input, call.weight
     width, device, float32 = summed.shape[-1], summed.device, torch.float32

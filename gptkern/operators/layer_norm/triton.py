@@ -54,7 +54,7 @@ def _forward_kernel(
     bias_ptr,  # (width,)         or None
     y_ptr,  # (rows, width)   output, contiguous
     summed_ptr,  # (rows, width)   x + residual, contiguous, or None
-    statistics_ptr,  # (2, rows)       float32: mean, rstd, kept for the backward
+    statistics_ptr,  # (2, rows)       float32 (float64): mean, rstd, kept for the backward
     x_stride,  # from a row to the next
     residual_stride,
     rows,
@@ -114,7 +114,7 @@ def _forward_wide_kernel(
     bias_ptr,  # (width,)         or None
     y_ptr,  # (rows, width)   output, contiguous
     summed_ptr,  # (rows, width)   x + residual, contiguous, or None
-    statistics_ptr,  # (2, rows)       float32: mean, rstd, kept for the backward
+    statistics_ptr,  # (2, rows)       float32 (float64): mean, rstd, kept for the backward
     x_stride,  # from a row to the next
     residual_stride,
     width,
@@ -167,9 +167,6 @@ def _forward_wide_kernel(
 # --- Launchers ------------------------------------------------------------------------------------------------------
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# What is kept of calls without a residual whose rows lie one after the other: the kernel, its launch, how many rows,
-# the statistics' dtype. Their tiles follow from the width.
-_plans: dict[tuple, tuple | None] = {}
 
 
 def unsupported(call: Call) -> str | None:
@@ -184,7 +181,7 @@ def unsupported(call: Call) -> str | None:
 def forward(call: Call):
     """(…, width) -> output (…, width), summed (…, width) or None, statistics (2, rows): mean, rstd."""
     input, residual, weight, bias, eps = call
-    shape, plan_key = input.shape, None
+    shape, plans, plan_key = input.shape, None, None
     width = shape[-1]
     added, added_stride, summed = None, 0, None
     if residual is None and input.is_contiguous():
@@ -193,7 +190,9 @@ def forward(call: Call):
             shape, dtype, None if weight is None else weight.dtype, None if bias is None else bias.dtype, eps,
             REGISTER_WIDTH["forward"],
         )  # fmt: skip
-        plan = _plans.get(plan_key)
+        plans = TABLE.kept
+        # The kernel, its launch, how many rows, the statistics' dtype.
+        plan = plans.get(plan_key)
         if plan is not None and plan[0] is _forward_kernel:
             _, start, rows, statistic = plan
             statistics = output.new_empty(2, rows, dtype=statistic)
@@ -228,12 +227,13 @@ def forward(call: Call):
         options = dict(EPS=eps, BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width, num_warps=warps)
         _forward_kernel[grid](*arguments, **options)
         if plan_key is not None:
-            keep_plan(_plans, plan_key, _forward_kernel, (rows, statistic), grid, *arguments, **options)
+            keep_plan(plans, plan_key, _forward_kernel, (rows, statistic), grid, *arguments, **options)
     return output, summed, statistics
 
 
 def backward(gradient: Gradient, call: Call):
-    """-> dsummed (…, width), dweight (width,), dbias (width,) in the weight's dtype; what is not needed is empty."""
+    """-> dsummed (…, width), dweight (width,), dbias (width,) in the weight's dtype (the statistics'
+    without one); what is not needed is empty."""
     grad_output, grad_summed, statistics, *needs = gradient
     mean, rstd = statistics.unbind()
     walked = None
