@@ -40,8 +40,8 @@ COMMANDS = {
     "generate": "generate text from a checkpoint folder",
 }
 
-# import name -> name on the package index, for the packages of the extra gptkern[cli]
-EXTRA = {"rich": "rich", "matplotlib": "matplotlib", "safetensors": "safetensors"}
+# The packages of the extra gptkern[cli], each imported by the name that it has on the package index.
+EXTRA = ("rich", "matplotlib", "safetensors", "tokenizers", "zstandard")
 
 
 # What a word that belongs to no option is likely to be.
@@ -181,7 +181,7 @@ def _check_environment() -> None:
 
 
 def _check_cache(value: str) -> None:
-    from gptkern.commands.options import cut
+    from gptkern.formatting import cut
 
     # It need not exist, nor be writable: what somebody else has measured and built can be read.
     path = os.path.abspath(value)
@@ -239,9 +239,9 @@ def _missing(command: str, error: ModuleNotFoundError) -> int:
     package = (error.name or "").partition(".")[0]
     if package not in EXTRA:
         raise error
-    missing = [EXTRA[name] for name in EXTRA if importlib.util.find_spec(name) is None]
+    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
     print(
-        f"gptkern {command} needs {' and '.join(missing or [EXTRA[package]])}: install the extra cli (README)",
+        f"gptkern {command} needs {' and '.join(missing or [package])}: install the extra cli (README)",
         file=sys.stderr,
     )
     return 2

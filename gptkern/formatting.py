@@ -32,6 +32,19 @@ def escaped(value: Any) -> str:
     return words
 
 
+LONGEST_SHOWN = 80  # characters of a value that an error repeats
+
+
+def shown(value: str) -> str:
+    """A value as an error repeats it: on one line, and not all of it where it is long."""
+    part = cut(value)
+    return part if part.isprintable() and part.split() == [part] else repr(part)
+
+
+def cut(value: str) -> str:
+    return value if len(value) <= LONGEST_SHOWN else value[: LONGEST_SHOWN - 1] + "…"
+
+
 def count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from gptkern import formatting as form
 from gptkern.commands import INTERRUPTED, PARTIAL, UserError, places, tables
 from gptkern.commands.interrupts import import_torch, interruptible, uninterrupted
-from gptkern.commands.options import duration, shown
+from gptkern.commands.options import duration
+from gptkern.formatting import shown
 
 SUMMARY = "run this machine's kernels against float64 references"
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import gptkern
 from gptkern.commands import INTERRUPTED, UserError, places
 from gptkern.commands.interrupts import import_torch, interruptible
-from gptkern.commands.options import add_machine_arguments, real, resolved_dtype, shown, whole
+from gptkern.commands.options import add_machine_arguments, real, resolved_dtype, whole
+from gptkern.formatting import shown
 
 SUMMARY = "generate text from a checkpoint folder"
 

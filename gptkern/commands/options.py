@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from gptkern.commands import UserError
+from gptkern.formatting import shown
 
 if TYPE_CHECKING:
     import torch
@@ -27,17 +28,6 @@ PRESETS = (
 DTYPES = ("float32", "bfloat16")
 
 LARGEST = 2**63 - 1  # what a size of a tensor can be
-LONGEST_SHOWN = 80  # characters of a value that an error repeats
-
-
-def shown(value: str) -> str:
-    """A value as an error repeats it: on one line, and not all of it where it is long."""
-    part = cut(value)
-    return part if part.isprintable() and part.split() == [part] else repr(part)
-
-
-def cut(value: str) -> str:
-    return value if len(value) <= LONGEST_SHOWN else value[: LONGEST_SHOWN - 1] + "…"
 
 
 def whole(least: int, most: int = LARGEST, hint: str = "") -> Callable[[str], int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from gptkern import formatting
 from gptkern.backends.tables import files
 from gptkern.commands import RunError, UserError
-from gptkern.commands.options import shown
+from gptkern.formatting import shown
 
 
 def folder(option: str, value: str) -> Path:

@@ -25,7 +25,8 @@ from gptkern.commands.findings import Curve, Findings, Int8, Sample, nats, signe
 from gptkern.commands.interrupts import uninterrupted
 from gptkern.commands.kernel_check import check
 from gptkern.commands.observing import observed
-from gptkern.commands.options import configured, resolved_dtype, shown
+from gptkern.commands.options import configured, resolved_dtype
+from gptkern.formatting import shown
 from gptkern.models.gpt import GPT
 
 PROMPTS = ("The ", "If the object ")

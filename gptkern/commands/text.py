@@ -11,7 +11,7 @@ import torch
 
 from gptkern import formatting
 from gptkern.commands import UserError
-from gptkern.commands.options import shown
+from gptkern.formatting import shown
 from gptkern.training import memory
 
 # The text is cut into blocks of this many bytes and every tenth one is held out, so that training and validation

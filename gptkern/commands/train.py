@@ -20,8 +20,8 @@ from gptkern.commands.options import (
     positive,
     probability,
     resolved_dtype,
-    shown,
 )
+from gptkern.formatting import shown
 
 SUMMARY = "train the reference GPT on a text file, into a checkpoint folder"
 

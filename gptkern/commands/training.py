@@ -18,7 +18,7 @@ import torch
 from gptkern import formatting
 from gptkern.commands import UserError, text
 from gptkern.commands.interrupts import postponed
-from gptkern.commands.options import shown
+from gptkern.formatting import shown
 from gptkern.models.gpt import GPT, GPTConfig
 from gptkern.training import memory
 from gptkern.training.optimizers import optimizer_of

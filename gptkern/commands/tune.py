@@ -11,7 +11,8 @@ from typing import Any
 
 from gptkern.commands import RunError, UserError, places, tables
 from gptkern.commands.interrupts import import_torch
-from gptkern.commands.options import duration, positive, shown, whole
+from gptkern.commands.options import duration, positive, whole
+from gptkern.formatting import shown
 
 SUMMARY = "choose tiles and backends for this machine's GPU by measuring them"
 

@@ -1,0 +1,58 @@
+"""What a training does, in one record: the options of `gptkern train`, the keys of a recipe's file."""
+
+from __future__ import annotations
+
+import dataclasses
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+SCHEDULES = ("cosine", "linear", "wsd", "constant")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a training does, apart from its text and its model's first weights.
+
+    Args:
+        steps: number of updates. batch: rows of an update, over all processes. length: tokens of a row.
+        accumulate: pieces in which each process computes its share of an update, one after another.
+        lr: the peak learning rate. schedule: how it goes on from there. warmup: the part of the steps in which it rises
+            to the peak. decay: the part of the steps, at the end, in which "wsd" lets it fall. final_lr: what it ends
+            at, as a part of the peak.
+        weight_decay: of matrices; biases and norms have none. beta1, beta2: AdamW's averages.
+        clip: the most that the gradients' norm may be; 0 for no limit.
+        label_smoothing: the part of a target's probability that is spread evenly over the vocabulary.
+        z_loss: the weight of the mean of lse² beside the cross-entropy.
+        precision: of matrix products; parameters and sums stay float32.
+        recompute: blocks whose activations the backward computes again: "none", "full" for every block, or a whole
+            number N as text, for every Nth.
+        compile: torch.compile the model. deterministic: PyTorch's deterministic algorithms alone.
+        seed: of the model's first weights, the order of the rows and the dropout.
+        threads: of the CPU, on which sums depend; None for PyTorch's number.
+    """
+
+    steps: int
+    batch: int
+    length: int
+    lr: float
+    accumulate: int = 1
+    schedule: str = "cosine"
+    warmup: float = 0.1
+    decay: float = 0.2
+    final_lr: float = 0.1
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    precision: str = "fp32"
+    recompute: str = "none"
+    compile: bool = False
+    deterministic: bool = False
+    seed: int = 0
+    device: str = "cpu"
+    threads: int | None = None
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch * self.length
