@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,8 +11,11 @@ from pathlib import Path
 
 from gptkern import formatting
 from gptkern.backends.tables import files
-from gptkern.commands import RunError, UserError
+from gptkern.commands import UserError
 from gptkern.formatting import shown
+from gptkern.training.errors import kept, reason
+
+__all__ = ["file", "folder", "kept", "named", "reason", "room", "write"]
 
 
 def folder(option: str, value: str) -> Path:
@@ -90,23 +92,6 @@ def write(path: Path, text: str) -> None:
             files.replace(_target(path), text)
         else:
             path.write_text(text, encoding="utf-8")
-
-
-@contextlib.contextmanager
-def kept(path: Path, stays: str = "") -> Iterator[None]:
-    """An OSError inside the block becomes a RunError, which says what `stays`."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {reason(error)}" + (stays and f"; {stays}")) from error
-
-
-def reason(error: Exception) -> str:
-    """The system's words for what went wrong with a file; safetensors has but the number, within a text."""
-    number = re.search(r"\(os error (\d+)\)", str(error))
-    if number is not None:
-        return os.strerror(int(number[1]))
-    return getattr(error, "strerror", None) or str(error)
 
 
 def _is_replaced(path: Path) -> bool:
