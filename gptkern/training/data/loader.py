@@ -1,0 +1,237 @@
+"""The batches of a training: rows of a split, divided among processes and read ahead by a thread.
+
+    update u takes the rows  u · batch … (u + 1) · batch − 1,  of which process r of `world` has the r-th part
+
+so that a batch depends on its number alone: not on the number of processes, nor on where a run was continued.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from gptkern.training.data.rows import Rows, check_length
+from gptkern.training.errors import UserError
+
+if TYPE_CHECKING:
+    from gptkern.training.data.store import Tokens
+
+
+class Batch(NamedTuple):
+    """What a process computes of an update.
+
+    Args:
+        ids, targets: (rows, length) int64; a target is the id behind the one at its place.
+        tokens: targets that count in the whole update, over all processes.
+    """
+
+    ids: torch.Tensor
+    targets: torch.Tensor
+    tokens: int
+
+
+class Batches:
+    """The batches of one process, one update after another.
+
+    `update` is the number of the next one, and all of the state: set it, and `next` goes on from there. The thread ends
+    with `close`, with the object, or with the program. A process that was forked reads on with a thread of its own.
+
+    Args:
+        rows: of the split. batch: rows of an update, over all processes.
+        rank, world: this process and how many there are.
+        prefetch: batches that a thread reads ahead; 0 reads them in `next`.
+
+    Raises:
+        UserError: the processes cannot have equal parts of the batch.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        batch: int,
+        *,
+        update: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        device: str | torch.device = "cpu",
+        prefetch: int = 4,
+    ):
+        if batch < 1 or batch % world:
+            raise UserError(
+                f"--batch {batch} cannot be divided among {world} processes; it needs a multiple of {world}"
+            )
+        if not 0 <= rank < world:
+            raise ValueError(f"Batches got rank={rank}; it needs 0 to {world - 1}")
+        self.update = update
+        self.device = torch.device(device)
+        self.prefetch = prefetch
+        self._make = _Maker(rows, batch, rank, world, pinned=self.device.type == "cuda")
+        self._ahead: _Ahead | None = None
+        self._closed = False
+
+    def next(self) -> Batch:
+        """The batch of update number `update`, on the device.
+
+        Raises:
+            UserError: a part of the data that it needs is damaged. Calling it again raises it again.
+        """
+        if self._closed:
+            raise RuntimeError("these batches were closed")
+        update = self.update
+        batch = self._make(update) if self.prefetch < 1 else self._taken(update)
+        # The copy of pinned memory does not wait; the next ones are read meanwhile.
+        ids, targets = (part.to(self.device, non_blocking=True) for part in (batch.ids, batch.targets))
+        self.update = update + 1
+        return Batch(ids, targets, batch.tokens)
+
+    def _taken(self, update: int) -> Batch:
+        if self._ahead is None or not self._ahead.reaches(update):
+            self._stop()
+            self._ahead = _Ahead(self._make, update, self.prefetch)
+            # The thread knows nothing of this object, so that it ends with it; at the program's end too.
+            weakref.finalize(self, self._ahead.stop)
+        return self._ahead.take(update)
+
+    def _stop(self) -> None:
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.stop()
+
+    def close(self) -> None:
+        """End the thread and wait for it. A second call changes nothing."""
+        self._closed = True
+        self._stop()
+
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+class _Maker:
+    """Makes the batch of an update, on the CPU."""
+
+    def __init__(self, rows: Rows, batch: int, rank: int, world: int, pinned: bool):
+        self.rows, self.batch, self.pinned = rows, batch, pinned
+        self.share = batch // world
+        self.first = rank * self.share
+
+    def __call__(self, update: int) -> Batch:
+        ids = torch.from_numpy(self.rows.rows(update * self.batch + self.first, self.share))
+        parts = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        if self.pinned:
+            parts = tuple(part.pin_memory() for part in parts)
+        return Batch(*parts, self.batch * self.rows.length)
+
+
+class _Ahead:
+    """Batches that a thread makes ahead, in order."""
+
+    def __init__(self, make: Callable[[int], Batch], first: int, most: int):
+        self._make, self._most = make, most
+        self._process = os.getpid()
+        self._changed = threading.Condition()
+        # (number, batch or what was raised). The first one stays until the one behind it is asked for: an interrupt
+        # between its taking and its use must not lose it.
+        self._ready: collections.deque[tuple[int, Batch | BaseException]] = collections.deque()
+        self._first = first  # the number of the first one that is there or comes
+        self._stopped = False
+        self._thread = threading.Thread(target=self._fill, args=(first,), name="gptkern batches", daemon=True)
+        self._thread.start()
+
+    def reaches(self, number: int) -> bool:
+        """Whether `take` can have that number."""
+        return self._process == os.getpid() and self._first <= number <= self._first + 1
+
+    def take(self, number: int) -> Batch:
+        with self._changed:
+            while self._ready and self._ready[0][0] < number:
+                self._ready.popleft()
+                self._first += 1
+                self._changed.notify_all()
+            self._changed.wait_for(lambda: self._ready or self._stopped)
+            if not self._ready:
+                raise RuntimeError("these batches were closed")
+            batch = self._ready[0][1]
+        if isinstance(batch, BaseException):
+            raise batch
+        return batch
+
+    def _fill(self, first: int) -> None:
+        for number in itertools.count(first):
+            with self._changed:
+                # The one that is being used counts for nothing.
+                self._changed.wait_for(lambda: len(self._ready) <= self._most or self._stopped)
+                if self._stopped:
+                    return
+            try:
+                batch = self._make(number)
+            except BaseException as error:
+                batch = error
+            with self._changed:
+                self._ready.append((number, batch))
+                self._changed.notify_all()
+            if isinstance(batch, BaseException):
+                return
+
+    def stop(self) -> None:
+        # In a process that was forked there is no such thread, and its lock may be held for ever.
+        if self._process != os.getpid():
+            return
+        with self._changed:
+            self._stopped = True
+            self._ready.clear()
+            self._changed.notify_all()
+        if threading.current_thread() is not self._thread:  # the garbage collector may run in it
+            self._thread.join()
+
+
+class Windows:
+    """The rows of a held-out split in order: each begins on the last token of the one before.
+
+    A sequence of (length + 1,) int64.
+
+    Args:
+        most: so many rows, evenly spread over all of the split; None for all of them.
+
+    Raises:
+        UserError: there are fewer than length + 1 tokens.
+    """
+
+    def __init__(self, tokens: Tokens, length: int, most: int | None = None, split: str = "held-out"):
+        check_length(tokens, length, split)
+        if most is not None and most < 1:
+            raise ValueError(f"Windows got most={most}; it needs at least 1")
+        self.tokens, self.length = tokens, length
+        self._all = (len(tokens) - 1) // length
+        self._rows = self._all if most is None else min(most, self._all)
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if not 0 <= index < self._rows:
+            raise IndexError(f"window {index} of {self._rows}")
+        start = index * self._all // self._rows * self.length
+        return self.tokens.read(start, start + self.length + 1).astype(np.int64)
+
+    def batches(self, rows: int, device: str | torch.device = "cpu") -> Iterator[Batch]:
+        """All of them, at most so many rows at a time; `tokens` are those of the batch."""
+        for first in range(0, self._rows, rows):
+            ids = np.stack([self[index] for index in range(first, min(first + rows, self._rows))])
+            ids = torch.from_numpy(ids).to(device)
+            yield Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), ids[:, 1:].numel())
+
+
+def windows(tokens: Tokens, length: int, most: int | None = None) -> Windows:
+    """The rows of a held-out split in order; see `Windows`."""
+    return Windows(tokens, length, most)
