@@ -19,7 +19,6 @@ import base64
 import collections
 import hashlib
 import os
-import stat
 import struct
 import threading
 from collections.abc import Sequence
@@ -30,7 +29,8 @@ import numpy as np
 import zstandard
 
 from gptkern.formatting import count, shown, size
-from gptkern.training.errors import RunError, UserError
+from gptkern.training.data.plain_files import open_plain, sync_folder
+from gptkern.training.errors import UserError, kept, reason
 
 FRAME_TOKENS = 2**15
 MOST_FRAME_TOKENS = 2**22
@@ -61,38 +61,6 @@ class Layout(NamedTuple):
     dtype: str  # of DTYPES
     vocab_size: int
     frame_tokens: int = FRAME_TOKENS
-
-
-def open_plain(folder: Path, name: str) -> BinaryIO:
-    """A file of a folder to read: a regular one that lies in it.
-
-    Raises:
-        UserError: the name leads elsewhere, or the file is a link, a device or a pipe, or cannot be opened.
-    """
-    if not is_plain(name):
-        raise UserError(
-            f"{shown(str(name))} is named as a file of {shown(str(folder))}; it needs a name without a folder"
-        )
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    path = folder / name
-    try:
-        # Where O_NOFOLLOW does not exist.
-        if path.is_symlink():
-            raise UserError(f"{shown(name)} in {shown(str(folder))} is a link; it needs a file of the folder itself")
-        descriptor = os.open(path, flags)
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.close(descriptor)
-            raise UserError(f"{shown(name)} in {shown(str(folder))} is no regular file")
-        return open(descriptor, "rb", buffering=0)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{shown(name)} in {shown(str(folder))}: {getattr(error, 'strerror', None) or error}"
-        ) from error
-
-
-def is_plain(name: Any) -> bool:
-    """Whether it is the name of a file in a folder, which leads nowhere else, on any system."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0") and len(name) < 256
 
 
 # Writing -------------------------------------------------------------------------------------------------------------
@@ -189,7 +157,8 @@ class ShardWriter:
     def state(self) -> dict[str, Any]:
         """What a writer needs to go on from here, for JSON; all that it speaks of is on the disk."""
         if self._file is not None:
-            self._disk(self._sync)
+            with kept(self._path_new):
+                os.fsync(self._file.fileno())
         return {
             "entries": [dict(entry) for entry in self.entries],
             "tokens": self.tokens,
@@ -206,17 +175,21 @@ class ShardWriter:
         self._buffer[: self._filled] = pending
         for entry in self.entries:
             open_shard(self.folder, entry, self.layout)
-        self._disk(self._drop_later)
-        if self._frames:
-            self._file = self._disk(lambda: self._path_new.open("r+b", buffering=0))
-            # The digest's own state cannot be kept.
-            for number, (compressed, _, checksum) in enumerate(self._frames):
-                data = self._file.read(compressed)
-                if len(data) != compressed or checksum != int.from_bytes(data[-4:], "little"):
-                    self.abandon()
-                    raise UserError(f"{self._path_new.name}: frame {number} is not what was written before; start anew")
-                self._digest.update(data)
-            self._disk(lambda: self._file.truncate(self._file.tell()))
+        with kept(self._path_new):
+            self._drop_later()
+            if self._frames:
+                self._read_again()
+
+    def _read_again(self) -> None:
+        self._file = self._path_new.open("r+b", buffering=0)
+        # The digest's own state cannot be kept.
+        for number, (compressed, _, checksum) in enumerate(self._frames):
+            data = self._file.read(compressed)
+            if len(data) != compressed or checksum != int.from_bytes(data[-4:], "little"):
+                self.abandon()
+                raise UserError(f"{self._path_new.name}: frame {number} is not what was written before; start anew")
+            self._digest.update(data)
+        self._file.truncate(self._file.tell())
 
     def _drop_later(self) -> None:
         """Shards that were finished after the state was taken: the first goes on, the others go."""
@@ -237,7 +210,8 @@ class ShardWriter:
         content = self._buffer[: self._filled].tobytes()
         data = self._compressor.compress(content)
         if self._file is None:
-            self._file = self._disk(lambda: self._path_new.open("wb", buffering=0))
+            with kept(self._path_new):
+                self._file = self._path_new.open("wb", buffering=0)
         self._append(data)
         # A frame's own checksum, its last four bytes, is the one that the seek table wants.
         self._frames.append((len(data), len(content), int.from_bytes(data[-4:], "little")))
@@ -246,12 +220,10 @@ class ShardWriter:
             self._finish_shard()
 
     def _append(self, data: bytes) -> None:
-        def write() -> None:
+        with kept(self._path_new):
             rest = memoryview(data)
             while rest:
                 rest = rest[self._file.write(rest) :]
-
-        self._disk(write)
         self._digest.update(data)
 
     def _finish_shard(self) -> None:
@@ -260,14 +232,11 @@ class ShardWriter:
         table = HEADER.pack(SKIPPABLE, len(table) + len(footer)) + table + footer
         self._append(table)
         name, path = self._name, self._path_new
-
-        def finish() -> None:
-            self._sync()
+        with kept(path):
+            os.fsync(self._file.fileno())
             self._file.close()
             os.replace(path, self.folder / name)
             sync_folder(self.folder)
-
-        self._disk(finish)
         content = sum(length for _, length, _ in self._frames)
         self.entries.append(
             {
@@ -279,26 +248,6 @@ class ShardWriter:
             }
         )
         self._file, self._frames, self._digest = None, [], hashlib.sha256()
-
-    def _sync(self) -> None:
-        os.fsync(self._file.fileno())
-
-    def _disk(self, action):
-        try:
-            return action()
-        except OSError as error:
-            raise RunError(f"{shown(str(self._path_new))}: {error.strerror or error}") from error
-
-
-def sync_folder(folder: Path) -> None:
-    """What was renamed in it is on the disk; where a system cannot open folders it needs no such thing."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # Reading -------------------------------------------------------------------------------------------------------------
@@ -368,7 +317,7 @@ def _read(file: BinaryIO, length: int, name: str) -> bytes:
             parts.append(data)
             length -= len(data)
     except OSError as error:
-        raise UserError(f"{shown(name)}: {error.strerror or error}") from error
+        raise UserError(f"{shown(name)}: {reason(error)}") from error
     if length:
         raise UserError(f"{shown(name)}: it ends too early")
     return b"".join(parts)

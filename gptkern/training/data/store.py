@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from gptkern.formatting import shown, size
+from gptkern.training.data.plain_files import is_plain, open_plain
 from gptkern.training.errors import UserError
 
 if TYPE_CHECKING:
@@ -100,8 +101,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: there is none, or it is no JSON object.
     """
-    from gptkern.training.data.shards import open_plain
-
     if not folder.is_dir():
         raise UserError("it is a file; it needs a folder" if folder.exists() else "there is no such folder")
     if not (folder / MANIFEST).exists():
@@ -121,7 +120,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _check(manifest: dict[str, Any]):
     """The entries of each split and the layout, of a manifest of which every value that is used is what it may be."""
-    from gptkern.training.data.shards import DTYPES, MOST_FRAME_TOKENS, Layout, is_plain
+    from gptkern.training.data.shards import DTYPES, MOST_FRAME_TOKENS, Layout
 
     _need(manifest, "format", lambda value: value == FORMAT, f'"{FORMAT}"')
     _need(manifest, "version", lambda value: _whole(value, VERSION, VERSION), f"{VERSION}, all that this gptkern reads")
