@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import signal
-import threading
 
-# Windows has no SIGHUP.
-_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+from gptkern.training.interrupting import handled, postponed
+
+__all__ = ["import_torch", "interruptible", "postponed", "uninterrupted"]
 
 
 @contextlib.contextmanager
@@ -31,45 +31,16 @@ def interruptible():
         if came:
             raise KeyboardInterrupt
 
-    with _handled(interrupt):
+    with handled(interrupt):
         yield raise_if_dropped
 
 
 def uninterrupted():
     """Inside the block these signals do nothing: what is written there is written to its end."""
-    return _handled(signal.SIG_IGN)
-
-
-@contextlib.contextmanager
-def postponed():
-    """What is in the block is done as a whole: a signal that comes meanwhile is handled at its end."""
-    came = []
-    try:
-        with _handled(lambda number, frame: came.append(number)):
-            yield
-    finally:
-        if came:
-            signal.raise_signal(came[0])
+    return handled(signal.SIG_IGN)
 
 
 def import_torch() -> None:
     """A signal that comes meanwhile is handled afterwards: within the import it ends in tracebacks of others."""
     with postponed():
         importlib.import_module("torch")
-
-
-@contextlib.contextmanager
-def _handled(handler):
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals belong to the main thread
-        return
-    before = {number: signal.signal(number, handler) for number in _SIGNALS if not _stays_ignored(number)}
-    try:
-        yield
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
-
-
-def _stays_ignored(number: int) -> bool:
-    return number not in (signal.SIGINT, signal.SIGTERM) and signal.getsignal(number) is signal.SIG_IGN

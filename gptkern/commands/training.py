@@ -11,17 +11,21 @@ import dataclasses
 import math
 import statistics
 import time
-import warnings
 
 import torch
 
 from gptkern import formatting
 from gptkern.commands import UserError, text
 from gptkern.commands.interrupts import postponed
-from gptkern.formatting import shown
 from gptkern.models.gpt import GPT, GPTConfig
 from gptkern.training import memory
+from gptkern.training.devices import resolve_device, synchronize
 from gptkern.training.optimizers import optimizer_of
+
+__all__ = [
+    "DTYPES", "Diverged", "Recipe", "Trainer", "Worse", "autocast", "check_memory", "new_model", "optimizer_of",
+    "parameter_bytes", "resolve_device", "synchronize", "text", "validation_loss",
+]  # fmt: skip
 
 GRADIENT_NORM = 1.0  # GPT-3, appendix B
 FINAL_LR = 0.1  # of the peak; GPT-3, appendix B
@@ -78,47 +82,6 @@ class Worse(Diverged):
         Exception.__init__(
             self, f"the validation loss is {loss:.4f} at step {step}, and {untrained:.4f} before the first"
         )
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device of that name; "auto" is the GPU where there is one, else the CPU.
-
-    Raises:
-        UserError: PyTorch does not know the device or cannot reach it.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    needs = "it needs auto, cpu, cuda or cuda:N"
-    try:
-        with warnings.catch_warnings():
-            # Of names that PyTorch is to drop.
-            warnings.simplefilter("ignore")
-            device = torch.device(name)
-    except Exception as error:
-        raise UserError(f"--device {shown(name)}: no device has this name; {needs}") from error
-    reason = _unreachable(device)
-    if reason is not None:
-        raise UserError(f"--device {shown(name)}: {reason}; {needs}")
-    return device
-
-
-def _unreachable(device: torch.device) -> str | None:
-    if device.type == "cpu":
-        return f"there is one CPU, and no {device}" if device.index else None
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            return "PyTorch sees no GPU here"
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            return f"there {'is 1 GPU' if count == 1 else f'are {count} GPUs'}, the first of them cuda:0"
-    try:
-        # Not `empty` alone: a tensor on meta holds no values.
-        torch.zeros(1, device=device).item()
-    except Exception as error:
-        # Of a device that it was not built for PyTorch's own words are a dump of its dispatcher.
-        reason = f": {str(error).splitlines()[0]}" if device.type == "cuda" else ""
-        return f"this PyTorch cannot compute on {device.type} here{reason}"
-    return None
 
 
 def parameter_bytes(config: GPTConfig) -> int:
@@ -282,8 +245,3 @@ def autocast(recipe: Recipe):
     if recipe.dtype == "float32":
         return contextlib.nullcontext()
     return torch.autocast(torch.device(recipe.device).type, DTYPES[recipe.dtype])
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

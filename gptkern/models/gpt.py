@@ -21,6 +21,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 INIT_STD = 0.02  # GPT-2's
 
@@ -158,6 +159,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The language model: token ids in, logits of the next token out."""
 
+    recompute_every: int | None = None  # set by `recompute`
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
@@ -185,6 +188,19 @@ class GPT(nn.Module):
         """Number of parameters; the embedding that is also the output weight counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def recompute(self, every: int | None) -> None:
+        """Keep of the first block and every `every`-th after it the input alone; the backward computes the rest again.
+
+        Less memory for more time; dropout draws the same numbers again, so that loss and gradients stay bit for bit
+        what they are. 1 is every block, None is none of them.
+
+        Raises:
+            ValueError: it is below 1.
+        """
+        if every is not None and every < 1:
+            raise ValueError(f"GPT.recompute: every is {every}; it needs to be at least 1, or None")
+        self.recompute_every = every
+
     def forward(
         self, ids: torch.Tensor, targets: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -210,8 +226,10 @@ class GPT(nn.Module):
         positions = torch.arange(length, device=ids.device)
         x = self.token_embedding(ids) + self.position_embedding(positions)  # (batch, length, width)
         x = self.embedding_dropout(x)
-        for block in self.blocks:
-            x = block(x)
+        every = self.recompute_every if torch.is_grad_enabled() else None
+        for index, block in enumerate(self.blocks):
+            recomputed = every is not None and index % every == 0
+            x = checkpoint(block, x, use_reentrant=False) if recomputed else block(x)
         logits = self.lm_head(self.final_norm(x))  # (batch, length, vocab_size)
         if targets is None:
             return logits, None

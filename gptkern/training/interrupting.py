@@ -1,0 +1,40 @@
+"""Signals that would end a training in the middle of what has to be done as a whole."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+
+# Windows has no SIGHUP.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+@contextlib.contextmanager
+def postponed():
+    """What is in the block is done as a whole: a signal that comes meanwhile is handled at its end."""
+    came = []
+    try:
+        with handled(lambda number, frame: came.append(number)):
+            yield
+    finally:
+        if came:
+            signal.raise_signal(came[0])
+
+
+@contextlib.contextmanager
+def handled(handler):
+    """Inside the block SIGINT, SIGTERM and SIGHUP go to `handler`; SIGHUP where it is not ignored, as under `nohup`."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals belong to the main thread
+        return
+    before = {number: signal.signal(number, handler) for number in SIGNALS if not _stays_ignored(number)}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def _stays_ignored(number: int) -> bool:
+    return number not in (signal.SIGINT, signal.SIGTERM) and signal.getsignal(number) is signal.SIG_IGN
