@@ -96,7 +96,7 @@ def _run(args: argparse.Namespace) -> int:
     for option, given, known in (("op", args.op, runner.OPERATORS), ("peers", peers or (), known_peers.NAMES)):
         for name in given:
             if name not in known:
-                raise UserError(f"--{option} {types.shown(name)}: there is no such name; there are {', '.join(known)}")
+                raise UserError(f"--{option} {form.shown(name)}: there is no such name; there are {', '.join(known)}")
     seconds = QUICK_SECONDS if args.seconds is None and args.quick else args.seconds
     end = float("inf") if seconds is None else time.monotonic() + seconds
     extent = "smoke" if args.smoke else "quick" if args.quick else "full"

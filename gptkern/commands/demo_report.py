@@ -2,49 +2,23 @@
 
 from __future__ import annotations
 
-import html
-import io
 import math
-import re
 from collections.abc import Sequence
 
 from gptkern import formatting as form
 from gptkern.commands.findings import INT8_BOUND, Curve, Findings, signed
+from gptkern.training import pages
+from gptkern.training.pages import table as _table
+from gptkern.training.pages import text as _text
 
 # The training loss of the table is the mean over this many last steps.
 LAST_STEPS = 20
-
-_STYLE = """
-:root { --page: #fbfbf9; --card: #ffffff; --ink: #20242b; --soft: #5c6470; --faint: #d9dce1;
-        --stock: #d97706; --swapped: #1d4ed8; --good: #15803d; --bad: #b91c1c; --wait: #a16207; }
-@media (prefers-color-scheme: dark) {
-:root { --page: #14171c; --card: #1b1f26; --ink: #e6e8eb; --soft: #9aa3af; --faint: #343a44;
-        --stock: #f59e0b; --swapped: #7aa2ff; --good: #4ade80; --bad: #f87171; --wait: #facc15; } }
-body { background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; color-scheme: light dark;
-       max-width: 920px; margin: 0 auto; padding: 40px 24px; }
-h2 { font-size: 20px; margin-top: 40px; }
-.soft, th { color: var(--soft); }
-.good { color: var(--good); } .bad { color: var(--bad); } .wait { color: var(--wait); }
-.card { background: var(--card); border: 1px solid var(--faint); border-radius: 8px; padding: 9px 20px; margin: 9px 0; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: 14.5px; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: 7px 18px 7px 0; border-bottom: 1px solid var(--faint); vertical-align: top; }
-.number { text-align: right; white-space: nowrap; }
-svg { display: block; width: 100%; height: auto; }
-pre { font-size: 13px; white-space: pre-wrap; overflow-wrap: anywhere; } mark { background: none; color: var(--soft); }
-"""
 
 
 def render(findings: Findings) -> str:
     """The page."""
     parts = [_head, _curves, _modules, _int8, _samples, _kernel_check, _environment]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>gptkern demo</title>\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<style>{_STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(text for part in parts if (text := part(findings)))
-        + "\n</body>\n</html>\n"
-    )
+    return pages.page("gptkern demo", [part(findings) for part in parts])
 
 
 def _head(findings: Findings) -> str:
@@ -85,37 +59,17 @@ def _curve_row(name: str, curve: Curve) -> Sequence[str]:
 
 def _plot(findings: Findings) -> str:
     """Training and validation loss of both trainings over the steps, as SVG in the page's colours."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    # matplotlib knows no CSS variables: these colours are replaced by them.
-    ink, faint, stock, swapped = colours = "#010101", "#020202", "#030303", "#040404"
-    style = {
-        "svg.fonttype": "none", "svg.hashsalt": "gptkern", "text.color": ink, "axes.labelcolor": ink, "axes.grid": True,
-        "axes.edgecolor": faint, "grid.color": faint, "xtick.color": ink, "ytick.color": ink, "legend.frameon": False,
-    }  # fmt: skip
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(8.6, 3.9), layout="constrained")
-        axes = figure.subplots()
-        for name, curve, colour, width, marker in (
-            ("stock", findings.stock, stock, 3.5, "o"),
-            ("swapped", findings.swapped, swapped, 1.1, "x"),
-        ):
-            axes.plot(range(1, len(curve.losses) + 1), curve.losses, color=colour, linewidth=width, label=name)
-            axes.plot(*(zip(*curve.validations) if curve.validations else ([], [])), color=colour, linestyle="none",
-                      marker=marker, label=f"{name}, validation")  # fmt: skip
-        axes.set_xlabel("step")
-        axes.set_ylabel("loss, nats per byte")
-        axes.legend(ncols=2)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
-    # No metadata (it holds addresses), and as wide as the page allows.
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 role="img" aria-label="losses">', svg, count=1)
-    for colour, variable in zip(colours, ("--ink", "--faint", "--stock", "--swapped")):
-        svg = svg.replace(colour, f"var({variable})")
-    return svg
+    lines = []
+    for name, curve, colour, width, marker in (
+        ("stock", findings.stock, pages.FIRST, 3.5, "o"),
+        ("swapped", findings.swapped, pages.SECOND, 1.1, "x"),
+    ):
+        steps = range(1, len(curve.losses) + 1)
+        lines.append(pages.Line(name, steps, curve.losses, {"color": colour, "linewidth": width}))
+        at, losses = zip(*curve.validations) if curve.validations else ([], [])
+        style = {"color": colour, "linestyle": "none", "marker": marker}
+        lines.append(pages.Line(f"{name}, validation", at, losses, style))
+    return pages.plot([pages.Axes("loss, nats per byte", lines)], size=(8.6, 3.9), label="losses")
 
 
 def _modules(findings: Findings) -> str:
@@ -195,18 +149,3 @@ def _environment(findings: Findings) -> str:
     return "<h2>Environment</h2>\n" + _table(
         ("", ""), [*findings.environment, ("text", text), ("this run", f"{findings.seconds:.0f} s")]
     )
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """An HTML table. A heading that starts with > is of numbers, as in `formatting`."""
-    kinds = [' class="number"' if heading.startswith(">") else "" for heading in headings]
-
-    def line(tag: str, row: Sequence[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}{kind}>{_text(cell)}</{tag}>" for kind, cell in zip(kinds, row)) + "</tr>"
-
-    head = [line("th", [heading.removeprefix(">") for heading in headings])] if any(headings) else []
-    return "\n".join(['<div class="scroll"><table>', *head, *(line("td", row) for row in rows), "</table></div>"])
-
-
-def _text(value: str) -> str:
-    return html.escape(value)

@@ -7,59 +7,41 @@ The types refuse while the options are read, before any work. Their errors go on
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gptkern.commands import UserError
-from gptkern.formatting import shown
+from gptkern.training import values
+from gptkern.training.recipe_files import PRESETS as PRESETS
 
 if TYPE_CHECKING:
     import torch
 
     from gptkern.models.gpt import GPTConfig
 
-# The keys of models.gpt.PRESETS and of training.DTYPES once more: those modules import PyTorch, and `--help` does not
-# wait for it. A test holds each pair together.
-PRESETS = (
-    "nano", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl",
-    "gpt3-125M", "gpt3-350M", "gpt3-760M", "gpt3-1.3B", "gpt3-2.7B", "gpt3-6.7B", "gpt3-13B", "gpt3-175B",
-)  # fmt: skip
+# The keys of training.DTYPES once more: that module imports PyTorch, and `--help` does not wait for it. A test holds
+# the two together.
 DTYPES = ("float32", "bfloat16")
 
-LARGEST = 2**63 - 1  # what a size of a tensor can be
 
+def typed(kind: values.Kind) -> Callable[[str], Any]:
+    """What argparse takes for a type."""
 
-def whole(least: int, most: int = LARGEST, hint: str = "") -> Callable[[str], int]:
-    """The type of a whole number from `least` to `most`; what `hint` says ends the error."""
-
-    def parse(value: str) -> int:
+    def parse(text: str) -> Any:
         try:
-            number = int(value)
-        except ValueError:
-            number = None
-        if number is None or not least <= number <= most:
-            unlimited = most == LARGEST and (number is None or number < least)
-            limits = f"of at least {least}" if unlimited else f"from {least} to {most}"
-            raise argparse.ArgumentTypeError(f"is {shown(value)}; it needs a whole number {limits}{hint}")
-        return number
+            return kind.parsed(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
 
     return parse
+
+
+def whole(least: int, most: int = values.LARGEST, hint: str = "") -> Callable[[str], int]:
+    return typed(values.Whole(least, most, hint))
 
 
 def real(needs: str, allowed: Callable[[float], bool]) -> Callable[[str], float]:
-    """The type of a number, not infinite, for which `allowed` holds; `needs` says in words which these are."""
-
-    def parse(value: str) -> float:
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if not (math.isfinite(number) and allowed(number)):
-            raise argparse.ArgumentTypeError(f"is {shown(value)}; it needs a finite number {needs}")
-        return number
-
-    return parse
+    return typed(values.Real(needs, allowed))
 
 
 positive = whole(1)
