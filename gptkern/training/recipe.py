@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable
+
+from gptkern.training.values import Choice, Kind, Real, Switch, Text, Whole, WordOrWhole
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
+
+_at_least_0 = Real("of at least 0", lambda value: value >= 0)
+_share = Real("from 0 to 1", lambda value: 0 <= value <= 1)
+_below_1 = Real("of at least 0 and below 1", lambda value: 0 <= value < 1)
+# What each field may be; threads may be None too.
+KINDS: dict[str, Kind] = {
+    "steps": Whole(1), "batch": Whole(1), "length": Whole(1), "lr": Real("above 0", lambda value: value > 0),
+    "accumulate": Whole(1), "schedule": Choice(SCHEDULES), "warmup": _share, "decay": _share, "final_lr": _share,
+    "weight_decay": _at_least_0, "beta1": _below_1, "beta2": _below_1, "clip": _at_least_0,
+    "label_smoothing": _below_1, "z_loss": _at_least_0, "precision": Choice(PRECISIONS),
+    "recompute": WordOrWhole(("none", "full")), "compile": Switch(), "deterministic": Switch(),
+    # What PyTorch's generators take.
+    "seed": Whole(-(2**63), 2**64 - 1), "device": Text("a device's name"), "threads": Whole(1, 4096),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +73,14 @@ class Recipe:
     threads: int | None = None
 
     def __post_init__(self):
-        for name, (needs, holds) in _NEEDS.items():
+        for name, kind in KINDS.items():
             value = getattr(self, name)
-            if not holds(value):
-                raise ValueError(f"{name} is {value!r}; it needs {needs}")
+            if value is None and name == "threads":
+                continue
+            try:
+                kind.checked(value)
+            except ValueError as error:
+                raise ValueError(f"{name} {error}") from None
         if self.batch % self.accumulate:
             raise ValueError(f"accumulate is {self.accumulate}; it needs to divide batch, {self.batch}")
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
@@ -78,45 +96,3 @@ class Recipe:
     def recompute_every(self) -> int | None:
         """As GPT.recompute takes it."""
         return {"none": None, "full": 1}[self.recompute] if self.recompute in ("none", "full") else int(self.recompute)
-
-
-def _whole(least: int, most: int = 2**63 - 1) -> tuple[str, Callable[[object], bool]]:
-    limits = f"of at least {least}" if most == 2**63 - 1 else f"from {least} to {most}"
-    return f"a whole number {limits}", lambda value: _is_whole(value) and least <= value <= most
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _real(needs: str, holds: Callable[[float], bool]) -> tuple[str, Callable[[object], bool]]:
-    return (
-        f"a finite number {needs}",
-        lambda value: (_is_whole(value) or isinstance(value, float)) and abs(value) < math.inf and holds(value),
-    )
-
-
-def _one_of(names: tuple[str, ...]) -> tuple[str, Callable[[object], bool]]:
-    return f"one of {', '.join(names)}", lambda value: value in names
-
-
-def _is_recompute(value: object) -> bool:
-    if not isinstance(value, str):
-        return False
-    return value in ("none", "full") or (value.isascii() and value.isdecimal() and 1 <= int(value[:18]) == int(value))
-
-
-_AT_LEAST_0 = _real("of at least 0", lambda value: value >= 0)
-_SHARE = _real("from 0 to 1", lambda value: 0 <= value <= 1)
-_BELOW_1 = _real("of at least 0 and below 1", lambda value: 0 <= value < 1)
-_TRUTH = "true or false", lambda value: isinstance(value, bool)
-_NEEDS = {
-    "steps": _whole(1), "batch": _whole(1), "length": _whole(1), "lr": _real("above 0", lambda value: value > 0),
-    "accumulate": _whole(1), "schedule": _one_of(SCHEDULES), "warmup": _SHARE, "decay": _SHARE, "final_lr": _SHARE,
-    "weight_decay": _AT_LEAST_0, "beta1": _BELOW_1, "beta2": _BELOW_1, "clip": _AT_LEAST_0,
-    "label_smoothing": _BELOW_1, "z_loss": _AT_LEAST_0, "precision": _one_of(PRECISIONS),
-    "recompute": ("none, full, or a whole number of at least 1 as text", _is_recompute),
-    "compile": _TRUTH, "deterministic": _TRUTH, "seed": _whole(-(2**63), 2**64 - 1),
-    "device": ("a device's name", lambda value: isinstance(value, str) and bool(value)),
-    "threads": ("a whole number of at least 1, or none", lambda value: value is None or _whole(1)[1](value)),
-}  # fmt: skip

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 from gptkern.backends.tables import files
 from gptkern.formatting import cut, shown, size
 from gptkern.training.errors import UserError
-from gptkern.training.recipe import PRECISIONS, SCHEDULES, Recipe
-from gptkern.training.values import Choice, Kind, Real, Switch, Text, Whole, WordOrWhole
+from gptkern.training.recipe import KINDS, PRECISIONS, SCHEDULES, Recipe
+from gptkern.training.values import Choice, Kind, Switch, Text, Whole
 
 # The keys of models.gpt.PRESETS once more: that module imports PyTorch, and `--help` does not wait for it. A test holds
 # the two together.
@@ -66,16 +66,13 @@ class Key(NamedTuple):
 
 
 _positive = Whole(1)
-_part = Real("from 0 to 1", lambda number: 0 <= number <= 1)
-_below_one = Real("of at least 0 and below 1", lambda number: 0 <= number < 1)
-_not_negative = Real("of at least 0", lambda number: number >= 0)
 _of_recipe = {field.name: field.default for field in dataclasses.fields(Recipe)}
 # What the other commands call precisions.
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
-def _recipe_key(name: str, kind: Kind, words: str, **more: Any) -> Key:
-    return Key(name, kind, _of_recipe[name], words, **more)
+def _recipe_key(name: str, words: str, **more: Any) -> Key:
+    return Key(name, KINDS[name], **({"default": _of_recipe[name], "words": words} | more))
 
 
 KEYS = {
@@ -90,38 +87,38 @@ KEYS = {
             "saves it"),
         Key("preset", Choice(PRESETS), None, f"sizes of the model: {', '.join(PRESETS)} (default: nano)"),
         Key("context", _positive, None, "tokens of a row, which the model sees at once (default: the model's)"),
-        Key("dropout", _below_one, 0.0, "of embeddings, attention and residual branches, while training"),
+        Key("dropout", KINDS["beta1"], 0.0, "of embeddings, attention and residual branches, while training"),
         Key("stock", Switch(), False, "leave the model on PyTorch's operators"),
         # the training
-        Key("steps", _positive, 1000, "updates"),
-        Key("batch", _positive, 8, "rows of an update, over all processes"),
-        _recipe_key("accumulate", _positive, "pieces in which each process computes its share of an update"),
-        Key("lr", Real("above 0", lambda number: number > 0), 3e-3, "peak learning rate"),
-        _recipe_key("schedule", Choice(SCHEDULES), f"of the learning rate after warm-up: {', '.join(SCHEDULES)}"),
-        _recipe_key("warmup", _part, "the part of the steps in which the learning rate rises to its peak"),
-        _recipe_key("decay", _part, "the part of the steps in which wsd lets it fall, at the end"),
-        _recipe_key("final_lr", _part, "what the learning rate ends at, as a part of the peak"),
-        _recipe_key("weight_decay", _not_negative, "AdamW's, of matrices alone"),
-        _recipe_key("beta1", _below_one, "AdamW's average of gradients"),
-        _recipe_key("beta2", _below_one, "AdamW's average of their squares"),
-        _recipe_key("clip", _not_negative, "the most that the gradients' norm may be; 0 for no limit"),
-        _recipe_key("label_smoothing", _below_one, "the part of a target that is spread over the vocabulary"),
-        _recipe_key("z_loss", _not_negative, "weight of the mean of lse² in the loss"),
+        _recipe_key("steps", "updates", default=1000),
+        _recipe_key("batch", "rows of an update, over all processes", default=8),
+        _recipe_key("accumulate", "pieces in which each process computes its share of an update"),
+        _recipe_key("lr", "peak learning rate", default=3e-3),
+        _recipe_key("schedule", f"of the learning rate after warm-up: {', '.join(SCHEDULES)}"),
+        _recipe_key("warmup", "the part of the steps in which the learning rate rises to its peak"),
+        _recipe_key("decay", "the part of the steps in which wsd lets it fall, at the end"),
+        _recipe_key("final_lr", "what the learning rate ends at, as a part of the peak"),
+        _recipe_key("weight_decay", "AdamW's, of matrices alone"),
+        _recipe_key("beta1", "AdamW's average of gradients"),
+        _recipe_key("beta2", "AdamW's average of their squares"),
+        _recipe_key("clip", "the most that the gradients' norm may be; 0 for no limit"),
+        _recipe_key("label_smoothing", "the part of a target that is spread over the vocabulary"),
+        _recipe_key("z_loss", "weight of the mean of lse² in the loss"),
         Key("precision", Choice(("auto", *PRECISIONS), _DTYPES), "auto", f"of matrix products: {', '.join(PRECISIONS)};"
             " auto is bf16 on a GPU and fp32 elsewhere"),
-        _recipe_key("recompute", WordOrWhole(("none", "full")), "activations that the backward computes again: none, "
+        _recipe_key("recompute", "activations that the backward computes again: none, "
                     "full, or N for every Nth block"),
-        _recipe_key("compile", Switch(), "torch.compile the model"),
-        _recipe_key("deterministic", Switch(), "PyTorch's deterministic algorithms alone"),
-        _recipe_key("seed", Whole(-(2**63), 2**64 - 1), "of the first weights, the rows' order and the dropout"),
+        _recipe_key("compile", "torch.compile the model"),
+        _recipe_key("deterministic", "PyTorch's deterministic algorithms alone"),
+        _recipe_key("seed", "of the first weights, the rows' order and the dropout"),
         Key("device", Text("a device"), "auto", "auto, cpu, cuda, cuda:1, …", WARNED),
-        _recipe_key("threads", Whole(1, 4096), "of the CPU (default: PyTorch's number)", resume=WARNED),
+        _recipe_key("threads", "of the CPU (default: PyTorch's number)", resume=WARNED),
         # the run
         Key("save_every", _positive, None, "updates between checkpoints (default: a tenth of the steps)", FREE),
         Key("keep", _positive, 3, "newest checkpoints that are kept", FREE),
         Key("evaluate_every", _positive, None, "updates between evaluations (default: a tenth of the steps)", FREE),
         Key("evaluate_rows", _positive, 64, "rows of the held-out part that an evaluation on the way looks at", FREE),
-        Key("spike", _not_negative, 3.0, "nats by which an update's loss may be above the median of the last 100 "
+        Key("spike", KINDS["clip"], 3.0, "nats by which an update's loss may be above the median of the last 100 "
             "before the run ends; 0 for no limit", FREE),
         Key("tensorboard", Choice(("auto", "on", "off")), "auto", "write TensorBoard's files too: auto, on, off; auto "
             "where it is installed", FREE),
