@@ -114,7 +114,7 @@ class Trainer:
         )
         optimizers.begin(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
-        self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.scaler = scaler_of(self.device, recipe.precision)
         self._one = torch.ones((), device=self.device)
         self.generators = Generators(self.device, recipe.seed if rank == 0 else (recipe.seed + rank) % 2**64)
