@@ -145,7 +145,7 @@ class Checkpoint:
         for name, chunks in tensors.items():
             reason = _not_whole(chunks)
             if reason:
-                raise UserError(f"{shown(str(self.folder))}: the parts of {shown(name)} {reason}")
+                raise UserError(f"{printable(self.folder)}: the parts of {shown(name)} {reason}")
         return tensors
 
     def read(self, into: dict[str, torch.Tensor], prefix: str = "") -> None:
@@ -216,7 +216,7 @@ class Checkpoint:
                 raise ValueError(f"Checkpoint.read: {name} is on meta; it needs memory to be read into")
         if wrong:
             more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-            raise UserError(f"{shown(str(self.folder))}: {wrong[0]}{more}")
+            raise UserError(f"{printable(self.folder)}: {wrong[0]}{more}")
 
     def _listed(self, name: str) -> None:
         """The file is there, is a plain file, and has the size that checksums.json says."""
@@ -256,7 +256,7 @@ class Checkpoint:
         return _Reading(self, name)
 
     def _wrong(self, name: str, what: str) -> UserError:
-        return UserError(f"{shown(str(self.folder / name))}: {what}")
+        return UserError(f"{printable(self.folder / name)}: {what}")
 
 
 class _Reading:
@@ -279,6 +279,12 @@ class _Reading:
 def dumped(content: Any) -> bytes:
     """JSON as checksums.json is written, a row a file: a changed byte that is still JSON is not what this writes."""
     return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+
+
+def printable(path: Any) -> str:
+    """A path on one line, all of it: what tells files apart is at its end."""
+    text = str(path)
+    return text if text.isprintable() else repr(text)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

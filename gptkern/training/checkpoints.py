@@ -41,10 +41,12 @@ from gptkern.training.checkpoint_reading import (
     DTYPES,
     FOLDER,
     FORMAT,
+    LARGEST_JSON,
     SHARDING,
     VERSION,
     Checkpoint,
     dumped,
+    printable,
 )
 from gptkern.training.errors import RunError, UserError
 
@@ -79,8 +81,8 @@ class Checkpoints:
         """Saves the tensors as they are now, and `about`. Returns once they are copied; a thread writes them.
 
         The copies stay allocated for the next save. A save waits for the one before. A checkpoint of the same step that
-        is there is replaced; those of later steps stay. Of several processes each calls it, with the same names; a
-        tensor that is no DTensor is the same on all of them, and is written once.
+        is there is replaced; those of later steps stay. Of several processes each calls it. A tensor under the same name
+        on all of them, if it is no DTensor, has the same values there, and is written once.
 
         Args:
             step: updates done, at least 0. tensors: flat names; whole tensors or DTensors, on any device.
@@ -95,7 +97,8 @@ class Checkpoints:
             raise ValueError(f"Checkpoints.save: step is {step!r}; it needs a whole number, at least 0")
         for name, tensor in tensors.items():
             _check(name, tensor)
-        job = _Job(step, dict(tensors), self._copied(tensors), (json.dumps(about, indent=1) + "\n").encode())
+        text = _text(about)
+        job = _Job(step, dict(tensors), self._copied(tensors), text)
         if self._ranks is None:
             self._ranks = _Ranks()
         # Not a daemon: an interpreter that ends waits for it.
@@ -125,6 +128,13 @@ class Checkpoints:
         return [Checkpoint(folder) for _, folder in self._found()]
 
     def _found(self) -> list[tuple[int, Path]]:
+        """Step and folder of each. A listing under which names change can miss the old one and the new one."""
+        found = self._listed()
+        while (again := self._listed()) != found:
+            found = again
+        return found
+
+    def _listed(self) -> list[tuple[int, Path]]:
         found: dict[int, Path] = {}
         try:
             paths = list(self.folder.iterdir())
@@ -186,13 +196,13 @@ class Checkpoints:
         except BaseException as error:
             if ranks.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-            self._error = RunError(f"{shown(str(self.folder / name))} was not saved: {_reason(error)}; {self._left()}")
+            self._error = RunError(f"{printable(self.folder / name)} was not saved: {_reason(error)}; {self._left()}")
             return
         try:
             ranks.together(lambda: self._remove(job.step) if ranks.rank == 0 else None)
         except BaseException as error:
             what = f"{name} is whole, and older checkpoints could not be removed"
-            self._error = RunError(f"{shown(str(self.folder))}: {what}: {_reason(error)}")
+            self._error = RunError(f"{printable(self.folder)}: {what}: {_reason(error)}")
 
     def _left(self) -> str:
         newest, _ = self.newest()
@@ -234,7 +244,7 @@ class Checkpoints:
     def _name(self, partial: Path, name: str) -> None:
         """Gives a whole checkpoint its name. One that had it has another from then on, and is found under that too."""
         path = self.folder / name
-        if os.path.lexists(path):
+        if path.is_dir():
             path.rename(self.folder / f".{name}{REPLACED}")
         partial.rename(path)
         _sync(self.folder)
@@ -292,8 +302,20 @@ class _Ranks:
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror + (f" ({shown(str(error.filename))})" if error.filename else "")
+        return error.strerror + (f" ({printable(error.filename)})" if error.filename else "")
     return shown(str(error)) if str(error) and not isinstance(error, RunError) else str(error) or type(error).__name__
+
+
+def _text(about: Any) -> bytes:
+    try:
+        if not isinstance(about, dict):
+            raise TypeError(f"it is a {type(about).__name__}, and no dict")
+        text = (json.dumps(about, indent=1) + "\n").encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TypeError(f"Checkpoints.save: about needs to be what JSON can hold: {error}") from error
+    if len(text) > LARGEST_JSON:
+        raise ValueError(f"Checkpoints.save: about is {len(text)} bytes of JSON; it needs at most {LARGEST_JSON}")
+    return text
 
 
 def _check(name: str, tensor: Any) -> None:
@@ -314,7 +336,7 @@ def _write_tensors(path: Path, items: list[Any], copies: dict[str, torch.Tensor]
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {}
     offsets, end = {}, 0
-    # As safetensors orders them: what needs the widest alignment first.
+    # What needs the widest alignment first, as safetensors has it.
     ordered = sorted(items, key=lambda item: (-copies[item.index.fqn].dtype.itemsize, item.index.fqn))
     for item in ordered:
         name, chunk, copy = item.index.fqn, item.tensor_data.chunk, copies[item.index.fqn]
