@@ -1,4 +1,4 @@
-"""Small checkpoints of a counter, and processes that save them: every tensor holds the counter, so that a mixture shows."""
+"""Small checkpoints of a counter, and processes that save them. Every tensor holds it, so that a mixture shows."""
 
 from __future__ import annotations
 

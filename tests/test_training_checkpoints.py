@@ -1,4 +1,4 @@
-"""Checkpoints: what is read is what was saved; several, their order, those that go; errors of the thread that writes."""
+"""Checkpoints: what is read is what was saved; their order, those that go; errors of the thread that writes."""
 
 from __future__ import annotations
 
@@ -220,9 +220,8 @@ def test_a_file_that_cannot_be_written_is_said_once_and_the_old_checkpoint_is_wh
     checkpoints = Checkpoints(tmp_path, keep=1)
     with largest_file(4000):
         save(checkpoints, 1, elements=30_000, wait=False)
-        with pytest.raises(
-            RunError, match=r"step-00000001 was not saved: File too large; there is no older checkpoint$"
-        ):
+        failed = "was not saved: File too large"
+        with pytest.raises(RunError, match=f"step-00000001 {failed}; there is no older checkpoint$"):
             checkpoints.wait()
         assert names(tmp_path) == []
         save(checkpoints, 2)

@@ -81,8 +81,8 @@ class Checkpoints:
         """Saves the tensors as they are now, and `about`. Returns once they are copied; a thread writes them.
 
         The copies stay allocated for the next save. A save waits for the one before. A checkpoint of the same step that
-        is there is replaced; those of later steps stay. Of several processes each calls it. A tensor under the same name
-        on all of them, if it is no DTensor, has the same values there, and is written once.
+        is there is replaced; those of later steps stay. Of several processes each calls it. A tensor that several of
+        them name, if it is no DTensor, has the same values there, and is written once.
 
         Args:
             step: updates done, at least 0. tensors: flat names; whole tensors or DTensors, on any device.
