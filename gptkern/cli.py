@@ -1,4 +1,4 @@
-"""The command line: `gptkern info | check | demo | train | generate | bench | tune`.
+"""The command line: `gptkern info | check | demo | train | export | generate | bench | tune`.
 
 Every subcommand is a module `gptkern/commands/<name>.py` with
 
@@ -37,7 +37,8 @@ COMMANDS = {
     "train": "train the reference GPT on a text file, into a checkpoint folder",
     "bench": "time this machine's kernels against their peers; `bench report DIR` draws the report",
     "tune": "choose tiles and backends for this machine's GPU by measuring them",
-    "generate": "generate text from a checkpoint folder",
+    "export": "write a run's model as safetensors that transformers loads",
+    "generate": "generate text from a run or a model's folder",
 }
 
 # The packages of the extra gptkern[cli], each imported by the name that it has on the package index.
@@ -45,7 +46,14 @@ EXTRA = ("rich", "matplotlib", "safetensors", "tokenizers", "zstandard")
 
 
 # What a word that belongs to no option is likely to be.
-LIKELY = {"train": "--text", "demo": "--text", "generate": "--prompt", "check": "--op", "tune": "--op"}
+LIKELY = {
+    "train": "--text",
+    "demo": "--text",
+    "generate": "--prompt",
+    "export": "--out",
+    "check": "--op",
+    "tune": "--op",
+}
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):

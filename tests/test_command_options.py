@@ -105,7 +105,7 @@ def test_devices(refused, command, name):
         (["tune", "--architecture", "90"], "--architecture needs --dry-run or --show"),
         (["tune", "--reset", "--op", "softmax"], "--op has no effect on --reset"),
         (["generate", "anywhere", "--prompt", "\ud800"], "--prompt '\\ud800': it needs to be text"),
-        (["generate", "anywhere", "--top-k", "0"], "256, the number of bytes, leaves none out"),
+        (["generate", "anywhere", "--top-k", "0"], "the number of tokens of the model, or more, leaves none out"),
     ],
 )
 def test_words(refused, arguments, words):

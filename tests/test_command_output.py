@@ -80,7 +80,7 @@ def test_text_is_printed_as_it_is_drawn_and_kept_at_ctrl_c(checkpoint, capsys, m
     assert generated("--prompt", "aé", "--tokens", "100000", "--temperature", "0") == 130
     printed = capsys.readouterr()
     assert len(seen) == 3 and seen[0].startswith("aé")
-    assert printed.out.endswith("\n") and "[3 bytes of 100000, interrupted in " in printed.err
+    assert printed.out.endswith("\n") and "[3 tokens of 100000, interrupted in " in printed.err
 
 
 def test_a_pipe_has_each_byte_before_the_next_is_drawn(checkpoint, monkeypatch):

@@ -110,21 +110,23 @@ def load(folder: Path, device: torch.device | str = "cpu", option: str = "") -> 
     if missing:
         raise UserError(f"{name} is no checkpoint: {' and '.join(missing)} not found in it")
     with refused(name):
-        config = _sizes(json_object(folder / CONFIG))
+        config = config_of(json_object(folder / CONFIG))
         tensors = SafetensorsFiles(folder, [PARAMETERS])
         return filled(config, tensors, own_places, (PARAMETERS, "blocks."), device)
 
 
 @contextlib.contextmanager
 def refused(name: str) -> Iterator[None]:
-    """What does not fit inside the block is a UserError that says so of the folder."""
+    """What does not fit inside the block is a UserError that says so of the folder; one without a name gets it."""
     try:
         yield
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
     except (ValueError, TypeError, OSError) as error:
         raise UserError(f"{name} is no checkpoint of this GPT: {' '.join(str(error).split())}") from error
 
 
-def _sizes(content: dict[str, Any]) -> GPTConfig:
+def config_of(content: dict[str, Any]) -> GPTConfig:
     """What config.json says; a ValueError or TypeError names what is wrong with it."""
     if not isinstance(content.get("model"), dict):
         raise ValueError(f'{CONFIG} has no "model" with its sizes')
@@ -202,27 +204,14 @@ def filled(
     device: torch.device | str,
     ignored: Callable[[str], bool] = lambda name: False,
 ) -> GPT:
-    """The stock model, of float32, with what a file holds.
-
-    Args:
-        places: gives parameter -> Place; called when the number of blocks is known to be one that a file can hold.
-        blocks: the file's name, and what the names of a block's tensors begin with, before its number.
-        ignored: whether a tensor of the file is none of a parameter's.
+    """The stock model, of float32, with what files hold: `unfilled`, of which the arguments are, and then its values.
 
     Raises:
-        ValueError: a tensor is missing, is too many, or has another shape or dtype; UserError where no memory holds it.
+        ValueError: also where a parameter is there under two names, with other values.
     """
-    file, prefix = blocks
     headers = {name: header for name, header in tensors.headers.items() if not ignored(name)}
-    found = {name.removeprefix(prefix).partition(".")[0] for name in headers if name.startswith(prefix)}
-    if config.layers > len(found):
-        raise ValueError(
-            f"{CONFIG}: layers is {config.layers}; it needs to be the number of blocks in {file}, {len(found)}"
-        )
+    model = unfilled(config, headers, places, blocks, device)
     where = places(config)
-    check(headers, parameter_shapes(config), where, file)
-    check_memory(config, device)
-    model = empty_model(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             place = where[name]
@@ -230,9 +219,36 @@ def filled(
             tensor = tensors.read(first)
             for other in more:
                 if not torch.equal(tensor, tensors.read(other)):
-                    raise ValueError(f"{first} and {other} in {file} differ; they need to be one weight in this GPT")
+                    raise ValueError(f"{first} and {other} differ; they need to be the same, one weight in this GPT")
             parameter.copy_(tensor.T if place.transposed else tensor)
     return model.to(device)
+
+
+def unfilled(
+    config: GPTConfig,
+    headers: dict[str, Header],
+    places: Callable[[GPTConfig], dict[str, Place]],
+    blocks: tuple[str, str],
+    device: torch.device | str,
+) -> GPT:
+    """The stock model on the CPU, its parameters without values, once a file's headers are seen to fit it.
+
+    Args:
+        places: gives parameter -> Place; called when the number of blocks is known to be one that a file can hold.
+        blocks: the file's name, and what the names of a block's tensors begin with, before its number.
+
+    Raises:
+        ValueError: a tensor is missing, is too many, or has another shape or dtype. UserError: no memory holds it.
+    """
+    file, prefix = blocks
+    found = {name.removeprefix(prefix).partition(".")[0] for name in headers if name.startswith(prefix)}
+    if config.layers > len(found):
+        raise ValueError(
+            f"{CONFIG}: layers is {config.layers}; it needs to be the number of blocks in {file}, {len(found)}"
+        )
+    check(headers, parameter_shapes(config), places(config), file)
+    check_memory(config, device)
+    return empty_model(config)
 
 
 def check(headers: dict[str, Header], shapes: dict[str, tuple[int, ...]], places: dict[str, Place], file: str) -> None:
