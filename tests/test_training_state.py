@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import signal
@@ -57,7 +58,7 @@ def test_a_training_goes_on_from_any_step(kind):
     records = trainer.records()
     if kind == "fp16":
         scales = [record.scale for record in records]
-        assert records[0].skipped and any(a < b for a, b in zip(scales, scales[1:])), "it overflows, and grows again"
+        assert records[0].skipped and any(a < b for a, b in itertools.pairwise(scales)), "it overflows, and grows again"
     for step, state in enumerate(states):
         other = a_trainer(**KINDS[kind] | {"seed": 77})  # other weights, other random numbers
         other = loop.Trainer(other.model, a_store(), trainer.recipe)
@@ -119,20 +120,23 @@ class Ended(Exception):
 
 
 @pytest.mark.parametrize("kind", ["dropout, pieces", "fp16"])
-@pytest.mark.parametrize("call", [1, 2])
-def test_an_update_that_an_error_ends_has_not_been(kind, call):
-    """In the forward of its first and of its second piece."""
+@pytest.mark.parametrize("place", ["first piece", "second piece", "step"])
+def test_an_update_that_an_error_ends_has_not_been(kind, place):
+    """In the forward of its first and of its second piece, and before AdamW's step, when all is drawn."""
     calls = []
 
     def end(*_):
         calls.append(1)
-        if len(calls) == call:
+        if place != "second piece" or len(calls) == 2:
             raise Ended
 
     trainer, plain = a_trainer(**KINDS[kind]), a_trainer(**KINDS[kind])
     trainer.run(2)
     before = kept(trainer.state())
-    handle = trainer.model.blocks[1].register_forward_hook(end)
+    hook = (
+        trainer.model.blocks[1].register_forward_hook if "piece" in place else trainer.optimizer.register_step_pre_hook
+    )
+    handle = hook(end)
     with pytest.raises(Ended):
         trainer.run(1)
     handle.remove()
@@ -204,7 +208,7 @@ def changed(tensors, about, change):
     {
         "missing": r"the state has no model\.blocks\.1\.attention\.qkv\.weight \(nor 1 more\)",
         "left over": r"the state has model\.blocks\.2\.attention\.qkv\.weight, which this training has not",
-        "shape": r"the state's model\.blocks\.1\.attention\.qkv\.weight is \(3, 5\), torch\.float32; this .* \(48, 16\)",
+        "shape": r"the state's model\.blocks\.1\.attention\.qkv\.weight is \(3, 5\), torch\.float32; .* \(48, 16\)",
         "dtype": r"qkv\.weight is \(48, 16\), torch\.float16; this training needs \(48, 16\), torch\.float32",
         "generator": r"the state's generators\.cpu is \(3,\)",
         "precision": r"the state is of a training in no fp16; precision is fp16",

@@ -155,7 +155,7 @@ class Trainer:
         self._fetch()  # waits for the device
         self.speeds.append(steps * self.recipe.tokens_per_step / (time.perf_counter() - start))
         for record in self._records[before:]:
-            _check_finite(record)
+            check_finite(record)
 
     def update(self) -> None:
         """One update. What ends it early, an error or a signal, leaves model, optimizer and generators as they were."""
@@ -165,7 +165,7 @@ class Trainer:
         # An update that was ended early, or a state that was loaded, left them at another place.
         self.batches.update = self.step
         batch = self.batches.next()
-        before, scale = self.generators.states, self._scale()
+        step, generators, scale = self.step, self.generators.states, self._scale()
         # Of what others computed with the model meanwhile.
         self.optimizer.zero_grad(set_to_none=True)
         try:
@@ -182,9 +182,10 @@ class Trainer:
                         self.scaler.update()
                     self._done.append(_Done(lr, batch.tokens, loss, grad_norm, scale, self._scale()))
                     self.step += 1
-                    before = self.generators.states
         finally:
-            self.generators.states = before
+            if self.step == step:
+                self.generators.states = generators
+                self._renew_scaler()
             self.optimizer.zero_grad(set_to_none=True)
 
     def _backward(self, batch: Batch) -> torch.Tensor:
@@ -217,6 +218,12 @@ class Trainer:
     def _scale(self) -> torch.Tensor | None:
         """On the device: nothing waits for it."""
         return None if self.scaler is None else self.scaler.scale(self._one)
+
+    def _renew_scaler(self) -> None:
+        """The same scale without the notes of an update that was begun: a second one would be refused."""
+        if self.scaler is not None:
+            state, self.scaler = self.scaler.state_dict(), scaler_of(self.device, self.recipe.precision)
+            self.scaler.load_state_dict(state)
 
     def _fetch(self) -> None:
         """The numbers of the updates done, from the device, in one go."""
@@ -335,7 +342,8 @@ def _objective_of(model: GPT, recipe: Recipe):
     return torch.compile(objective, dynamic=False) if recipe.compile else objective
 
 
-def _check_finite(record: Record) -> None:
+def check_finite(record: Record) -> None:
+    """Raises Diverged where an update has no finite loss or norm, and was not skipped for the sake of its scale."""
     if record.skipped:
         if record.scale <= LEAST_SCALE:
             raise Diverged(record.step, record.grad_norm, f"at a scale of {record.scale:g} the gradients' norm")
