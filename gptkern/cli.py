@@ -1,4 +1,4 @@
-"""The command line: `gptkern info | check | demo | train | export | generate | bench | tune`.
+"""The command line: `gptkern info | check | demo | data | train | export | generate | bench | tune`.
 
 Every subcommand is a module `gptkern/commands/<name>.py` with
 
@@ -34,7 +34,8 @@ COMMANDS = {
     "info": "what this machine has: versions, device, backends, and why one is missing",
     "check": "run this machine's kernels against float64 references",
     "demo": "train a GPT stock and swapped, quantise it to int8, generate text, write a report",
-    "train": "train the reference GPT on a text file, into a checkpoint folder",
+    "data": "prepare texts for training: a folder of compressed token ids",
+    "train": "train the reference GPT on a text or on tokens, into a run's folder",
     "bench": "time this machine's kernels against their peers; `bench report DIR` draws the report",
     "tune": "choose tiles and backends for this machine's GPU by measuring them",
     "export": "write a run's model as safetensors that transformers loads",

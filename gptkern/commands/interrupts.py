@@ -8,7 +8,7 @@ import signal
 
 from gptkern.training.interrupting import handled, postponed
 
-__all__ = ["import_torch", "interruptible", "postponed", "uninterrupted"]
+__all__ = ["import_torch", "interruptible", "noted", "postponed", "uninterrupted"]
 
 
 @contextlib.contextmanager
@@ -33,6 +33,23 @@ def interruptible():
 
     with handled(interrupt):
         yield raise_if_dropped
+
+
+@contextlib.contextmanager
+def noted():
+    """Inside the block the first SIGINT, SIGTERM or SIGHUP is but noted, for a loop that ends itself; the next raises.
+
+    Yields what says whether one came. Which signals, and where they are ignored: as `interruptible`.
+    """
+    came = []
+
+    def note(number, frame):
+        came.append(number)
+        if len(came) > 1:
+            raise KeyboardInterrupt
+
+    with handled(note):
+        yield lambda: bool(came)
 
 
 def uninterrupted():

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from gptkern.commands import UserError
-from gptkern.training import values
+from gptkern.training import recipe_files, values
 from gptkern.training.recipe_files import PRESETS as PRESETS
 
 if TYPE_CHECKING:
@@ -55,6 +55,22 @@ probability = real("of at least 0 and below 1", lambda number: 0 <= number < 1)
 seed = whole(-(2**63), 2**64 - 1)
 
 
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """An option for each key of a recipe; None where it is not given, so that a recipe's file can say it."""
+    for key in recipe_files.KEYS.values():
+        words = key.words
+        if key.default is not None and "default:" not in words and not isinstance(key.kind, values.Switch):
+            words += f" (default: {key.default})"
+        if isinstance(key.kind, values.Switch):
+            parser.add_argument(key.option, action=argparse.BooleanOptionalAction, help=words)
+        elif key.name == "preset":
+            parser.add_argument(key.option, choices=PRESETS, metavar="NAME", help=words)
+        else:
+            # `--dtype`, as the other commands call it, with their names of it.
+            names = (key.option, "--dtype") if key.name == "precision" else (key.option,)
+            parser.add_argument(*names, type=typed(key.kind), metavar=key.metavar, help=words)
+
+
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that every command has that runs a model."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
@@ -71,15 +87,17 @@ def resolved_dtype(name: str, device: torch.device) -> str:
     return name
 
 
-def configured(preset: str, context: int | None = None, dropout: float = 0.0) -> GPTConfig:
-    """A preset over bytes.
+def configured(
+    preset: str, context: int | None = None, dropout: float = 0.0, vocab_size: int | None = None
+) -> GPTConfig:
+    """A preset, over bytes where no size of the vocabulary is given.
 
     Raises:
         UserError: the sizes do not fit together.
     """
     from gptkern.models.gpt import BYTES, GPTConfig
 
-    changes = {"vocab_size": BYTES, "dropout": dropout}
+    changes = {"vocab_size": vocab_size or BYTES, "dropout": dropout}
     if context is not None:
         changes["context"] = context
     try:

@@ -1,196 +1,127 @@
-"""`gptkern train`: the reference GPT on a text file, into a checkpoint folder."""
+"""`gptkern train`: the reference GPT on a text file or on a folder of tokens, into a run's folder."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
-import itertools
-import math
-from pathlib import Path
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-import gptkern
-from gptkern.commands import INTERRUPTED, RunError, UserError, places
-from gptkern.commands.interrupts import import_torch, interruptible, uninterrupted
-from gptkern.commands.options import (
-    PRESETS,
-    above_zero,
-    add_machine_arguments,
-    configured,
-    positive,
-    probability,
-    resolved_dtype,
-)
+from gptkern.commands import INTERRUPTED, UserError, places
+from gptkern.commands.interrupts import import_torch, noted
+from gptkern.commands.options import add_recipe_arguments, configured
 from gptkern.formatting import shown
+from gptkern.training import recipe_files
+from gptkern.training.run_folder import RunFolder
 
-SUMMARY = "train the reference GPT on a text file, into a checkpoint folder"
+if TYPE_CHECKING:
+    from gptkern.models.gpt import GPT, GPTConfig
+    from gptkern.training.data.store import Store
+    from gptkern.training.run import Outcome
 
-EVALUATIONS = 10
-# Windows of the held-out text that are looked at on the way; at the end it is all of them.
-EVALUATION_WINDOWS = 64
-STEPS_BETWEEN_UPDATES = 10
-# Nats. A few updates of a warm-up may end a little above the untrained model; what diverged is far above.
-WORSE_THAN_UNTRAINED = 0.5
+SUMMARY = "train the reference GPT on a text or on tokens, into a run's folder"
+
+KEEPING = ("save_every", "keep", "evaluate_every", "evaluate_rows", "spike", "tensorboard")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--text", metavar="FILE", help="the text; Python's language reference where none is given")
-    parser.add_argument("--out", metavar="FOLDER", default="out/train", help="where the checkpoint goes")
-    parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint that is there, at the end")
-    parser.add_argument("--preset", choices=PRESETS, default="nano", metavar="NAME", help=f"of {', '.join(PRESETS)}")
-    parser.add_argument("--context", type=positive, help="tokens that the model sees at once; the preset's otherwise")
-    parser.add_argument("--dropout", type=probability, default=0.0, help="while training")
-    parser.add_argument("--steps", type=positive, default=1000, help="updates")
-    parser.add_argument("--batch", type=positive, default=8, help="rows of an update, each as long as the context")
-    parser.add_argument("--lr", type=above_zero, default=3e-3, help="peak learning rate")
-    parser.add_argument("--stock", action="store_true", help="leave the model on PyTorch's operators")
-    add_machine_arguments(parser)
+    parser.add_argument("--recipe", metavar="FILE", help="TOML with options as keys; those given here come first")
+    parser.add_argument("--out", metavar="FOLDER", default="out/train", help="the run's folder")
+    parser.add_argument("--resume", action="store_true", help="go on with the run that is in --out")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run that is in --out")
+    add_recipe_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     out = places.folder("--out", args.out)
+    values, pending = _values(args, RunFolder(out))
     import_torch()
+    # What is missing is said now and not after minutes of training.
+    for package in ("matplotlib", "rich", "safetensors"):
+        importlib.import_module(package)
 
-    from gptkern.commands import checkpoints, text, training
-    from gptkern.commands.display import new_console
+    from gptkern.commands.display import RunDisplay, new_console
+    from gptkern.training.devices import resolve_device
+    from gptkern.training.run import Keeping, train
 
-    found = _state(out)
-    if checkpoints.held(out) and not args.overwrite:
-        raise UserError(f"--out {shown(args.out)} holds a checkpoint: --overwrite replaces it, another --out leaves it")
-    checkpoints.check_writable("--out", out)
-    device = training.resolve_device(args.device)
-    config = configured(args.preset, args.context, args.dropout)
-    data = text.load(args.text, shortest=config.context + 1)
-    recipe = training.Recipe(
-        steps=args.steps, batch=args.batch, length=config.context, lr=args.lr, seed=args.seed,
-        device=str(device), dtype=resolved_dtype(args.dtype, device),
-    )  # fmt: skip
-    training.check_memory(config, recipe, args.preset, copies=1)
-    places.room("--out", out, training.parameter_bytes(config))
-    model = training.new_model(config, recipe)
+    device = str(resolve_device(values["device"]))
+    store = _store(values)
+    config, model, length = _model(values, store, device, args.resume)
+    recipe = recipe_files.recipe_of(values, length=length, device=device)
     console = new_console()
-    console.print(
-        f"{args.preset}: {model.parameter_count():,} parameters, {recipe.dtype} on {device}; "
-        f"{len(data.train):,} bytes to train on, {len(data.validation):,} held out"
-    )
-    if not args.stock:
-        console.print(str(gptkern.swap(model)), soft_wrap=True)
-    trainer = training.Trainer(model, data, recipe)
-    result = _Result(out, found, trainer, data.name)
-    try:
-        loss = _trained(trainer, console, "stock" if args.stock else "swapped")
-    except KeyboardInterrupt:
-        step = trainer.step
-        where = result.rescued() if step > 0 and trainer.finite() else result.best()
-        console.print(f"interrupted at step {step} of {recipe.steps}: {where}", soft_wrap=True)
-        return INTERRUPTED
-    except training.Diverged as error:
-        raise RunError(f"{error}: a lower --lr may help; {result.best()}") from None
-    except Exception:
-        # A terminal that went away, a memory that is full: what was learnt is kept all the same.
-        with contextlib.suppress(Exception):
-            if trainer.step > 0 and trainer.finite():
-                result.rescued()
-            else:
-                result.best()
-        raise
-    if result.replaced_by_others():
-        raise RunError(f"another program has written the checkpoint in {out} meanwhile: {result.rescued()}")
-    result.save(out)
-    console.print(f"validation loss {loss:.4f} nats per byte")
-    console.print(f"checkpoint: {out}   (gptkern generate {out})", soft_wrap=True)
-    return 0
+
+    def say(line: str) -> None:
+        # Warnings go first, and nothing before all of the input was tried.
+        while pending:
+            console.print(pending.pop(0), soft_wrap=True)
+        console.print(line, soft_wrap=True)
+
+    with noted() as came, RunDisplay(console) as display:
+        outcome = train(
+            recipe, store, out, config=config, model=model, swap=not values["stock"],
+            keeping=Keeping(**{name: values[name] for name in KEEPING}), resume=args.resume, overwrite=args.overwrite,
+            keys=recipe_files.absolute(values), stop=came, watch=display.update, say=say,
+        )  # fmt: skip
+    # The terminal may be what went away.
+    with contextlib.suppress(OSError):
+        say(_ending(args.out, outcome, recipe.steps, "byte" if store.tokenizer.kind == "bytes" else "token"))
+    return 0 if outcome.finished else INTERRUPTED
 
 
-def _trained(trainer, console, name: str) -> float:
-    """The validation loss at the end; on the way the trainer notes the best that it has been."""
-    from gptkern.commands import training
-    from gptkern.commands.display import TrainingDisplay
-
-    steps = trainer.recipe.steps
-    evaluate_every = max(1, steps // EVALUATIONS)
-    with interruptible(), TrainingDisplay(console, [(name, trainer)], steps) as display:
-        while trainer.step < steps:
-            to_evaluation = evaluate_every - trainer.step % evaluate_every
-            trainer.run(min(STEPS_BETWEEN_UPDATES, to_evaluation, steps - trainer.step))
-            if trainer.step % evaluate_every == 0 and trainer.step < steps:
-                trainer.validate(EVALUATION_WINDOWS)
-                trainer.note_best()
-            display.update()
-        loss = trainer.validate()
-        # What guesses evenly among the bytes; the untrained model is asked where that may matter alone.
-        if loss > math.log(trainer.model.config.vocab_size):
-            untrained = trainer.untrained()
-            if loss > untrained + WORSE_THAN_UNTRAINED:
-                raise training.Worse(trainer.step, loss, untrained)
-        return loss
+def _values(args: argparse.Namespace, folder: RunFolder) -> tuple[dict[str, Any], list[str]]:
+    """Every key with its value, and lines of warning."""
+    if args.resume and args.overwrite:
+        raise UserError("--overwrite has no effect on --resume, which goes on with the run that is there")
+    given = recipe_files.of_options(vars(args))
+    if args.recipe is not None:
+        given = given.over(recipe_files.read(args.recipe))
+    if args.resume:
+        return recipe_files.resumed(folder.stored(), given)
+    folder.check_free(args.overwrite)
+    return recipe_files.completed(given), []
 
 
-class _Result:
-    """Where a training's checkpoint goes: into its folder at the end, if nobody else has written there."""
+def _store(values: dict[str, Any]) -> Store:
+    if values["data"] is not None:
+        from gptkern.training.data.store import Store
 
-    def __init__(self, out: Path, found: list, trainer, text: str):
-        self.out, self.found, self.trainer, self.text = out, found, trainer, text
+        return Store.open(values["data"])
+    from gptkern.training.data import text
 
-    def save(self, folder: Path) -> None:
-        from gptkern.commands import checkpoints
-
-        trainer = self.trainer
-        history = {"command": "train", "text": self.text, "recipe": dataclasses.asdict(trainer.recipe)}
-        history |= {"step": trainer.step, "validation_losses": trainer.validations}
-        with uninterrupted():
-            checkpoints.save(trainer.model, folder, history)
-
-    def replaced_by_others(self) -> bool:
-        from gptkern.commands import checkpoints
-
-        return checkpoints.held(self.out) and _state(self.out) != self.found
-
-    def rescued(self) -> str:
-        """Write the model as it is, beside a checkpoint that is there; says where."""
-        from gptkern.commands import checkpoints
-
-        beside = checkpoints.held(self.out)
-        folder = _beside(self.out) if beside else self.out
-        try:
-            self.save(folder)
-        except BaseException:
-            if beside:
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
-            raise
-        where = f"the checkpoint of step {self.trainer.step} is in {folder}"
-        return f"{where}; the one in {self.out} is as it was" if beside else where
-
-    def best(self) -> str:
-        """Write the best that the model has been, where no checkpoint is there and it is of use; says what it did."""
-        from gptkern.commands import checkpoints
-
-        if checkpoints.held(self.out):
-            return f"the checkpoint in {self.out} is as it was"
-        trainer = self.trainer
-        if trainer.best is None or trainer.best[1] >= trainer.untrained(EVALUATION_WINDOWS):
-            return "nothing was written"
-        trainer.back_to_best()
-        self.save(self.out)
-        return f"the checkpoint in {self.out} is that of step {trainer.step}"
+    # The shortest that a row of the preset's own context needs; of another model's the run says it.
+    shortest = 2 if values["from"] else configured(values["preset"], values["context"]).context + 1
+    return text.text_store(text.load(values["text"], shortest=shortest))
 
 
-def _state(folder: Path) -> list[tuple | None]:
-    """Of the files of a checkpoint: another where one of them has been written since."""
-    from gptkern.commands import checkpoints
+def _model(
+    values: dict[str, Any], store: Store, device: str, resume: bool
+) -> tuple[GPTConfig | None, GPT | Callable[[], GPT] | None, int]:
+    """(config of a new model, or the model, tokens of a row)"""
+    if values["from"] is None:
+        config = configured(values["preset"], values["context"], values["dropout"], store.tokenizer.vocab_size)
+        return config, None, config.context
 
-    files = [folder / name for name in (checkpoints.CONFIG, checkpoints.PARAMETERS)]
-    states = [file.stat() if file.exists() else None for file in files]
-    return [state and (state.st_ino, state.st_size, state.st_mtime_ns) for state in states]
+    def load() -> GPT:
+        from gptkern.training.loading import starting_model
+
+        loaded = starting_model(
+            values["from"], store.tokenizer, length=values["context"], dropout=values["dropout"], device=device
+        )
+        return loaded.model
+
+    if resume:
+        # Its length is stored; the model is asked for where there is no checkpoint yet.
+        return None, load, values["context"]
+    model = load()
+    return None, model, values["context"] or model.config.context
 
 
-def _beside(folder: Path) -> Path:
-    """A new folder of a name like this one's."""
-    folder = folder.resolve() if folder.name in ("", "..") else folder
-    for number in itertools.count(1):
-        beside = folder.with_name(f"{folder.name}-{number}")
-        # Made here and now: of two trainings one has it.
-        with places.kept(beside), contextlib.suppress(FileExistsError):
-            beside.mkdir()
-            return beside
+def _ending(out: str, outcome: Outcome, steps: int, unit: str) -> str:
+    there = f"the checkpoint of step {outcome.step} is in {outcome.checkpoint}"
+    if not outcome.finished:
+        if outcome.checkpoint is None:
+            return f"interrupted at step {outcome.step} of {steps}: {shown(out)} is as it was"
+        return f"interrupted at step {outcome.step} of {steps}: {there}   (gptkern train --resume --out {out})"
+    loss = "" if outcome.validation_loss is None else f"validation loss {outcome.validation_loss:.4f} nats per {unit}\n"
+    return f"{loss}{steps} updates are done: {there}   (gptkern generate {out})"

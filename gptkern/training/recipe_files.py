@@ -21,7 +21,7 @@ from gptkern.backends.tables import files
 from gptkern.formatting import cut, shown, size
 from gptkern.training.errors import UserError
 from gptkern.training.recipe import KINDS, PRECISIONS, SCHEDULES, Recipe
-from gptkern.training.values import Choice, Kind, Switch, Text, Whole
+from gptkern.training.values import Choice, Kind, Real, Switch, Text, Whole, WordOrWhole
 
 # The keys of models.gpt.PRESETS once more: that module imports PyTorch, and `--help` does not wait for it. A test holds
 # the two together.
@@ -64,6 +64,11 @@ class Key(NamedTuple):
     def option(self) -> str:
         return "--" + self.name.replace("_", "-")
 
+    @property
+    def metavar(self) -> str:
+        kinds = {Whole: "N", Real: "X", WordOrWhole: "N", Choice: "NAME"}
+        return kinds.get(type(self.kind), self.kind.metavar if isinstance(self.kind, Text) else "")
+
 
 _positive = Whole(1)
 _of_recipe = {field.name: field.default for field in dataclasses.fields(Recipe)}
@@ -79,11 +84,11 @@ KEYS = {
     key.name: key
     for key in (
         # the data
-        Key("text", Text("a file"), None, "train on the bytes of this file; Python's language reference where nothing "
+        Key("text", Text("a file", "FILE"), None, "train on the bytes of this file; Python's language reference where nothing "
             "is given", FOUND),
-        Key("data", Text("a folder"), None, "train on this folder of tokens, which `gptkern data` wrote", FOUND),
+        Key("data", Text("a folder", "FOLDER"), None, "train on this folder of tokens, which `gptkern data` wrote", FOUND),
         # the model
-        Key("from", Text("a folder"), None, "start from this folder's model: a run's, or GPT-2's as transformers "
+        Key("from", Text("a folder", "FOLDER"), None, "start from this folder's model: a run's, or GPT-2's as transformers "
             "saves it"),
         Key("preset", Choice(PRESETS), None, f"sizes of the model: {', '.join(PRESETS)} (default: nano)"),
         Key("context", _positive, None, "tokens of a row, which the model sees at once (default: the model's)"),
@@ -111,7 +116,7 @@ KEYS = {
         _recipe_key("compile", "torch.compile the model"),
         _recipe_key("deterministic", "PyTorch's deterministic algorithms alone"),
         _recipe_key("seed", "of the first weights, the rows' order and the dropout"),
-        Key("device", Text("a device"), "auto", "auto, cpu, cuda, cuda:1, …", WARNED),
+        Key("device", Text("a device", "NAME"), "auto", "auto, cpu, cuda, cuda:1, …", WARNED),
         _recipe_key("threads", "of the CPU (default: PyTorch's number)", resume=WARNED),
         # the run
         Key("save_every", _positive, None, "updates between checkpoints (default: a tenth of the steps)", FREE),

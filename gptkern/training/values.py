@@ -105,9 +105,10 @@ class WordOrWhole(NamedTuple):
 
 
 class Text(NamedTuple):
-    """Any text; what it names is looked at elsewhere."""
+    """Any text; what it names is looked at elsewhere. `metavar` stands for it in a command's help."""
 
     needs: str = "text"
+    metavar: str = "TEXT"
 
     def checked(self, value: Any) -> str:
         if not isinstance(value, str):

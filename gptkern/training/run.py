@@ -1,0 +1,237 @@
+"""A training with a folder: what it did so far can be killed at any moment, and goes on bit for bit.
+
+    for each update:      a line of metrics.jsonl
+    evaluate_every:       the held-out loss, in the line of that update
+    save_every:           the lines until then are on the disk first, then a checkpoint is written beside the training
+
+So a checkpoint of step N has all lines up to N beside it; a run that goes on from it cuts off the later ones.
+
+What ends a run early leaves the newest checkpoint as it is. A signal, a full disk, damaged data or a terminal that went
+away first save what was done until then; a loss that is no number, or far above those before it, saves nothing.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import importlib.util
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptkern import formatting
+from gptkern.formatting import shown
+from gptkern.models.gpt import GPT, GPTConfig
+from gptkern.training import memory, metrics, model_files, recipe_files
+from gptkern.training.checkpoints import Checkpoint, Checkpoints
+from gptkern.training.data.loader import windows
+from gptkern.training.data.rows import Rows
+from gptkern.training.data.store import Store
+from gptkern.training.errors import UserError
+from gptkern.training.loop import Trainer, new_model
+from gptkern.training.recipe import Recipe
+from gptkern.training.run_folder import RunFolder
+from gptkern.training.running import Keeping, Outcome, Progress, Run
+
+__all__ = ["Keeping", "Outcome", "Progress", "train"]
+
+# Bytes of a parameter in a checkpoint: float32, and AdamW's two averages.
+CHECKPOINT_BYTES = 12
+
+
+def train(
+    recipe: Recipe,
+    store: Store,
+    out: str | Path,
+    *,
+    config: GPTConfig | None = None,
+    model: Callable[[], GPT] | GPT | None = None,
+    swap: bool = True,
+    keeping: Keeping | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    keys: Mapping[str, Any] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    watch: Callable[[Progress], None] = lambda progress: None,
+    say: Callable[[str], None] = print,
+) -> Outcome:
+    """Train a model into a run's folder, from the start or from the folder's newest whole checkpoint.
+
+    Args:
+        out: the run's folder. store: the tokens.
+        config: of a new model, whose first weights the recipe's seed draws. model: one that has weights, in its place,
+            or what returns it. A run that goes on from a checkpoint asks for neither.
+        swap: run the model on gptkern's operators. keeping: checkpoints, evaluations, when a run ends itself.
+        resume: go on with the run in the folder. overwrite: take the place of one, once there is a checkpoint.
+        keys: more of what recipe.toml shall hold.
+        stop: asked after each update; once it is true the run ends, with a checkpoint of that step.
+        watch: called after each look at the device's numbers. say: lines for people.
+
+    Raises:
+        UserError: something does not fit, or the folder may not be written to; nothing was changed.
+        RunError: the run could not be brought to its end; the message says where the newest checkpoint is. Diverged: a
+            loss was no finite number, or far above those before it.
+    """
+    folder, keeping = RunFolder(out), keeping or Keeping()
+    before = torch.get_num_threads()
+    board = _has_board(keeping.tensorboard)
+    recipe = _checked(folder, recipe, resume, overwrite)
+    torch.set_num_threads(recipe.threads)
+    try:
+        with folder.locked():
+            checkpoints = Checkpoints(folder.checkpoints, keeping.keep)
+            recovered = folder.recover(lambda: checkpoints.newest(verify=False)[0] is not None)
+            if recovered:
+                say(recovered)
+            # Another program may have been here before the lock was this one's.
+            recipe = _checked(folder, recipe, resume, overwrite)
+            start = _start(folder, checkpoints, store, say) if resume else None
+            if start is not None and (outcome := _finished(folder, start, recipe)) is not None:
+                return outcome
+            config, made = _model(folder, config, model, start)
+            _check_rows(store, recipe)
+            stored = _stored(keys or {}, recipe, keeping)
+            _check_memory(config, recipe, stored)
+            _check_room(folder, config, stored, checkpoints)
+            say(_described(config, store, stored))
+            made = new_model(config, recipe.seed, recipe.device) if made is None else made
+            if swap:
+                from gptkern.swapping import swap as swapped
+
+                say(str(swapped(made)))
+            trainer = Trainer(made, store, recipe)
+            try:
+                return Run(folder, trainer, checkpoints, keeping, stored, board, (stop, watch, say)).go(start, resume)
+            finally:
+                trainer.close()
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- Before the first update ------------------------------------------------------------------------------------------
+
+
+def _has_board(choice: str) -> bool:
+    there = importlib.util.find_spec("tensorboard") is not None
+    if choice == "on" and not there:
+        raise UserError("--tensorboard on: TensorBoard is not installed; the extra tensorboard brings it")
+    return there and choice != "off"
+
+
+def _checked(folder: RunFolder, recipe: Recipe, resume: bool, overwrite: bool) -> Recipe:
+    """The recipe with its number of threads, once the folder may be trained in."""
+    if not resume:
+        folder.check_free(overwrite)
+        return dataclasses.replace(recipe, threads=recipe.threads or torch.get_num_threads())
+    stored = recipe_files.completed(folder.stored())
+    for field in dataclasses.fields(Recipe):
+        name = "context" if field.name == "length" else field.name
+        ours, theirs = getattr(recipe, field.name), stored[name]
+        if recipe_files.KEYS[name].resume == recipe_files.SAME and ours != theirs:
+            raise UserError(f"{name} is {shown(str(ours))}; the run in {folder} began with {shown(str(theirs))}")
+    return dataclasses.replace(recipe, threads=recipe.threads or stored["threads"] or torch.get_num_threads())
+
+
+def _start(folder: RunFolder, checkpoints: Checkpoints, store: Store, say: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint to go on from; None where the run has none yet."""
+    start, damaged = checkpoints.newest()
+    for line in damaged:
+        say(f"passed over a damaged checkpoint: {line}")
+    if start is None:
+        if damaged:
+            raise UserError(f"--resume: {folder.option} {folder} has no whole checkpoint ({damaged[0]})")
+        say("there is no checkpoint yet: from the first update")
+        return None
+    data = start.about.get("data")
+    if not isinstance(data, dict) or data.get("fingerprint") != store.fingerprint:
+        name = shown(str(data.get("name"))) if isinstance(data, dict) else "others"
+        raise UserError(f"the data, {store.name}, are not what the run in {folder} is trained on: {name}")
+    return start
+
+
+def _finished(folder: RunFolder, start: Checkpoint, recipe: Recipe) -> Outcome | None:
+    if start.step < recipe.steps:
+        return None
+    last = collections.deque(metrics.lines(folder.metrics), maxlen=1)
+    if last and last[0]["step"] >= start.step and "validation_loss" not in last[0]:
+        return None
+    return Outcome(start.step, True, last[0].get("validation_loss") if last else None, start.folder)
+
+
+def _model(folder, config, model, start) -> tuple[GPTConfig, GPT | None]:
+    """The sizes of what is trained, and the model where it has weights from elsewhere than a checkpoint of the run."""
+    if start is not None:
+        of = _config_of(start)
+        if config is not None and config != of:
+            raise UserError(f"the run in {folder} is of a model of other sizes: {of}")
+        return of, None
+    if (config is None) == (model is None):
+        raise ValueError("train: it needs one of config and model")
+    made = model if model is None or isinstance(model, torch.nn.Module) else model()
+    return config or made.config, made
+
+
+def _config_of(start: Checkpoint) -> GPTConfig:
+    with model_files.refused(shown(str(start.folder))):
+        return model_files.sizes(start.about.get("config") or {}, "about.json")
+
+
+def _check_rows(store: Store, recipe: Recipe) -> None:
+    """Whether each split has a row."""
+    Rows(store.train, recipe.length, recipe.seed)
+    windows(store.validation, recipe.length, 1)
+
+
+def _check_memory(config: GPTConfig, recipe: Recipe, stored: Mapping[str, Any]) -> None:
+    device, itemsize = torch.device(recipe.device), 4 if recipe.precision == "fp32" else 2
+    on_cpu = device.type == "cpu"
+    need = memory.needed(config, recipe.tokens_per_step // recipe.accumulate, itemsize, copies=1 if on_cpu else 0)
+    drawn = () if on_cpu else ((torch.device("cpu"), memory.FLOAT32 * memory.parameter_count(config)),)
+    for place, total in ((device, need.total), *drawn):
+        free = memory.available(place)
+        if free is not None and total > free:
+            raise UserError(
+                f"--preset {stored.get('preset')} needs {formatting.size(total)} of memory on {place} and there are "
+                f"{formatting.size(free)} (parameters {formatting.size(need.parameters)}, gradients "
+                f"{formatting.size(need.gradients)}, AdamW's averages {formatting.size(need.optimizer)}, activations "
+                f"{formatting.size(need.activations)})"
+            )
+
+
+def _check_room(folder: RunFolder, config: GPTConfig, stored: Mapping[str, Any], checkpoints: Checkpoints) -> None:
+    """A new checkpoint is written before the oldest goes."""
+    saves = math.ceil(stored["steps"] / stored["save_every"])
+    more = max(1, min(saves, stored["keep"] + 1) - len(checkpoints.all()))
+    needed = more * CHECKPOINT_BYTES * memory.parameter_count(config)
+    free = shutil.disk_usage(folder.path).free
+    if needed > free:
+        raise UserError(
+            f"{folder.option} {folder}: {formatting.count(more, 'checkpoint')} need {formatting.size(needed)} on the "
+            f"disk and there are {formatting.size(free)}"
+        )
+
+
+def _described(config: GPTConfig, store: Store, stored: Mapping[str, Any]) -> str:
+    keys = ", ".join(recipe_files.text(stored).splitlines())
+    return (
+        f"{stored.get('preset') or 'model'}: {memory.parameter_count(config):,} parameters, {stored['precision']} on "
+        f"{stored['device']}; {len(store.train):,} tokens to train on, {len(store.validation):,} held out\n"
+        f"recipe: {keys}"
+    )
+
+
+def _every(updates: int | None, recipe: Recipe) -> int:
+    return updates or max(1, recipe.steps // 10)
+
+
+def _stored(keys: Mapping[str, Any], recipe: Recipe, keeping: Keeping) -> dict[str, Any]:
+    """What recipe.toml holds: all that was decided."""
+    found = dict(keys) | dataclasses.asdict(recipe) | dataclasses.asdict(keeping)
+    found["context"] = recipe.length
+    for name in ("save_every", "evaluate_every"):
+        found[name] = _every(found[name], recipe)
+    return {name: found[name] for name in recipe_files.KEYS if name in found}

@@ -1,0 +1,443 @@
+"""A run from its first update, or from a checkpoint, to its end; run.py says what a run is.
+
+begin      what a folder needs; the untrained model's held-out loss, or what lies in a checkpoint
+advance    updates, their lines, an evaluation where one is due
+save       the lines first, then the checkpoint
+end        the last evaluation, the last checkpoint, the report; or why it ended before
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from gptkern.formatting import shown
+from gptkern.training import metrics, recipe_files, reporting, speed
+from gptkern.training.checkpoints import Checkpoint, Checkpoints
+from gptkern.training.devices import synchronize
+from gptkern.training.errors import RunError, UserError, kept
+from gptkern.training.interrupting import postponed
+from gptkern.training.loop import Diverged, Record, Trainer, check_finite
+from gptkern.training.run_folder import RunFolder
+from gptkern.version import __version__
+
+# Updates between two looks at a GPU's numbers, for which it is waited; on a CPU each is there at once.
+UPDATES_ON_GPU = 10
+# Rows of the held-out part that are evaluated at the end.
+FINAL_ROWS = 4096
+# Nats. A few updates of a warm-up may end a little above the untrained model; what diverged is far above.
+WORSE_THAN_UNTRAINED = 0.5
+# Updates of whose losses the median is what a spike rises above.
+SPIKE_UPDATES = 100
+# The shown training loss is the mean over this many last updates.
+SHOWN_UPDATES = 20
+SECONDS_BETWEEN_REPORTS = 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Keeping:
+    """What a run keeps of a training, and when it ends one. None of it changes what is learnt.
+
+    Args:
+        save_every, evaluate_every: updates; None for a tenth of the steps.
+        keep: newest checkpoints that stay. evaluate_rows: rows of the held-out part for an evaluation on the way.
+        spike: nats by which a loss may be above the median of the last 100 before the run ends; 0 for no limit.
+        tensorboard: "on", "off", or "auto": where it is installed.
+    """
+
+    save_every: int | None = None
+    keep: int = 3
+    evaluate_every: int | None = None
+    evaluate_rows: int = 64
+    spike: float = 3.0
+    tensorboard: str = "auto"
+
+
+class Progress(NamedTuple):
+    """Where a run is.
+
+    Args:
+        loss: the mean over the last updates. validation: the last held-out loss. saved: the step of the newest
+            checkpoint that was begun. share: of the device's peak, None where that is not known.
+        seconds_left: None before the first update.
+    """
+
+    step: int
+    steps: int
+    loss: float | None
+    grad_norm: float | None
+    lr: float | None
+    validation: float | None
+    tokens_per_second: float
+    share: float | None
+    seconds_left: float | None
+    saved: int | None
+
+
+class Outcome(NamedTuple):
+    """How a run ended that did not fail.
+
+    Args:
+        step: updates done. finished: all of them. validation_loss: the last one.
+        checkpoint: the newest, None where an interrupted run has none.
+    """
+
+    step: int
+    finished: bool
+    validation_loss: float | None
+    checkpoint: Path | None
+
+
+class Run:
+    """A run from its first update, or from a checkpoint, to its end."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        trainer: Trainer,
+        checkpoints: Checkpoints,
+        keeping: Keeping,
+        stored: dict[str, Any],
+        board: bool,
+        talk: tuple[Callable[[], bool], Callable[[Progress], None], Callable[[str], None]],
+    ):
+        self.folder, self.trainer, self.checkpoints, self.keeping = folder, trainer, checkpoints, keeping
+        self.recipe, self.stored, self.has_board = trainer.recipe, stored, board
+        self.stop, self.watch, self.say = talk
+        self.save_every, self.evaluate_every = stored["save_every"], stored["evaluate_every"]
+        self.losses: collections.deque[float] = collections.deque(maxlen=SPIKE_UPDATES)
+        self.speeds: collections.deque[float] = collections.deque(maxlen=SPIKE_UPDATES)
+        self.validation: float | None = None
+        self.untrained: float | None = None
+        self.lowest = math.inf  # of the evaluations
+        self.saved: int | None = None
+        self.last: dict[str, Any] = {}  # the last line
+        self.waiting: list[dict[str, Any]] = []  # lines of updates that are done, not written yet
+        self.replacing = False  # a run that was there is put back if this one gets no checkpoint
+        self.noted = trainer.step  # updates that have their lines
+        device = trainer.device
+        peak = speed.peak(device, self.recipe.precision)
+        self.share = None if peak is None else speed.operations(trainer.model.config, self.recipe.length) / peak
+        self.at_once = 1 if device.type == "cpu" else UPDATES_ON_GPU
+        self.entry: dict[str, Any] = {}
+        self.metrics: metrics.Metrics | None = None
+        self.board = None
+        self.before, self.began, self.reported = 0.0, time.perf_counter(), time.perf_counter()
+
+    def go(self, start: Checkpoint | None, resume: bool) -> Outcome:
+        try:
+            self._begin(start, resume)
+            return self._loop()
+        except Diverged as error:
+            error.args = (self._failed(f"{error}: a lower learning rate may help"),)
+            raise
+        except (UserError, RunError) as error:
+            if start is None and self.metrics is None:
+                self._give_up()
+                raise
+            self._rescue()
+            raise RunError(self._failed(str(error))) from error
+        except BaseException as error:
+            # A terminal that went away, a memory that is full, Ctrl-C: what was learnt is kept all the same.
+            if not (isinstance(error, KeyboardInterrupt) and self.stop()):
+                self._rescue()
+            with contextlib.suppress(Exception):
+                self._failed(f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            with contextlib.suppress(Exception):
+                self.checkpoints.wait()
+            if self.metrics is not None:
+                self.metrics.close()
+            if self.board is not None:
+                self.board.close()
+
+    def _begin(self, start: Checkpoint | None, resume: bool) -> None:
+        folder, trainer = self.folder, self.trainer
+        if start is not None:
+            tensors, _ = trainer.state()
+            # What draws on another kind of device begins anew there.
+            there = start.names()
+            start.read({name: each for name, each in tensors.items() if name in there or "generators" not in name})
+            trainer.load_state(tensors, start.about)
+            self.saved = self.noted = start.step
+        elif not resume and folder.held() is not None:
+            folder.set_aside()
+            self.replacing = True
+        with kept(folder.path):
+            recipe_files.write(folder.recipe, self.stored)
+            self.entry = trainer.store.tokenizer.save(folder.path)
+        found = metrics.cut(folder.metrics, trainer.step)
+        self._take_up(found)
+        if self.has_board:
+            self.board = _board(folder.tensorboard, trainer.step)
+        self.metrics = metrics.Metrics(folder.metrics)
+        self.began = time.perf_counter()
+        if trainer.step == 0:
+            self.untrained = self.validation = trainer.validate(self.keeping.evaluate_rows)
+        elif self.waiting:
+            self._write_lines(self._evaluated())
+        self._watch()
+
+    def _take_up(self, lines: list[dict[str, Any]]) -> None:
+        """What the run did until its checkpoint."""
+        step = self.trainer.step
+        if step > 0 and (not lines or lines[-1]["step"] != step):
+            self.say(f"{self.folder.metrics} does not reach the checkpoint's step, {step}: what it lacks stays away")
+        for line in lines:
+            if line.get("loss") is not None and not line.get("skipped"):
+                self.losses.append(line["loss"])
+            self._know(line)
+        if lines and lines[-1]["step"] == step and self._is_evaluated(step) and "validation_loss" not in lines[-1]:
+            # It was ended between the update and its evaluation.
+            metrics.cut(self.folder.metrics, step - 1)
+            self.waiting = [lines[-1]]
+        self.before = self.last.get("seconds") or 0.0
+
+    def _know(self, line: Mapping[str, Any]) -> None:
+        self.last = dict(line)
+        for name in ("untrained_validation_loss", "validation_loss"):
+            if line.get(name) is not None:
+                self.validation = line[name]
+                self.lowest = min(self.lowest, line[name])
+        self.untrained = line.get("untrained_validation_loss", self.untrained)
+
+    # --- Updates ------------------------------------------------------------------------------------------------------
+
+    def _loop(self) -> Outcome:
+        trainer, steps = self.trainer, self.recipe.steps
+        while trainer.step < steps and not self.stop():
+            self._advance()
+            if trainer.step == steps:
+                self._check_against_untrained()
+            if trainer.step % self.save_every == 0 or trainer.step == steps:
+                self._save(wait=trainer.step == steps)
+            self._watch()
+        if trainer.step < steps:
+            return self._interrupted()
+        if self.saved != steps:
+            self._check_against_untrained()
+            self._save(wait=True)
+        self._report(f"Finished: {steps:,} updates.", "good")
+        return Outcome(steps, True, self.validation, self._newest())
+
+    def _advance(self) -> None:
+        """Updates up to the next look, and their lines."""
+        trainer, step = self.trainer, self.trainer.step
+        ends = [step + self.at_once, self.recipe.steps]
+        ends += [step - step % every + every for every in (self.save_every, self.evaluate_every)]
+        started = time.perf_counter()
+        while trainer.step < min(ends):
+            trainer.update()
+            if self.stop():
+                break
+        synchronize(trainer.device)
+        self._look(time.perf_counter() - started)
+        if self._is_evaluated(trainer.step):
+            self._write_lines(self._evaluated())
+        else:
+            self._write_lines()
+
+    def _look(self, seconds: float) -> None:
+        """The lines of the updates since the last look; raises Diverged where one is the last of this run."""
+        records = self.trainer.records()
+        tokens = self.recipe.tokens_per_step * len(records)
+        each = tokens / seconds if seconds > 0 else 0.0
+        self.speeds.append(each)
+        for record in records:
+            line = _line(record) | {"seconds": round(self.before + time.perf_counter() - self.began, 3)}
+            line["tokens_per_second"] = round(each, 1)
+            if self.share is not None:
+                line["share_of_peak"] = round(each * self.share, 4)
+            if record.step == 1 and self.untrained is not None:
+                line["untrained_validation_loss"] = self.untrained
+            self.waiting.append(line)
+            try:
+                check_finite(record)
+                self._check_spike(record)
+            except Diverged:
+                self._write_lines()
+                raise
+            if not record.skipped:
+                self.losses.append(record.loss)
+        self.noted = self.trainer.step
+
+    def _check_spike(self, record: Record) -> None:
+        if not self.keeping.spike or record.skipped or not self.losses:
+            return
+        median = statistics.median(self.losses)
+        if record.loss > median + self.keeping.spike:
+            raise _spiked(record.step, "loss", record.loss, f"the median of the {len(self.losses)} before it", median)
+
+    def _is_evaluated(self, step: int) -> bool:
+        return step % self.evaluate_every == 0 or step == self.recipe.steps
+
+    def _evaluated(self) -> dict[str, float]:
+        """What the line of this update says of the held-out part."""
+        final = self.trainer.step == self.recipe.steps
+        try:
+            loss = self.trainer.validate(FINAL_ROWS if final else self.keeping.evaluate_rows)
+        except Diverged:
+            self._write_lines()
+            raise
+        lowest = self.lowest if self.untrained is None else min(self.lowest, self.untrained)
+        if self.keeping.spike and loss > lowest + self.keeping.spike:
+            self._write_lines({"validation_loss": loss})
+            raise _spiked(self.trainer.step, "validation loss", loss, "the lowest before it", lowest)
+        return {"validation_loss": loss}
+
+    def _check_against_untrained(self) -> None:
+        if self.untrained is not None and self.validation > self.untrained + WORSE_THAN_UNTRAINED:
+            raise _spiked(
+                self.recipe.steps, "validation loss", self.validation, "that before the first", self.untrained
+            )
+
+    def _write_lines(self, last: Mapping[str, float] | None = None) -> None:
+        """Append what waits; `last` goes into the last line."""
+        waiting, self.waiting = self.waiting, []
+        if not waiting:
+            return
+        waiting[-1] |= last or {}
+        self.metrics.append(waiting)
+        for line in waiting:
+            self._know(line)
+            if self.board is not None:
+                _draw(self.board, line)
+
+    def _watch(self) -> None:
+        done, steps = self.trainer.step, self.recipe.steps
+        recent = [loss for loss in list(self.losses)[-SHOWN_UPDATES:] if math.isfinite(loss)]
+        rate = statistics.median(self.speeds) if self.speeds else 0.0
+        self.watch(
+            Progress(
+                done, steps, math.fsum(recent) / len(recent) if recent else None, self.last.get("grad_norm"),
+                self.last.get("lr"), self.validation, rate, None if self.share is None else rate * self.share,
+                (steps - done) * self.recipe.tokens_per_step / rate if rate else None, self.saved,
+            )
+        )  # fmt: skip
+
+    # --- Checkpoints --------------------------------------------------------------------------------------------------
+
+    def _save(self, wait: bool = False) -> None:
+        trainer = self.trainer
+        if not trainer.finite():
+            raise Diverged(trainer.step, math.nan, "a parameter")
+        # The lines first: a checkpoint has all of its own beside it.
+        self.metrics.sync()
+        tensors, about = trainer.state()
+        about |= {
+            "tokenizer": self.entry,
+            "data": {"fingerprint": trainer.store.fingerprint, "name": trainer.store.name},
+            "validation_loss": self.validation,
+        }
+        self.checkpoints.save(trainer.step, tensors, about, wait=wait or self.replacing)
+        self.saved = trainer.step
+        if self.replacing:
+            self.replacing = False
+            self.folder.forget()
+        if time.perf_counter() - self.reported > SECONDS_BETWEEN_REPORTS:
+            self._report(f"Under way: {trainer.step:,} of {self.recipe.steps:,} updates.", "wait")
+
+    def _newest(self) -> Path | None:
+        newest, _ = self.checkpoints.newest(verify=False)
+        return None if newest is None else newest.folder
+
+    def _interrupted(self) -> Outcome:
+        step = self.trainer.step
+        if step == 0 or self.replacing:
+            self._give_up()
+            return Outcome(step, False, self.validation, None)
+        if self.saved != step:
+            self._save(wait=True)
+        self.checkpoints.wait()
+        self._report(f"Interrupted after {step:,} of {self.recipe.steps:,} updates.", "wait")
+        return Outcome(step, False, self.validation, self._newest())
+
+    def _rescue(self) -> None:
+        """A checkpoint of what was done until something else than the training failed, where that is possible."""
+        with contextlib.suppress(Exception), postponed():
+            self._look(0.0)
+            self._write_lines()
+            if self.trainer.step > (self.saved or 0) and not self.replacing:
+                self._save(wait=True)
+
+    def _failed(self, message: str) -> str:
+        """The message, and where the newest checkpoint is; the report says it too."""
+        with contextlib.suppress(RunError):
+            self.checkpoints.wait()
+        if self.replacing:
+            self._give_up()
+            return f"{message}; the run in {self.folder} is as it was"
+        newest = self._newest()
+        if newest is None:
+            message += "; there is no checkpoint yet"
+        else:
+            message += f"; the checkpoint of step {Checkpoint(newest).step} is {shown(str(newest))}"
+        with contextlib.suppress(Exception):
+            self._report(f"Ended: {message}.", "bad")
+        return message
+
+    def _give_up(self) -> None:
+        """Leave the folder as it was found."""
+        if self.metrics is not None:
+            self.metrics.close()
+        if self.board is not None:
+            self.board.close()
+            self.board = None
+        if self.replacing:
+            self.replacing = False
+            self.folder.put_back()
+        elif self.saved is None:
+            self.folder.clear()
+
+    def _report(self, status: str, kind: str) -> None:
+        store, config = self.trainer.store, self.trainer.model.config
+        report = reporting.Report(
+            "gptkern train", status, kind, metrics.lines(self.folder.metrics), self.stored,
+            (
+                ("data", f"{store.name}: {len(store.train):,} tokens to train on, {len(store.validation):,} held out"),
+                ("tokens", store.tokenizer.name),
+                ("model", f"{self.trainer.model.parameter_count():,} parameters: {config.layers} layers, width "
+                          f"{config.width}, {config.heads} heads, context {config.context}"),
+                ("versions", f"gptkern {__version__}, PyTorch {torch.__version__}"),
+            ),
+            "byte" if store.tokenizer.kind == "bytes" else "token",
+        )  # fmt: skip
+        reporting.write(self.folder.report, report)
+        self.reported = time.perf_counter()
+
+
+def _spiked(step: int, what: str, loss: float, than: str, other: float) -> Diverged:
+    error = Diverged(step, loss)
+    error.args = (f"the {what} is {loss:.4f} at step {step}, and {than} {other:.4f}",)
+    return error
+
+
+def _line(record: Record) -> dict[str, Any]:
+    line = {"step": record.step, "loss": record.loss, "grad_norm": record.grad_norm, "lr": record.lr}
+    line["tokens"] = record.tokens
+    if record.scale is not None:
+        line |= {"scale": record.scale, "skipped": record.skipped}
+    return line
+
+
+def _board(folder: Path, step: int):
+    from torch.utils.tensorboard import SummaryWriter
+
+    # What an earlier part of the run wrote of later steps is not shown.
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+
+def _draw(board, line: Mapping[str, Any]) -> None:
+    for name, value in line.items():
+        if name not in ("step", "tokens") and isinstance(value, (int, float)):
+            board.add_scalar(name, value, line["step"])
