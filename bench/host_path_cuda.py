@@ -28,7 +28,7 @@ _used = "none"
 
 def prepare() -> str | None:
     global _used
-    from gptkern.backends import dispatch
+    from gptkern.backends import unseen
     from gptkern.backends.cuda import common, emulated
 
     if (module := _nvccs()) is not None:
@@ -44,7 +44,7 @@ def prepare() -> str | None:
     as_on_a_gpu(torch)
     common.compiled = functools.cache(lambda: module)
     common.unavailable = lambda index: None
-    dispatch.look_with(module)
+    unseen.ask(module)
     prefer("cuda")
     return None
 

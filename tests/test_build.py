@@ -19,7 +19,7 @@ import torch
 from planted_nvcc import ROOT, VARIABLES, needs_compiler, needs_linux, needs_ninja, plant_nvcc
 
 from building import toolchain
-from gptkern.backends import dispatch
+from gptkern.backends import unseen
 from gptkern.backends.cuda import common, sources
 
 REAL_CUDA_HOME = os.environ.get("CUDA_HOME", "")
@@ -295,8 +295,10 @@ def module(monkeypatch):
         use_tensors_of=lambda type: None,
         ask_whether_unseen=lambda *questions: None,
         is_unseen=lambda call, device: False,
+        signature=lambda arguments: None,
     )
-    monkeypatch.setattr(dispatch, "_look", dispatch._look)
+    monkeypatch.setattr(unseen, "look", unseen.look)
+    monkeypatch.setattr(unseen, "signature", unseen.signature)
     monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(common, "compiled", lambda: found)
     set_machine(monkeypatch, 13000, (9, 0))
@@ -327,7 +329,7 @@ def set_machine(monkeypatch, driver: int, capability: tuple[int, int]) -> None:
 
 def test_a_module_that_fits_is_used(module):
     assert common.unavailable(0) is None
-    assert dispatch._look is module.is_unseen
+    assert (unseen.look, unseen.signature) == (module.is_unseen, module.signature)
 
 
 @pytest.mark.parametrize(
@@ -349,7 +351,7 @@ def test_a_pytorch_whose_tensors_the_module_cannot_take_is_named_once(module, mo
     asked = []
     monkeypatch.setattr(module, "use_tensors_of", lambda type: asked.append(type) or "tensors are of another kind")
     assert common.unavailable(0) == common.unavailable(0) == "tensors are of another kind"
-    assert asked == [torch.Tensor] and dispatch._look is not module.is_unseen
+    assert asked == [torch.Tensor] and unseen.look is not module.is_unseen
 
 
 def test_a_driver_older_than_nvcc_compiles_none_of_its_ptx(module, monkeypatch):

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gptkern
 import gptkern.functional as G
 from gptkern import operators
-from gptkern.backends import dispatch, registration, tracing
+from gptkern.backends import registration, tracing, unseen
 from gptkern.backends.cuda import emulated
 
 OPS = ["gptkern::layer_norm_forward", "gptkern::layer_norm_backward"]
@@ -23,11 +23,12 @@ OPERATOR = operators.contract("layer_norm").OPERATOR
 @pytest.fixture(autouse=True, params=["in Python", "compiled"])
 def on_launchers(request, monkeypatch):
     """And who looks on is asked in Python, or by csrc/unseen.h."""
-    monkeypatch.setattr(dispatch, "_look", dispatch._look_in_python)
+    monkeypatch.setattr(unseen, "look", unseen.look_in_python)
+    monkeypatch.setattr(unseen, "signature", unseen.signature_in_python)
     if request.param == "compiled":
         if emulated.compiler() is None:
             pytest.skip("there is no C++ compiler for csrc/")
-        dispatch.look_with(emulated.load())
+        unseen.ask(emulated.load())
     with gptkern.backend("torch:launchers"):
         yield
 
@@ -286,6 +287,7 @@ def test_whoever_looks_on_is_seen(watched):
     def look():
         asked = any(question() for question in tracing.WATCHERS)
         assert bool(tracing.is_watched()) == asked and registration.is_unseen(given) == (not asked)
+        assert (unseen.signature(given) is None) == asked
         return asked
 
     assert not look() and watched(look) and not look()
@@ -298,7 +300,38 @@ def test_what_is_no_plain_tensor_is_seen():
     for argument in (dense, parameter, None, True, 1, 1.0, "same", torch.float16, torch.zeros(0)):
         assert registration.is_unseen((dense, argument)) and registration.is_unseen((dense, argument), dense.device)
     for argument in (subclass, offset, negated(dense), left_by_a_transform(dense), [dense], object()):
-        assert not registration.is_unseen((dense, argument))
+        assert not registration.is_unseen((dense, argument)) and unseen.signature((dense, argument)) is None
+
+
+def test_what_checks_hang_on_tells_calls_apart():
+    """By what a tensor is and not by what it holds; arguments by type and value."""
+    dense = torch.zeros(2, 3)
+    alike = [dense, torch.ones(2, 3), torch.zeros(2, 3).requires_grad_(), torch.nn.Parameter(dense)]
+    others = [dense.double(), dense.bfloat16(), dense.half(), dense.int(), dense.to("meta"), dense.T.contiguous()]
+    others += [
+        dense[0],
+        dense[None],
+        0,
+        0.0,
+        False,
+        None,
+        1,
+        True,
+        1.0,
+        "",
+        "1",
+        torch.int8,
+        torch.float16,
+        (),
+        (1,),
+        (1, 2),
+    ]
+    assert len({unseen.signature((each, 1)) for each in alike}) == 1
+    found = [unseen.signature(arguments) for each in [dense, *others] for arguments in ((each,), (each, 1))]
+    # A meta tensor has no memory that C could ask of: no signature.
+    assert len(set(found) - {None}) == len(found) - found.count(None) and found.count(None) in (0, 2)
+    for argument in ([1], (1.0,), (True,), ("1",), dense.to_sparse(), torch.nested.nested_tensor([dense])):
+        assert unseen.signature((dense, argument)) is None
 
 
 def test_tensors_of_two_devices_are_seen():

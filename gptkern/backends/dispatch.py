@@ -37,13 +37,12 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterable
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
 from gptkern import operators
-from gptkern.backends import recomputation, tracing
+from gptkern.backends import recomputation, tracing, unseen
 from gptkern.backends.tables import configurations, orders, user
 from gptkern.backends.tracing import constant_while_compiling
 
@@ -97,11 +96,7 @@ _NOT_DENSE = Choice("torch", "the input is a nested or sparse tensor, which kern
 _TRACED = Choice("torch", "torch.jit.trace records it, whose graphs hold PyTorch's operators alone")
 _modules: dict[tuple[str, str], Any] = {}
 _warned: set[tuple[str, str]] = set()
-# The types of tensors that kernels read, and of what most often stands beside them in a call.
-_PLAIN_TENSORS = _Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-_strided = torch.strided
-_NO_TENSORS = frozenset((type(None), bool, int, float, str, torch.dtype))
+_Tensor, _strided = torch.Tensor, torch.strided
 
 
 def checked_name(name: str | None, where: str) -> str | None:
@@ -248,7 +243,7 @@ def choose(operator: str, call: tuple) -> Choice:
 
 
 def chosen(operator: str, call: tuple) -> tuple[Choice, bool | None]:
-    """What twins call: the choice, and whether a kernel's launcher may be called as it is (`is_unseen`), or None where
+    """What twins call: the choice, and whether a launcher may be called as it is (unseen.is_unseen), or None where
     that is not known. Each tensor of most calls is looked at here, once.
     """
     if torch.compiler.is_compiling():
@@ -257,60 +252,53 @@ def chosen(operator: str, call: tuple) -> tuple[Choice, bool | None]:
     first = call[0]
     # Most calls begin with a tensor; the look for one costs more than all of this.
     device = first.device if isinstance(first, _Tensor) else first_tensor(call).device
-    known, unseen = _known.get((operator, forced, device)), None
+    known, is_unseen = _known.get((operator, forced, device)), None
     if known is None:
         choice = _decide(operator, forced, call)
     else:
         choice, unsupported = known
         if unsupported is not None:
-            unseen = _look(call, device)
-            if unseen:
+            is_unseen = unseen.look(call, device)
+            if is_unseen:
                 reason = unsupported(call)
             else:
-                reason, unseen = _uncovered(choice.backend, operator, call), None
+                reason, is_unseen = _uncovered(choice.backend, operator, call), None
             if reason is not None:
-                choice, unseen = _decide(operator, forced, call), None
+                choice, is_unseen = _decide(operator, forced, call), None
     if _state.observer is not None:
         _state.observer(choice)
-    return choice, unseen
+    return choice, is_unseen
 
 
-def is_unseen(call: tuple, device: torch.device | None = None) -> bool:
-    """Whether a launcher may be called as it is: nobody looks on while operators run (tracing.is_watched), and each
-    tensor is what lies in memory: of no subclass, no view that PyTorch negates when it is read, no zeros without
-    memory, nothing that a transform of torch.func has left behind.
+# operator -> what unseen.signature says of its twin's arguments -> what the twin has found out about such calls: of
+# GPUs, where nobody forces a backend.
+_remembered: dict[str, dict[bytes, Any]] = {}
+# A model has a few hundred at most; of what grows with every token no more than this is kept.
+_REMEMBERED_AT_MOST = 4096
 
-    Args:
-        device: the first tensor's, where all need to be on one.
+
+def recalled(operator: str, arguments: tuple) -> Any | None:
+    """What a twin has had remembered of a call with such arguments: it need not be checked again, and is unseen."""
+    if torch.compiler.is_compiling() or not (known := _remembered.get(operator)):
+        return None
+    # A CPU's calls, of a process that has a GPU too, are not to pay for it.
+    if _state.forced is not None or _state.observer is not None or not getattr(arguments[0], "is_cuda", False):
+        return None
+    return known.get(unseen.signature(arguments))
+
+
+def remember(operator: str, arguments: tuple, found: Any) -> None:
+    """`recalled` returns `found` for such arguments from now on.
+
+    For a twin whose checks have passed, and of whose call `chosen` has said that it is unseen. What it does with
+    `found` may hang on nothing else that a signature does not tell apart: whether gradients are needed, say.
     """
-    return not torch.compiler.is_compiling() and _look(call, device)
-
-
-def _look_in_python(call: tuple, device: torch.device | None) -> bool:
-    """`is_unseen`, where no compiler runs."""
-    if tracing.is_watched():
-        return False
-    for argument in call:
-        kind = type(argument)
-        if kind is _Tensor or kind is _Parameter:
-            if argument.is_neg() or argument._is_zerotensor() or _is_wrapped(argument):
-                return False
-            if device is not None and argument.device != device:
-                return False
-        elif kind not in _NO_TENSORS:
-            return False
-    return True
-
-
-_look = _look_in_python
-
-
-def look_with(module: ModuleType) -> None:
-    """A compiled module (csrc/unseen.h) asks the questions of `is_unseen` from now on, in less time."""
-    global _look
-    of_tensor = _Tensor.is_neg, _Tensor._is_zerotensor
-    module.ask_whether_unseen(tracing.WATCHERS, of_tensor, _PLAIN_TENSORS, tuple(_NO_TENSORS))
-    _look = module.is_unseen
+    if _state.forced is not None or not arguments[0].is_cuda or (key := unseen.signature(arguments)) is None:
+        return
+    known = _remembered.setdefault(operator, {})
+    if len(known) >= _REMEMBERED_AT_MOST:
+        known.clear()
+    known[key] = found
 
 
 def first_tensor(arguments: Iterable[Any]) -> torch.Tensor:
@@ -411,7 +399,7 @@ def _uncovered(name: str, operator: str, call: tuple) -> str | None:
 
 def _unreadable(tensor: torch.Tensor, device: torch.device) -> str | None:
     """Why no kernel that runs on the device reads this tensor, or None."""
-    if type(tensor) not in _PLAIN_TENSORS:
+    if type(tensor) not in unseen.PLAIN_TENSORS:
         return f"{type(tensor).__name__} is a tensor subclass, which kernels cannot read"
     if tensor.device != device:
         return f"tensors are on {device} and {tensor.device}"
@@ -470,6 +458,7 @@ def forget_choices() -> None:
     """What backends can run on which GPU is found out anew, tables apart."""
     _known.clear()
     _missing.clear()
+    _remembered.clear()
 
 
 # (backend or variant, operator, index of a GPU) -> `missing`: the answer does not change within a process.

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import torch
 
 from gptkern.backends import dispatch, recomputation
-from gptkern.backends.dispatch import is_unseen
+from gptkern.backends.unseen import is_unseen
 
 _library = torch.library.Library("gptkern", "FRAGMENT")
 

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import torch
 
-from gptkern.backends import dispatch
+from gptkern.backends import unseen
 from gptkern.backends.cuda import sources
 
 # csrc/tensor.h, enum Dtype.
@@ -163,7 +163,7 @@ def not_built() -> str | None:
         return f"the CUDA kernels were not compiled from {csrc} as it is now: install gptkern again"
     reason = module.use_tensors_of(torch.Tensor)
     if reason is None:
-        dispatch.look_with(module)
+        unseen.ask(module)
     return reason
 
 

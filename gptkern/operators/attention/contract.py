@@ -134,6 +134,9 @@ def scaled_dot_product_attention(
     Sources: Dao, "FlashAttention-2", 2023 (arXiv:2307.08691). Dropout by a counter-based generator: Salmon et al.,
     "Parallel random numbers: as easy as 1, 2, 3", 2011 (Philox4x32-10).
     """
+    arguments = query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+    if (found := dispatch.recalled("attention", arguments)) is not None:
+        return _on_kernels(Call(query, key, value, is_causal, found[1]), found[0], True)
     choice = dispatch.settled(query)
     if choice is None:
         if attn_mask is None:
@@ -154,6 +157,8 @@ def scaled_dot_product_attention(
                 signed_query, factor = pytorch.with_positive_scale(cast[0], factor)
                 seed = new_seed(query.device) if dropout_p > 0 else None
                 call, unseen = call._replace(query=signed_query, scale=factor, seed=seed), None
+            elif unseen and attn_mask is None:
+                dispatch.remember("attention", arguments, (choice.backend, factor))
             return _on_kernels(call, choice.backend, unseen)
     if (is_causal and attn_mask is not None) or (not torch.compiler.is_compiling() and _differ_in_length(key, value)):
         # One kernel of PyTorch's, the CPU's, takes both, and values of any number.
@@ -469,7 +474,7 @@ class AttentionFunction(KernelFunction):
         lower_right: with is_causal, query i sees the keys j <= i + length_k - length_q.
         return_lse: also return the natural log-sum-exp of the scores, (batch, heads, length_q), float32 (float64 for
             float64 input), which has no gradient.
-        unseen: what `dispatch.is_unseen` says of the call, from a twin that has asked; None: it is asked.
+        unseen: what `unseen.is_unseen` says of the call, from a twin that has asked; None: it is asked.
     """
 
     @staticmethod

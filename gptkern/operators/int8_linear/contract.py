@@ -112,6 +112,11 @@ def int8_linear(
 
     Source: Dettmers et al., "LLM.int8()", 2022 (arXiv:2208.07339), section 2.1, vector-wise quantisation.
     """
+    arguments = input, weight, weight_scale, bias, activation, mode
+    if (found := dispatch.recalled("int8_linear", arguments)) is not None and not weight_scale.requires_grad:
+        backend, mode = found
+        call = Call(input, weight, weight_scale, bias, activation, mode)
+        return on_kernels(OPERATOR, Int8LinearFunction, call, backend, True, input, bias)
     if isinstance(input, torch.Tensor) and not is_dense(input):
         return _on_packed_values(input, weight, weight_scale, bias, activation, mode)
     choice = dispatch.settled(input)
@@ -131,6 +136,8 @@ def int8_linear(
     if choice is None:
         choice, unseen = dispatch.chosen("int8_linear", call)
         if choice.backend != "torch":
+            if unseen:
+                dispatch.remember("int8_linear", arguments, (choice.backend, mode))
             return on_kernels(OPERATOR, Int8LinearFunction, call, choice.backend, unseen, input, bias)
     if choice.backend == "torch":
         needs_grad = torch.is_grad_enabled() and _requires_grad(input, bias)
@@ -372,7 +379,7 @@ class Int8LinearFunction(KernelFunction):
     Args:
         input: (…, in_features). weight: (out_features, in_features) int8. weight_scale: (out_features,) float32.
         bias: (out_features,) or None. mode: "w8a8" or "w8a16". backend: "torch", "triton" or "cuda".
-        unseen: what `dispatch.is_unseen` says of the call, from a twin that has asked; None: it is asked.
+        unseen: what `unseen.is_unseen` says of the call, from a twin that has asked; None: it is asked.
     """
 
     @staticmethod

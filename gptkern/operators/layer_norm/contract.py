@@ -101,6 +101,9 @@ def layer_norm(
 
     Source: Ba, Kiros, Hinton, "Layer Normalization", 2016 (arXiv:1607.06450).
     """
+    arguments = input, normalized_shape, weight, bias, eps, residual
+    if (found := dispatch.recalled("layer_norm", arguments)) is not None:
+        return _on_kernels(Call(input, None, weight, bias, found[1]), found[0], True)[0]
     choice = dispatch.settled(input)
     if choice is None:
         normalized_shape, eps = _checked(input, normalized_shape, weight, bias, eps, residual)
@@ -116,6 +119,8 @@ def layer_norm(
             call = _flattened(input, residual, weight, bias, normalized_shape, eps)
         choice, unseen = dispatch.chosen("layer_norm", call)
         if choice.backend != "torch":
+            if unseen and residual is None and len(normalized_shape) == 1:
+                dispatch.remember("layer_norm", arguments, (choice.backend, eps))
             output, summed = _on_kernels(call, choice.backend, unseen)
             if len(normalized_shape) > 1:
                 output, summed = output.view(input.shape), summed.view(input.shape) if residual is not None else summed
@@ -377,7 +382,7 @@ class LayerNormFunction(KernelFunction):
     Args:
         input: (…, width). residual: (…, width) or None. weight, bias: (width,) or None.
         backend: "torch", "triton" or "cuda".
-        unseen: what `dispatch.is_unseen` says of the call, from a twin that has asked; None: it is asked.
+        unseen: what `unseen.is_unseen` says of the call, from a twin that has asked; None: it is asked.
     """
 
     @staticmethod

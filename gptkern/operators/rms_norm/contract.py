@@ -76,23 +76,32 @@ def rms_norm(
 
     Source: Zhang, Sennrich, "Root Mean Square Layer Normalization", 2019 (arXiv:1910.07467).
     """
+    arguments = input, normalized_shape, weight, eps
+    if (found := dispatch.recalled("rms_norm", arguments)) is not None:
+        return _on_kernels(Call(input, weight, found[1]), found[0], True)
     choice = dispatch.settled(input)
     if choice is None:
         normalized_shape, eps = _checked(input, normalized_shape, weight, eps)
         call = _flattened(*autocast("float32", input, weight), normalized_shape, eps)
         choice, unseen = dispatch.chosen("rms_norm", call)
         if choice.backend != "torch":
-            if call.weight is not None and not call.weight.is_contiguous():
-                call = call._replace(weight=call.weight.contiguous())
-            output = on_kernels(OPERATOR, RMSNormFunction, call, choice.backend, unseen, call.input, call.weight)
-            # Without gradients the statistics come too.
-            output = output[0] if type(output) is tuple else output
+            if unseen and len(normalized_shape) == 1:
+                dispatch.remember("rms_norm", arguments, (choice.backend, call.eps))
+            output = _on_kernels(call, choice.backend, unseen)
             return output if len(normalized_shape) == 1 else output.view(input.shape)
     try:
         return F.rms_norm(input, normalized_shape, weight, eps)
     except TypeError:
         _checked(input, normalized_shape, weight, eps)
         raise
+
+
+def _on_kernels(call: Call, backend: str, unseen: bool | None):
+    if call.weight is not None and not call.weight.is_contiguous():
+        call = call._replace(weight=call.weight.contiguous())
+    output = on_kernels(OPERATOR, RMSNormFunction, call, backend, unseen, call.input, call.weight)
+    # Without gradients the statistics come too.
+    return output[0] if type(output) is tuple else output
 
 
 def _checked(input, normalized_shape, weight, eps):
@@ -234,7 +243,7 @@ class RMSNormFunction(KernelFunction):
     Args:
         input: (…, width). weight: (width,) or None. eps: a number.
         backend: "torch", "triton" or "cuda".
-        unseen: what `dispatch.is_unseen` says of the call, from a twin that has asked; None: it is asked.
+        unseen: what `unseen.is_unseen` says of the call, from a twin that has asked; None: it is asked.
     """
 
     @staticmethod

@@ -27,7 +27,14 @@ import torch
 
 from gptkern.backends import dispatch, tracing
 from gptkern.backends.layouts import described, is_dense
-from gptkern.backends.registration import KernelFunction, Operator, on_kernels, once_differentiable, without_autocast
+from gptkern.backends.registration import (
+    KernelFunction,
+    Operator,
+    needs_gradient,
+    on_kernels,
+    once_differentiable,
+    without_autocast,
+)
 
 
 class Call(NamedTuple):
@@ -91,6 +98,10 @@ def rotary_embedding(
 
     Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021 (arXiv:2104.09864).
     """
+    arguments = input, cos, sin, interleaved, rotary_dim
+    if (found := dispatch.recalled("rotary", arguments)) is not None and not needs_gradient(cos, sin):
+        call = Call(input, cos, sin, found[1], interleaved)
+        return on_kernels(OPERATOR, RotaryFunction, call, found[0], True, input)
     if isinstance(input, torch.Tensor) and not is_dense(input):
         raise RuntimeError(f"rotary_embedding: input is {described(input)}; it needs to be dense")
     choice = dispatch.settled(input)
@@ -101,6 +112,8 @@ def rotary_embedding(
         call = Call(input, cos, sin, rotary_dim, interleaved)
         choice, unseen = dispatch.chosen("rotary", call)
         if choice.backend != "torch":
+            if unseen:
+                dispatch.remember("rotary", arguments, (choice.backend, rotary_dim))
             return on_kernels(OPERATOR, RotaryFunction, call, choice.backend, unseen, call.input)
     # Autocast would look at the 16-bit parts of the result, and on a CPU refuses float16.
     with without_autocast(input.device.type):
@@ -271,7 +284,7 @@ class RotaryFunction(KernelFunction):
         cos, sin: (length, width) or (batch or 1, length, width), width being rotary_dim / 2 or rotary_dim.
         rotary_dim: even, at most head_dim. interleaved: whether pairs are neighbours.
         backend: "torch", "triton" or "cuda".
-        unseen: what `dispatch.is_unseen` says of the call, from a twin that has asked; None: it is asked.
+        unseen: what `unseen.is_unseen` says of the call, from a twin that has asked; None: it is asked.
     """
 
     @staticmethod

@@ -85,6 +85,10 @@ def softmax(
 
     Source: Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018 (arXiv:1805.02867).
     """
+    arguments = input, dim, dtype, scale, mask, is_causal
+    if (found := dispatch.recalled("softmax", arguments)) is not None:
+        backend, *options = found
+        return on_kernels(OPERATOR, SoftmaxFunction, Call(input, *options), backend, True, input)
     if not isinstance(input, torch.Tensor) and not torch.overrides.has_torch_function((input,)):
         raise TypeError(f"softmax: input is {type(input).__name__}; it needs a tensor")
     choice = dispatch.settled(input)
@@ -104,6 +108,9 @@ def softmax(
         call = Call(input if input.is_floating_point() else input.to(dtype), dim, dtype, float(scale), mask, is_causal)
         choice, unseen = dispatch.chosen("softmax", call)
         if choice.backend != "torch":
+            # Of no `dim` PyTorch warns at each call.
+            if unseen and mask is None and arguments[1] is not None and call.input is input:
+                dispatch.remember("softmax", arguments, (choice.backend, *call[1:]))
             return on_kernels(OPERATOR, SoftmaxFunction, call, choice.backend, unseen, call.input)
     return _on_pytorch(input, dim, dtype, scale, mask, is_causal)
 
@@ -306,7 +313,7 @@ class SoftmaxFunction(KernelFunction):
         mask: bool or floating point, broadcastable to the input, or None.
         is_causal: only with `dim` the last of at least two.
         backend: "torch", "triton" or "cuda".
-        unseen: what `dispatch.is_unseen` says of the call, from a twin that has asked; None: it is asked.
+        unseen: what `unseen.is_unseen` says of the call, from a twin that has asked; None: it is asked.
     """
 
     @staticmethod
