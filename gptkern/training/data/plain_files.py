@@ -18,22 +18,20 @@ def open_plain(folder: Path, name: str) -> BinaryIO:
         UserError: the name leads elsewhere, or the file is a link, a device or a pipe, or cannot be opened.
     """
     if not is_plain(name):
-        raise UserError(
-            f"{shown(str(name))} is named as a file of {shown(str(folder))}; it needs a name without a folder"
-        )
+        raise UserError(f"{shown(str(name))} is no file of the folder; it needs a name without a folder")
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     path = folder / name
     try:
         # Where O_NOFOLLOW does not exist.
         if path.is_symlink():
-            raise UserError(f"{shown(name)} in {shown(str(folder))} is a link; it needs a file of the folder itself")
+            raise UserError(f"{shown(name)} is a link; it needs a file of the folder itself")
         descriptor = os.open(path, flags)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
-            raise UserError(f"{shown(name)} in {shown(str(folder))} is no regular file")
+            raise UserError(f"{shown(name)} is no regular file")
         return open(descriptor, "rb", buffering=0)
     except (OSError, ValueError) as error:
-        raise UserError(f"{shown(name)} in {shown(str(folder))}: {reason(error)}") from error
+        raise UserError(f"{shown(name)}: {reason(error)}") from error
 
 
 def is_plain(name: Any) -> bool:

@@ -35,7 +35,7 @@ from gptkern.training.errors import UserError, kept, reason
 FRAME_TOKENS = 2**15
 MOST_FRAME_TOKENS = 2**22
 SHARD_TOKENS = 2**24
-LEVEL = 3
+LEVEL = 9  # 3 is three times as fast and 6 to 13% larger; 15 is 2 to 7% smaller, and writes 2 million ids a second
 
 # Of decompressed frames that are kept for the next read.
 CACHE_BYTES = 32 * 2**20
@@ -183,11 +183,15 @@ class ShardWriter:
     def _read_again(self) -> None:
         self._file = self._path_new.open("r+b", buffering=0)
         # The digest's own state cannot be kept.
-        for number, (compressed, _, checksum) in enumerate(self._frames):
+        for number, (compressed, length, checksum) in enumerate(self._frames):
             data = self._file.read(compressed)
-            if len(data) != compressed or checksum != int.from_bytes(data[-4:], "little"):
+            try:
+                _content(data, length, checksum)
+            except ValueError as error:
                 self.abandon()
-                raise UserError(f"{self._path_new.name}: frame {number} is not what was written before; start anew")
+                raise UserError(
+                    f"{self._path_new.name}: frame {number} is not what was written before ({error}); start anew"
+                ) from error
             self._digest.update(data)
         self._file.truncate(self._file.tell())
 
@@ -345,24 +349,32 @@ def read_frame(shard: Shard, frame: int) -> np.ndarray:
     with open_plain(shard.folder, shard.name) as file:
         file.seek(start)
         data = _read(file, stop - start, shard.name)
-    reason, ids = "its checksum is not the seek table's", None
-    if int.from_bytes(data[-4:], "little") == int(shard.checksums[frame]):
-        try:
-            about = zstandard.get_frame_parameters(data)
-            if about.content_size != tokens * dtype.itemsize or not about.has_checksum or about.dict_id:
-                reason = f"its header says {about.content_size} bytes, and it needs {tokens * dtype.itemsize}"
-            else:
-                ids = np.frombuffer(_decompressor().decompress(data, allow_extra_data=False), dtype)
-        except (zstandard.ZstdError, ValueError) as error:
-            reason = str(error)
-    if ids is None or len(ids) != tokens:
-        raise UserError(f"{shown(shard.name)}: frame {frame} is damaged ({reason}); nothing was trained on it")
+    try:
+        ids = np.frombuffer(_content(data, tokens * dtype.itemsize, int(shard.checksums[frame])), dtype)
+    except ValueError as error:
+        raise UserError(
+            f"{shown(shard.name)}: frame {frame} is damaged ({error}); nothing was trained on it"
+        ) from error
     if (most := int(ids.max())) >= layout.vocab_size:
         raise UserError(
             f"{shown(shard.name)}: frame {frame} has the id {most} and the vocabulary ends at {layout.vocab_size - 1}; "
             "nothing was trained on it"
         )
     return ids
+
+
+def _content(data: bytes, length: int, checksum: int) -> bytes:
+    """What a frame holds, verified; ValueError where it is not this frame."""
+    # The frame's own checksum, which zstd holds its content against.
+    if int.from_bytes(data[-4:], "little") != checksum:
+        raise ValueError("its checksum is another one")
+    try:
+        about = zstandard.get_frame_parameters(data)
+        if about.content_size != length or not about.has_checksum or about.dict_id:
+            raise ValueError(f"its header does not say {length} bytes with a checksum")
+        return _decompressor().decompress(data, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 class ShardTokens:

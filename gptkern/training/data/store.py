@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -106,9 +107,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not (folder / MANIFEST).exists():
         raise UserError(f"it has no {MANIFEST}; it needs a folder that `gptkern data` wrote to its end")
     with open_plain(folder, MANIFEST) as file:
-        data = file.read(MOST_MANIFEST_BYTES + 1)
-        if len(data) > MOST_MANIFEST_BYTES:
-            raise UserError(f"{MANIFEST} has more than {size(MOST_MANIFEST_BYTES)}")
+        found = os.fstat(file.fileno()).st_size
+        if found > MOST_MANIFEST_BYTES:
+            raise UserError(f"{MANIFEST} has {size(found)}; it needs {size(MOST_MANIFEST_BYTES)} at most")
+        data = file.read()
     try:
         manifest = json.loads(data)
     except (ValueError, RecursionError) as error:
