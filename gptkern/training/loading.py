@@ -106,6 +106,7 @@ def starting_model(
             f"{name} is a model of tokens by {loaded.tokenizer.name}, and the data are tokens by {tokenizer.name}; it "
             f"needs data of its own tokenizer{_how(folder, loaded.tokenizer)}"
         )
+    model_files.check_finite(loaded.model, name)
     context = loaded.model.config.context
     if length is not None and length > context:
         raise UserError(f"{name} has a context of {context}; rows of {length} tokens do not fit into it")
