@@ -234,9 +234,8 @@ def _check_together(values: Mapping[str, Any], given: Given) -> None:
 
 
 def _without_effect(values: Mapping[str, Any]) -> set[str]:
-    return {"cosine": {"decay"}, "linear": {"decay"}, "wsd": set(), "constant": {"decay", "final_lr"}}[
-        values["schedule"]
-    ]
+    none = {"cosine": {"decay"}, "linear": {"decay"}, "constant": {"decay", "final_lr"}}
+    return none.get(values.get("schedule"), set())
 
 
 def text(values: Mapping[str, Any]) -> str:
