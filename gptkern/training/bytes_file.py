@@ -8,27 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from gptkern.training.data.tokenizers import Tokenizer, bytes_tokenizer
-
-BYTES = 256
-END_OF_TEXT = "<|endoftext|>"
-
-# Bytes that are a visible letter of Latin-1 are written as it; the others, in their order, as the letters from 256 on.
-_VISIBLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
-
-
-def letters() -> list[str]:
-    """The letter of each byte, (256,), all of them different."""
-    hidden = iter(range(BYTES, 2 * BYTES))
-    return [chr(byte if byte in _VISIBLE else next(hidden)) for byte in range(BYTES)]
+from gptkern.training.data.tokenizers import BYTES, END_OF_TEXT, Tokenizer, bytes_by_letter, bytes_tokenizer
 
 
 def text(end_of_text: bool) -> str:
     """The content of the file."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    vocabulary = {letter: byte for byte, letter in enumerate(letters())}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab=bytes_by_letter(), merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     if end_of_text:
@@ -43,7 +30,7 @@ def recognised(content: dict[str, Any]) -> Tokenizer | None:
         ends = [(token["id"], token["content"]) for token in added]
         is_bytes = (
             model["type"] == "BPE"
-            and model["vocab"] == {letter: byte for byte, letter in enumerate(letters())}
+            and model["vocab"] == bytes_by_letter()
             and not model["merges"]
             and content.get("normalizer") is None
             and content.get("truncation") is None

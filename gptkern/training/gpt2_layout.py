@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from gptkern.models.gpt import GPT, GPTConfig
-from gptkern.training.model_files import Place, parameter_shapes
+from gptkern.training.model_files import LARGEST, Place, parameter_shapes
 from gptkern.training.tensor_files import said
 
 PREFIX = "transformer."
@@ -94,8 +94,8 @@ def config_of(content: dict[str, Any]) -> GPTConfig:
             raise ValueError(f"config.json: {name} is {said(value)}; this GPT needs {needs}")
     # As GPTConfig itself would say it, but in the file's words.
     for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"config.json: {name} is {said(value)}; it needs to be at least 1")
+        if not 1 <= value <= LARGEST:
+            raise ValueError(f"config.json: {name} is {said(value)}; it needs to be at least 1, and a tensor's size")
     width, heads = sizes["n_embd"], sizes["n_head"]
     if width % heads:
         raise ValueError(f"config.json: n_embd is {width}; it needs to be a multiple of n_head, {said(heads)}")

@@ -27,6 +27,8 @@ from gptkern.training.tensor_files import Header, SafetensorsFiles, Tensors, jso
 PARAMETERS = "model.safetensors"
 CONFIG = "config.json"
 
+LARGEST = 2**63 - 1  # what a size of a tensor can be
+
 _FLOATING = ("F64", "F32", "F16", "BF16")  # as safetensors writes them
 _NAMED_AT_MOST = 3
 
@@ -151,6 +153,8 @@ def sizes(model: dict[str, Any], file: str) -> GPTConfig:
         if isinstance(value, bool) or not isinstance(value, int if name in needed else int | float):
             whole = ", a whole one" if name in needed else ""
             raise TypeError(f"{file}: {name} is {said(value)}; it needs a number{whole}")
+        if name in needed and value > LARGEST:
+            raise ValueError(f"{file}: {name} is {said(value)}; it needs a size that a tensor can have")
     return GPTConfig(**model)
 
 

@@ -141,6 +141,17 @@ class Tokenizer:
             return {"kind": "bytes"} | ({} if self.end_of_text is not None else {"end_of_text": False})
         return {"kind": "file", "file": FILE, "sha256": hashlib.sha256(self._text.encode()).hexdigest()}
 
+    def same_ids(self, other: Tokenizer) -> bool:
+        """Whether a text has the same ids by both; a tokenizer.json that was written anew by another program counts.
+
+        What surrounds a text with special tokens, and what makes text of ids, is not compared.
+        """
+        if self.kind == "bytes" or other.kind == "bytes":
+            return self.entry() == other.entry()
+        ours, theirs = json.loads(self._text), json.loads(other._text)
+        decides = ("model", "normalizer", "pre_tokenizer", "added_tokens")
+        return all(ours.get(part) == theirs.get(part) for part in decides) and self.end_of_text == other.end_of_text
+
     @functools.cached_property
     def _byte_level_decoder(self) -> bool:
         return self.kind == "file" and _type(json.loads(self._text).get("decoder")) == "ByteLevel"
@@ -152,7 +163,7 @@ class Tokenizer:
         if self.kind == "bytes":
             return bytes([id]) if id < BYTES else b""
         token = self._inner.id_to_token(id) or ""
-        letters = [_bytes_by_letter().get(letter) for letter in token]
+        letters = [bytes_by_letter().get(letter) for letter in token]
         return token.encode() if None in letters else bytes(letters)
 
 
@@ -368,7 +379,7 @@ _BETWEEN_WORDS = re.compile(r"[A-Za-z](?= [A-Za-z])")
 
 
 @functools.cache
-def _bytes_by_letter() -> dict[str, int]:
+def bytes_by_letter() -> dict[str, int]:
     """How byte-level encodings write bytes: printable ones as themselves, the others as letters from U+0100 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(BYTES) if byte not in printable]
