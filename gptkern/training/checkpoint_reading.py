@@ -89,10 +89,12 @@ class Checkpoint:
         """{file: {"bytes": its size, "sha256": of its bytes}} of all files but checksums.json, as that one says."""
         if self._files is None:
             content = self._object(CHECKSUMS, canonical=True)
-            if content.get("format") != FORMAT or content.get("version") != VERSION:
-                got = f"format {shown(repr(content.get('format')))}, version {shown(repr(content.get('version')))}"
+            form, version, step, files = (content.pop(key, None) for key in ("format", "version", "step", "files"))
+            if form != FORMAT or type(version) is not int or version != VERSION:
+                got = f"it has format {shown(repr(form))}, version {shown(repr(version))}"
                 raise self._wrong(CHECKSUMS, f"{got}; this gptkern reads {FORMAT!r}, version {VERSION}")
-            files, step = content.get("files"), content.get("step")
+            if content:
+                raise self._wrong(CHECKSUMS, f"nobody knows its {shown(min(content))}")
             if not _is_size(step):
                 raise self._wrong(CHECKSUMS, f"step is {shown(repr(step))}; it needs a whole number")
             if not isinstance(files, dict) or ABOUT not in files:
@@ -156,11 +158,11 @@ class Checkpoint:
             UserError: a tensor is not there, or has another dtype or shape; nothing was changed then. Or a file cannot
                 be read to its end.
         """
-        from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-
         chunks = self.chunks()
         wanted = {prefix + key: tensor for key, tensor in into.items()}
         self._fit({name: (of[0].dtype, _whole(of)) for name, of in chunks.items()}, wanted)
+        from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
         metadata, places = _described({name: chunks[name] for name in wanted}, self.folder)
         # torch.distributed.checkpoint.load does the same, after it asked the other processes whether they are ready.
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
