@@ -95,9 +95,10 @@ def train(
             config, made = _model(folder, config, model, start)
             _check_rows(store, recipe)
             stored = _stored(keys or {}, recipe, keeping)
-            _check_memory(config, recipe, stored)
+            preset = stored.get("preset")
+            need = memory.check(config, recipe, name=preset and f"--preset {preset}", swapped=swap)
             _check_room(folder, config, stored, checkpoints)
-            say(_described(config, store, stored))
+            say(f"{_described(config, store, stored)}\n{need.described()}")
             made = new_model(config, recipe.seed, recipe.device) if made is None else made
             if swap:
                 from gptkern.swapping import swap as swapped
@@ -184,22 +185,6 @@ def _check_rows(store: Store, recipe: Recipe) -> None:
     """Whether each split has a row."""
     Rows(store.train, recipe.length, recipe.seed)
     windows(store.validation, recipe.length, 1)
-
-
-def _check_memory(config: GPTConfig, recipe: Recipe, stored: Mapping[str, Any]) -> None:
-    device, itemsize = torch.device(recipe.device), 4 if recipe.precision == "fp32" else 2
-    on_cpu = device.type == "cpu"
-    need = memory.needed(config, recipe.tokens_per_step // recipe.accumulate, itemsize, copies=1 if on_cpu else 0)
-    drawn = () if on_cpu else ((torch.device("cpu"), memory.FLOAT32 * memory.parameter_count(config)),)
-    for place, total in ((device, need.total), *drawn):
-        free = memory.available(place)
-        if free is not None and total > free:
-            raise UserError(
-                f"--preset {stored.get('preset')} needs {formatting.size(total)} of memory on {place} and there are "
-                f"{formatting.size(free)} (parameters {formatting.size(need.parameters)}, gradients "
-                f"{formatting.size(need.gradients)}, AdamW's averages {formatting.size(need.optimizer)}, activations "
-                f"{formatting.size(need.activations)})"
-            )
 
 
 def _check_room(folder: RunFolder, config: GPTConfig, stored: Mapping[str, Any], checkpoints: Checkpoints) -> None:

@@ -93,7 +93,8 @@ class RunFolder:
             yield
         finally:
             # Where nothing came of it the name goes before the lock does.
-            if made and self.held() is None:
+            made = made if self.held() is None else []
+            if made:
                 with contextlib.suppress(OSError):
                     path.unlink()
             os.close(handle)
@@ -140,6 +141,10 @@ class RunFolder:
         Args:
             has_checkpoint: whether there is a whole checkpoint of the newer run.
         """
+        for name in (RECIPE, REPORT):
+            for left in self.path.glob(f".{name}.*.new"):
+                with contextlib.suppress(OSError):
+                    left.unlink()
         if not self._replaced.is_dir():
             return None
         if not (self._replaced / MOVED).exists():
