@@ -155,6 +155,18 @@ def test_a_writer_that_goes_on_from_any_state_writes_the_same_bytes(tmp_path):
             assert (folder / entry["file"]).read_bytes() == (whole / entry["file"]).read_bytes()
 
 
+def test_what_was_written_after_a_state_is_dropped(tmp_path):
+    ids = some_ids(600)
+    writer = ShardWriter(tmp_path, "train", LAYOUT, shard_tokens=256)
+    writer.write(ids[:330])
+    state = writer.state()
+    writer.write(ids[330:])
+    writer.close()
+    entries = ShardWriter(tmp_path, "train", LAYOUT, shard_tokens=256, state=state).close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [entry["file"] for entry in entries]
+    np.testing.assert_array_equal(opened(tmp_path, entries).read(0, 330), ids[:330])
+
+
 def test_a_writer_goes_on_from_nothing_that_is_not_there(tmp_path):
     writer = ShardWriter(tmp_path, "train", LAYOUT, shard_tokens=256)
     writer.write(some_ids(400))
@@ -294,6 +306,17 @@ def test_a_shard_that_is_exchanged_while_it_is_read_is_found(folder):
     refused(lambda: store.train.read(64, 128), "train-00000.zst: frame 1 is damaged")
     path.unlink()
     refused(lambda: store.train.read(64, 128), "train-00000.zst", "No such file")
+
+
+def test_a_whole_frame_in_the_place_of_another_is_found(folder):
+    """zstd itself finds nothing wrong with it."""
+    assert len(FRAMES[1]) == len(FRAMES[2])
+    forged(folder, FRAMES)
+    store = Store.open(folder)
+    path = folder / "train-00000.zst"
+    path.write_bytes(path.read_bytes().replace(FRAMES[1] + FRAMES[2], FRAMES[2] + FRAMES[1]))
+    for frame in (1, 2):
+        refused(lambda frame=frame: store.train.read(64 * frame, 64 * frame + 1), f"frame {frame} is damaged")
 
 
 def forged(folder: Path, frames: list[bytes], table: list[tuple[int, int, int]] | None = None, **entry) -> None:
