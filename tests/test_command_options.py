@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
@@ -13,7 +12,6 @@ import torch
 from gptkern import cli
 from gptkern.commands import checkpoints, text, training
 from gptkern.models.gpt import GPT, GPTConfig
-from gptkern.training import memory
 
 TINY = GPTConfig(vocab_size=256, context=16, layers=1, width=32, heads=2)
 
@@ -157,44 +155,6 @@ def test_what_does_not_fit_into_memory_is_said_before_it_is_allocated(refused, m
     line = refused(command, "--device", "cpu", *sizes)
     for words in ("of memory on cpu and there are", "parameters", "gradients", "AdamW", "activations"):
         assert words in line
-
-
-@pytest.mark.parametrize("preset", ["nano", "gpt2", "gpt3-2.7B"])
-def test_the_memory_that_a_training_needs(preset):
-    config = GPTConfig.preset(preset, vocab_size=256)
-    with torch.device("meta"):
-        count = GPT(config).parameter_count()
-    assert memory.parameter_count(config) == count
-    need = memory.needed(config, tokens=1, itemsize=4, models=2, copies=1)
-    assert (need.parameters, need.gradients, need.optimizer) == (12 * count, 4 * count, 16 * count)
-    assert memory.available(torch.device("cpu")) > 2**20
-
-
-def kept_for_the_backward(config: GPTConfig, ids: torch.Tensor) -> int:
-    """Bytes of what autograd keeps in a forward, parameters aside."""
-    kept = {}
-
-    def note(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    model = GPT(config)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        _, loss = model(ids, ids)
-    for parameter in model.parameters():
-        kept.pop(parameter.untyped_storage().data_ptr(), None)
-    assert loss.requires_grad
-    return sum(kept.values())
-
-
-def test_the_activations_are_no_more_than_what_autograd_keeps():
-    two, six = (dataclasses.replace(TINY, layers=layers) for layers in (2, 6))
-    ids = torch.zeros(4, 16, dtype=torch.int64)
-    kept = [kept_for_the_backward(config, ids) for config in (two, six)]
-    counted = [memory.needed(config, tokens=ids.numel(), itemsize=4).activations for config in (two, six)]
-    # Layers alone, and then all but the logits' gradient, which the backward makes.
-    assert 0.95 * (kept[1] - kept[0]) < counted[1] - counted[0] <= kept[1] - kept[0]
-    assert counted[1] - 4 * ids.numel() * TINY.vocab_size <= kept[1]
 
 
 @pytest.mark.parametrize("cells, machine", [([1], {"device": "x"}), ([], {}), ([{}], {"device": "x"})])

@@ -14,8 +14,7 @@ import time
 
 import torch
 
-from gptkern import formatting
-from gptkern.commands import UserError, text
+from gptkern.commands import text
 from gptkern.commands.interrupts import postponed
 from gptkern.models.gpt import GPT, GPTConfig
 from gptkern.training import memory
@@ -98,23 +97,15 @@ def check_memory(config: GPTConfig, recipe: Recipe, preset: str, *, models: int 
     Raises:
         UserError: they need more memory than there is.
     """
-    device, itemsize = torch.device(recipe.device), DTYPES[recipe.dtype].itemsize
-    on_cpu = device.type == "cpu"
-    need = memory.needed(config, recipe.tokens_per_step, itemsize, models=models, copies=copies if on_cpu else 0)
-    # The first weights are drawn on the CPU, whatever the device.
-    drawn = () if on_cpu else ((torch.device("cpu"), parameter_bytes(config)),)
-    for place, total in ((device, need.total), *drawn):
-        free = memory.available(place)
-        if free is None or total <= free:
-            continue
-        held = "parameters and a copy" if copies and on_cpu else "parameters"
-        parts = f"{held} {formatting.size(need.parameters)}, gradients {formatting.size(need.gradients)}, "
-        parts += f"AdamW's averages {formatting.size(need.optimizer)}, activations of {recipe.batch} x {recipe.length} "
-        parts += f"tokens at least {formatting.size(need.activations)}"
-        raise UserError(
-            f"--preset {preset} needs {formatting.size(total)} of memory on {place} and there are "
-            f"{formatting.size(free)} ({parts}): take a smaller --preset, --batch or --context"
+    from gptkern.training.recipe import Recipe as FullRecipe
+
+    full = recipe
+    if not isinstance(recipe, FullRecipe):
+        precision = {"float32": "fp32", "bfloat16": "bf16"}[recipe.dtype]
+        full = FullRecipe(
+            recipe.steps, recipe.batch, recipe.length, recipe.lr, precision=precision, device=recipe.device
         )
+    memory.check(config, full, name=f"--preset {preset}", models=models, copies=copies, saves=False)
 
 
 def new_model(config: GPTConfig, recipe: Recipe) -> GPT:
