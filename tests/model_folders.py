@@ -34,14 +34,14 @@ def model(**changes) -> GPT:
     return made
 
 
-def save_run(folder: Path, of: GPT, tokenizer: Tokenizer | None = None, step: int = 7, **about) -> Path:
+def save_run(folder: Path, of: GPT, tokenizer: Tokenizer | None = None, step: int = 7, about=None) -> Path:
     """A run's folder with a checkpoint of that step, as `gptkern train` leaves it. Returns the checkpoint's folder."""
     folder.mkdir(exist_ok=True)
     tokenizer = tokenizer or bpe()
     entry = tokenizer.save(folder)
     tensors = {f"model.{name}": parameter for name, parameter in of.named_parameters()}
     tensors["optimizer.exp_avg"] = torch.zeros(3)
-    said = {"step": step, "config": dataclasses.asdict(of.config), "tokenizer": entry} | about
+    said = {"step": step, "config": dataclasses.asdict(of.config), "tokenizer": entry} | (about or {})
     Checkpoints(folder / "checkpoints").save(step, tensors, said, wait=True)
     return folder / "checkpoints" / f"step-{step:08}"
 

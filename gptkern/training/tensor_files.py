@@ -99,6 +99,10 @@ def open_safetensors(path: Path) -> tuple[int, Any]:
         return size, safe_open(str(path), "pt")
     except SafetensorError as error:
         raise ValueError(f"{name} cannot be read, it may be cut off: {error}") from error
+    except RuntimeError as error:
+        # PyTorch maps the whole file.
+        what = f"{name} has {formatting.size(size)}, of which no view in memory can be had"
+        raise ValueError(f"{what}: {str(error).splitlines()[0]}") from error
 
 
 def regular_size(path: Path) -> int:
