@@ -16,11 +16,14 @@ import pytest
 import torch
 
 from gptkern import cli
-from gptkern.commands import UserError, checkpoints, kernel_check, text, training
+from gptkern.commands import UserError, checkpoints, kernel_check
 from gptkern.commands.demo_report import render
 from gptkern.commands.findings import Curve, Findings, Int8
 from gptkern.commands.observing import SwappedModules
 from gptkern.models.gpt import GPT, GPTConfig
+from gptkern.training.data import text
+from gptkern.training.loop import Trainer, new_model
+from gptkern.training.recipe import Recipe
 
 SIZES = ["--preset", "nano", "--context", "16", "--batch", "2", "--device", "cpu"]
 TINY = GPTConfig(vocab_size=256, context=16, layers=1, width=32, heads=2)
@@ -33,8 +36,7 @@ def text_file(tmp_path):
     return str(path)
 
 
-def _recipe(**changes) -> training.Recipe:
-    return dataclasses.replace(training.Recipe(steps=6, batch=2, length=16, lr=1e-2), **changes)
+RECIPE = Recipe(steps=6, batch=2, length=16, lr=1e-2)
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -57,24 +59,6 @@ def test_split_holds_out_a_tenth_and_loses_nothing():
     assert bytes(validation[: text.BLOCK_BYTES].tolist()) == data[start : start + text.BLOCK_BYTES]
 
 
-def test_batches_depend_on_the_seed_alone():
-    data = torch.arange(200, dtype=torch.uint8)
-    first, again, other = (text.Batches(data, 4, 8, seed, torch.device("cpu")) for seed in (1, 1, 2))
-    ids, targets = first.next()
-    torch.rand(7)  # what a model may draw in between
-    assert torch.equal(ids, again.next()[0])
-    assert not torch.equal(ids, other.next()[0])
-    assert ids.shape == targets.shape == (4, 8)
-    assert torch.equal(targets, ids + 1)
-    assert not torch.equal(first.next()[0], ids)
-
-
-def test_windows_cover_the_text_in_order():
-    rows = text.windows(torch.arange(50, dtype=torch.uint8), 16)
-    assert rows.shape == (3, 17)
-    assert rows[1, 0] == rows[0, -1] == 16
-
-
 def test_a_text_that_is_missing_or_too_short(tmp_path, capsys):
     assert cli.main(["train", "--text", str(tmp_path / "none.txt")]) == 2
     assert "No such file" in capsys.readouterr().err
@@ -87,43 +71,16 @@ def test_a_text_that_is_missing_or_too_short(tmp_path, capsys):
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def test_learning_rate_warms_up_and_decays():
-    recipe = _recipe(steps=100, lr=1.0)
-    rates = [recipe.lr_at(step) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0)
-    assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
-    assert rates[-1] == pytest.approx(0.1, abs=0.01)
-
-
-def test_only_matrices_decay():
-    model = GPT(TINY)
-    decayed, others = training.optimizer_of(model, 1e-3).param_groups
-    assert decayed["weight_decay"] > 0 and others["weight_decay"] == 0
-    assert all(parameter.dim() == 2 for parameter in decayed["params"])
-    assert all(parameter.dim() == 1 for parameter in others["params"])
-    assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
-
-
 def test_one_recipe_gives_one_training(text_file):
-    data = text.load(text_file, shortest=17)
+    data = text.text_store(text.load(text_file, shortest=17))
     runs = []
     for _ in range(2):
         torch.rand(3)  # the seed is the recipe's, not the process's
-        trainer = training.Trainer(training.new_model(TINY, _recipe()), data, _recipe())
+        trainer = Trainer(new_model(TINY, RECIPE.seed), data, RECIPE)
         trainer.run(6)
         runs.append(trainer.losses)
     assert runs[0] == runs[1] and len(runs[0]) == 6
     assert runs[0][-1] < runs[0][0]
-
-
-def test_validation_is_the_mean_over_all_windows(text_file):
-    data = text.load(text_file, shortest=17)
-    trainer = training.Trainer(training.new_model(TINY, _recipe()), data, _recipe())
-    rows = trainer.held_out
-    expected = [trainer.model(row[None, :-1], row[None, 1:])[1].item() for row in rows]
-    assert trainer.validate() == pytest.approx(sum(expected) / len(expected), rel=1e-5)
-    assert trainer.validations == [(0, trainer.validations[0][1])]
-    assert trainer.model.training
 
 
 # --- checkpoints, train, generate -------------------------------------------------------------------------------------
@@ -133,8 +90,7 @@ def test_train_then_generate(text_file, tmp_path, capsys):
     folder = str(tmp_path / "run")
     assert cli.main(["train", "--text", text_file, "--out", folder, "--steps", "4", *SIZES]) == 0
     assert "modules replaced" in capsys.readouterr().out
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["model"]["context"] == 16 and config["training"]["step"] == 4
+    assert max(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == "step-00000004"
     outputs = []
     for extra in ([], ["--stock"], ["--int8"]):
         options = ["--tokens", "12", "--prompt", "A ker", "--seed", "3", "--device", "cpu", *extra]
@@ -317,7 +273,11 @@ def test_demo_from_end_to_end(text_file, tmp_path, capsys):
     page = (out / "report.html").read_text()
     assert page.count("<svg") == 1
     # nothing is loaded from anywhere
-    assert "http" not in page and not re.search(r"<(script|link|img|iframe)|@import|url\((?!#)", page)
+    training = (out / "training.html").read_text()
+    for content in (page, training):
+        assert "http" not in content and not re.search(r"<(script|link|img|iframe)|@import|url\((?!#)", content)
+    assert '<a href="training.html">' in page and "training.html" in terminal
+    assert "Finished: 8 of 8 updates" in training and f"{results['swapped']['validations'][-1][1]:.4f}" in training
     assert cli.main(["generate", str(out / "checkpoint"), "--tokens", "4", "--device", "cpu"]) == 0
 
 

@@ -47,8 +47,14 @@ def _curves(findings: Findings) -> str:
         f'{_text(findings.cut_short)}</p>\n<div class="card">{_plot(findings)}</div>\n{_table(headings, rows)}'
         f'<p class="soft">Losses in nats per byte; a byte guessed blindly costs {math.log(256):.3f}. The validation '
         "loss in the table is the last one taken: at the end over all of the held-out text, on the way over a part. "
-        "The speed is the median over the training, evaluations left out.</p>"
+        f"The speed is the median over the training, evaluations left out.{_training_report(findings)}</p>"
     )
+
+
+def _training_report(findings: Findings) -> str:
+    if not findings.training_report:
+        return ""
+    return f' The swapped training alone, update by update: <a href="{findings.training_report}">its own report</a>.'
 
 
 def _curve_row(name: str, curve: Curve) -> Sequence[str]:

@@ -74,6 +74,7 @@ class Findings:
     stock: Curve | None = None
     swapped: Curve | None = None
     cut_short: str = ""
+    training_report: str = ""  # the file beside the report
     int8: Int8 | None = None
     samples: list[Sample] = dataclasses.field(default_factory=list)
     kernel_check: KernelCheck | None = None

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import gptkern
-from gptkern.commands import RunError, UserError, checkpoints, places, text, training
+from gptkern.commands import RunError, UserError, checkpoints, places
 from gptkern.commands.findings import Curve, Findings, Int8, Sample, nats, signed
 from gptkern.commands.interrupts import uninterrupted
 from gptkern.commands.kernel_check import check
@@ -28,12 +28,24 @@ from gptkern.commands.observing import observed
 from gptkern.commands.options import configured, resolved_dtype
 from gptkern.formatting import shown
 from gptkern.models.gpt import GPT
+from gptkern.training import memory, reporting
+from gptkern.training.data import text
+from gptkern.training.data.loader import Batches
+from gptkern.training.data.rows import Rows
+from gptkern.training.devices import resolve_device
+from gptkern.training.loop import Diverged, Trainer, new_model, validation_loss
+from gptkern.training.precision import autocast
+from gptkern.training.recipe import Recipe
 
 PROMPTS = ("The ", "If the object ")
 TEMPERATURE = 0.7
 TOP_K = 20
 
 REPORT, RESULTS = "report.html", "results.json"
+# Of the swapped training alone, as `gptkern train` writes it.
+RECIPE_REPORT = "training.html"
+
+PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 
 # Windows of the held-out text that are looked at on the way; at the end it is all of them.
 EVALUATION_WINDOWS = 64
@@ -87,6 +99,7 @@ class Demo:
         self.stage = "start"
         self.number = 0
         self.saved = False  # the checkpoint of this run
+        self.lines: list[dict] = []  # of the swapped training, an update each
 
     def run(self) -> None:
         threads = torch.get_num_threads()
@@ -97,7 +110,7 @@ class Demo:
             self._quantise()
             self._generate()
             self._check_kernels()
-        except training.Diverged as error:
+        except Diverged as error:
             self.findings.failures.append(f"{error}, during: {self.stage}; a lower --lr may help")
         finally:
             torch.set_num_threads(threads)
@@ -121,30 +134,31 @@ class Demo:
     def _prepare(self) -> None:
         args = self.args
         self._check_checkpoint()
-        for name in (REPORT, RESULTS):
+        for name in (REPORT, RESULTS, RECIPE_REPORT):
             if self.out.is_dir():
                 places.file("--out", str(self.out / name))
-        device = training.resolve_device(args.device)
+        device = resolve_device(args.device)
         defaults = DEFAULTS.get(device.type, DEFAULTS["cpu"])
         preset = args.preset or defaults.preset
         config = configured(preset, args.context or (defaults.context if preset == defaults.preset else None))
-        self.data = text.load(args.text, shortest=config.context + 1)
+        self.data = text.text_store(text.load(args.text, shortest=config.context + 1))
         self.defaults = defaults
-        self.recipe = training.Recipe(
+        dtype = resolved_dtype(args.dtype, device)
+        self.recipe = Recipe(
             steps=args.steps or 1, batch=args.batch or defaults.batch, length=config.context,
-            lr=args.lr or defaults.lr, seed=args.seed, device=str(device), dtype=resolved_dtype(args.dtype, device),
+            lr=args.lr or defaults.lr, seed=args.seed, device=str(device), precision=PRECISIONS[dtype],
         )  # fmt: skip
         # The int8 model is made beside the two that are trained.
-        training.check_memory(config, self.recipe, preset, models=2, copies=1)
-        places.room("--out", self.out, training.parameter_bytes(config))
+        memory.check(config, self.recipe, name=f"--preset {preset}", models=2, copies=1, saves=False)
+        places.room("--out", self.out, memory.FLOAT32 * memory.parameter_count(config))
         self._begin("the model and the text")
-        self.stock = training.new_model(config, self.recipe)
+        self.stock = new_model(config, self.recipe.seed, device)
         findings = self.findings
         findings.text = self.data.name
         findings.text_bytes = len(self.data.train), len(self.data.validation)
         findings.model = f"GPT, {config.layers} layers of width {config.width}, {config.heads} heads"
         findings.parameters = self.stock.parameter_count()
-        findings.dtype, findings.device = self.recipe.dtype, _device_name(device)
+        findings.dtype, findings.device = dtype, _device_name(device)
         findings.tokens_per_step = self.recipe.tokens_per_step
         findings.environment = _environment(device)
         self._say(
@@ -166,11 +180,10 @@ class Demo:
         self._begin("gptkern.swap(model)")
         self.swapped = copy.deepcopy(self.stock)
         report = gptkern.swap(self.swapped)
-        batches = text.Batches(
-            self.data.train, self.recipe.batch, self.recipe.length, self.recipe.seed, torch.device(self.recipe.device)
-        )
-        with training.autocast(self.recipe):
-            self.findings.swapped_modules = observed(self.swapped, report, batches.next()[0])
+        rows = Rows(self.data.train, self.recipe.length, self.recipe.seed)
+        batch = Batches(rows, self.recipe.batch, device=self.recipe.device, prefetch=0).next()
+        with self._autocast():
+            self.findings.swapped_modules = observed(self.swapped, report, batch.ids)
         self.findings.skipped_modules = [tuple(entry) for entry in report.skipped]
         table = Table(box=None, padding=(0, 2, 0, 0))
         for heading in ("module", "class", "operator", "backend", "why"):
@@ -198,8 +211,8 @@ class Demo:
             f"batches of {recipe.batch} rows of {recipe.length} bytes."
         )
         trainers = [
-            ("stock", training.Trainer(self.stock, self.data, recipe)),
-            ("swapped", training.Trainer(self.swapped, self.data, recipe)),
+            ("stock", Trainer(self.stock, self.data, recipe)),
+            ("swapped", Trainer(self.swapped, self.data, recipe)),
         ]
         evaluate_every = max(1, recipe.steps // EVALUATIONS)
         try:
@@ -208,17 +221,22 @@ class Demo:
                     turn = min(self.defaults.turn, evaluate_every - step % evaluate_every, recipe.steps - step)
                     for _, trainer in trainers:
                         trainer.run(turn)
+                    self._note(trainers[1][1])
                     if (step + turn) % evaluate_every == 0 and step + turn < recipe.steps:
                         for _, trainer in trainers:
                             trainer.validate(EVALUATION_WINDOWS)
+                        self.lines[-1]["validation_loss"] = trainers[1][1].validations[-1][1]
                     display.update()
                     if deadline is not None and time.monotonic() > deadline:
                         findings.cut_short = "This machine became slower than its calibration: ended early, on time."
                         break
                 for _, trainer in trainers:
                     trainer.validate()
+                self.lines[-1]["validation_loss"] = trainers[1][1].validations[-1][1]
                 display.update()
         finally:
+            for _, trainer in trainers:
+                trainer.close()
             findings.stock, findings.swapped = (
                 Curve(trainer.losses, trainer.validations, trainer.tokens_per_second) for _, trainer in trainers
             )
@@ -236,6 +254,13 @@ class Demo:
         except RunError as error:
             # The stages that follow need no file.
             findings.failures.append(str(error))
+
+    def _note(self, trainer: Trainer) -> None:
+        """The updates since the last time, as lines of a run's metrics.jsonl."""
+        speed, tokens = trainer.speeds[-1], self.recipe.tokens_per_step
+        for record in trainer.records():
+            seconds = (self.lines[-1]["seconds"] if self.lines else 0.0) + tokens / speed
+            self.lines.append({**record._asdict(), "seconds": seconds, "tokens_per_second": speed})
 
     def _steps_in(self, seconds: float) -> int:
         """How many steps of both trainings fit into the time, from a few steps of throw-away copies."""
@@ -272,19 +297,20 @@ class Demo:
 
     def _step_seconds(self, model: GPT, hopeless: float = float("inf")) -> float:
         """The median time of a few steps of a copy; the first one's where that is already hopeless."""
-        trainer = training.Trainer(copy.deepcopy(model), self.data, self.recipe)
-        trainer.run(WARM_UP_STEPS)
-        for _ in range(TIMED_STEPS):
-            trainer.run(1)
-            if self.recipe.tokens_per_step / trainer.speeds[-1] > hopeless:
-                break
+        trainer = Trainer(copy.deepcopy(model), self.data, self.recipe)
+        with contextlib.closing(trainer):
+            trainer.run(WARM_UP_STEPS)
+            for _ in range(TIMED_STEPS):
+                trainer.run(1)
+                if self.recipe.tokens_per_step / trainer.speeds[-1] > hopeless:
+                    break
         return self.recipe.tokens_per_step / statistics.median(trainer.speeds[1:])
 
     def _quantise(self) -> None:
         self._begin("int8")
         self.int8 = copy.deepcopy(self.swapped).eval()
         report = gptkern.quantize(self.int8)
-        loss = training.validation_loss(self.int8, self.trainer.held_out, self.recipe)
+        loss = validation_loss(self.int8, self.data.validation, self.recipe)
         before, after = report.bytes_before, report.bytes_after
         int8 = self.findings.int8 = Int8(
             len(report.quantized), loss, self.findings.swapped.final, before, after,
@@ -307,9 +333,13 @@ class Demo:
     def _sample(self, model: GPT, prompt: str) -> str:
         device = torch.device(self.recipe.device)
         generator = torch.Generator(device).manual_seed(self.args.seed)
-        with training.autocast(self.recipe):
-            ids = model.generate(text.encode(prompt, device), self.args.sample_bytes, TEMPERATURE, TOP_K, generator)
-        return text.decode(ids[0])
+        ids = torch.from_numpy(self.data.tokenizer.encode(prompt)).long().to(device)[None]  # (1, tokens)
+        with self._autocast():
+            ids = model.generate(ids, self.args.sample_bytes, TEMPERATURE, TOP_K, generator)
+        return self.data.tokenizer.decode(ids[0].tolist())
+
+    def _autocast(self):
+        return autocast(torch.device(self.recipe.device), self.recipe.precision)
 
     def _check_kernels(self) -> None:
         if self.args.check_seconds <= 0:
@@ -335,6 +365,8 @@ class Demo:
             where = f"report: {self.out / REPORT}"
             try:
                 self._write_files()
+                if findings.training_report:
+                    where += f"\nthe swapped training alone: {self.out / findings.training_report}"
             except RunError as error:
                 findings.failures.append(str(error))
                 where = ""
@@ -349,9 +381,21 @@ class Demo:
         from gptkern.commands.demo_report import render
 
         findings = self.findings
+        if self.lines:
+            findings.training_report = RECIPE_REPORT
+            reporting.write(self.out / RECIPE_REPORT, self._training_report())
         content = {**dataclasses.asdict(findings), "problems": findings.problems()}
         places.write(self.out / RESULTS, json.dumps(content, indent=1) + "\n")
         places.write(self.out / REPORT, render(findings))
+
+    def _training_report(self) -> reporting.Report:
+        """Of the swapped training, as a run of `gptkern train` has it."""
+        done, steps = self.lines[-1]["step"], self.recipe.steps
+        kind, status = ("good", "Finished") if done == steps else ("wait", "Ended early")
+        facts = [("model", f"{self.findings.model}, swapped"), ("text", self.data.name), *self.findings.environment]
+        status = f"{status}: {done:,} of {steps:,} updates."
+        recipe = dataclasses.asdict(self.recipe)
+        return reporting.Report("gptkern demo: the swapped training", status, kind, self.lines, recipe, facts, "byte")
 
     def _holds_a_finished_run(self) -> bool:
         with contextlib.suppress(OSError, ValueError, AttributeError):

@@ -367,7 +367,9 @@ def validation_loss(model: GPT, held_out: Tokens, recipe: Recipe, most: int | No
     total, count = torch.zeros((), dtype=torch.float64), 0
     try:
         with computing(recipe.threads, recipe.deterministic):
-            for batch in windows(held_out, recipe.length, most).batches(EVALUATION_BATCH, device):
+            # No more of them than a piece of an update has: what can be trained can be evaluated.
+            rows = min(EVALUATION_BATCH, recipe.batch // recipe.accumulate)
+            for batch in windows(held_out, recipe.length, most).batches(rows, device):
                 with autocast(device, recipe.precision):
                     logits, _ = model(batch.ids)
                     total += losses.objective(logits, batch.targets).cpu().double()
