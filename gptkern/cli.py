@@ -47,14 +47,7 @@ EXTRA = ("rich", "matplotlib", "safetensors", "tokenizers", "zstandard")
 
 
 # What a word that belongs to no option is likely to be.
-LIKELY = {
-    "train": "--text",
-    "demo": "--text",
-    "generate": "--prompt",
-    "export": "--out",
-    "check": "--op",
-    "tune": "--op",
-}
+LIKELY = {"train": "--text", "demo": "--text", "generate": "--prompt", "check": "--op", "tune": "--op"}
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
