@@ -309,6 +309,10 @@ class Reader:
         begun: list[bytes] = []
         length = 0
         for chunk in chunks:
+            if not length and chunk.isspace() and b"\n" in chunk:
+                # A small file can hold billions of empty lines.
+                blank = chunk.rfind(b"\n") + 1
+                line, offset, chunk = line + chunk.count(b"\n"), offset + blank, chunk[blank:]
             first, *others = chunk.split(b"\n")
             begun.append(first)
             length += len(first)
