@@ -94,11 +94,11 @@ def test_help_imports_nothing_that_is_slow():
 
 
 def test_choices_that_help_lists_are_those_of_the_library():
-    from gptkern.commands import options, training
+    from gptkern.commands import options, stages
     from gptkern.models import gpt
 
     assert tuple(gpt.PRESETS) == options.PRESETS
-    assert tuple(training.DTYPES) == options.DTYPES
+    assert tuple(stages.PRECISIONS) == options.DTYPES
 
 
 def test_a_missing_extra_is_named(command, capsys, monkeypatch):

@@ -243,3 +243,47 @@ def test_preset_takes_changes():
 def test_forward_errors(model, ids, targets, message):
     with pytest.raises(ValueError, match=message):
         model(ids, targets)
+
+
+# --- Recomputation ----------------------------------------------------------------------------------------------------
+
+
+def computed(every: int | None):
+    """-> loss, gradients, and the bytes that the forward keeps for the backward, with dropout."""
+    torch.manual_seed(0)
+    model = GPT(dataclasses.replace(TINY, layers=4, dropout=0.3))
+    model.recompute(every)
+    ids = torch.randint(0, TINY.vocab_size, (2, TINY.context))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (kept.append(tensor.nbytes), tensor)[1], lambda t: t):
+        _, loss = model(ids, ids)
+    loss.backward()
+    return loss, [parameter.grad for parameter in model.parameters()], sum(kept)
+
+
+def test_recomputed_blocks_give_the_same_numbers_and_keep_less():
+    loss, gradients, most = computed(None)
+    kept = []
+    for every in (3, 2, 1):
+        other, others, bytes_kept = computed(every)
+        assert torch.equal(other, loss) and all(torch.equal(*pair) for pair in zip(others, gradients))
+        kept.append(bytes_kept)
+    # Of 4 blocks 2, 2 and 4 keep their input alone.
+    assert most > kept[0] == kept[1] > kept[2] and kept[2] < 0.6 * most
+
+
+def test_nothing_is_recomputed_without_gradients(model, monkeypatch):
+    import gptkern.models.gpt as module
+
+    model.recompute(1)
+    monkeypatch.setattr(module, "checkpoint", None)
+    with torch.no_grad():
+        model(torch.zeros(1, 4, dtype=torch.long))
+    with pytest.raises(TypeError):
+        model(torch.zeros(1, 4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("every", [0, -1])
+def test_recompute_refuses(model, every):
+    with pytest.raises(ValueError, match=rf"every is {every}; it needs to be at least 1, or None"):
+        model.recompute(every)
