@@ -92,6 +92,9 @@ def plot(plots: Sequence[Axes], *, size: tuple[float, float], label: str, xlabel
             axes.set_ylabel(drawn.ylabel)
             if drawn.logarithmic:
                 axes.set_yscale("log")
+                # Powers are set by a parser of TeX, which takes longer than all the rest.
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_formatter("")
             if len(drawn.lines) > 1:
                 axes.legend(ncols=2)
         rows[-1].set_xlabel(xlabel)

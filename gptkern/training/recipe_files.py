@@ -84,12 +84,13 @@ KEYS = {
     key.name: key
     for key in (
         # the data
-        Key("text", Text("a file", "FILE"), None, "train on the bytes of this file; Python's language reference where nothing "
-            "is given", FOUND),
-        Key("data", Text("a folder", "FOLDER"), None, "train on this folder of tokens, which `gptkern data` wrote", FOUND),
+        Key("text", Text("a file", "FILE"), None, "train on the bytes of this file; Python's language reference where "
+            "nothing is given", FOUND),
+        Key("data", Text("a folder", "FOLDER"), None, "train on this folder of tokens, which `gptkern data` wrote",
+            FOUND),
         # the model
-        Key("from", Text("a folder", "FOLDER"), None, "start from this folder's model: a run's, or GPT-2's as transformers "
-            "saves it"),
+        Key("from", Text("a folder", "FOLDER"), None, "start from this folder's model: a run's, or GPT-2's as "
+            "transformers saves it"),
         Key("preset", Choice(PRESETS), None, f"sizes of the model: {', '.join(PRESETS)} (default: nano)"),
         Key("context", _positive, None, "tokens of a row, which the model sees at once (default: the model's)"),
         Key("dropout", KINDS["beta1"], 0.0, "of embeddings, attention and residual branches, while training"),

@@ -13,6 +13,7 @@ away first save what was done until then; a loss that is no number, or far above
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import importlib.util
 import math
@@ -35,7 +36,7 @@ from gptkern.training.errors import UserError
 from gptkern.training.loop import Trainer, new_model
 from gptkern.training.recipe import Recipe
 from gptkern.training.run_folder import RunFolder
-from gptkern.training.running import Keeping, Outcome, Progress, Run
+from gptkern.training.running import Keeping, Outcome, Progress, Run, finished, report
 
 __all__ = ["Keeping", "Outcome", "Progress", "train"]
 
@@ -79,22 +80,24 @@ def train(
     folder, keeping = RunFolder(out), keeping or Keeping()
     before = torch.get_num_threads()
     board = _has_board(keeping.tensorboard)
+    if mended := folder.mend():
+        say(mended)
     recipe = _checked(folder, recipe, resume, overwrite)
     torch.set_num_threads(recipe.threads)
     try:
         with folder.locked():
             checkpoints = Checkpoints(folder.checkpoints, keeping.keep)
-            recovered = folder.recover(lambda: checkpoints.newest(verify=False)[0] is not None)
-            if recovered:
-                say(recovered)
+            folder.sweep()
             # Another program may have been here before the lock was this one's.
             recipe = _checked(folder, recipe, resume, overwrite)
             start = _start(folder, checkpoints, store, say) if resume else None
+            stored = _stored(keys or {}, recipe, keeping)
             if start is not None and (outcome := _finished(folder, start, recipe)) is not None:
+                if not _is_reported(folder, start):
+                    report(folder, store, _config_of(start), stored, finished(recipe.steps))
                 return outcome
             config, made = _model(folder, config, model, start)
             _check_rows(store, recipe)
-            stored = _stored(keys or {}, recipe, keeping)
             preset = stored.get("preset")
             need = memory.check(config, recipe, name=preset and f"--preset {preset}", swapped=swap)
             _check_room(folder, config, stored, checkpoints)
@@ -155,12 +158,20 @@ def _start(folder: RunFolder, checkpoints: Checkpoints, store: Store, say: Calla
 
 
 def _finished(folder: RunFolder, start: Checkpoint, recipe: Recipe) -> Outcome | None:
+    """How a run ended that has done all of its updates, the last evaluation included."""
     if start.step < recipe.steps:
         return None
     last = collections.deque(metrics.lines(folder.metrics), maxlen=1)
     if last and last[0]["step"] >= start.step and "validation_loss" not in last[0]:
         return None
     return Outcome(start.step, True, last[0].get("validation_loss") if last else None, start.folder)
+
+
+def _is_reported(folder: RunFolder, start: Checkpoint) -> bool:
+    """Whether the report is younger than the last checkpoint: it is what comes after it."""
+    with contextlib.suppress(OSError):
+        return folder.report.stat().st_mtime_ns >= start.folder.stat().st_mtime_ns
+    return False
 
 
 def _model(folder, config, model, start) -> tuple[GPTConfig, GPT | None]:

@@ -13,7 +13,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from gptkern.formatting import shown
@@ -27,6 +27,7 @@ FORMER = ("config.json", "model.safetensors")
 # The recipe comes last: what has one is a run.
 ITEMS = (METRICS, REPORT, CHECKPOINTS, TOKENIZER, TENSORBOARD, *FORMER, RECIPE)
 LOCK, REPLACED, MOVED = ".lock", ".replaced", "moved"
+CHECKSUMS = "checksums.json"  # of a checkpoint, which has its name once it is whole
 
 
 class RunFolder:
@@ -135,28 +136,32 @@ class RunFolder:
                 (self._replaced / MOVED).unlink(missing_ok=True)
                 self._replaced.rmdir()
 
-    def recover(self, has_checkpoint: Callable[[], bool]) -> str | None:
-        """What a program left that was killed while it replaced a run; says in a line what was done.
+    def mend(self) -> str | None:
+        """Bring to an end what a program left that was killed while it replaced a run; says in a line what was done.
 
-        Args:
-            has_checkpoint: whether there is a whole checkpoint of the newer run.
+        Raises:
+            UserError: it was not killed: another program is training here.
         """
+        if not self._replaced.is_dir():
+            return None
+        with self.locked():
+            if not (self._replaced / MOVED).exists():
+                # Moving had not come to its end, either way.
+                with kept(self.path):
+                    self._return()
+                return None
+            if any(self.checkpoints.glob(f"step-*/{CHECKSUMS}")):
+                self.forget()
+                return None
+            self.put_back()
+        return f"what was to replace the run in {self} was ended before its first checkpoint: the run is back"
+
+    def sweep(self) -> None:
+        """Remove what a killed program had begun to write, of the files that are written whole."""
         for name in (RECIPE, REPORT):
             for left in self.path.glob(f".{name}.*.new"):
                 with contextlib.suppress(OSError):
                     left.unlink()
-        if not self._replaced.is_dir():
-            return None
-        if not (self._replaced / MOVED).exists():
-            # Moving had not come to its end, either way.
-            with kept(self.path):
-                self._return()
-            return None
-        if has_checkpoint():
-            self.forget()
-            return None
-        self.put_back()
-        return f"the run that was to replace this one in {self} was ended before its first checkpoint: this one is back"
 
     def _return(self) -> None:
         for name in reversed(ITEMS):

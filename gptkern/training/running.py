@@ -21,8 +21,10 @@ from typing import Any, NamedTuple
 import torch
 
 from gptkern.formatting import shown
-from gptkern.training import metrics, recipe_files, reporting, speed
+from gptkern.models.gpt import GPTConfig
+from gptkern.training import memory, metrics, recipe_files, reporting, speed
 from gptkern.training.checkpoints import Checkpoint, Checkpoints
+from gptkern.training.data.store import Store
 from gptkern.training.devices import synchronize
 from gptkern.training.errors import RunError, UserError, kept
 from gptkern.training.interrupting import postponed
@@ -227,7 +229,7 @@ class Run:
         if self.saved != steps:
             self._check_against_untrained()
             self._save(wait=True)
-        self._report(f"Finished: {steps:,} updates.", "good")
+        self._report(finished(steps), "good")
         return Outcome(steps, True, self.validation, self._newest())
 
     def _advance(self) -> None:
@@ -400,20 +402,28 @@ class Run:
             self.folder.clear()
 
     def _report(self, status: str, kind: str) -> None:
-        store, config = self.trainer.store, self.trainer.model.config
-        report = reporting.Report(
-            "gptkern train", status, kind, metrics.lines(self.folder.metrics), self.stored,
-            (
-                ("data", f"{store.name}: {len(store.train):,} tokens to train on, {len(store.validation):,} held out"),
-                ("tokens", store.tokenizer.name),
-                ("model", f"{self.trainer.model.parameter_count():,} parameters: {config.layers} layers, width "
-                          f"{config.width}, {config.heads} heads, context {config.context}"),
-                ("versions", f"gptkern {__version__}, PyTorch {torch.__version__}"),
-            ),
-            "byte" if store.tokenizer.kind == "bytes" else "token",
-        )  # fmt: skip
-        reporting.write(self.folder.report, report)
+        report(self.folder, self.trainer.store, self.trainer.model.config, self.stored, status, kind)
         self.reported = time.perf_counter()
+
+
+def report(
+    folder: RunFolder, store: Store, config: GPTConfig, stored: Mapping[str, Any], status: str, kind: str = "good"
+) -> None:
+    """Write the run's report.html; `kind` as of `reporting.Report`."""
+    parameters = f"{memory.parameter_count(config):,} parameters: {config.layers} layers, width {config.width}"
+    facts = (
+        ("data", f"{store.name}: {len(store.train):,} tokens to train on, {len(store.validation):,} held out"),
+        ("tokens", store.tokenizer.name),
+        ("model", f"{parameters}, {config.heads} heads, context {config.context}"),
+        ("versions", f"gptkern {__version__}, PyTorch {torch.__version__}"),
+    )
+    lines = metrics.lines(folder.metrics)
+    unit = "byte" if store.tokenizer.kind == "bytes" else "token"
+    reporting.write(folder.report, reporting.Report("gptkern train", status, kind, lines, stored, facts, unit))
+
+
+def finished(steps: int) -> str:
+    return f"Finished: {steps:,} updates."
 
 
 def _spiked(step: int, what: str, loss: float, than: str, other: float) -> Diverged:
