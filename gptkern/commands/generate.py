@@ -69,7 +69,9 @@ def run(args: argparse.Namespace) -> int:
     generator = torch.Generator(device).manual_seed(args.seed)
     # A character's bytes, or the tokens that they are in, come one by one.
     decoder = tokenizer.decoder()
-    print("".join(decoder.feed(token) for token in ids[0].tolist()), end="", flush=True)
+    begun = "".join(decoder.feed(token) for token in ids[0].tolist())
+    # Bytes may go on in the middle of a character; of other tokens the prompt may not be what they are written as.
+    print(begun if tokenizer.kind == "bytes" else args.prompt, end="", flush=True)
     count, ended, interrupted, start = 0, False, False, time.perf_counter()
     try:
         with interruptible(), autocast(device, precision):
