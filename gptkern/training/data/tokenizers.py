@@ -34,6 +34,8 @@ FILE = "tokenizer.json"
 # The largest in use have 256 thousand tokens and 33 MB.
 MOST_TOKENS = 2**22
 LARGEST_FILE = 2**26
+# What replacements may make of a character, all of them together.
+MOST_GROWTH = 1000
 # Of a byte-pair encoding that is trained: the bytes and the end of a text, and one pair at least.
 SMALLEST_TRAINED, LARGEST_TRAINED = BYTES + 2, 2**20
 # `tokenizers` holds about 100 bytes for each character that it is given at once.
@@ -170,7 +172,8 @@ class Tokenizer:
 class Decoder:
     """Text of ids that come one by one: only whole characters come out, and together they are `decode`'s.
 
-    Of byte-level tokenizers exactly. Of others what a token adds is what the text of the last tokens grows by.
+    Of byte-level tokenizers for any ids. Of others for those of a text: what a token adds is what the text of the last
+    tokens grows by.
     """
 
     # A character has four bytes at most: what still ends in a replacement character then, holds one.
@@ -306,6 +309,7 @@ def _parsed(data: bytes, name: str) -> Tokenizer:
         raise UserError(f"{name}: it is no JSON: {str(error).partition(chr(10))[0]}") from error
     if not isinstance(content, dict) or _type(content.get("model")) is None:
         raise UserError(f"{name}: it is no tokenizer.json of the library tokenizers (it has no model with a type)")
+    _check_growth(content, name)
     inner = _asked(_loaded, json.dumps(content), about=name)
     end = next((id for id in map(inner.token_to_id, ENDS) if id is not None), None)
     if end is None:
@@ -320,6 +324,19 @@ def _parsed(data: bytes, name: str) -> Tokenizer:
         lambda: _loaded(json.dumps(_settled(content, inner.id_to_token(end)))).to_str(pretty=True), about=name
     )
     return Tokenizer("file", f"{_type(content['model']).lower()} of {vocab_size}", vocab_size, end, text)
+
+
+def _check_growth(content: dict[str, Any], name: str) -> None:
+    """Replacements, one after another, could make gigabytes of a line."""
+    growth, left = 1, [content.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")]
+    while left:
+        value = left.pop()
+        if isinstance(value, (dict, list)):
+            left += value.values() if isinstance(value, dict) else value
+        put = [value[key] for key in ("content", "prepend") if key in value] if isinstance(value, dict) else []
+        growth *= max([1, *(len(text) for text in put if isinstance(text, str))])
+        if growth > MOST_GROWTH:
+            raise UserError(f"{name}: its replacements would make a text longer than {MOST_GROWTH} times")
 
 
 def _settled(content: dict[str, Any], end: str) -> dict[str, Any]:
