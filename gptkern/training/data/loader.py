@@ -8,6 +8,7 @@ so that a batch depends on its number alone: not on the number of processes, nor
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 import os
 import threading
@@ -96,8 +97,6 @@ class Batches:
         if self._ahead is None or not self._ahead.reaches(update):
             self._stop()
             self._ahead = _Ahead(self._make, update, self.prefetch)
-            # The thread knows nothing of this object, so that it ends with it; at the program's end too.
-            weakref.finalize(self, self._ahead.stop)
         return self._ahead.take(update)
 
     def _stop(self) -> None:
@@ -134,65 +133,79 @@ class _Maker:
 
 
 class _Ahead:
-    """Batches that a thread makes ahead, in order."""
+    """Batches that a thread makes ahead, in order. The thread ends with this object, or with the program."""
 
     def __init__(self, make: Callable[[int], Batch], first: int, most: int):
-        self._make, self._most = make, most
-        self._process = os.getpid()
-        self._changed = threading.Condition()
-        # (number, batch or what was raised). The first one stays until the one behind it is asked for: an interrupt
-        # between its taking and its use must not lose it.
-        self._ready: collections.deque[tuple[int, Batch | BaseException]] = collections.deque()
         self._first = first  # the number of the first one that is there or comes
-        self._stopped = False
-        self._thread = threading.Thread(target=self._fill, args=(first,), name="gptkern batches", daemon=True)
-        self._thread.start()
+        self._failed = False
+        self._process = os.getpid()
+        # The thread knows the line alone: an interrupt may drop this object at any moment, this one included.
+        self._line = _Line(make, most)
+        thread = threading.Thread(target=self._line.fill, args=(first,), name="gptkern batches", daemon=True)
+        self.stop = functools.partial(_end, self._line, thread, self._process)
+        weakref.finalize(self, self.stop)
+        thread.start()
 
     def reaches(self, number: int) -> bool:
-        """Whether `take` can have that number."""
-        return self._process == os.getpid() and self._first <= number <= self._first + 1
+        """Whether `take` can have that number. What failed is tried again, with another thread."""
+        return self._process == os.getpid() and not self._failed and self._first <= number <= self._first + 1
 
     def take(self, number: int) -> Batch:
-        with self._changed:
-            while self._ready and self._ready[0][0] < number:
-                self._ready.popleft()
-                self._first += 1
-                self._changed.notify_all()
-            self._changed.wait_for(lambda: self._ready or self._stopped)
-            if not self._ready:
+        line = self._line
+        with line.changed:
+            self._first = number
+            while line.ready and line.ready[0][0] < number:
+                line.ready.popleft()
+                line.changed.notify_all()
+            line.changed.wait_for(lambda: line.ready or line.stopped)
+            if not line.ready:
                 raise RuntimeError("these batches were closed")
-            batch = self._ready[0][1]
+            batch = line.ready[0][1]
         if isinstance(batch, BaseException):
+            self._failed = True
             raise batch
         return batch
 
-    def _fill(self, first: int) -> None:
+
+class _Line:
+    """What a thread has made, and what is waited for."""
+
+    def __init__(self, make: Callable[[int], Batch], most: int):
+        self._make, self._most = make, most
+        self.changed = threading.Condition()
+        # (number, batch or what was raised). The first one stays until the one behind it is asked for: an interrupt
+        # between its taking and its use must not lose it.
+        self.ready: collections.deque[tuple[int, Batch | BaseException]] = collections.deque()
+        self.stopped = False
+
+    def fill(self, first: int) -> None:
         for number in itertools.count(first):
-            with self._changed:
+            with self.changed:
                 # The one that is being used counts for nothing.
-                self._changed.wait_for(lambda: len(self._ready) <= self._most or self._stopped)
-                if self._stopped:
+                self.changed.wait_for(lambda: len(self.ready) <= self._most or self.stopped)
+                if self.stopped:
                     return
             try:
                 batch = self._make(number)
             except BaseException as error:
                 batch = error
-            with self._changed:
-                self._ready.append((number, batch))
-                self._changed.notify_all()
+            with self.changed:
+                self.ready.append((number, batch))
+                self.changed.notify_all()
             if isinstance(batch, BaseException):
                 return
 
-    def stop(self) -> None:
-        # In a process that was forked there is no such thread, and its lock may be held for ever.
-        if self._process != os.getpid():
-            return
-        with self._changed:
-            self._stopped = True
-            self._ready.clear()
-            self._changed.notify_all()
-        if threading.current_thread() is not self._thread:  # the garbage collector may run in it
-            self._thread.join()
+
+def _end(line: _Line, thread: threading.Thread, process: int) -> None:
+    # In a process that was forked there is no such thread, and its lock may be held for ever.
+    if process != os.getpid():
+        return
+    line.stopped = True
+    with line.changed:
+        line.changed.notify_all()
+    # The garbage collector may run in the thread itself; an interrupt may have kept it from starting.
+    if thread is not threading.current_thread() and thread.is_alive():
+        thread.join()
 
 
 class Windows:

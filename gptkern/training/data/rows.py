@@ -2,14 +2,15 @@
 
     rows of an epoch   R = max(1, tokens // length − 1)
     row n              is of epoch e = n // R, and begins at token  offset(e) + length · order(e)(n mod R)
-    offset(e)          drawn from 0 … length − 1: where the text is cut differs from epoch to epoch
+    offset(e)          drawn from 0 … tokens − length · R − 1: where the text is cut differs from epoch to epoch
     order(e)           a permutation of 0 … R − 1, drawn by a Feistel network with the seed's and the epoch's keys; what
                        comes to lie beyond R goes through it again (cycle walking: Black and Rogaway, "Ciphers with
                        Arbitrary Finite Domains", 2002)
 
 A row has length + 1 tokens: the last one is a target alone, and the first one of the row behind it in the text. Every
-epoch so has every token as a target but the first offset(e) + 1 and what is left at the end, fewer than 2 · length
-together. Nothing is held in memory, and no row depends on how many were read before.
+epoch so has every token as a target once, but for the first offset(e) + 1 and what is left at the end, at most
+2 · length together, which are others in other epochs. Nothing is held in memory, and no row depends on how many were
+read before.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Rows:
         check_length(tokens, length, split)
         self.tokens, self.length, self.seed = tokens, length, seed
         self.per_epoch = max(1, len(tokens) // length - 1)
-        self._offsets = min(length, len(tokens) - self.per_epoch * length)  # so many to draw from
+        self._offsets = len(tokens) - self.per_epoch * length  # so many to draw from
 
     def starts(self, first: int, rows: int) -> np.ndarray:
         """Where the rows first, first + 1, … begin in the split, (rows,) int64."""
