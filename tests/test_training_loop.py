@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from plain_training import BATCH, CONFIG, DECAY, FINAL, LENGTH, SEED, STEPS, WARMUP, a_store, plain_training, recipe
 
 from gptkern.models.gpt import GPT
-from gptkern.training import loop
+from gptkern.training import loop, process_state
 from gptkern.training.data import text
 from gptkern.training.data.loader import Batch
 from gptkern.training.errors import UserError
@@ -75,6 +76,24 @@ OPTIONS = {
     "recompute": (dict(recompute="full", dropout=0.1), dict(dropout=0.1)),
     "recompute some": (dict(recompute="2", dropout=0.1, precision="bf16"), dict(dropout=0.1, dtype=torch.bfloat16)),
 }
+
+
+@pytest.mark.deep
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
+def test_a_compiled_training_is_the_same_but_for_roundings(monkeypatch):
+    compiled, calls = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *of, **how: compiled.append(how) or calls(*of, **how))
+    trainer = a_trainer(compile=True, accumulate=2, label_smoothing=0.1, z_loss=0.01)
+    plain = a_trainer(accumulate=2, label_smoothing=0.1, z_loss=0.01)
+    trainer.run(4)
+    plain.run(4)
+    assert compiled == [{"dynamic": False}] and trainer.losses == pytest.approx(plain.losses, rel=1e-5)
+    state = {name: tensor.clone() for name, tensor in trainer.state()[0].items()}, trainer.state()[1]
+    trainer.run(4)
+    other = a_trainer(compile=True, accumulate=2, label_smoothing=0.1, z_loss=0.01)
+    other.load_state(*state)
+    other.run(4)
+    assert other.losses == trainer.losses[4:]
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -268,6 +287,15 @@ def test_threads_and_deterministic_algorithms_are_the_trainings_alone():
     trainer.validate(1)
     assert seen == {(outside[0] + 1, True)}
     assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == outside
+
+
+def test_deterministic_algorithms_of_a_gpu_need_a_fixed_workspace(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    with pytest.raises(UserError, match=r"CUBLAS_WORKSPACE_CONFIG=:4096:8 or :16:8, .*; it is :0:0"):
+        process_state.check_deterministic(torch.device("cuda"))
+    process_state.check_deterministic(torch.device("cpu"))
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    process_state.check_deterministic(torch.device("cuda"))
 
 
 def test_the_first_number_that_is_none_is_named():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -46,12 +47,16 @@ def run(args: argparse.Namespace) -> int:
 
     from gptkern.commands.display import RunDisplay, new_console
     from gptkern.training.devices import resolve_device
+    from gptkern.training.process_state import CUBLAS_WORKSPACE, FIXED_WORKSPACES
     from gptkern.training.run import Keeping, train
 
     device = str(resolve_device(values["device"]))
     store = _store(values)
     config, model, length = _model(values, store, device, args.resume)
     recipe = recipe_files.recipe_of(values, length=length, device=device)
+    if recipe.deterministic:
+        # cuBLAS reads it when the GPU is first used.
+        os.environ.setdefault(CUBLAS_WORKSPACE, FIXED_WORKSPACES[0])
     console = new_console()
 
     def say(line: str) -> None:

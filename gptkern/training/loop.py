@@ -29,7 +29,7 @@ from gptkern.training.data.store import Store, Tokens
 from gptkern.training.errors import RunError, UserError
 from gptkern.training.interrupting import postponed
 from gptkern.training.precision import LEAST_SCALE, autocast, scaler_of
-from gptkern.training.process_state import Generators, computing
+from gptkern.training.process_state import Generators, check_deterministic, computing
 from gptkern.training.recipe import Recipe
 from gptkern.training.schedule import lr_at
 from gptkern.version import __version__
@@ -326,6 +326,8 @@ def _check(model: GPT, store: Store, recipe: Recipe, world: int) -> None:
             f"batch is {recipe.batch}; it needs to be a multiple of {pieces}, {recipe.accumulate} pieces in each of "
             f"{world} process{'es' if world > 1 else ''}"
         )
+    if recipe.deterministic:
+        check_deterministic(torch.device(recipe.device))
     places = {parameter.device for parameter in model.parameters()}
     device = torch.device(recipe.device)
     if any(place.type != device.type or device.index not in (None, place.index) for place in places):

@@ -8,9 +8,13 @@ say, does not move the training.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import torch
+
+from gptkern.formatting import shown
+from gptkern.training.errors import UserError
 
 
 class Generators:
@@ -49,6 +53,10 @@ class Generators:
             torch.cuda.set_rng_state(states["cuda"], self.device)
 
 
+# cuBLAS's products are the same in every run with one of these alone (PyTorch refuses them otherwise).
+CUBLAS_WORKSPACE, FIXED_WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
+
+
 @contextlib.contextmanager
 def computing(threads: int | None, deterministic: bool) -> Iterator[None]:
     """Inside the block PyTorch has so many threads, None for its own, and, if asked, deterministic algorithms alone."""
@@ -67,3 +75,17 @@ def computing(threads: int | None, deterministic: bool) -> Iterator[None]:
             torch.set_num_threads(before)
         if change_algorithms:
             torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
+
+
+def check_deterministic(device: torch.device) -> None:
+    """Whether deterministic algorithms can run there.
+
+    Raises:
+        UserError: cuBLAS may take any workspace; names the environment variable and what it needs.
+    """
+    workspace = os.environ.get(CUBLAS_WORKSPACE)
+    if device.type == "cuda" and workspace not in FIXED_WORKSPACES:
+        raise UserError(
+            f"deterministic on a GPU needs the environment variable {CUBLAS_WORKSPACE}={FIXED_WORKSPACES[0]} or "
+            f"{FIXED_WORKSPACES[1]}, set before the GPU is first used; it is {shown(workspace or '')}"
+        )
