@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from plain_training import BATCH, CONFIG, DECAY, FINAL, LENGTH, SEED, STEPS, WARMUP, a_store, plain_training, recipe
 
 from gptkern.models.gpt import GPT
-from gptkern.training import loop, process_state
+from gptkern.training import loop, process_state, schedule
 from gptkern.training.data import text
 from gptkern.training.data.loader import Batch
 from gptkern.training.errors import UserError
@@ -50,9 +50,29 @@ def test_the_loop_is_the_plain_one():
     assert min(norms) < 1 < max(norms)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
-def test_schedules(schedule):
-    the_same(a_trainer(schedule=schedule), plain_training(schedule))
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd", "constant"])
+def test_schedules(name):
+    the_same(a_trainer(schedule=name), plain_training(name))
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd", "constant"])
+@pytest.mark.parametrize("shares", [(0.0, 0.0), (0.1, 0.2), (1.0, 0.0), (0.5, 0.5), (0.001, 0.001), (0.0, 1.0)])
+def test_a_schedule_rises_to_its_peak_and_falls_to_its_floor(name, shares):
+    for steps in (1, 2, 7, 100):
+        check_schedule(name, *shares, steps)
+
+
+def check_schedule(name, warmup, decay, steps):
+    of = recipe(steps=steps, schedule=name, warmup=warmup, decay=decay, lr=1.0, final_lr=0.1)
+    rates = [schedule.lr_at(of, step) for step in range(steps + 5)]
+    rising = schedule.warmup_steps(of)
+    assert (rising > 0) == (warmup > 0) and all(0 < rate <= 1 for rate in rates)
+    assert rates[:rising] == [pytest.approx((step + 1) / rising) for step in range(rising)]
+    # A run of warm-up alone, or one without decay, ends at its peak.
+    peak = rates[max(rising - 1, 0) :]
+    assert peak == sorted(peak, reverse=True) and peak[0] == 1
+    ends = (name in ("cosine", "linear") and rising < steps) or (name == "wsd" and round(decay * steps) > 0)
+    assert rates[steps:] == [pytest.approx(0.1 if ends else 1.0)] * 5
 
 
 OPTIONS = {

@@ -25,7 +25,7 @@ def warmup_steps(recipe: Recipe) -> int:
 
 
 def lr_at(recipe: Recipe, step: int) -> float:
-    """The learning rate of update `step`, the first of which is 0."""
+    """The learning rate of update `step`, the first of which is 0; beyond the last one it stays what it ends at."""
     warmup = warmup_steps(recipe)
     if step < warmup:
         return recipe.lr * (step + 1) / warmup
@@ -35,6 +35,7 @@ def lr_at(recipe: Recipe, step: int) -> float:
 
 def _height(recipe: Recipe, step: int, warmup: int) -> float:
     """Where between the floor, 0, and the peak, 1."""
+    step = min(step, recipe.steps)
     progress = (step - warmup) / max(1, recipe.steps - warmup)
     if recipe.schedule == "cosine":
         return (1 + math.cos(math.pi * progress)) / 2
@@ -43,5 +44,5 @@ def _height(recipe: Recipe, step: int, warmup: int) -> float:
     if recipe.schedule == "wsd":
         decay = round(recipe.decay * recipe.steps)
         start = recipe.steps - decay
-        return 1.0 if step < start else 1 - (step - start) / decay
+        return 1.0 if step < start or decay == 0 else 1 - (step - start) / decay
     return 1.0
