@@ -123,6 +123,11 @@ class Checkpoints:
         if error is not None:
             raise error
 
+    @property
+    def saving(self) -> bool:
+        """Whether the last save is on its way to the disk. What became of it `wait` says."""
+        return self._thread is not None and self._thread.is_alive()
+
     def all(self) -> list[Checkpoint]:
         """The checkpoints under their names, oldest first; what a killed save left is none of them."""
         return [Checkpoint(folder) for _, folder in self._found()]
