@@ -80,7 +80,7 @@ def config_of(content: dict[str, Any]) -> GPTConfig:
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"config.json: {name} is {said(value)}; it needs a whole number")
     for key, (values, needs) in _NEEDED.items():
-        if key in content and not any(content[key] == value and _alike(content[key], value) for value in values):
+        if key in content and content[key] not in values:
             raise ValueError(f"config.json: {key} is {said(content[key])}; this GPT needs {needs}")
     inner = content.get("n_inner")
     if inner is not None and (isinstance(inner, bool) or inner != 4 * sizes["n_embd"]):
@@ -102,11 +102,6 @@ def config_of(content: dict[str, Any]) -> GPTConfig:
     return GPTConfig(
         sizes["vocab_size"], sizes["n_positions"], sizes["n_layer"], width, heads, dropout=dropouts[_DROPOUTS[0]]
     )
-
-
-def _alike(value: Any, needed: Any) -> bool:
-    """1 is no `true`, in JSON."""
-    return isinstance(value, bool) == isinstance(needed, bool)
 
 
 def config_json(config: GPTConfig, dtype: str, end_of_text: int | None) -> dict[str, Any]:
