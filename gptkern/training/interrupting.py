@@ -24,11 +24,14 @@ def postponed():
 
 @contextlib.contextmanager
 def handled(handler):
-    """Inside the block SIGINT, SIGTERM and SIGHUP go to `handler`; SIGHUP where it is not ignored, as under `nohup`."""
+    """Inside the block SIGINT, SIGTERM and SIGHUP go to `handler`; SIGHUP where it is not ignored, as under `nohup`.
+
+    A handler that another language has set, which Python could not put back, stays.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # signals belong to the main thread
         return
-    before = {number: signal.signal(number, handler) for number in SIGNALS if not _stays_ignored(number)}
+    before = {number: signal.signal(number, handler) for number in SIGNALS if not _stays(number)}
     try:
         yield
     finally:
@@ -36,5 +39,6 @@ def handled(handler):
             signal.signal(number, previous)
 
 
-def _stays_ignored(number: int) -> bool:
-    return number not in (signal.SIGINT, signal.SIGTERM) and signal.getsignal(number) is signal.SIG_IGN
+def _stays(number: int) -> bool:
+    present = signal.getsignal(number)
+    return present is None or (number not in (signal.SIGINT, signal.SIGTERM) and present is signal.SIG_IGN)

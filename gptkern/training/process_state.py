@@ -2,7 +2,7 @@
 
 PyTorch has one of each in a process. A trainer puts its own in place for an update and the others back after it: two
 trainers in turn do not change each other, nor what else runs here, and what is drawn between two updates, for a sample
-say, does not move the training.
+say, does not move the training. Two that train in two threads at once would.
 """
 
 from __future__ import annotations

@@ -84,5 +84,5 @@ def load(mine: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor], ge
             kind = name.removeprefix("generators.")
             if name in given:
                 generators.states[kind] = given[name].detach().to("cpu", copy=True)
-        elif given[name] is not value:
+        elif given[name].data_ptr() != value.data_ptr():
             value.copy_(given[name])
