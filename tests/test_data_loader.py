@@ -3,9 +3,9 @@ epoch; a thread that reads ahead, loses nothing and ends."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
-import json
 import os
 import signal
 import subprocess
@@ -330,31 +330,58 @@ def test_an_interrupt_ends_the_wait_and_loses_no_batch():
     assert settled(lambda: running() == 0)
 
 
-def test_a_forked_process_reads_on_and_ends():
-    """The thread and what it held are the parent's; the child's own one reads the same batches."""
-    tokens = Slow()
-    batches = Batches(Rows(tokens, 10, 0), 2, prefetch=2)
-    batches.next()
-    tokens.go.clear()  # the thread is in the middle of a batch
-    time.sleep(0.02)
-    read, write = os.pipe()
+def ends_well(work) -> bool:
+    """Whether a forked process does the work, returns true and ends, some locks being held while it is forked."""
     child = os.fork()
     if child == 0:
+        status = 1
         try:
-            tokens.go = threading.Event()
-            tokens.go.set()
-            os.write(write, json.dumps([batches.next().ids.tolist(), batches.next().ids.tolist()]).encode())
-            batches.close()
-            gc.collect()
+            status = 0 if work() else 1
         finally:
-            os._exit(0)
-    os.close(write)
-    tokens.go.set()
-    assert settled(lambda: ended(child) == 0), "the child hangs"
-    with os.fdopen(read) as answer:
-        found = json.loads(answer.read())
-    assert found == [batches.next().ids.tolist(), batches.next().ids.tolist()]
-    batches.close()
+            os._exit(status)
+    try:
+        return settled(lambda: ended(child) == 0)
+    except ChildProcessError:  # it ended with another status
+        return False
+    finally:
+        with contextlib.suppress(OSError):
+            os.kill(child, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def held_by_a_thread(lock):
+    taken, over = threading.Event(), threading.Event()
+
+    def hold():
+        with lock:
+            taken.set()
+            over.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    taken.wait()
+    yield
+    over.set()
+    thread.join()
+
+
+def test_a_forked_process_reads_on_and_ends():
+    """The thread and its locks are the parent's; the child's own one reads the same batches."""
+    rows = Rows(Slow(), 10, 0)
+    batches = Batches(rows, 2, prefetch=2)
+    batches.next()
+
+    def read():
+        for update in (1, 2):
+            if not np.array_equal(batches.next().ids, rows.rows(2 * update, 2)[:, :-1]):
+                return False
+        batches.close()
+        gc.collect()
+        return True
+
+    with held_by_a_thread(batches._ahead._line.changed):
+        assert ends_well(read)
+    assert read()
 
 
 def test_shards_are_read_by_threads_and_by_forked_processes(stored):
@@ -371,13 +398,11 @@ def test_shards_are_read_by_threads_and_by_forked_processes(stored):
     threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
     for thread in threads:
         thread.start()
-    with tokens._lock:  # as a thread holds it while this process forks
-        child = os.fork()
-        if child == 0:
-            os._exit(0 if np.array_equal(tokens.read(100, 900), ids[100:900]) else 1)
     for thread in threads:
         thread.join()
-    assert settled(lambda: ended(child) == 0) and not wrong
+    assert not wrong
+    with held_by_a_thread(tokens._lock):
+        assert ends_well(lambda: np.array_equal(tokens.read(100, 900), ids[100:900]))
 
 
 PROGRAM = """
