@@ -21,7 +21,7 @@ from gptkern.training import free_memory, memory
 from gptkern.training.recipe import Recipe
 
 SMALLEST = dict(vocab_size=256, context=32, layers=1, width=32, heads=2)
-UPDATES = 3
+UPDATES = 2
 
 
 def train(config: GPTConfig, recipe: Recipe, swapped: bool, saves: bool) -> None:

@@ -5,9 +5,9 @@ the embedding's) are held in float32 once, and twice more as AdamW's averages, f
 comes and goes within an update. It is the most at one of these moments, of which `needed` takes the largest:
 
     loss        every block's activations; logits, and what the loss makes of them
-    head        activations; the logits' gradient and that of the output weight
+    output      activations; the logits' gradient and that of the output weight
     block i     activations of the blocks up to i, gradients of those behind it, and what its backward makes on the way
-    embedding   all gradients, and the embedding's once more: it is added to the output weight's
+    embedding   all gradients, and the embedding's twice more: its own and the output weight's are summed into a third
     validation  no activations but a block's; logits and their logarithms of EVALUATION_ROWS rows at most
 
 What autograd keeps of a piece of R rows, T = R·length tokens, with c bytes an element of the products' dtype (4 or 2):
@@ -105,17 +105,22 @@ class Needed(NamedTuple):
         return self[6:11]
 
     def parts(self) -> list[tuple[str, int]]:
-        """(what, bytes) for people; what there is none of is left out."""
+        """(what, bytes) for people; of what not every training has, only what this one has."""
         names = (
             "parameters", "AdamW's averages", "gradients", "activations", "logits", "parameters in 16 bits",
             "copies of parameters", "a checkpoint's copy", "batches", "malloc's holes", "the process",
         )  # fmt: skip
-        return [(name, bytes_) for name, bytes_ in zip(names, self[:11]) if bytes_]
+        return [(name, bytes_) for index, (name, bytes_) in enumerate(zip(names, self[:11])) if bytes_ or index < 5]
+
+    def listed(self) -> str:
+        """ "parameters 3.44 MB, AdamW's averages 6.89 MB, … in the loss" """
+        return (
+            ", ".join(f"{name} {formatting.size(bytes_)}" for name, bytes_ in self.parts()) + f" in the {self.moment}"
+        )
 
     def described(self) -> str:
-        """ "1.2 GB of memory: parameters 498 MB, …" """
-        parts = ", ".join(f"{name} {formatting.size(bytes_)}" for name, bytes_ in self.parts())
-        return f"{formatting.size(self.total)} of memory: {parts}"
+        """ "memory: 1.2 GB (parameters 498 MB, … in the loss)" """
+        return f"memory: {formatting.size(self.total)} ({self.listed()})"
 
 
 def parameter_count(config: GPTConfig) -> int:
@@ -267,7 +272,7 @@ class _Sizes:
         logits = self.tokens * self.config.vocab_size
         of_table = [table] if self.element == FLOAT32 else [table, self.table * self.element]
         yield _Moment(
-            "head", self.up_to(layers) + self.ends() + [self.narrow], [logits * self.element],
+            "backward of the output", self.up_to(layers) + self.ends() + [self.narrow], [logits * self.element],
             before + of_table, self.casts_up_to(layers) + self.head_casts(),
         )  # fmt: skip
         for index in reversed(range(layers)):
@@ -276,11 +281,13 @@ class _Sizes:
             casts = self.casts_up_to(index) + self.casts()
             for made, gradients in self.on_the_way():
                 # The output weight's gradient waits for the embedding's.
-                yield _Moment(f"block {index}", kept + made, [], [*before, table, *behind, *gradients], casts)
-        # All of them, the embedding's a second time, and the gradient that reaches it.
+                yield _Moment(
+                    f"backward of block {index}", kept + made, [], [*before, table, *behind, *gradients], casts
+                )
+        # All of them; the embedding's own beside the output weight's, and their sum; the gradient that reaches it.
         gradients = [*(layers * of_a_block), table, self.config.context * width * FLOAT32]
         gradients = [*before, table] if before else gradients
-        yield _Moment("embedding", [self.wide, self.wide], [], [*gradients, table], [])
+        yield _Moment("backward of the embedding", [self.wide, self.wide], [], [*gradients, table, table], [])
 
     def loss(self, before: list[int]):
         recipe, layers = self.recipe, self.config.layers
@@ -291,8 +298,9 @@ class _Sizes:
         casts = layers * self.casts() + self.head_casts()
         forward = [narrow, wide] if self.element == FLOAT32 else [narrow, wide, wide]
         yield _Moment("loss", kept, forward, before, casts)
-        # The log-probabilities and two gradients; of the z-loss the logits, and the gradient by its way.
-        backward = (4 if recipe.z_loss else 3) * [wide]
+        # The log-probabilities and two gradients. Before those, with the z-loss: the log-probabilities, the logits, and
+        # three of exp(logits - lse) on its way to a gradient.
+        backward = (5 if recipe.z_loss else 3) * [wide]
         yield _Moment("loss", kept, backward, before, self.casts_up_to(layers) + self.head_casts())
 
     def on_the_way(self):
@@ -374,28 +382,26 @@ def check(config: GPTConfig, recipe: Recipe, *, name: str | None = None, **how) 
         free = available(place)
         if free is None or more <= free:
             continue
-        parts = ", ".join(f"{what} {formatting.size(bytes_)}" for what, bytes_ in need.parts())
         subject = "the training" if name is None else name
         raise UserError(
             f"{subject} needs {formatting.size(total)} of memory on {place} and there are {formatting.size(free)} "
-            f"({parts}): {_advice(recipe, need)}"
+            f"({need.listed()}): {_advice(recipe, need)}"
         )
     return need
 
 
 def _advice(recipe: Recipe, need: Needed) -> str:
-    """What takes less, the most of it first."""
-    fixed = need.parameters + need.optimizer + need.gradients + need.checkpoint + need.copies
+    """What takes less, by the recipe's keys; first what most of it is for."""
+    fixed = need.parameters + need.optimizer + need.gradients + need.casts + need.checkpoint + need.copies
     of_pieces = need.activations + need.logits
-    found = []
-    if of_pieces > fixed // 4:
-        if recipe.batch > recipe.accumulate:
-            found.append(f"more --accumulate (it is {recipe.accumulate}), a smaller --batch (it is {recipe.batch})")
-        if need.activations > need.logits and recipe.recompute == "none":
-            found.append("--recompute full")
-        if recipe.precision == "fp32":
-            found.append("--precision bf16")
-        found.append(f"a smaller --context (it is {recipe.length})")
-    if fixed > of_pieces // 4:
-        found.append("a smaller --preset")
-    return f"it takes {' or '.join(found)}"
+    smaller = []
+    if recipe.batch > recipe.accumulate:
+        smaller += [f"a smaller batch (now {recipe.batch})", f"more pieces of it (accumulate, now {recipe.accumulate})"]
+    smaller.append(f"a shorter context (now {recipe.length})")
+    if recipe.recompute != "full" and need.activations > need.logits // 4:
+        smaller.append("recompute full")
+    if recipe.precision == "fp32":
+        smaller.append("precision bf16")
+    preset = ["a smaller preset"]
+    found = preset + smaller if fixed > of_pieces else smaller + preset
+    return f"it takes less with {', '.join(found)}"
