@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
     from gptkern.commands.display import RunDisplay, new_console
     from gptkern.training.devices import resolve_device
+    from gptkern.training.memory import return_freed
     from gptkern.training.process_state import CUBLAS_WORKSPACE, FIXED_WORKSPACES
     from gptkern.training.run import Keeping, train
 
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     if recipe.deterministic:
         # cuBLAS reads it when the GPU is first used.
         os.environ.setdefault(CUBLAS_WORKSPACE, FIXED_WORKSPACES[0])
+    return_freed(recipe)
     console = new_console()
 
     def say(line: str) -> None:
