@@ -83,7 +83,7 @@ def config_of(content: dict[str, Any]) -> GPTConfig:
         if key in content and content[key] not in values:
             raise ValueError(f"config.json: {key} is {said(content[key])}; this GPT needs {needs}")
     inner = content.get("n_inner")
-    if inner is not None and (isinstance(inner, bool) or inner != 4 * sizes["n_embd"]):
+    if inner is not None and inner != 4 * sizes["n_embd"]:
         raise ValueError(f"config.json: n_inner is {said(inner)}; this GPT needs {4 * sizes['n_embd']}, 4 · n_embd")
     dropouts = {name: content.get(name, _DROPOUT) for name in _DROPOUTS}
     for name, value in dropouts.items():
