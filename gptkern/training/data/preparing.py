@@ -201,7 +201,7 @@ class _Job:
         """Inside the block what came through pipes is in files."""
         try:
             for number, pipe in enumerate(self.pipes):
-                path = work.folder / f"pipe-{number}"
+                path = work.make() / f"pipe-{number}"
                 with kept(path), _opened(pipe) as stream:
                     self.watch(Progress(f"reading {'standard input' if pipe == '-' else shown(pipe)}", 0, None, 0))
                     self.spooled[pipe] = sources.spool(pipe, stream, path)

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -242,7 +242,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )  # fmt: skip
-    inner.train_from_iterator(iter(texts), trainer)
+    inner.train_from_iterator((part for text in texts for part in _without_long_words(text)), trainer)
     there = inner.get_vocab_size()
     if there < vocab_size:
         raise UserError(
@@ -250,6 +250,15 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             f"bpe:{there} or fewer, or more text"
         )
     return _parsed(inner.to_str().encode(), f"--tokenizer bpe:{vocab_size}")
+
+
+def _without_long_words(text: str) -> Iterator[str]:
+    """The text, cut where something goes on for too long: a merge in a word takes the square of its length."""
+    start = 0
+    for found in _LONG_WORD.finditer(text):
+        yield text[start : found.end()]
+        start = found.end()
+    yield text[start:]
 
 
 def load_tokenizer(folder: Path, entry: dict[str, Any]) -> Tokenizer:
@@ -392,6 +401,8 @@ def _is_byte_level(content: dict[str, Any]) -> bool:
     )
 
 
+# No word, and no number: data within a text, a row of signs, blank space.
+_LONG_WORD = re.compile(r"\S{256}|\s{256}")
 _BETWEEN_WORDS = re.compile(r"[A-Za-z](?= [A-Za-z])")
 
 

@@ -53,16 +53,16 @@ class Work:
         try:
             if self._lock is not None:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with kept(self.folder):
-                self.folder.mkdir(exist_ok=True)
         except BlockingIOError as error:
             os.close(self._lock)
             raise UserError(f"{self._called}: another program is preparing tokens in it") from error
-        except BaseException:
-            if self._lock is not None:
-                os.close(self._lock)
-            raise
         return self
+
+    def make(self) -> Path:
+        """The folder of the work, which is there from now on."""
+        with kept(self.folder):
+            self.folder.mkdir(exist_ok=True)
+        return self.folder
 
     def __exit__(self, kind, error, traceback) -> None:
         if kind is not None and issubclass(kind, UserError) and self._mine:
@@ -114,7 +114,7 @@ class Work:
         self._mine = True
         if same:
             return state
-        with kept(self.folder):
+        with kept(self.make()):
             for path in sorted(self.folder.iterdir()):
                 if path.name not in keep:
                     path.unlink()
