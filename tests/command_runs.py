@@ -9,5 +9,5 @@ TINY = GPTConfig(vocab_size=256, context=16, layers=1, width=32, heads=2)
 
 
 def train(*arguments: str, steps: int = 4) -> int:
-    sizes = ["--steps", str(steps), "--context", "16", "--batch", "2", "--device", "cpu"]
+    sizes = ["--steps", str(steps), "--context", "16", "--batch", "2", "--device", "cpu", "--tensorboard", "off"]
     return cli.main(["train", "--text", "text.txt", *sizes, *arguments])

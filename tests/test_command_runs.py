@@ -1,230 +1,264 @@
-"""What runs of the commands leave behind: whole checkpoints, on a full disk and after a loss that is NaN as well."""
+"""Runs on the command line: exit statuses, the one line that each ends with, and what is left in the folder."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from command_runs import TINY, train
+from model_folders import model, save_run
+from saved_checkpoints import largest_file
+from training_runs import content, tensors_of
 
 from gptkern import cli
-from gptkern.commands import RunError, checkpoints, display, training
-from gptkern.models.gpt import GPT, GPTConfig
+from gptkern.commands import checkpoints
+from gptkern.models.gpt import GPT
+from gptkern.training import recipe_files, running
+from gptkern.training import run as train_module
+from gptkern.training.checkpoints import Checkpoint, Checkpoints
+from gptkern.training.data.preparing import prepare
+from gptkern.training.loop import Trainer
 
-resource = pytest.importorskip("resource", reason="Windows has no limit of a file's size to set")
-
-
-def content(folder) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@contextlib.contextmanager
-def full_disk(size: int):
-    """No file can have more bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+pytest.importorskip("resource", reason="Windows has no limit of a file's size to set")
 
 
-# --- Checkpoints ------------------------------------------------------------------------------------------------------
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    """A report takes as long as the rest of such a run; tests/test_training_run.py looks at it."""
+    monkeypatch.setattr(running, "report", lambda *_: None)
+    monkeypatch.setattr(train_module, "report", lambda *_: None)
+
+
+def newest(folder) -> Checkpoint:
+    checkpoint, damaged = Checkpoints(Path(folder) / "checkpoints").newest()
+    assert damaged == []
+    return checkpoint
+
+
+def resume(*arguments: str) -> int:
+    return cli.main(["train", "--resume", *arguments])
+
+
+# --- A folder ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_finished_training_is_replaced_where_that_is_asked_for(folder, capsys):
     assert train("--out", "run") == 0
     before = content(folder)
     assert train("--out", "run", "--seed", "1") == 2
-    assert "--out run holds a checkpoint: --overwrite replaces it" in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        "gptkern train: --out run holds a run: --resume goes on with it, --overwrite replaces it, another --out leaves "
+        "it\n"
+    )
     assert content(folder) == before
-    # A part of one is not written over either.
-    os.remove("run/model.safetensors")
-    assert train("--out", "run") == 2
     (folder / "run" / "notes.txt").write_text("mine")
     assert train("--out", "run", "--seed", "1", "--overwrite") == 0
     after = content(folder)
     assert after.keys() == before.keys() | {"run/notes.txt"} and after["run/notes.txt"] == b"mine"
-    assert after["run/model.safetensors"] != before["run/model.safetensors"]
+    assert after["run/metrics.jsonl"] != before["run/metrics.jsonl"]
+
+
+def test_a_checkpoint_of_before_runs_had_folders_is_replaced_as_well(folder, capsys):
+    checkpoints.save(GPT(TINY), folder / "run", {"command": "train"})
+    before = content(folder)
+    assert train("--out", "run") == 2 and content(folder) == before
+    assert train("--out", "run", "--overwrite") == 0
+    assert not (folder / "run" / "model.safetensors").exists() and newest("run").step == 4
+
+
+def test_what_is_printed_and_stored(folder, capsys):
+    (folder / "my.toml").write_text('lr = 1e-3\nsteps = 9\nschedule = "wsd"\nsave_every = 3\n')
+    assert train("--recipe", "my.toml", "--out", "run", "--warmup", "0.25") == 0
+    printed = capsys.readouterr().out
+    stored = recipe_files.read("run/recipe.toml").values
+    expected = {"lr": 1e-3, "steps": 4, "schedule": "wsd", "save_every": 3, "warmup": 0.25, "decay": 0.2}
+    expected |= {"text": str(folder / "text.txt"), "context": 16, "precision": "fp32", "device": "cpu"}
+    assert {name: stored[name] for name in expected} == expected
+    for name, value in stored.items():
+        assert f"{name} = {recipe_files.text({name: value}).partition(' = ')[2].strip()}" in printed, name
+    for words in ("nano: 828,160 parameters, fp32 on cpu; ", "memory: ", "modules replaced", "step 4/4: loss "):
+        assert words in printed, words
+    assert printed.endswith("is in run/checkpoints/step-00000004   (gptkern generate run)\n")
+    # What is stored is a recipe: the same run again.
+    assert cli.main(["train", "--recipe", "run/recipe.toml", "--out", "again"]) == 0
+    assert tensors_of(newest("again")) == tensors_of(newest("run"))
+
+
+# --- Going on ---------------------------------------------------------------------------------------------------------
+
+
+def test_resume_goes_on_and_says_what_it_does_not_take(folder, capsys, monkeypatch):
+    assert train("--out", "whole", "--steps", "6") == 0
+    with monkeypatch.context() as patch:
+        signalled_at(patch, 3, signal.SIGTERM)
+        assert train("--out", "run", steps=6) == 130
+    before = content(folder / "run")
+    capsys.readouterr()
+    for arguments, words in (
+        (["--lr", "0.5"], "--lr 0.5 contradicts the run's lr, 0.003: --resume goes on with what the run began with"),
+        (["--steps", "9"], "--steps 9 contradicts the run's steps, 6"),
+        (["--stock"], "--stock True contradicts the run's stock, False"),
+        (["--preset", "gpt2"], "--preset gpt2 contradicts the run's preset, nano"),
+        (["--from", "whole"], "contradicts the run's from, nothing"),
+        (["--overwrite"], "--overwrite has no effect on --resume"),
+        (["--data", "whole"], "--data "),
+        (["--text", "run/recipe.toml"], "the data, recipe.toml, are not what the run in run is trained on: text.txt"),
+    ):
+        assert resume("--out", "run", *arguments) == 2, arguments
+        printed = capsys.readouterr()
+        assert words in printed.err and printed.err.count("\n") == 1 and printed.out == "", arguments
+        assert content(folder / "run") == before
+    # The text may lie elsewhere; what changes nothing of the training may change.
+    os.rename("text.txt", "moved.txt")
+    assert resume("--out", "run") == 2 and "--text" in capsys.readouterr().err
+    assert resume("--out", "run", "--text", "moved.txt", "--keep", "9", "--lr", "0.003") == 0
+    assert tensors_of(newest("run")) == tensors_of(newest("whole"))
+    before = content(folder / "run")
+    capsys.readouterr()
+    assert resume("--out", "run") == 0 and content(folder / "run") == before
+    assert "6 updates are done: the checkpoint of step 6 is in run" in capsys.readouterr().out
+
+
+def test_resume_without_a_run(folder, capsys):
+    checkpoints.save(GPT(TINY), folder / "run", {"command": "train"})
+    for out in ("run", "none"):
+        assert resume("--out", out) == 2
+        words = f"--out {out} holds no run that --resume could go on with: it has no recipe.toml"
+        assert words in capsys.readouterr().err
+    assert not (folder / "none").exists()
+
+
+def test_a_recipe_that_somebody_has_changed(folder, capsys):
+    assert train("--out", "run") == 0
+    stored = Path("run/recipe.toml").read_text()
+    for changed, words in (
+        (stored.replace("lr = 0.003", "lr = nan"), "lr is nan"),
+        (stored + "spam = 1\n", "spam is no key of a recipe"),
+        ("", "recipe.toml has no steps; it needs to be as a run stored it"),
+        (stored.replace('preset = "nano"', 'preset = "gpt2"'), "is of a model of other sizes"),
+        ("steps = ", "it needs a TOML file"),
+    ):
+        Path("run/recipe.toml").write_text(changed)
+        assert resume("--out", "run") == 2
+        assert words in capsys.readouterr().err
+
+
+def test_another_number_of_threads_is_warned_of(folder, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        signalled_at(patch, 2, signal.SIGINT)
+        assert train("--out", "run") == 130
+    capsys.readouterr()
+    assert resume("--out", "run", "--threads", "2") == 0
+    assert "threads is 2 from here on, and was 1: the rest is not bit for bit" in capsys.readouterr().out
+    assert torch.get_num_threads() == 1
+
+
+# --- What ends a run --------------------------------------------------------------------------------------------------
+
+
+def test_a_training_that_diverges_says_where_it_left_off(folder, capsys):
+    assert train("--out", "new", "--lr", "1e30") == 1
+    line = capsys.readouterr().err
+    assert (
+        line == "gptkern train: the loss is nan at step 1: a lower learning rate may help; there is no checkpoint yet\n"
+    )
+    assert train("--out", "run") == 0
+    before = content(folder / "run")
+    assert train("--out", "run", "--overwrite", "--lr", "1e30") == 1
+    assert content(folder / "run") == before
+    assert "a lower learning rate may help; the run in run is as it was" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lr", ["2", "0.5"])
+def test_what_ends_far_above_the_untrained_model_replaces_nothing(folder, capsys, lr):
+    assert train("--out", "run") == 0
+    before = content(folder)
+    # Evaluated at its end alone and at every step.
+    for steps in (1, 8):
+        assert train("--out", "run", "--overwrite", "--lr", lr, steps=steps) == 1
+        printed = capsys.readouterr().err
+        assert re.search(r"the (validation )?loss is \d+\.\d{4} at step \d, and ", printed)
+        assert "the run in run is as it was" in printed
+        assert content(folder) == before
 
 
 @pytest.mark.parametrize("size", [0, 100_000])
-def test_a_full_disk_leaves_the_old_checkpoint_and_one_line(folder, capsys, size):
+def test_a_full_disk_leaves_the_run_that_is_there_and_one_line(folder, capsys, size):
     assert train("--out", "run") == 0
     before = content(folder)
     capsys.readouterr()
-    with full_disk(size):
+    with largest_file(size):
         assert train("--out", "run", "--overwrite", "--seed", "1") == 1
         assert train("--out", "new/below") == 1
-    assert content(folder) == before and not (folder / "new" / "below").exists()
-    first, second = capsys.readouterr().err.splitlines()
-    assert first == "gptkern train: run cannot be written: File too large; the checkpoint there is as it was"
-    assert second == "gptkern train: new/below cannot be written: File too large"
-
-
-def test_a_checkpoint_is_put_in_its_place_when_it_is_whole(folder, monkeypatch):
-    """Whatever ends the writing, the disk or a signal."""
-    checkpoints.save(GPT(TINY), folder / "run", {"step": 1})
-    before = content(folder)
-    for error in (KeyboardInterrupt, OSError(28, "No space left on device")):
-        monkeypatch.setattr(os, "fsync", lambda handle, error=error: (_ for _ in ()).throw(error))
-        with pytest.raises((KeyboardInterrupt, RunError)):
-            checkpoints.save(GPT(TINY), folder / "run", {"step": 2})
-        assert content(folder) == before and sorted(os.listdir("run")) == ["config.json", "model.safetensors"]
+    after = content(folder)
+    assert {name: after[name] for name in before} == before
+    assert all(name in before or (size and name.startswith("new/")) for name in after)
+    for line in capsys.readouterr().err.splitlines():
+        assert line.startswith("gptkern train: ") and "File too large" in line
+    assert (folder / "new" / "below").exists() == (size > 0)
 
 
 def test_a_disk_that_is_too_small_is_said_before(folder, capsys, monkeypatch):
     """The whole disk, through a size that none has."""
-    monkeypatch.setattr(training, "parameter_bytes", lambda config: 10**18)
+    monkeypatch.setattr(train_module, "CHECKPOINT_BYTES", 10**12)
     assert train("--out", "run") == 2
     printed = capsys.readouterr()
-    assert "--out run: it needs 1,000,000,000 GB on the disk and there are" in printed.err and "step" not in printed.out
+    assert "--out run: 4 checkpoints need " in printed.err and "on the disk and there are" in printed.err
+    assert printed.out == "" and not (folder / "run").exists()
 
 
-# --- A loss that is no number -----------------------------------------------------------------------------------------
+def test_a_damaged_part_of_the_data_is_named_and_nothing_is_trained_on_it(folder, capsys):
+    """The first frame is read when the run begins; the last one's bytes are others than were written."""
+    texts(folder)
+    prepare(["texts"], folder / "data", held_out=0.2, frame_tokens=1024)
+    assert train_on_data("--out", "whole") == 0
+    shard = next((folder / "data").glob("train-*.zst"))
+    whole = shard.read_bytes()
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 1
+    shard.write_bytes(damaged)
+    assert train_on_data("--out", "run") == 1
+    line = capsys.readouterr().err
+    assert re.fullmatch(r"gptkern train: .*train-00000\.zst: frame \d+ .*damaged.*\n", line), line
+    shard.write_bytes(whole)
+    assert resume("--out", "run") == 0
+    assert tensors_of(newest("run")) == tensors_of(newest("whole"))
 
 
-def test_a_training_that_diverges_writes_nothing_that_is_of_no_use(folder, capsys):
-    assert train("--out", "new", "--lr", "1e30") == 1
-    assert not (folder / "new").exists()
-    assert (
-        "gptkern train: the loss is nan at step 1: a lower --lr may help; nothing was written"
-        in capsys.readouterr().err
-    )
-    assert train("--out", "run") == 0
-    before = content(folder)
-    assert train("--out", "run", "--overwrite", "--lr", "1e30") == 1
-    assert content(folder) == before
-    assert "the checkpoint in run is as it was" in capsys.readouterr().err
+def texts(folder: Path) -> None:
+    (folder / "texts").mkdir()
+    for number in range(30):
+        (folder / "texts" / f"{number}.txt").write_text(f"the {number} lions and the {number * number} mice\n" * 20)
 
 
-def poisoned_at(monkeypatch, step: int, value: float = torch.nan) -> None:
-    """A parameter is no finite number after this many updates, in trainers to come."""
-    update = training.Trainer._update
-
-    def poisoned(self, index):
-        loss = update(self, index)
-        if index + 1 == step:
-            self.model.final_norm.weight.data[0] = value
-        return loss
-
-    monkeypatch.setattr(training.Trainer, "_update", poisoned)
+def train_on_data(*arguments: str) -> int:
+    sizes = ["--steps", "20", "--context", "16", "--batch", "4", "--device", "cpu", "--tensorboard", "off"]
+    return cli.main(["train", "--data", "data", *sizes, *arguments])
 
 
-@pytest.mark.parametrize("step, value", [(7, torch.nan), (8, torch.inf)])
-def test_the_best_until_then_is_kept(folder, capsys, monkeypatch, step, value):
-    # Evaluated every step but the last, of 8; at its end the whole held-out text is.
-    poisoned_at(monkeypatch, step, value)
-    assert train("--out", "run", "--lr", "1e-3", steps=8) == 1
-    assert f"at step {step}: a lower --lr may help; the checkpoint in run is that of step {step - 1}" in (
-        capsys.readouterr().err
-    )
-    config = json.loads((folder / "run" / "config.json").read_text())["training"]
-    assert config["step"] == step - 1 == config["validation_losses"][-1][0]
-    kept = checkpoints.load(folder / "run", torch.device("cpu"))
-    assert all(parameter.isfinite().all() for parameter in kept.parameters())
-    monkeypatch.undo()
-    monkeypatch.chdir(folder)
-    trainer = a_trainer(folder, steps=8)
-    trainer.run(step - 1)
-    for (name, parameter), other in zip(kept.named_parameters(), trainer.model.parameters()):
-        assert torch.equal(parameter, other), name
+# --- Signals ----------------------------------------------------------------------------------------------------------
 
 
-def a_trainer(folder, steps: int) -> training.Trainer:
-    recipe = training.Recipe(steps=steps, batch=2, length=16, lr=1e-3)
-    config = GPTConfig.preset("nano", vocab_size=256, context=16)
-    data = training.text.load(str(folder / "text.txt"), shortest=17)
-    return training.Trainer(training.new_model(config, recipe), data, recipe)
+def signalled_at(monkeypatch, step: int, *numbers: int) -> None:
+    """Signals come in the forward of this update."""
+    objective = Trainer._backward
 
-
-def test_an_update_that_ends_in_nan_is_seen_though_every_loss_was_finite(folder, monkeypatch):
-    trainer = a_trainer(folder, steps=3)
-    poisoned_at(monkeypatch, 3)
-    trainer.run(3)
-    assert not trainer.finite()
-    with pytest.raises(training.Diverged, match="the loss is nan at step 3"):
-        trainer.validate()
-
-
-def test_the_first_loss_that_is_none_is_named(folder, monkeypatch):
-    trainer = a_trainer(folder, steps=5)
-    poisoned_at(monkeypatch, 2)
-    with pytest.raises(training.Diverged, match="the loss is nan at step 3"):
-        trainer.run(5)
-    assert trainer.step == 5
-
-
-def test_back_to_the_best_is_the_best_and_not_the_last(folder):
-    trainer = a_trainer(folder, steps=9)
-    trainer.validations = [(0, 2.0)]
-    trainer.note_best()
-    expected = [parameter.clone() for parameter in trainer.model.parameters()]
-    trainer.run(2)
-    trainer.validations.append((2, 3.0))
-    trainer.note_best()
-    assert trainer.back_to_best() and trainer.step == 0 and trainer.validations == [(0, 2.0)]
-    assert all(map(torch.equal, trainer.model.parameters(), expected))
-
-
-def test_what_was_learnt_is_kept_when_the_terminal_goes_away(folder, monkeypatch):
-    def gone(self):
-        if self.trainers[0][1].step >= 2:
-            raise BrokenPipeError
-        self._line()
-
-    monkeypatch.setattr(display.TrainingDisplay, "update", gone)
-    monkeypatch.setattr(display.TrainingDisplay, "__exit__", lambda self, *exception: None)
-    assert train("--out", "run") == 1
-    assert json.loads((folder / "run" / "config.json").read_text())["training"]["step"] == 2
-
-
-@pytest.mark.parametrize("after", [0, 2])
-def test_ctrl_c_keeps_what_was_learnt_if_anything_was(folder, monkeypatch, capsys, after):
-    run = training.Trainer.run
-
-    def interrupted(self, steps):
-        if self.step >= after:
-            raise KeyboardInterrupt
-        run(self, steps)
-
-    monkeypatch.setattr(training.Trainer, "run", interrupted)
-    assert train("--out", "run") == 130
-    assert f"interrupted at step {after} of 4" in capsys.readouterr().out
-    assert (folder / "run").exists() == (after > 0)
-
-
-def signalled_at(monkeypatch, step: int, number: int, within: str) -> None:
-    """A signal comes in the forward of this update, or while the optimizer is at its second half."""
-    if within == "forward":
-        batches = training.text.Batches.next
-
-        def next_batch(self):
-            self.taken = getattr(self, "taken", 0) + 1
-            if self.taken == step:
+    def backward(self, batch):
+        if self.step + 1 == step:
+            for number in numbers:
                 signal.raise_signal(number)
-            return batches(self)
+        return objective(self, batch)
 
-        monkeypatch.setattr(training.text.Batches, "next", next_batch)
-    else:
-        make = training.optimizer_of
-
-        def optimizer_of(*arguments):
-            optimizer, taken = make(*arguments), []
-
-            def signal_first(*_):
-                taken.append(1)
-                if len(taken) == step:
-                    signal.raise_signal(number)
-
-            optimizer.register_step_pre_hook(signal_first)
-            return optimizer
-
-        monkeypatch.setattr(training, "optimizer_of", optimizer_of)
+    monkeypatch.setattr(Trainer, "_backward", backward)
 
 
 @contextlib.contextmanager
@@ -239,110 +273,126 @@ def not_under_nohup():
 
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
-@pytest.mark.parametrize("within, done", [("forward", 2), ("optimizer", 3)])
-def test_a_signal_keeps_every_update_that_was_done(folder, monkeypatch, capsys, number, within, done):
+def test_a_signal_keeps_every_update_that_was_done(folder, monkeypatch, capsys, number):
+    """The update that is under way included."""
     if not hasattr(signal, number):
         pytest.skip(f"{number} is none of this system's signals")
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
-    signalled_at(monkeypatch, 3, getattr(signal, number), within)
+    signalled_at(monkeypatch, 3, getattr(signal, number))
     with not_under_nohup():
         assert train("--out", "run", "--lr", "1e-3", steps=40) == 130
-    assert f"interrupted at step {done} of 40" in capsys.readouterr().out
-    assert json.loads((folder / "run" / "config.json").read_text())["training"]["step"] == done
+    where = "the checkpoint of step 3 is in run/checkpoints/step-00000003   (gptkern train --resume --out run)"
+    assert f"interrupted at step 3 of 40: {where}\n" in capsys.readouterr().out
+    assert newest("run").step == 3
     assert before == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_the_second_signal_ends_it_at_once(folder, monkeypatch, capsys):
+    signalled_at(monkeypatch, 3, signal.SIGINT, signal.SIGINT)
+    assert train("--out", "run", "--save-every", "2", steps=40) == 130
+    assert newest("run").step == 2 and capsys.readouterr().err == "gptkern train: interrupted\n"
     monkeypatch.undo()
     monkeypatch.chdir(folder)
-    trainer = a_trainer(folder, steps=40)
-    trainer.run(done)
-    kept = checkpoints.load(folder / "run", torch.device("cpu"))
-    assert all(map(torch.equal, kept.parameters(), trainer.model.parameters()))
+    assert resume("--out", "run", "--save-every", "40") == 0
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no SIGHUP")
 def test_under_nohup_a_training_goes_on(folder, monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        signalled_at(monkeypatch, 2, signal.SIGHUP, "forward")
+        signalled_at(monkeypatch, 2, signal.SIGHUP)
         assert train("--out", "run") == 0
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
-def an_interrupted_training(monkeypatch, *arguments: str) -> int:
-    with monkeypatch.context() as patch:
-        signalled_at(patch, 3, signal.SIGINT, "forward")
-        return train(*arguments, steps=40)
-
-
-def test_an_interrupted_training_is_put_beside_a_finished_one(folder, monkeypatch, capsys):
+def test_interrupted_before_its_first_checkpoint_it_replaces_nothing(folder, monkeypatch, capsys):
     assert train("--out", "run") == 0
     before = content(folder)
-    (folder / "run-1").write_text("mine")
-    for step in ("run-2", "run-3"):
-        assert an_interrupted_training(monkeypatch, "--out", "run", "--overwrite") == 130
-        said = f"interrupted at step 2 of 40: the checkpoint of step 2 is in {step}; the one in run is as it was"
-        assert said in capsys.readouterr().out
-        assert json.loads((folder / step / "config.json").read_text())["training"]["step"] == 2
-    after = content(folder)
-    assert {name: after[name] for name in before} == before and after["run-1"] == b"mine"
-    monkeypatch.chdir(folder / "run")
-    (folder / "run" / "text.txt").write_bytes(before["text.txt"])
-    assert an_interrupted_training(monkeypatch, "--out", ".", "--overwrite") == 130
-    assert (folder / "run-4" / "model.safetensors").exists()
-
-
-@pytest.mark.parametrize("there", [False, True])
-def test_two_trainings_of_one_folder_both_have_a_checkpoint(folder, monkeypatch, capsys, there):
-    """The second begins and ends while the first is on its way."""
-    run, started = training.Trainer.run, []
-
-    def overtaken(self, steps):
-        run(self, steps)
-        if not started:
-            started.append(1)
-            assert train("--out", "run", "--seed", "1", *["--overwrite"] * there) == 0
-            started.append(content(folder / "run"))
-
-    if there:
-        assert train("--out", "run") == 0
-    monkeypatch.setattr(training.Trainer, "run", overtaken)
-    assert train("--out", "run", *["--overwrite"] * there) == 1
-    said = (
-        "another program has written the checkpoint in run meanwhile: the checkpoint of step 4 is in run-1; the one in"
-    )
-    assert said in capsys.readouterr().err
-    assert content(folder / "run") == started[1]
-    assert json.loads((folder / "run-1" / "config.json").read_text())["training"]["recipe"]["seed"] == 0
-
-
-@pytest.mark.parametrize("lr", ["2", "0.5", "1"])
-def test_what_ends_far_above_the_untrained_model_replaces_nothing(folder, capsys, lr):
-    # Evaluated at its end alone and every step, where the best on the way is none either.
-    for steps in (1, 8):
-        assert train("--out", "new", "--lr", lr, steps=steps) == 1
-        printed = capsys.readouterr().err
-        assert "the validation loss is" in printed and "before the first: a lower --lr may help; " in printed
-        assert "nothing was written" in printed and not (folder / "new").exists()
-    assert train("--out", "run") == 0
-    before = content(folder)
-    assert train("--out", "run", "--overwrite", "--lr", lr) == 1
+    signalled_at(monkeypatch, 2, signal.SIGINT)
+    assert train("--out", "run", "--overwrite", steps=40) == 130
+    assert "interrupted at step 2 of 40: run is as it was\n" in capsys.readouterr().out
     assert content(folder) == before
-    assert "the checkpoint in run is as it was" in capsys.readouterr().err
 
 
-def test_the_best_is_kept_where_the_end_is_far_above_the_untrained_model(folder, capsys, monkeypatch):
-    poisoned_at(monkeypatch, 8, 1e3)
-    assert train("--out", "run", "--lr", "1e-3", steps=8) == 1
-    assert "a lower --lr may help; the checkpoint in run is that of step 7" in capsys.readouterr().err
-    assert json.loads((folder / "run" / "config.json").read_text())["training"]["step"] == 7
+def test_what_was_learnt_is_kept_when_the_terminal_goes_away(folder, monkeypatch):
+    from gptkern.commands import display
+
+    def gone(self, now):
+        if now.step >= 2:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(display.RunDisplay, "update", gone)
+    assert train("--out", "run", "--save-every", "4") == 1
+    assert newest("run").step == 2
 
 
-def test_the_untrained_model_is_the_one_before_the_first_step(folder):
-    trainer = a_trainer(folder, steps=2)
-    expected = trainer.validate(), trainer.validate(3)
-    trainer.run(2)
-    assert (trainer.untrained(), trainer.untrained(3)) == expected
+@pytest.mark.deep
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_process_that_is_told_to_end_ends_with_a_checkpoint(folder, number):
+    command = [sys.executable, "-m", "gptkern", "train", "--text", "text.txt", "--out", "run", "--steps", "100000"]
+    process = subprocess.Popen([*command, "--context", "16"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not Path("run/metrics.jsonl").exists() or Path("run/metrics.jsonl").stat().st_size < 1000:
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and err == ""
+    assert f"interrupted at step {newest('run').step} of 100000" in out
+
+
+# --- Models and data from elsewhere -----------------------------------------------------------------------------------
+
+
+def test_a_training_on_a_folder_of_tokens(folder, capsys):
+    texts(folder)
+    prepare(["texts"], folder / "data", tokenizer="bpe:300", held_out=0.2)
+    assert train_on_data("--out", "run") == 0
+    assert Path("run/tokenizer.json").read_bytes() == Path("data/tokenizer.json").read_bytes()
+    about = newest("run").about
+    assert about["config"]["vocab_size"] == 300 and about["tokenizer"]["kind"] == "file"
+    assert "nats per token" in capsys.readouterr().out
+    assert cli.main(["generate", "run", "--prompt", "the", "--tokens", "3", "--device", "cpu"]) == 0
+    # The shuffled rows come from the store alone: the same updates, however the folder is called.
+    os.rename("data", "moved")
+    assert resume("--out", "run") == 2 and "--data" in capsys.readouterr().err
+
+
+def test_a_model_to_start_from(folder, capsys):
+    """Of a run and of transformers; the first loss is that of the model and not of a new one."""
+    assert train("--out", "first", "--lr", "1e-3", steps=20) == 0
+    validation = [json.loads(line) for line in Path("first/metrics.jsonl").read_text().splitlines()][-1]
+    arguments = ["--steps", "2", "--batch", "2", "--device", "cpu", "--tensorboard", "off", "--text", "text.txt"]
+    assert cli.main(["train", "--from", "first", "--out", "second", *arguments]) == 0
+    first = json.loads(Path("second/metrics.jsonl").read_text().splitlines()[0])
+    assert first["untrained_validation_loss"] == pytest.approx(validation["validation_loss"], abs=1e-3)
+    assert recipe_files.read("second/recipe.toml").values["context"] == 16
+    assert "preset" not in recipe_files.read("second/recipe.toml").values
+    capsys.readouterr()
+    for more, words in (
+        (["--preset", "nano"], "--preset and --from: the sizes of the model are those of the folder"),
+        (["--context", "17"], "--from first has a context of 16; rows of 17 tokens do not fit into it"),
+        (["--from", "none"], "--from none"),
+        (["--from", "text.txt"], "--from text.txt"),
+    ):
+        assert cli.main(["train", "--from", "first", "--out", "third", *arguments, *more]) == 2
+        printed = capsys.readouterr()
+        assert words in printed.err and printed.err.count("\n") == 1 and printed.out == ""
+        assert not (folder / "third").exists()
+
+
+def test_a_tokenizer_that_does_not_fit_the_model(folder, capsys):
+    save_run(folder / "bpe", model())
+    assert train("--out", "run") == 0
+    texts(folder)
+    prepare(["texts"], folder / "data", tokenizer="bpe:280", held_out=0.2)
+    capsys.readouterr()
+    arguments = ["--steps", "2", "--batch", "2", "--device", "cpu", "--out", "new"]
+    for source in (["--from", "bpe", "--text", "text.txt"], ["--from", "run", "--data", "data"]):
+        assert cli.main(["train", *arguments, *source]) == 2
+        printed = capsys.readouterr().err
+        assert "it needs data of its own tokenizer" in printed and printed.count("\n") == 1
+        assert not (folder / "new").exists()
 
 
 # --- The demo ---------------------------------------------------------------------------------------------------------
@@ -369,7 +419,7 @@ def test_an_interrupted_demo_leaves_the_report_of_a_finished_one(folder, capsys,
     (folder / "out" / "report.html").write_text("finished")
     (folder / "out" / "results.json").write_text('{"interrupted": ""}')
     before = content(folder)
-    monkeypatch.setattr(training.Trainer, "run", interrupted)
+    monkeypatch.setattr(Trainer, "run", interrupted)
     assert demo("--out", "out") == 130 and content(folder) == before
     assert "out/report.html is that of an earlier run, which was finished" in capsys.readouterr().out
     (folder / "out" / "results.json").write_text('{"interrupted": "during: start"}')
@@ -389,6 +439,13 @@ def test_a_demo_replaces_no_checkpoint_but_its_own(folder, capsys, of):
     assert demo("--out", "out") == 2
     assert "--out out: out/checkpoint holds a checkpoint of no demo: give another --out" in capsys.readouterr().err
     assert content(folder) == before
+
+
+def test_a_demo_does_not_write_into_a_run(folder, capsys):
+    assert train("--out", "out") == 0
+    before = content(folder)
+    assert demo("--out", "out") == 2 and content(folder) == before
+    assert "--out out holds a run of `gptkern train`: give another --out" in capsys.readouterr().err
 
 
 def test_a_demo_replaces_that_of_a_demo(folder):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -315,9 +316,9 @@ def poisoned(monkeypatch, step: int, value: float) -> None:
         (7, math.nan, "the loss is nan at step 8", 6),
         (8, math.nan, "the loss is nan at step 8", 6),
         (10, math.inf, "the loss is nan at step 11", 9),
-        # Finite, and far above.
-        (7, 1e4, r"the loss is \d+\.\d+ at step 8, and the median of the 7 before it 5\.\d+", 6),
-        (8, 1e4, r"the validation loss is \d+\.\d+ at step 8, and the lowest before it [45]\.\d+", 6),
+        # Finite, and far above: losses and evaluations on the way only put the checkpoint off.
+        (5, 1e4, r"the validation loss is \d+\.\d+ at step 12, and that before the first 5\.\d+", 3),
+        (8, 1e4, r"the validation loss is \d+\.\d+ at step 12, and that before the first 5\.\d+", 6),
     ],
 )
 def test_a_loss_that_is_of_no_use_ends_it_and_saves_nothing(tmp_path, monkeypatch, step, value, words, kept):
@@ -337,23 +338,42 @@ def test_a_loss_that_is_of_no_use_ends_it_and_saves_nothing(tmp_path, monkeypatc
     assert run(folder, resume=True).finished
 
 
-def test_a_spike_may_be_allowed(tmp_path, monkeypatch):
-    poisoned(monkeypatch, 5, 300.0)
-    with pytest.raises(Diverged, match="at step 6"):
-        run(tmp_path / "run")
-    with pytest.raises(Diverged, match=r"the validation loss is .* at step 12, and that before the first "):
-        run(tmp_path / "other", keeping={"spike": 0.0})
-    assert len(lines_of(tmp_path / "other")) == 12
-    assert Checkpoints(tmp_path / "other" / "checkpoints").newest()[0].step == 9
-
-
-def test_the_median_of_a_resumed_run_is_the_run_s(tmp_path, monkeypatch):
-    """The losses before the checkpoint count: an update after it that is far above them is a spike."""
-    folder = tmp_path / "run"
-    run(folder, **stopping_at(6))
+def test_a_spike_that_lasts_ends_it(tmp_path, monkeypatch):
     poisoned(monkeypatch, 7, 1e4)
-    with pytest.raises(Diverged, match="at step 8, and the median of the 7 before it"):
-        run(folder, resume=True)
+    longer = {"steps": 40}
+    words = r"the loss is \d+\.\d+ at step 17, and after 10 updates far above the median before them, 5\.\d+: "
+    with pytest.raises(Diverged, match=f"{words}a lower learning rate may help; the checkpoint of step 6 is "):
+        run(tmp_path / "run", recipe=longer)
+    assert len(lines_of(tmp_path / "run")) == 17
+    # Where it is allowed the end is what counts, and what was saved meanwhile is there.
+    with pytest.raises(Diverged, match=r"the validation loss is .* at step 40, and that before the first "):
+        run(tmp_path / "other", recipe=longer, keeping={"spike": 0.0})
+    assert len(lines_of(tmp_path / "other")) == 40
+    assert Checkpoints(tmp_path / "other" / "checkpoints").newest()[0].step == 39
+
+
+def test_a_spike_that_goes_by_puts_the_checkpoint_off(tmp_path, monkeypatch):
+    """In the sixth update, after which a checkpoint is due; bad weights are gone again after the eighth."""
+    update, seen = Trainer.update, []
+
+    def update_and_poison(self):
+        update(self)
+        if self.step in (5, 8):
+            with torch.no_grad():
+                self.model.final_norm.weight.fill_(1e4 if self.step == 5 else 1.0)
+
+    monkeypatch.setattr(Trainer, "update", update_and_poison)
+    assert run(tmp_path / "run", watch=lambda now: seen.append(now.saved)).finished
+    assert seen == [None] * 3 + [3] * 6 + [9] * 3 + [12]
+
+
+def test_the_losses_before_a_checkpoint_count_for_a_resumed_run(tmp_path, monkeypatch):
+    folder, longer = tmp_path / "run", {"steps": 40}
+    poisoned(monkeypatch, 7, 1e4)
+    # Interrupted within the spike: what was done is saved all the same, and the count goes on.
+    run(folder, recipe=longer, **stopping_at(12))
+    with pytest.raises(Diverged, match=r"at step 17, and after 10 updates far above the median"):
+        run(folder, recipe=longer, resume=True)
 
 
 class Damaged(ArrayTokens):
@@ -426,7 +446,7 @@ def test_a_full_disk_is_said_and_what_is_there_is_whole(tmp_path, size):
     if size <= 300:
         assert not folder.exists()
     else:
-        assert ("there is no checkpoint yet" in str(error.value)) == (newest is None)
+        assert newest is None and re.search("there is no (older checkpoint|checkpoint yet)$", str(error.value))
         assert run(folder, keeping={"save_every": 1}, resume=True).finished
 
 

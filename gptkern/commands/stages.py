@@ -36,6 +36,7 @@ from gptkern.training.devices import resolve_device
 from gptkern.training.loop import Diverged, Trainer, new_model, validation_loss
 from gptkern.training.precision import autocast
 from gptkern.training.recipe import Recipe
+from gptkern.training.run_folder import RunFolder
 
 PROMPTS = ("The ", "If the object ")
 TEMPERATURE = 0.7
@@ -168,9 +169,10 @@ class Demo:
 
     def _check_checkpoint(self) -> None:
         """Raises UserError where a checkpoint is in the way that no demo wrote, or that cannot be replaced."""
-        folder = self.out / "checkpoint"
-        if checkpoints.held(folder) and not _is_of_a_demo(folder):
-            out = shown(str(self.out))
+        folder, out = self.out / "checkpoint", shown(str(self.out))
+        if RunFolder(self.out).recipe.exists():
+            raise UserError(f"--out {out} holds a run of `gptkern train`: give another --out")
+        if RunFolder(folder).held() and not _is_of_a_demo(folder):
             raise UserError(f"--out {out}: {shown(str(folder))} holds a checkpoint of no demo: give another --out")
         checkpoints.check_writable("--out", folder)
 

@@ -91,12 +91,12 @@ def train(
             # Another program may have been here before the lock was this one's.
             recipe = _checked(folder, recipe, resume, overwrite)
             start = _start(folder, checkpoints, store, say) if resume else None
+            config, made = _model(folder, config, model, start)
             stored = _stored(keys or {}, recipe, keeping)
             if start is not None and (outcome := _finished(folder, start, recipe)) is not None:
                 if not _is_reported(folder, start):
-                    report(folder, store, _config_of(start), stored, finished(recipe.steps))
+                    report(folder, store, config, stored, finished(recipe.steps))
                 return outcome
-            config, made = _model(folder, config, model, start)
             _check_rows(store, recipe)
             preset = stored.get("preset")
             need = memory.check(config, recipe, name=preset and f"--preset {preset}", swapped=swap)

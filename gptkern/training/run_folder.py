@@ -62,7 +62,11 @@ class RunFolder:
         """What the run that is there began with. Raises UserError where no run is there."""
         if not self.recipe.is_file():
             raise UserError(f"{self.option} {self} holds no run that --resume could go on with: it has no {RECIPE}")
-        return recipe_files.read(self.recipe, self.option)
+        stored = recipe_files.read(self.recipe, self.option)
+        for name in ("steps", "context", "seed"):
+            if name not in stored.values:
+                raise UserError(f"{self.option} {self}: {RECIPE} has no {name}; it needs to be as a run stored it")
+        return stored
 
     def check_free(self, overwrite: bool) -> None:
         """Before a new run. Raises UserError where something is there that it may not replace."""

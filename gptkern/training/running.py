@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gptkern.formatting import shown
 from gptkern.models.gpt import GPTConfig
 from gptkern.training import memory, metrics, recipe_files, reporting, speed
 from gptkern.training.checkpoints import Checkpoint, Checkpoints
@@ -38,8 +37,9 @@ UPDATES_ON_GPU = 10
 FINAL_ROWS = 4096
 # Nats. A few updates of a warm-up may end a little above the untrained model; what diverged is far above.
 WORSE_THAN_UNTRAINED = 0.5
-# Updates of whose losses the median is what a spike rises above.
-SPIKE_UPDATES = 100
+# Updates of whose losses the median is what a spike rises above, and those that it lasts before it ends a run: what a
+# large step did to a small model may be over in less.
+SPIKE_UPDATES, SPIKE_LASTS = 100, 10
 # The shown training loss is the mean over this many last updates.
 SHOWN_UPDATES = 20
 SECONDS_BETWEEN_REPORTS = 60.0
@@ -52,7 +52,8 @@ class Keeping:
     Args:
         save_every, evaluate_every: updates; None for a tenth of the steps.
         keep: newest checkpoints that stay. evaluate_rows: rows of the held-out part for an evaluation on the way.
-        spike: nats by which a loss may be above the median of the last 100 before the run ends; 0 for no limit.
+        spike: nats by which a loss may be above the median of the last 100. Above it nothing is saved, and after 10
+            such updates in a row the run ends; 0 for no limit.
         tensorboard: "on", "off", or "auto": where it is installed.
     """
 
@@ -121,6 +122,9 @@ class Run:
         self.validation: float | None = None
         self.untrained: float | None = None
         self.lowest = math.inf  # of the evaluations
+        self.spiking = 0  # updates in a row
+        self.doubtful = False  # the evaluation of this update
+        self.due = False  # a checkpoint that waits for better losses
         self.saved: int | None = None
         self.last: dict[str, Any] = {}  # the last line
         self.waiting: list[dict[str, Any]] = []  # lines of updates that are done, not written yet
@@ -197,7 +201,7 @@ class Run:
             self.say(f"{self.folder.metrics} does not reach the checkpoint's step, {step}: what it lacks stays away")
         for line in lines:
             if line.get("loss") is not None and not line.get("skipped"):
-                self.losses.append(line["loss"])
+                self._compare(line["loss"])
             self._know(line)
         if lines and lines[-1]["step"] == step and self._is_evaluated(step) and "validation_loss" not in lines[-1]:
             # It was ended between the update and its evaluation.
@@ -221,7 +225,8 @@ class Run:
             self._advance()
             if trainer.step == steps:
                 self._check_against_untrained()
-            if trainer.step % self.save_every == 0 or trainer.step == steps:
+            self.due |= trainer.step % self.save_every == 0
+            if trainer.step == steps or (self.due and not self.spiking and not self.doubtful):
                 self._save(wait=trainer.step == steps)
             self._watch()
         if trainer.step < steps:
@@ -234,6 +239,7 @@ class Run:
 
     def _advance(self) -> None:
         """Updates up to the next look, and their lines."""
+        self.doubtful = False
         trainer, step = self.trainer, self.trainer.step
         ends = [step + self.at_once, self.recipe.steps]
         ends += [step - step % every + every for every in (self.save_every, self.evaluate_every)]
@@ -265,20 +271,24 @@ class Run:
             self.waiting.append(line)
             try:
                 check_finite(record)
-                self._check_spike(record)
+                median = None if record.skipped else self._compare(record.loss)
+                if self.spiking >= SPIKE_LASTS and median is not None:
+                    before = f"after {self.spiking} updates far above the median before them,"
+                    raise _above(record.step, "loss", record.loss, before, median)
             except Diverged:
                 self._write_lines()
                 raise
-            if not record.skipped:
-                self.losses.append(record.loss)
         self.noted = self.trainer.step
 
-    def _check_spike(self, record: Record) -> None:
-        if not self.keeping.spike or record.skipped or not self.losses:
-            return
-        median = statistics.median(self.losses)
-        if record.loss > median + self.keeping.spike:
-            raise _spiked(record.step, "loss", record.loss, f"the median of the {len(self.losses)} before it", median)
+    def _compare(self, loss: float) -> float | None:
+        """Count what is far above the losses before it, which are none of its kind; their median where it is."""
+        median = statistics.median(self.losses) if self.losses and self.keeping.spike else math.inf
+        if loss <= median + self.keeping.spike:
+            self.losses.append(loss)
+            self.spiking = 0
+            return None
+        self.spiking += 1
+        return median
 
     def _is_evaluated(self, step: int) -> bool:
         return step % self.evaluate_every == 0 or step == self.recipe.steps
@@ -292,16 +302,15 @@ class Run:
             self._write_lines()
             raise
         lowest = self.lowest if self.untrained is None else min(self.lowest, self.untrained)
-        if self.keeping.spike and loss > lowest + self.keeping.spike:
-            self._write_lines({"validation_loss": loss})
-            raise _spiked(self.trainer.step, "validation loss", loss, "the lowest before it", lowest)
+        self.doubtful = 0 < self.keeping.spike < loss - lowest
         return {"validation_loss": loss}
 
     def _check_against_untrained(self) -> None:
-        if self.untrained is not None and self.validation > self.untrained + WORSE_THAN_UNTRAINED:
-            raise _spiked(
-                self.recipe.steps, "validation loss", self.validation, "that before the first", self.untrained
-            )
+        """Whether the end is of use: no far worse than the beginning, or better than guessing among all tokens."""
+        if self.validation > math.log(self.trainer.model.config.vocab_size):
+            before = "that before the first"
+            if self.untrained is not None and self.validation > self.untrained + WORSE_THAN_UNTRAINED:
+                raise _above(self.recipe.steps, "validation loss", self.validation, before, self.untrained)
 
     def _write_lines(self, last: Mapping[str, float] | None = None) -> None:
         """Append what waits; `last` goes into the last line."""
@@ -342,7 +351,7 @@ class Run:
             "validation_loss": self.validation,
         }
         self.checkpoints.save(trainer.step, tensors, about, wait=wait or self.replacing)
-        self.saved = trainer.step
+        self.saved, self.due = trainer.step, False
         if self.replacing:
             self.replacing = False
             self.folder.forget()
@@ -380,10 +389,12 @@ class Run:
             self._give_up()
             return f"{message}; the run in {self.folder} is as it was"
         newest = self._newest()
-        if newest is None:
+        if message.endswith(("there is no older checkpoint", "is whole")):
+            pass  # a save that failed has said so
+        elif newest is None:
             message += "; there is no checkpoint yet"
         else:
-            message += f"; the checkpoint of step {Checkpoint(newest).step} is {shown(str(newest))}"
+            message += f"; the checkpoint of step {Checkpoint(newest).step} is {newest}"
         with contextlib.suppress(Exception):
             self._report(f"Ended: {message}.", "bad")
         return message
@@ -426,7 +437,7 @@ def finished(steps: int) -> str:
     return f"Finished: {steps:,} updates."
 
 
-def _spiked(step: int, what: str, loss: float, than: str, other: float) -> Diverged:
+def _above(step: int, what: str, loss: float, than: str, other: float) -> Diverged:
     error = Diverged(step, loss)
     error.args = (f"the {what} is {loss:.4f} at step {step}, and {than} {other:.4f}",)
     return error
