@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import sys
 import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import gptkern
 from gptkern.backends import dispatch
 from gptkern.swapping.rerouting import CannotReroute, Rerouted
 from gptkern.swapping.twins import find
-from gptkern.swapping.writers import written
 
 HEAD = """
 import functools, sys, torch
@@ -141,53 +142,54 @@ def test_a_global_that_is_written_while_the_forward_runs(writer, module_of, monk
     for x, result in zip(inputs, expected):
         torch.testing.assert_close(model(x), result)
     assert len(count) == len(inputs)
-    with pytest.raises(CannotReroute, match=r"STATE|any global"):
-        Rerouted(module.Net, find)
+    assert type(model).forward.__wrapped__.__globals__ is vars(module)
 
 
-BYSTANDERS = {
-    "another global is written": """
-def build():
-    global OTHER
-    OTHER = 1
-""",
-    "globals are read": """
-def build():
-    return globals()["STATE"]
-""",
-    "another object's attribute of that name": """
+def test_functions_made_anew_have_their_own_globals(module_of):
+    module = module_of("def helper(x):\n    return F.softmax(x, -1)\n" + FORWARD.format(call="x = helper(x)"))
+    forward = Rerouted(module.Net, find).methods["forward"]
+    cells = inspect.getclosurevars(forward).nonlocals
+    assert forward.__globals__ is cells["helper, rerouted"].__globals__ is vars(module)
+    assert set(cells) == {f"{name}, {what}" for name in ("helper", "F.softmax") for what in ("known", "rerouted")}
+
+
+def test_a_function_that_takes_a_replaced_ones_place_while_the_forward_runs(module_of):
+    module = module_of("""
+ACTIVATION = F.softmax
+
 class Clock:
     def tick(self):
-        self.STATE = 1
-""",
-}
+        global ACTIVATION
+        ACTIVATION = F.log_softmax if ACTIVATION is F.softmax else F.softmax
+
+clock = Clock()
+
+class Net(torch.nn.Module):
+    def forward(self, x):
+        first = ACTIVATION(x, dim=-1)
+        clock.tick()
+        return first, ACTIVATION(x, dim=-1)
+""")
+    x = torch.rand(2, 3)
+    both = F.softmax(x, -1), F.log_softmax(x, -1)
+    model = module.Net()
+    gptkern.swap(model)
+    torch.testing.assert_close(model(x), both)
+    torch.testing.assert_close(model(x), both[::-1])
 
 
-@pytest.mark.parametrize("bystander", BYSTANDERS)
-def test_what_writes_none_of_the_globals_that_are_read_changes_nothing(bystander, module_of):
-    module = module_of(BYSTANDERS[bystander] + FORWARD.format(call="pass"))
-    assert set(Rerouted(module.Net, find).methods) == {"forward"}
-
-
-def test_a_global_that_is_deleted_is_written(module_of):
-    module = module_of("def build():\n    global STATE\n    del STATE\n")
-    assert written(vars(module)) == {"STATE": "build"}
-
-
-class RefusesToBeRead:
-    @property
-    def __class__(self):
-        raise RuntimeError("not bound")
-
-    @property
-    def __dict__(self):
-        raise RuntimeError("not bound")
-
-
-def test_an_object_in_the_globals_that_refuses_to_be_read(module_of):
-    module = module_of(FORWARD.format(call="pass"))
-    module.proxy = RefusesToBeRead()
-    assert written(vars(module)) == {}
+@pytest.mark.parametrize("text", ["eval('F.softmax(x, -1)')", "[*locals()] and F.softmax(x, -1)"])
+def test_code_that_runs_text_or_asks_for_its_variables(text, module_of, monkeypatch):
+    """Its own code, and a mode that sees each call, those in the text too."""
+    module = module_of(FORWARD.format(call=f"STATE = {text}").replace("x * STATE", "x"))
+    with pytest.raises(CannotReroute, match=r"uses (eval|locals)"):
+        Rerouted(module.Net, find)
+    model, x = module.Net(), torch.rand(2, 3)
+    gptkern.swap(model)
+    count, settled = [], dispatch.settled
+    monkeypatch.setattr(dispatch, "settled", lambda tensor: count.append(1) or settled(tensor))
+    torch.testing.assert_close(model(x), torch.softmax(x, -1))
+    assert len(count) == 2
 
 
 # --- Between a swap and torch.compile ---------------------------------------------------------------------------------
@@ -240,3 +242,59 @@ def test_what_changed_before_the_first_trace_counts(trace, change, module_of):
     expected = after(x)
     torch.testing.assert_close(trace(model, x), expected)
     torch.testing.assert_close(model(x), expected)
+
+
+FACTORY = """
+def maker(factor):
+    def helper(x):
+        return F.softmax(x, dim=-1) * factor
+    return helper
+
+def decorated(function):
+    @functools.wraps(function)
+    def wrapper(*args):
+        return function(*args) - 1
+
+    def change(other):
+        nonlocal function
+        function = other
+
+    wrapper.change = change
+    return wrapper
+
+STATE, ACTIVATION, helper, another = 1.0, F.softmax, maker(2), decorated(maker(4))
+
+class Net(torch.nn.Module):
+    def forward(self, x):
+        return ACTIVATION(helper(x) * STATE + another(x), dim=-1)
+"""
+CHANGES_OF_ONE_CODE = {
+    "another of one factory": lambda module: setattr(module, "helper", module.maker(3)),
+    "its decorated self": lambda module: setattr(module, "helper", module.decorated(module.helper)),
+    "under a decorator": lambda module: module.another.change(F.relu),
+    "another of one factory under a decorator": lambda module: module.another.change(module.maker(5)),
+}
+
+
+@pytest.mark.parametrize(
+    ("source", "change"),
+    [(TWO_NAMES, change) for change in CHANGES.items() if change[0] != "a method"]
+    + [(FACTORY, change) for change in CHANGES_OF_ONE_CODE.items()],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_what_changes_after_a_trace_counts(source, change, module_of):
+    """A method that is patched is the exception: torch.compile does not look at it, swapped or not."""
+    torch.compiler.reset()
+    module, x, graphs = module_of(source), torch.rand(2, 3), []
+    model, stock = module.Net(), module.Net()
+    gptkern.swap(model)
+    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(1) or graph, fullgraph=True)
+    for _ in range(3):
+        torch.testing.assert_close(compiled(x), stock(x))
+    assert len(graphs) == 1
+    change[1](module)
+    torch.testing.assert_close(compiled(x), stock(x))
+    compiled(x)
+    settled = len(graphs)
+    compiled(x)
+    assert len(graphs) == settled > 1

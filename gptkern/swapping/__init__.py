@@ -4,7 +4,7 @@ swapping.py        what is swapped, and back
 twins.py           what takes the place of what: the one map of operators
 reading.py         what a class's forward calls, read off its bytecode
 rerouting.py       a class's forward again, with some of the functions that it calls replaced
-writers.py         which of their globals a module's own functions write
+rerouting_code.py  the code that this needs: some of its names lead to cells
 routed_classes.py  the subclass of a module's class that has such a forward
 encoders.py        what torch.nn's encoders give on their fast path, in those that are rerouted
 transformers.py    attention by name in Hugging Face's models; imported only where transformers is in use

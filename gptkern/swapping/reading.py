@@ -22,7 +22,7 @@ Chain = tuple[str, ...]
 # A function -> where the chains of its code lead to.
 Links = dict[types.FunctionType, dict[Chain, Callable]]
 
-_LOADS_OF_GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME")
+LOADS_OF_GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME")
 _NO_OPERATION = {"EXTENDED_ARG", "CACHE", "PRECALL", "PUSH_NULL", "RESUME", "NOP"}
 _MATRIX_PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum", "@"}
 
@@ -157,7 +157,7 @@ def _links(function: types.FunctionType, cls: type, find: Callable) -> Iterator[
             target = method(cls, chain[1])
             if isinstance(target, types.FunctionType):
                 yield chain, target
-        elif chain[0] not in code.co_varnames:
+        elif chain[0] not in (*code.co_varnames, *code.co_cellvars):
             first = contents(cells[chain[0]]) if chain[0] in cells else function.__globals__.get(chain[0])
             target = _attribute(first, chain[1:])
             if callable(target):
@@ -198,13 +198,9 @@ def chains(code: types.CodeType) -> Iterator[Chain]:
         if chain:
             yield tuple(chain)
             chain = []
-        if operation in (*_LOADS_OF_GLOBALS, "LOAD_DEREF") or "LOAD_FAST" in operation:
+        if operation in (*LOADS_OF_GLOBALS, "LOAD_DEREF") or "LOAD_FAST" in operation:
             # Python 3.13 loads two locals, or stores one and loads one, at once; attributes are of the second.
             chain = [name[-1] if isinstance(name, tuple) else name]
-
-
-def global_names(code: types.CodeType) -> set[str]:
-    return {found.argval for found in instructions(code) if found.opname in _LOADS_OF_GLOBALS}
 
 
 def instructions(code: types.CodeType) -> Iterator[dis.Instruction]:
@@ -219,7 +215,7 @@ def instructions(code: types.CodeType) -> Iterator[dis.Instruction]:
 def _names(code: types.CodeType) -> Iterator[str]:
     """Each loaded name and attribute, as often as it is loaded, and "@" for each such product."""
     for instruction in instructions(code):
-        if instruction.opname in (*_LOADS_OF_GLOBALS, "LOAD_ATTR", "LOAD_METHOD"):
+        if instruction.opname in (*LOADS_OF_GLOBALS, "LOAD_ATTR", "LOAD_METHOD"):
             yield instruction.argval
         elif instruction.opname == "BINARY_OP" and instruction.argrepr == "@":
             yield "@"

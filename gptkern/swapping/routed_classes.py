@@ -33,6 +33,8 @@ _logger = logging.getLogger("gptkern")
 # Where a routed class keeps the operators that it routes, and its `_RoutedCode`.
 _ROUTED = "_gptkern_routed"
 _CODE = "_gptkern_code"
+# Costs less than `is_compiling`, at each call.
+_is_traced = torch.compiler.is_dynamo_compiling
 # What torch.jit.script calls of each module, where there is one.
 PREPARE_SCRIPTABLE = "__prepare_scriptable__"
 
@@ -251,8 +253,9 @@ class _RoutedCode:
         cls, routed = self.cls, self.routed
         is_static = isinstance(inspect.getattr_static(cls, "forward"), staticmethod)
         inner = self.inner = inner.__func__ if isinstance(inner, staticmethod) else inner
+        watch = self.watcher()
 
-        # Each eager call, and each trace, whose result torch.compile keeps: the class and the globals may have changed.
+        # At each eager call, and at each trace: the class and the globals may have changed.
         @tracing.constant_while_compiling
         def is_outdated() -> bool:
             if not self.is_current():
@@ -264,6 +267,8 @@ class _RoutedCode:
         def forward(*args, **kwargs):
             if is_outdated():
                 return routed.forward(*args, **kwargs)
+            if _is_traced():
+                watch()
             return inner(*args, **kwargs)
 
         # By these torch.compile would take it for a wrapper of its own, around the original forward.
@@ -271,12 +276,24 @@ class _RoutedCode:
             delattr(forward, attribute)
         return staticmethod(forward) if is_static else forward
 
+    def watcher(self) -> Callable[[], None]:
+        """For torch.compile to trace: it guards on what it sees, and traces again where that is another."""
+        cls, functions = self.cls, self.rerouted.readers if self.rerouted else ()
+
+        def watch() -> None:
+            cls.forward is None  # noqa: B015
+            for read in functions:
+                # By their code alone it would not tell two functions of one factory apart.
+                id(read())
+
+        return watch
+
     def is_current(self) -> bool:
         """Whether the class's methods, and what they call that is replaced, are what they were: asked at each call."""
         for name, source in self.sources:
             if getattr(self.cls, name, None) is not source:
                 return False
-        return self.rerouted is None or self.rerouted.refresh()
+        return self.rerouted is None or self.rerouted.is_current()
 
     def is_outdated(self) -> bool:
         """Whether the class's code, read again, calls something else: asked at each swap."""
