@@ -96,6 +96,22 @@ def test_training_goes_on_in_the_tensors_while_they_are_written(tmp_path):
         assert all(torch.equal(each, torch.full_like(each, checkpoint.step)) for each in into.values())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: PyTorch sees none")
+def test_training_goes_on_on_a_gpu_while_its_tensors_are_written(tmp_path):
+    checkpoints, tensor = Checkpoints(tmp_path), torch.zeros(1 << 24, device="cuda")
+    for step in range(1, 4):
+        tensor += 1
+        checkpoints.save(step, {"a": tensor, "b": tensor.sum()}, {})
+        tensor *= 2
+        tensor /= 2
+    checkpoints.wait()
+    for checkpoint in checkpoints.all():
+        into = {"a": torch.zeros_like(tensor), "b": torch.zeros((), device="cuda")}
+        checkpoint.read(into)
+        assert into["a"].eq(checkpoint.step).all() and into["b"] == checkpoint.step * tensor.numel()
+
+
 def test_tensors_may_come_go_and_change_their_shape_from_save_to_save(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     states = [{"a": torch.ones(3)}, {"a": torch.ones(4), "b": torch.zeros(2)}, {"b": torch.ones(2).half()}, {}]
@@ -191,6 +207,16 @@ def test_no_folder_has_no_checkpoints(tmp_path):
     for folder in (tmp_path / "none", tmp_path / "file", tmp_path):
         assert Checkpoints(folder).all() == [] and Checkpoints(folder).newest() == (None, [])
     assert names(tmp_path) == ["file"]
+
+
+def test_a_folder_that_cannot_be_read_is_said(tmp_path):
+    """The list of its names: a loop of links has none, whoever asks."""
+    (tmp_path / "run").symlink_to(tmp_path / "run")
+    for ask in (Checkpoints(tmp_path / "run").all, Checkpoints(tmp_path / "run").newest):
+        with pytest.raises(UserError, match=r"run: it cannot be read: Too many levels of symbolic links"):
+            ask()
+    with pytest.raises(RunError, match=r"step-00000001 was not saved: .*; .*run: it cannot be read"):
+        save(Checkpoints(tmp_path / "run"), 1)
 
 
 def test_arguments_are_tried_before_anything_is_written(tmp_path):

@@ -37,7 +37,7 @@ def saved_until(folder: Path, operation: int, counter: int, step: int) -> None:
 
     def watch(event: str, arguments: tuple) -> None:
         nonlocal seen
-        if event in OPERATIONS and threading.current_thread().name.startswith("checkpoint of step"):
+        if event in OPERATIONS and threading.current_thread().name.startswith("checkpoint"):
             seen += 1
             if seen == operation:
                 kill_myself()
@@ -136,7 +136,7 @@ def forked(checkpoints: Checkpoints) -> None:
         else:
             raise AssertionError("it is the parent's")
     checkpoint, _ = checkpoints.newest()
-    assert counter_of(checkpoint) == 1
+    assert counter_of(checkpoint, 12 if checkpoint.step == 1 else ELEMENTS) == checkpoint.step
 
 
 def test_a_forked_process_reads_and_does_not_wait_for_its_parents_thread(tmp_path):

@@ -20,13 +20,13 @@ its own, so that it cannot meet the training's. They share the folder.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -72,7 +72,10 @@ class Checkpoints:
             raise ValueError(f"Checkpoints: keep is {keep}; it needs to be at least 1")
         self.folder, self.keep = Path(folder), keep
         self._buffers: dict[str, torch.Tensor] = {}
-        self._thread: threading.Thread | None = None
+        # One thread that waits for the next save: to start a thread is to wait until the system runs it. An interpreter
+        # that ends lets it finish.
+        self._writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._saving = False
         self._error: RunError | None = None
         self._ranks: _Ranks | None = None
         self._process = os.getpid()
@@ -101,10 +104,8 @@ class Checkpoints:
         job = _Job(step, dict(tensors), self._copied(tensors), text)
         if self._ranks is None:
             self._ranks = _Ranks()
-        # Not a daemon: an interpreter that ends waits for it.
-        thread = threading.Thread(target=self._run, args=(job, self._ranks), name=f"checkpoint of step {step}")
-        thread.start()
-        self._thread = thread
+        self._saving = True  # noted first: an interrupt between the two does not lose it
+        self._writer.submit(self._run, job, self._ranks)
         if wait:
             self.wait()
 
@@ -116,9 +117,9 @@ class Checkpoints:
         """
         if self._process != os.getpid():
             raise RuntimeError("Checkpoints: it belongs to the process that this one was forked from; make another")
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        if self._saving:
+            self._writer.submit(bool).result()  # behind whatever was submitted
+            self._saving = False
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -126,10 +127,14 @@ class Checkpoints:
     @property
     def saving(self) -> bool:
         """Whether the last save is on its way to the disk. What became of it `wait` says."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._saving
 
     def all(self) -> list[Checkpoint]:
-        """The checkpoints under their names, oldest first; what a killed save left is none of them."""
+        """The checkpoints under their names, oldest first; what a killed save left is none of them.
+
+        Raises:
+            UserError: the folder is there and cannot be read.
+        """
         return [Checkpoint(folder) for _, folder in self._found()]
 
     def _found(self) -> list[tuple[int, Path]]:
@@ -145,6 +150,8 @@ class Checkpoints:
             paths = list(self.folder.iterdir())
         except (FileNotFoundError, NotADirectoryError):
             return []
+        except OSError as error:
+            raise UserError(f"{printable(self.folder)}: it cannot be read: {_reason(error)}") from error
         for path in paths:
             hidden = HIDDEN.fullmatch(path.name)
             named = FOLDER.fullmatch(hidden[1] if hidden else path.name)
@@ -194,6 +201,15 @@ class Checkpoints:
         return buffers
 
     def _run(self, job: _Job, ranks: _Ranks) -> None:
+        try:
+            self._error = self._saved(job, ranks)
+        except BaseException as error:
+            self._error = RunError(f"{printable(self.folder)}: {_reason(error)}")
+        finally:
+            self._saving = False
+
+    def _saved(self, job: _Job, ranks: _Ranks) -> RunError | None:
+        """What went wrong, in the words for `wait`."""
         name = f"step-{job.step:08}"
         partial = self.folder / f".{name}{PARTIAL}"
         try:
@@ -201,16 +217,19 @@ class Checkpoints:
         except BaseException as error:
             if ranks.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-            self._error = RunError(f"{printable(self.folder / name)} was not saved: {_reason(error)}; {self._left()}")
-            return
+            return RunError(f"{printable(self.folder / name)} was not saved: {_reason(error)}; {self._left()}")
         try:
             ranks.together(lambda: self._remove(job.step) if ranks.rank == 0 else None)
         except BaseException as error:
             what = f"{name} is whole, and older checkpoints could not be removed"
-            self._error = RunError(f"{printable(self.folder)}: {what}: {_reason(error)}")
+            return RunError(f"{printable(self.folder)}: {what}: {_reason(error)}")
+        return None
 
     def _left(self) -> str:
-        newest, _ = self.newest()
+        try:
+            newest, _ = self.newest()
+        except UserError as error:
+            return str(error)
         return "there is no older checkpoint" if newest is None else f"{newest.folder.name} is whole"
 
     @torch.no_grad()
