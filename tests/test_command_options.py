@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from gptkern import cli
-from gptkern.commands import checkpoints, text, training
+from gptkern.commands import checkpoints, stages
 from gptkern.models.gpt import GPT, GPTConfig
+from gptkern.training import devices
+from gptkern.training.data import text
+from gptkern.training.data.tokenizers import bytes_tokenizer
 
 TINY = GPTConfig(vocab_size=256, context=16, layers=1, width=32, heads=2)
 
@@ -115,7 +118,8 @@ def test_out_is_tried_before_anything_else(refused, tmp_path, monkeypatch, comma
     os.symlink("text.txt", tmp_path / "link")
     os.symlink("nowhere", tmp_path / "dangling")
     # Whatever else is wrong, this is said first; and PyTorch is not asked for anything.
-    monkeypatch.setattr(training, "resolve_device", lambda name: pytest.fail("the device was looked for"))
+    for module in (devices, stages):
+        monkeypatch.setattr(module, "resolve_device", lambda name: pytest.fail("the device was looked for"))
     for out in ("text.txt", "text.txt/below", "link", "dangling", "/dev/full", "x" * 300, "", "/proc/nothing", "a\0b"):
         line = refused(command, "--out", out)
         assert line.startswith("--out ") and "it needs a folder that can be written" in line, out
@@ -151,7 +155,7 @@ def test_texts(refused, tmp_path, command):
     "sizes", [("--preset", "gpt3-175B"), ("--batch", 10**15), ("--preset", "gpt3-175B", "--batch", 1, "--context", 16)]
 )
 def test_what_does_not_fit_into_memory_is_said_before_it_is_allocated(refused, monkeypatch, command, sizes):
-    monkeypatch.setattr(training, "new_model", lambda *_: pytest.fail("a model was made"))
+    monkeypatch.setattr(GPT, "__init__", lambda *_: pytest.fail("a model was made"))
     line = refused(command, "--device", "cpu", *sizes)
     for words in ("of memory on cpu and there are", "parameters", "gradients", "AdamW", "activations"):
         assert words in line
@@ -242,4 +246,4 @@ def test_the_command_line_knows_itself(monkeypatch, started):
 def test_a_file_name_that_is_no_text(tmp_path):
     assert text.printable("a\udcffb") == "a?b"
     # Bytes of the command line that are no text are the bytes that they were.
-    assert text.encode("é\udcff", torch.device("cpu")).tolist() == [[0xC3, 0xA9, 0xFF]]
+    assert bytes_tokenizer(False).encode("é\udcff").tolist() == [0xC3, 0xA9, 0xFF]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from gptkern.models.gpt import GPTConfig
 
-# The keys of training.DTYPES once more: that module imports PyTorch, and `--help` does not wait for it. A test holds
+# The keys of stages.PRECISIONS once more: that module imports PyTorch, and `--help` does not wait for it. A test holds
 # the two together.
 DTYPES = ("float32", "bfloat16")
 
