@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -79,12 +80,18 @@ def test_a_model_in_several_files(tmp_path):
     torch.testing.assert_close(logits(load_model(tmp_path).model, ids), logits(theirs, ids), **CLOSE)
 
 
-@pytest.fixture
-def theirs(tmp_path):
-    """(a model of transformers, its folder)."""
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
     made = transformers_gpt2()
-    made.save_pretrained(tmp_path / "theirs")
-    return made, tmp_path / "theirs"
+    folder = tmp_path_factory.mktemp("written")
+    made.save_pretrained(folder)
+    return made, folder
+
+
+@pytest.fixture
+def theirs(tmp_path, written):
+    """(a model of transformers, a folder of its own with it)."""
+    return written[0], shutil.copytree(written[1], tmp_path / "theirs")
 
 
 def stored(folder, change) -> None:

@@ -50,11 +50,21 @@ def here(tmp_path, monkeypatch):
     return Path()
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A run, what `gptkern export` makes of it, and a GPT-2 of transformers in several files: to be copied."""
+    folder = tmp_path_factory.mktemp("written")
+    save_run(folder / "of", model())
+    export(load_model(folder / "of"), folder / "out")
+    transformers_gpt2().save_pretrained(folder / "shards", max_shard_size="50KB")
+    return folder
+
+
 @pytest.fixture
-def exported(here):
-    """What `gptkern export` writes."""
-    save_run(here / "of", model())
-    export(load_model(here / "of"), here / "out")
+def exported(here, written):
+    """What `gptkern export` writes, beside the run that it is of."""
+    for name in ("of", "out"):
+        shutil.copytree(written / name, here / name)
     return here / "out"
 
 
@@ -193,9 +203,8 @@ def test_json_of_gigabytes(exported):
 
 
 @pytest.fixture
-def sharded(here):
-    transformers_gpt2().save_pretrained(here / "shards", max_shard_size="50KB")
-    return here / "shards"
+def sharded(here, written):
+    return Path(shutil.copytree(written / "shards", here / "shards"))
 
 
 @pytest.mark.parametrize(

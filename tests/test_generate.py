@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,17 @@ from gptkern.training.data.tokenizers import bytes_tokenizer
 from gptkern.training.loading import load_model
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("written") / "run"
+    save_run(folder, model())
+    return folder
+
+
 @pytest.fixture
-def here(tmp_path, monkeypatch):
+def here(tmp_path, written, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    save_run(Path("run"), model())
+    shutil.copytree(written, "run")
     return Path()
 
 
