@@ -139,7 +139,7 @@ def test_every_encoding_has_something_for_every_character(checkpoint, stdout, en
     printed = read()
     # A path that no encoding has is shown all the same, its brackets included.
     path = "ré[sumé]\udcff…".encode(encoding, errors="backslashreplace").decode(encoding)
-    assert f"checkpoint: {path} " in printed
+    assert f"(gptkern generate {path})" in printed
     assert ("aé€" in printed) == (encoding in ("cp1252", "utf-8"))
 
 
@@ -147,12 +147,12 @@ def test_every_encoding_has_something_for_every_character(checkpoint, stdout, en
 def test_a_width_that_is_none(folder, monkeypatch, capsys, columns):
     monkeypatch.setenv("COLUMNS", columns)
     assert train("--out", "run") == 0
-    assert "checkpoint: run" in capsys.readouterr().out
+    assert "(gptkern generate run)" in capsys.readouterr().out
 
 
 def test_without_standard_output_the_work_is_done(folder, monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
-    assert train("--out", "run") == 0 and (folder / "run" / "config.json").exists()
+    assert train("--out", "run") == 0 and (folder / "run" / "report.html").exists()
     assert generated("--tokens", "2") == 0 and cli.main(["info"]) == 0
 
 

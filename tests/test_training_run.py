@@ -19,6 +19,7 @@ from training_runs import CONFIG, KEEPING, RECIPE, a_store, content, lines_of, r
 from gptkern.models.gpt import GPT
 from gptkern.training import metrics, recipe_files, running
 from gptkern.training import run as train_module
+from gptkern.training.board import Board
 from gptkern.training.checkpoints import Checkpoint, Checkpoints
 from gptkern.training.data.store import ArrayTokens
 from gptkern.training.errors import RunError, UserError
@@ -128,7 +129,7 @@ def test_tensorboard_where_it_is_asked_for(tmp_path):
     pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    folder = tmp_path / "run"
+    folder = tmp_path / "ré[sumé]…"
     on = {"tensorboard": "on"}
     run(folder, keeping=on, **stopping_at(5))
     back_to(folder, 3)
@@ -146,6 +147,19 @@ def test_tensorboard_that_is_not_there(tmp_path, monkeypatch):
         run(tmp_path / "run", keeping={"tensorboard": "on"})
     assert not (tmp_path / "run").exists()
     assert run(tmp_path / "run", keeping={"tensorboard": "auto"}, recipe={"steps": 1}).finished
+
+
+def test_a_disk_that_is_full_for_tensorboard_alone_ends_no_run(tmp_path):
+    pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
+    (tmp_path / "run").mkdir()
+    said = []
+    board = Board(tmp_path / "run" / "tensorboard", 0, said.append)
+    with largest_file(0):
+        for step in range(1, 200):
+            board.add({"step": step, "loss": 1.0})
+        board.close()
+    board.close()
+    assert said == ["TensorBoard's files are not written on: File too large"]
 
 
 # --- Going on ---------------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import importlib.util
 import math
 import shutil
 from collections.abc import Callable, Mapping
@@ -27,7 +26,7 @@ import torch
 from gptkern import formatting
 from gptkern.formatting import shown
 from gptkern.models.gpt import GPT, GPTConfig
-from gptkern.training import memory, metrics, model_files, recipe_files
+from gptkern.training import board, memory, metrics, model_files, recipe_files
 from gptkern.training.checkpoints import Checkpoint, Checkpoints
 from gptkern.training.data.loader import windows
 from gptkern.training.data.rows import Rows
@@ -79,7 +78,7 @@ def train(
     """
     folder, keeping = RunFolder(out), keeping or Keeping()
     before = torch.get_num_threads()
-    board = _has_board(keeping.tensorboard)
+    has_board = board.wanted(keeping.tensorboard)
     if mended := folder.mend():
         say(mended)
     recipe = _checked(folder, recipe, resume, overwrite)
@@ -109,7 +108,9 @@ def train(
                 say(str(swapped(made)))
             trainer = Trainer(made, store, recipe)
             try:
-                return Run(folder, trainer, checkpoints, keeping, stored, board, (stop, watch, say)).go(start, resume)
+                return Run(folder, trainer, checkpoints, keeping, stored, has_board, (stop, watch, say)).go(
+                    start, resume
+                )
             finally:
                 trainer.close()
     finally:
@@ -117,13 +118,6 @@ def train(
 
 
 # --- Before the first update ------------------------------------------------------------------------------------------
-
-
-def _has_board(choice: str) -> bool:
-    there = importlib.util.find_spec("tensorboard") is not None
-    if choice == "on" and not there:
-        raise UserError("--tensorboard on: TensorBoard is not installed; the extra tensorboard brings it")
-    return there and choice != "off"
 
 
 def _checked(folder: RunFolder, recipe: Recipe, resume: bool, overwrite: bool) -> Recipe:

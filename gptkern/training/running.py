@@ -22,6 +22,7 @@ import torch
 
 from gptkern.models.gpt import GPTConfig
 from gptkern.training import memory, metrics, recipe_files, reporting, speed
+from gptkern.training.board import Board
 from gptkern.training.checkpoints import Checkpoint, Checkpoints
 from gptkern.training.data.store import Store
 from gptkern.training.devices import synchronize
@@ -136,7 +137,7 @@ class Run:
         self.at_once = 1 if device.type == "cpu" else UPDATES_ON_GPU
         self.entry: dict[str, Any] = {}
         self.metrics: metrics.Metrics | None = None
-        self.board = None
+        self.board: Board | None = None
         self.before, self.began, self.reported = 0.0, time.perf_counter(), time.perf_counter()
 
     def go(self, start: Checkpoint | None, resume: bool) -> Outcome:
@@ -185,7 +186,7 @@ class Run:
         found = metrics.cut(folder.metrics, trainer.step)
         self._take_up(found)
         if self.has_board:
-            self.board = _board(folder.tensorboard, trainer.step)
+            self.board = Board(folder.tensorboard, trainer.step, self.say)
         self.metrics = metrics.Metrics(folder.metrics)
         self.began = time.perf_counter()
         if trainer.step == 0:
@@ -322,7 +323,7 @@ class Run:
         for line in waiting:
             self._know(line)
             if self.board is not None:
-                _draw(self.board, line)
+                self.board.add(line)
 
     def _watch(self) -> None:
         done, steps = self.trainer.step, self.recipe.steps
@@ -449,16 +450,3 @@ def _line(record: Record) -> dict[str, Any]:
     if record.scale is not None:
         line |= {"scale": record.scale, "skipped": record.skipped}
     return line
-
-
-def _board(folder: Path, step: int):
-    from torch.utils.tensorboard import SummaryWriter
-
-    # What an earlier part of the run wrote of later steps is not shown.
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
-
-
-def _draw(board, line: Mapping[str, Any]) -> None:
-    for name, value in line.items():
-        if name not in ("step", "tokens") and isinstance(value, (int, float)):
-            board.add_scalar(name, value, line["step"])
