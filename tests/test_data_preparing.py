@@ -100,6 +100,16 @@ def test_the_streams_are_those_of_the_rule(tmp_path, corpus, held_out):
             assert (len(data), hashlib.sha256(data).hexdigest()) == (shard["bytes"], shard["sha256"])
 
 
+def test_of_a_small_text_the_piece_with_the_least_hash_is_held_out(tmp_path):
+    lines = [f"document {number}" for number in range(5)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", held_out=1e-9)
+    least = min(lines, key=lambda line: hashlib.sha256(line.encode()).digest())
+    found = streams(tmp_path / "out")
+    assert found["validation"] == [*least.encode(), 256]
+    assert found["train"] == [id for line in lines if line != least for id in [*line.encode(), 256]]
+
+
 def test_an_encoding_is_trained_on_the_training_split_alone(tmp_path, corpus):
     texts, documents = corpus
     prepare(texts, tmp_path / "out", tokenizer="bpe:600", held_out=0.3)
@@ -142,6 +152,7 @@ def test_a_pipe_is_what_comes_through_it(tmp_path, corpus, monkeypatch):
         assert len(contents(tmp_path / name)) == 3
 
 
+@pytest.mark.deep
 def test_the_number_of_threads_changes_no_byte(tmp_path, corpus):
     texts, _ = corpus
     program = (
@@ -211,7 +222,7 @@ def whole(tmp_path, corpus):
     return run
 
 
-@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
+@pytest.mark.parametrize("tokenizer", ["bytes", pytest.param("bpe:300", marks=pytest.mark.deep)])
 def test_ended_anywhere_it_goes_on_to_the_same_bytes(tmp_path, corpus, whole, tokenizer):
     times, options = whole(tokenizer)
     # The first, some in the middle, the moves at the end.
@@ -355,10 +366,9 @@ def test_no_text(tmp_path, refused):
     refused("TEXT has no text in it", [tmp_path / "folder"])
     (tmp_path / "folder/empty").write_bytes(b"")
     refused("TEXT has no text in it", [tmp_path / "folder"])
-    refused(
-        "--held-out 0.05: of 3 bytes of text nothing was held out; it needs more text, or a larger", [tmp_path / "text"]
-    )
-    refused("--held-out 0.99: of 3 bytes of text nothing was left to train on", [tmp_path / "text"], held_out=0.99)
+    words = "of 3 bytes of text nothing was left to train on; it needs more text, or a smaller part"
+    for held_out in (0.05, 0.99):
+        refused(f"--held-out {held_out}: {words}", [tmp_path / "text"], held_out=held_out)
     refused("--field body is of JSONL, of which nothing was given", [tmp_path / "text"], field="body")
     refused("bpe:300: the text to train on makes 25[0-9] tokens", [tmp_path / "text"], tokenizer="bpe:300", held_out=0)
 

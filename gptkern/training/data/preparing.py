@@ -1,8 +1,9 @@
 """Texts to shards of token ids, in memory that does not grow with them.
 
 Each piece of text (`sources`) goes to the held-out split where the first 64 bits of its SHA-256, as a part of 2^64, are
-below the part to hold out, so that neither order nor process matters. A document's end is one id. Pieces of a text that
-follow one another in a split are not parted by it; where one between them went to the other split, they are.
+below the part to hold out, so that neither order nor process matters; of so little text that none is, the piece with
+the least. A document's end is one id. Pieces of a text that follow one another in a split are not parted by it; where
+one between them went to the other split, they are.
 
 All is written in a folder of its own first (`work`), with a state from which the same call goes on after whatever ended
 it. The bytes that come out depend neither on where a run was ended nor on the number of threads.
@@ -146,6 +147,7 @@ class _Job:
         self.total = 0  # bytes of all files
         self.text_total = 0  # of their text, about
         self.lines = False  # whether one of them is JSONL
+        self.least_share, self.all_looked_at = 1.0, True  # of a piece; whether each of them was looked at
 
     # Looking at the texts -------------------------------------------------------------------------------------------
 
@@ -184,13 +186,21 @@ class _Job:
     def _looked(self, reader: Reader, most: int) -> int:
         end, any_text = 0, False
         for piece in reader.pieces():
-            end, any_text = piece.end, any_text or bool(piece.text)
+            end = piece.end
+            if piece.text:
+                any_text, self.least_share = True, min(self.least_share, _share(piece.text))
             if end >= most:
+                self.all_looked_at = False
                 break
         if reader.source.given and not any_text and end < most:
             what = "it has no document with text" if reader.is_lines and reader.source.bytes else "it is empty"
             raise UserError(f"TEXT {reader.source.name}: {what}; it needs text")
         return end
+
+    def is_held_out(self, text: bytes) -> bool:
+        share = _share(text)
+        least = self.held_out > 0 and self.all_looked_at and share == self.least_share
+        return least or share < self.held_out
 
     def _check_field(self) -> None:
         if self.field_given and not self.lines:
@@ -255,8 +265,7 @@ class _Job:
     def _trained_on(self) -> Iterator[str]:
         part, left = min(1.0, TRAINED_BYTES / max(1, self.text_total)), TRAINED_BYTES
         for _, piece in self.pieces("training the tokenizer"):
-            digest = hashlib.sha256(piece.text).digest()
-            if _share(digest[:8]) >= self.held_out and _share(digest[8:16]) < part:
+            if not self.is_held_out(piece.text) and _share(piece.text, 8) < part:
                 yield piece.text.decode()
                 left -= len(piece.text)
                 if left <= 0:
@@ -349,7 +358,7 @@ class _Pass:
             if not piece.text:
                 self.empty += 1
                 continue
-            split = VALIDATION if _share(hashlib.sha256(piece.text).digest()[:8]) < self.job.held_out else TRAIN
+            split = VALIDATION if self.job.is_held_out(piece.text) else TRAIN
             if self.open not in (None, split):
                 end_document(self.open)
             parts[split].append(of_piece)
@@ -425,8 +434,9 @@ class _Gzipped:
         return self._made * self._read / self._taken if self._taken else None
 
 
-def _share(bits: bytes) -> float:
-    return int.from_bytes(bits, "big") / 2**64
+def _share(text: bytes, start: int = 0) -> float:
+    """64 bits of its SHA-256, from a byte on, as a part of 2^64."""
+    return int.from_bytes(hashlib.sha256(text).digest()[start : start + 8], "big") / 2**64
 
 
 def _batches(pieces: Iterable[tuple[int, Piece]]) -> Iterator[list[tuple[int, Piece]]]:

@@ -55,7 +55,7 @@ class Source(NamedTuple):
 
     Args:
         path: of the file. name: for people. bytes: on the disk. identity: another one for another content.
-        given: whether it was named itself, and not found in a folder.
+        given: whether it was named itself, and not found in a folder. kept: whether it is what `spool` compressed.
     """
 
     path: str
@@ -63,6 +63,7 @@ class Source(NamedTuple):
     bytes: int
     identity: str
     given: bool
+    kept: bool = False
 
 
 class Piece(NamedTuple):
@@ -183,7 +184,7 @@ def spool(text: str, stream: BinaryIO, path: Path) -> Source:
         if compress:
             file.write(compress.flush())
         written = file.tell()
-    return Source(str(path), name, written, digest.hexdigest(), given=True)
+    return Source(str(path), name, written, digest.hexdigest(), given=True, kept=compress is not None)
 
 
 def _read(stream: BinaryIO, name: str) -> bytes:
@@ -303,7 +304,7 @@ class Reader:
 
     @property
     def _of(self) -> str:
-        return f" of what {self.compression} holds" if self.compression else ""
+        return f" of what {self.compression} holds" if self.compression and not self.source.kept else ""
 
     def _lines(self, chunks: Iterator[bytes], offset: int, line: int) -> Iterator[Piece]:
         begun: list[bytes] = []
