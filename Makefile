@@ -69,9 +69,10 @@ tables: $(VENV)/cuda  ## docs/cuda_resources.md, cuda_other_architectures.md, cu
 	$(BIN)/python bench/predict.py
 	$(BIN)/python docs/kernel_facts.py
 
-docs: $(VENV)/installed  ## docs/api/ from the docstrings, and what README.md says of the kernels from docs/cuda_*.md
+docs: $(VENV)/installed  ## docs/api/ from the docstrings, what README.md says of the kernels from docs/cuda_*.md, the keys of docs/recipe.md
 	$(BIN)/python docs/api_pages.py
 	$(BIN)/python docs/kernel_facts.py
+	$(BIN)/python docs/recipe_keys.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info out gptkern/_cuda.*.so gptkern/backends/cuda/not_built.txt
