@@ -12,7 +12,7 @@ import torch
 from gptkern import cli
 from gptkern.commands import checkpoints, stages
 from gptkern.models.gpt import GPT, GPTConfig
-from gptkern.training import devices
+from gptkern.training import devices, recipe_files, values
 from gptkern.training.data import text
 from gptkern.training.data.tokenizers import bytes_tokenizer
 
@@ -72,6 +72,19 @@ def test_numbers(refused, command, option, value):
     assert line.startswith(f"{option} is {shown}") and "it needs a" in line
 
 
+@pytest.mark.parametrize("key", recipe_files.KEYS.values(), ids=lambda key: key.name)
+def test_every_key_of_a_recipe(refused, tmp_path, key):
+    """As an option and in a file; tests/test_recipe_files.py has more of each kind."""
+    if isinstance(key.kind, values.Switch):
+        assert f"{key.option}" in refused("train", f"{key.option}=nonsense")
+    elif isinstance(key.kind, values.Text):
+        assert refused("train", f"{key.option}=").startswith(key.option)
+    else:
+        assert refused("train", key.option, "nonsense").startswith(key.option)
+    (tmp_path / "my.toml").write_text(f"{key.name} = [1]\n")
+    assert f"--recipe my.toml: {key.name} is a list; it needs " in refused("train", "--recipe", "my.toml")
+
+
 @pytest.mark.parametrize("name", ["meta", "mps", "cuda:7", "gpu", "", "cpu:3", "mkldnn", "cuda:99999999999", "a\nb"])
 @pytest.mark.parametrize("command", ["train", "demo", "generate"])
 def test_devices(refused, command, name):
@@ -92,6 +105,17 @@ def test_devices(refused, command, name):
         (["generate", "anywhere", "it's"], """did you mean --prompt 'it'"'"'s'?"""),
         (["info", "--jsn"], "did you mean --json?"),
         (["train", "--preset", "huge"], "--preset: invalid choice: 'huge'"),
+        (["train", "--save_every", "3"], "did you mean --save-every?"),
+        (["train", "--recipe", "none.toml"], "--recipe none.toml: No such file or directory; it needs a TOML file"),
+        (["train", "--recipe", ""], "--recipe is empty; it needs a TOML file"),
+        (["train", "--resume"], "--out out/train holds no run that --resume could go on with"),
+        (["train", "--resume", "--overwrite"], "--overwrite has no effect on --resume"),
+        (["train", "--data", "none"], "--data none: there is no such folder"),
+        (["train", "--data", "text.txt"], "--data text.txt: it is a file; it needs a folder"),
+        (["train", "--data", "."], "--data .: it has no manifest.json"),
+        (["train", "--text", "text.txt", "--data", "."], "--text and --data: a training has one of them"),
+        (["train", "--context", "4000", "--text", "text.txt"], "each needs at least 4001"),
+        (["train", "--accumulate", "3"], "--accumulate is 3; it needs to divide batch, 8"),
         (["check", "--op", "convolution"], "--op convolution: there is no such operator"),
         (["check", "--require-gpu", "--interpret"], "--interpret runs kernels on the CPU"),
         (["bench", "--op", ""], "--op '': there is no such name"),

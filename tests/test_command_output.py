@@ -10,11 +10,13 @@ import sys
 import pytest
 import torch
 from command_runs import TINY, train
+from rich.console import Console
 
 from gptkern import cli
-from gptkern.commands import checkpoints
+from gptkern.commands import checkpoints, display
 from gptkern.models import gpt
 from gptkern.models.gpt import GPT
+from gptkern.training.run import Progress
 
 # --- Generation -------------------------------------------------------------------------------------------------------
 
@@ -178,3 +180,39 @@ def test_a_wrong_backend_in_the_environment_is_no_traceback(arguments, status):
         return
     assert done.stderr.startswith("gptkern info: GPTKERN_BACKEND got 'foo'; it needs one of 'cuda', 'triton', 'torch'")
     assert done.stderr.count("\n") == 1
+
+
+# --- A run's display --------------------------------------------------------------------------------------------------
+
+
+def progress(step: int, **changes) -> Progress:
+    figures = {"loss": 2.5, "grad_norm": 0.75, "lr": 1e-3, "validation": 3.25, "tokens_per_second": 12345.6}
+    figures |= {"share": 0.314, "seconds_left": 3725.0, "saved": 40}
+    return Progress(step, 100, **figures | changes)
+
+
+def displayed(terminal: bool, *seen: Progress) -> str:
+    written = io.StringIO()
+    with display.RunDisplay(Console(file=written, force_terminal=terminal, width=120, highlight=False)) as shown:
+        for each in seen:
+            shown.update(each)
+    return written.getvalue()
+
+
+def test_a_run_in_a_log_has_a_line_now_and_then(monkeypatch):
+    nothing = {"loss": None, "grad_norm": None, "lr": None, "share": None, "seconds_left": None, "saved": None}
+    printed = displayed(False, progress(0, tokens_per_second=0.0, **nothing), progress(50), progress(60)).splitlines()
+    assert printed == [
+        "step 0/100: loss –, validation 3.2500, gradient norm –, learning rate –, tokens/s –, checkpoint –",
+        "step 60/100: loss 2.5000, validation 3.2500, gradient norm 0.75, learning rate 0.001, tokens/s 12,346, "
+        "of the peak 31%, checkpoint 40, 1:02:05 left",
+    ]
+    monkeypatch.setattr(display, "SECONDS_BETWEEN_LINES", 0.0)
+    assert len(displayed(False, progress(50), progress(60), progress(60)).splitlines()) == 2
+
+
+def test_a_run_in_a_terminal_is_live():
+    printed = displayed(True, progress(50), progress(60))
+    for words in ("60/100", "1:02:05 left", "gradient norm", "31%", "12,346"):
+        assert words in printed
+    assert displayed(True) == displayed(False) == ""

@@ -100,7 +100,7 @@ def _store(values: dict[str, Any]) -> Store:
     from gptkern.training.data import text
 
     # The shortest that a row of the preset's own context needs; of another model's the run says it.
-    shortest = 2 if values["from"] else configured(values["preset"], values["context"]).context + 1
+    shortest = 2 if values["from"] is not None else configured(values["preset"], values["context"]).context + 1
     return text.text_store(text.load(values["text"], shortest=shortest))
 
 

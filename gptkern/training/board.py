@@ -48,7 +48,9 @@ class Board:
         self._writer: RecordWriter | None = None
         with self._told():
             folder.mkdir(exist_ok=True)
-            name = f"events.out.tfevents.{time.time_ns() // 10**9}.gptkern.{os.getpid()}.{time.time_ns() % 10**9}"
+            # TensorBoard reads the files in the order of their names.
+            seconds, rest = divmod(time.time_ns(), 10**9)
+            name = f"events.out.tfevents.{seconds}.{rest:09}.gptkern.{os.getpid()}"
             self._writer = RecordWriter(open(folder / name, "xb", buffering=0))  # noqa: SIM115
             self._write(file_version=_VERSION)
             if step:

@@ -225,6 +225,9 @@ def _check_together(values: Mapping[str, Any], given: Given) -> None:
     for first, second, why in RIVALS:
         if first in given.values and second in given.values:
             raise UserError(f"{given.names[first]} and {given.names[second]}: {why}")
+    for name in ("text", "data", "from"):
+        if given.values.get(name) == "":
+            raise UserError(f"{given.names[name]} is empty; it needs {KEYS[name].kind.needs}")
     for name in _without_effect(values) & given.values.keys():
         raise UserError(f"{given.names[name]} has no effect on the schedule {values['schedule']}")
     try:
