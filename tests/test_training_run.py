@@ -190,6 +190,23 @@ def test_lines_beyond_the_checkpoint_are_cut_off_and_a_torn_one(copy, whole):
     assert state_of(copy) == state_of(whole)
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="this system does not tell what a descriptor is of")
+def test_the_lines_of_a_checkpoint_are_on_the_disk_before_it(tmp_path, monkeypatch):
+    """What a power cut would show: each checkpoint's first fsync comes after one of metrics.jsonl."""
+    fsync, synced = os.fsync, []
+
+    def noted(handle):
+        synced.append(os.readlink(f"/proc/self/fd/{handle}").removeprefix(str(tmp_path)))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    run(tmp_path / "run")
+    names = [re.sub(r".*/(metrics.jsonl|\.step-\d+).*", r"\1", name) for name in synced]
+    first = [name for index, name in enumerate(names) if name not in names[:index] or name == "metrics.jsonl"]
+    ours = [name for name in first if name.startswith((".step", "metrics"))]
+    assert ours == [name for step in (3, 6, 9, 12) for name in ("metrics.jsonl", f".step-{step:08}")]
+
+
 @pytest.mark.parametrize("step", [4, 12])
 def test_an_evaluation_that_was_not_reached_is_made_up_for(tmp_path, whole, monkeypatch, step):
     """Ctrl-C while the held-out part is looked at, between an update and the checkpoint."""
@@ -234,6 +251,19 @@ def test_a_finished_run_is_left_as_it_is(copy):
     outcome = run(copy, resume=True)
     assert outcome.finished and outcome.step == 12 and outcome.validation_loss == lines_of(copy)[-1]["validation_loss"]
     assert content(copy) == before
+
+
+def test_a_run_without_a_checkpoint_stays_one(tmp_path, whole):
+    """Interrupted again before its first update, and on a full disk: it can be resumed all the same."""
+    folder = tmp_path / "run"
+    assert run(folder, stop=lambda: True) == (0, False, pytest.approx(5.5, abs=0.5), None) and not folder.exists()
+    assert ends([start(dying, folder)]) == [3]
+    before = (folder / "recipe.toml").read_bytes()
+    assert run(folder, resume=True, recipe={"seed": 1}, stop=lambda: True).step == 0
+    with largest_file(0), pytest.raises(RunError, match="File too large"):
+        run(folder, resume=True, recipe={"seed": 1})
+    assert (folder / "recipe.toml").read_bytes() == before
+    assert run(folder, resume=True, recipe={"seed": 1}).finished
 
 
 def test_what_would_be_another_run_is_refused(copy, tmp_path):

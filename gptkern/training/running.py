@@ -130,6 +130,7 @@ class Run:
         self.last: dict[str, Any] = {}  # the last line
         self.waiting: list[dict[str, Any]] = []  # lines of updates that are done, not written yet
         self.replacing = False  # a run that was there is put back if this one gets no checkpoint
+        self.fresh = False  # the folder held no run
         self.noted = trainer.step  # updates that have their lines
         device = trainer.device
         peak = speed.peak(device, self.recipe.precision)
@@ -177,9 +178,11 @@ class Run:
             start.read({name: each for name, each in tensors.items() if name in there or "generators" not in name})
             trainer.load_state(tensors, start.about)
             self.saved = self.noted = start.step
-        elif not resume and folder.held() is not None:
-            folder.set_aside()
-            self.replacing = True
+        elif not resume:
+            self.fresh = folder.held() is None
+            if not self.fresh:
+                folder.set_aside()
+                self.replacing = True
         with kept(folder.path):
             recipe_files.write(folder.recipe, self.stored)
             self.entry = trainer.store.tokenizer.save(folder.path)
@@ -410,7 +413,7 @@ class Run:
         if self.replacing:
             self.replacing = False
             self.folder.put_back()
-        elif self.saved is None:
+        elif self.fresh and self.saved is None:
             self.folder.clear()
 
     def _report(self, status: str, kind: str) -> None:
