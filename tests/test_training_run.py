@@ -192,19 +192,19 @@ def test_lines_beyond_the_checkpoint_are_cut_off_and_a_torn_one(copy, whole):
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="this system does not tell what a descriptor is of")
 def test_the_lines_of_a_checkpoint_are_on_the_disk_before_it(tmp_path, monkeypatch):
-    """What a power cut would show: each checkpoint's first fsync comes after one of metrics.jsonl."""
+    """What a power cut would show: metrics.jsonl is synced before the first file of each checkpoint."""
     fsync, synced = os.fsync, []
 
     def noted(handle):
-        synced.append(os.readlink(f"/proc/self/fd/{handle}").removeprefix(str(tmp_path)))
+        synced.append(re.sub(r".*/(metrics.jsonl|\.step-\d+).*", r"\1", os.readlink(f"/proc/self/fd/{handle}")))
         fsync(handle)
 
     monkeypatch.setattr(os, "fsync", noted)
     run(tmp_path / "run")
-    names = [re.sub(r".*/(metrics.jsonl|\.step-\d+).*", r"\1", name) for name in synced]
-    first = [name for index, name in enumerate(names) if name not in names[:index] or name == "metrics.jsonl"]
-    ours = [name for name in first if name.startswith((".step", "metrics"))]
-    assert ours == [name for step in (3, 6, 9, 12) for name in ("metrics.jsonl", f".step-{step:08}")]
+    for number, step in enumerate((3, 6, 9, 12), 1):
+        before = synced[: synced.index(f".step-{step:08}")]
+        # A save waits for the one before, so that the lines of the next may be there already.
+        assert before.count("metrics.jsonl") >= number, synced
 
 
 @pytest.mark.parametrize("step", [4, 12])
