@@ -275,7 +275,8 @@ def test_a_place_that_is_no_folder_is_said(tmp_path):
     assert (tmp_path / "step-00000001").read_text() == "a file" and names(tmp_path) == ["file", "step-00000001"]
 
 
-def test_a_reader_beside_the_run_sees_whole_checkpoints_alone(tmp_path):
+@pytest.mark.parametrize("saves", [15, pytest.param(200, marks=pytest.mark.deep)])
+def test_a_reader_beside_the_run_sees_whole_checkpoints_alone(saves, tmp_path):
     """While the run removes the older ones: each that is found is whole, or was removed and says so."""
     checkpoints, ended, seen = Checkpoints(tmp_path, keep=1), threading.Event(), []
     save(checkpoints, 1)
@@ -299,7 +300,7 @@ def test_a_reader_beside_the_run_sees_whole_checkpoints_alone(tmp_path):
 
     reader = threading.Thread(target=guarded)
     reader.start()
-    for counter in range(2, 20):
+    for counter in range(2, 2 + saves):
         save(checkpoints, counter)
     ended.set()
     reader.join()
