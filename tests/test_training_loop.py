@@ -329,6 +329,17 @@ def test_the_first_number_that_is_none_is_named():
         trainer.validate(2)
 
 
+@pytest.mark.parametrize(
+    ("values", "finite"),
+    [([math.inf, -math.inf], False), ([-math.inf, 0], False), ([math.nan, 1], False), ([3e38, 3e38], True)],
+)
+def test_every_parameter_is_a_number(values, finite):
+    trainer = a_trainer()
+    assert trainer.finite()
+    trainer.model.blocks[1].perceptron.project.bias.data[3:5] = torch.tensor(values)
+    assert trainer.finite() == finite
+
+
 def test_gradients_that_are_no_numbers_are_named_though_the_loss_is_one():
     trainer = a_trainer()
     trainer.model.final_norm.weight.register_hook(lambda gradient: gradient * math.inf)
