@@ -55,8 +55,9 @@ FIRST_UPDATE = 20 * 10**6
 
 # glibc's malloc maps what is at least this large by itself, and returns it to the system when it is freed.
 MAPPED_ALONE = 32 * 2**20
-# What is smaller lies in a heap, where freed places stay resident, and serve what fits into them alone: beside 100
-# bytes of activations, logits and gradients 25 to 60 bytes of such holes were measured, of 18 sizes of model and batch.
+# What is smaller lies in a heap, where freed places stay resident, and serve what fits into them alone: it stays as
+# large as it was at its own moment, and beside 100 bytes of activations, logits and gradients 25 to 60 of holes were
+# measured.
 HOLES = 0.4
 # Of recomputed blocks the heap stays nearly as large as if their activations were kept (measured: 0.55 to 0.9 of them).
 HOLES_OF_RECOMPUTED = 0.7
@@ -154,7 +155,10 @@ def needed(
     """
     sizes = _Sizes(config, recipe, swapped, world)
     parameters = FLOAT32 * parameter_count(config)
-    most = max(sizes.moments(), key=lambda moment: sum(map(sum, moment[1:])) + sizes.holes(moment))
+    moments = list(sizes.moments())
+    heap = sizes.heap(moments)
+    # Of moments that take the same, with the heap as it was, the one that holds the most itself.
+    most = max(moments, key=lambda moment: (moment.size + max(0, heap - sizes.in_heap(moment.tensors)), moment.size))
     return Needed(
         parameters=models * parameters,
         optimizer=models * MOMENTS * parameters,
@@ -165,7 +169,7 @@ def needed(
         copies=copies * parameters,
         checkpoint=(1 + MOMENTS) * parameters if saves else 0,
         batches=PREFETCHED * recipe.batch // world * (recipe.length + 1) * 2 * INT64,
-        heap=sizes.holes(most),
+        heap=max(0, heap - sizes.in_heap(most.tensors)),
         process=_process(),
         moment=most.name,
         device=torch.device(recipe.device).type,
@@ -180,6 +184,14 @@ class _Moment(NamedTuple):
     logits: list[int]
     gradients: list[int]
     casts: list[int]
+
+    @property
+    def tensors(self) -> list[int]:
+        return self.activations + self.logits + self.gradients + self.casts
+
+    @property
+    def size(self) -> int:
+        return sum(self.tensors)
 
 
 class _Sizes:
@@ -328,12 +340,13 @@ class _Sizes:
 
     # --- malloc -------------------------------------------------------------------------------------------------------
 
-    def holes(self, moment: _Moment) -> int:
+    def heap(self, moments: list[_Moment]) -> int:
+        """How large the heap becomes by all but the parameters: by what is the most of it at a moment, and for good."""
         if not self.on_cpu or platform.libc_ver()[0] != "glibc":
             return 0
-        holes = HOLES * self.in_heap(moment.activations + moment.logits + moment.gradients + moment.casts)
+        most = max(self.in_heap(moment.tensors) for moment in moments)
         recomputed = sum(self.recomputed) * (self.in_heap(self.block()) - self.in_heap([self.wide]))
-        return int(holes + HOLES_OF_RECOMPUTED * recomputed)
+        return int((1 + HOLES) * most + HOLES_OF_RECOMPUTED * recomputed)
 
     @staticmethod
     def in_heap(tensors: list[int]) -> int:
