@@ -286,9 +286,12 @@ def test_a_folder_may_be_deeper_than_pythons_stack(tmp_path):
             os.mkdir("a")
             os.chdir("a")
         Path("text").write_text("to be")
-    finally:
         os.chdir(before)
-    assert len(walked(tmp_path)) == 1
+        assert len(walked(tmp_path)) == 1
+    finally:
+        # pytest's own clean-up of old folders is recursive.
+        os.chdir(before)
+        subprocess.run(["rm", "-rf", str(tmp_path / "a")], check=True)
 
 
 def test_what_is_no_file_is_refused(tmp_path):
