@@ -26,6 +26,8 @@ from gptkern.swapping.rerouting_code import CannotReroute, cell_names, rerouted
 # Code that asks for its variables would see cells that are not its own; text that it runs may call what is replaced.
 _LOOKS_AT_ITSELF = {"locals", "vars", "dir", "eval", "exec"}
 
+# Where torch.compile's wrapper of a function, as a decorator, notes what to trace in its place.
+_INLINE = "_torchdynamo_inline"
 # How many code objects were copied.
 _copies = itertools.count()
 
@@ -64,6 +66,7 @@ class Rerouted:
         for name in self.names:
             if method(cls, name) in self._changed:
                 made = self._again(method(cls, name))
+                made = _behind_a_function(made) if name != "forward" and _INLINE in vars(made) else made
                 is_static = isinstance(inspect.getattr_static(cls, name), staticmethod)
                 self.methods[name] = staticmethod(made) if is_static else made
 
@@ -182,6 +185,20 @@ def _reader(chain: Chain, own: dict[str, object], cell: types.CellType | None) -
 def _empty_cells(function: types.FunctionType) -> list[types.CellType]:
     # An empty cell equals no other than an empty one.
     return [cell for cell in function.__closure__ or () if cell == types.CellType()]
+
+
+def _behind_a_function(compiled: types.FunctionType) -> types.FunctionType:
+    """A plain function that calls it: of a compiled method that has a closure torch.compile would guard on the
+    wrapper's cells in place of the method's."""
+
+    @functools.wraps(compiled)
+    @with_own_code
+    def behind(*args, **kwargs):
+        return compiled(*args, **kwargs)
+
+    for attribute in [name for name in vars(behind) if name.startswith("_torchdynamo_")]:
+        delattr(behind, attribute)
+    return behind
 
 
 def _is_torchs(function: types.FunctionType) -> bool:
