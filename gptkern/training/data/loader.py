@@ -11,6 +11,7 @@ import collections
 import functools
 import itertools
 import os
+import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -140,7 +141,7 @@ class _Ahead:
         self._failed = False
         self._process = os.getpid()
         # The thread knows the line alone: an interrupt may drop this object at any moment, this one included.
-        self._line = _Line(make, most)
+        self._line = _Line(make, first, most)
         thread = threading.Thread(target=self._line.fill, args=(first,), name="gptkern batches", daemon=True)
         self.stop = functools.partial(_end, self._line, thread, self._process)
         weakref.finalize(self, self.stop)
@@ -151,16 +152,15 @@ class _Ahead:
         return self._process == os.getpid() and not self._failed and self._first <= number <= self._first + 1
 
     def take(self, number: int) -> Batch:
-        line = self._line
-        with line.changed:
-            self._first = number
-            while line.ready and line.ready[0][0] < number:
-                line.ready.popleft()
-                line.changed.notify_all()
-            line.changed.wait_for(lambda: line.ready or line.stopped)
-            if not line.ready:
+        line, self._first = self._line, number
+        while line.ready and line.ready[0][0] < number:
+            line.ready.popleft()
+        line.allow(number)
+        while not line.ready:
+            if line.stopped:
                 raise RuntimeError("these batches were closed")
-            batch = line.ready[0][1]
+            line.made.get()
+        batch = line.ready[0][1]
         if isinstance(batch, BaseException):
             self._failed = True
             raise batch
@@ -168,41 +168,54 @@ class _Ahead:
 
 
 class _Line:
-    """What a thread has made, and what is waited for."""
+    """What a thread has made, and what is waited for.
 
-    def __init__(self, make: Callable[[int], Batch], most: int):
+    Without a lock: one that an interrupt leaves held, between its taking and the block that gives it back, would keep
+    thread and program waiting for ever. What the two tell each other are single operations of CPython's, and a wake-up
+    that is lost or too many changes nothing: who was woken looks again.
+    """
+
+    def __init__(self, make: Callable[[int], Batch], first: int, most: int):
         self._make, self._most = make, most
-        self.changed = threading.Condition()
         # (number, batch or what was raised). The first one stays until the one behind it is asked for: an interrupt
         # between its taking and its use must not lose it.
         self.ready: collections.deque[tuple[int, Batch | BaseException]] = collections.deque()
+        self._last = first + most  # what may be made
         self.stopped = False
+        self.made: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._allowed: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def allow(self, number: int) -> None:
+        """That one is being used, and counts for nothing among those that are made ahead."""
+        self._last = number + self._most
+        self._allowed.put(None)
+
+    def stop(self) -> None:
+        self.stopped = True
+        self._allowed.put(None)
+        self.made.put(None)
 
     def fill(self, first: int) -> None:
         for number in itertools.count(first):
-            with self.changed:
-                # The one that is being used counts for nothing.
-                self.changed.wait_for(lambda: len(self.ready) <= self._most or self.stopped)
-                if self.stopped:
-                    return
+            while number > self._last and not self.stopped:
+                self._allowed.get()
+            if self.stopped:
+                return
             try:
                 batch = self._make(number)
             except BaseException as error:
                 batch = error
-            with self.changed:
-                self.ready.append((number, batch))
-                self.changed.notify_all()
+            self.ready.append((number, batch))
+            self.made.put(None)
             if isinstance(batch, BaseException):
                 return
 
 
 def _end(line: _Line, thread: threading.Thread, process: int) -> None:
-    # In a process that was forked there is no such thread, and its lock may be held for ever.
+    # In a process that was forked there is no such thread.
     if process != os.getpid():
         return
-    line.stopped = True
-    with line.changed:
-        line.changed.notify_all()
+    line.stop()
     # The garbage collector may run in the thread itself; an interrupt may have kept it from starting.
     if thread is not threading.current_thread() and thread.is_alive():
         thread.join()
