@@ -49,8 +49,8 @@ def swap(model: torch.nn.Module, ops: Iterable[str] | None = None, strict: bool 
     the module refuses another class, or its own code asks for its exact class, it is skipped. Other code that knows a
     module by its exact class (`type(block) is LayerNorm`, a registry of subclasses) sees the other one. A lazy module
     stays swapped in what its first call makes of it. A method that is patched on the class later counts, routed again,
-    from the next call in eager mode on, and so does a global that is changed; what torch.compile has traced stays,
-    until something else makes it trace again.
+    from the next call on, and a global that is changed at once, as they do without a swap; what torch.compile has
+    traced follows where it would for the stock model (not a method other than forward that is patched).
 
     Parameters stay the same objects, state_dict keys stay the same; dropout, eps, hooks, requires_grad and the
     training flag are not looked at. A second call changes nothing. `gptkern.unswap` takes it back.
