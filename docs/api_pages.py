@@ -17,7 +17,7 @@ FOLDER = ROOT / "docs" / "api"
 INDEX = "README.md"
 
 # The modules whose names are public, in the order of the index.
-MODULES = ("gptkern", "gptkern.functional", "gptkern.nn", "gptkern.autograd")
+MODULES = ("gptkern", "gptkern.functional", "gptkern.nn", "gptkern.autograd", "gptkern.training")
 
 INTRODUCTION = """# Public names
 
@@ -121,12 +121,19 @@ def _signature(name: str, value: Any) -> str:
         annotated = parameter.annotation is not parameter.empty
         text = parameter.name + (f": {_annotation(parameter.annotation)}" if annotated else "")
         if parameter.default is not parameter.empty:
-            text += f" = {parameter.default!r}" if annotated else f"={parameter.default!r}"
+            default = _default(parameter.default)
+            text += f" = {default}" if annotated else f"={default}"
         lines.append(text)
     inside = "".join(f"\n    {line}," for line in lines) + "\n" if lines else ""
     result = signature.return_annotation
     arrow = "" if result is signature.empty or inspect.isclass(value) else f" -> {_annotation(result)}"
     return f"{name}({inside}){arrow}"
+
+
+def _default(value: Any) -> str:
+    """As it stands in the code; of a lambda that it is one."""
+    name = getattr(value, "__name__", None) if callable(value) else None
+    return repr(value) if name is None else "…" if name == "<lambda>" else name
 
 
 def _annotation(annotation: Any) -> str:

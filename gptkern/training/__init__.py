@@ -1,1 +1,43 @@
-"""Training as a library: what the commands and the bench share."""
+"""Training as a library: tokens from texts, the loop, runs that can be killed at any moment, models for others.
+
+The names are imported when they are first used: the command line's errors live here too, and need no PyTorch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gptkern.training.checkpoints import Checkpoints
+    from gptkern.training.data.preparing import prepare
+    from gptkern.training.data.store import Store
+    from gptkern.training.exporting import export
+    from gptkern.training.loading import load_model
+    from gptkern.training.loop import Trainer
+    from gptkern.training.recipe import Recipe
+    from gptkern.training.run import Keeping, train
+
+# name -> the module that defines it. The imports above, for Python.
+_HOMES = {
+    "Checkpoints": "checkpoints",
+    "Keeping": "run",
+    "Recipe": "recipe",
+    "Store": "data.store",
+    "Trainer": "loop",
+    "export": "exporting",
+    "load_model": "loading",
+    "prepare": "data.preparing",
+    "train": "run",
+}
+
+__all__ = ["Checkpoints", "Keeping", "Recipe", "Store", "Trainer", "export", "load_model", "prepare", "train"]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

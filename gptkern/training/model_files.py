@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -80,7 +81,11 @@ def replace(folder: Path, write: Callable[[Path], Any], order: Iterable[str], st
             with tempfile.TemporaryDirectory(dir=folder, prefix=".checkpoint-") as new:
                 write(Path(new))
                 names = [name for name in order if Path(new, name).exists()]
+                # safetensors makes files that their owner alone can read, whatever the umask.
+                usual = Path(new, ".usual")
+                usual.touch()
                 for name in names:
+                    shutil.copymode(usual, Path(new, name))
                     with open(Path(new, name), "rb") as file:
                         # A disk may find out late that it is full.
                         os.fsync(file.fileno())
