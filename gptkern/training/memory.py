@@ -58,7 +58,7 @@ MAPPED_ALONE = 32 * 2**20
 # What is smaller lies in a heap, where freed places stay resident, and serve what fits into them alone: it stays as
 # large as it was at its own moment, and beside 100 bytes of activations, logits and gradients 25 to 60 of holes were
 # measured.
-HOLES = 0.4
+HOLES = 0.37  # the middle of 25 sizes: 0.88 to 1.13 of what was measured
 # Of recomputed blocks the heap stays nearly as large as if their activations were kept (measured: 0.55 to 0.9 of them).
 HOLES_OF_RECOMPUTED = 0.7
 RETURNED = 2**20  # bytes; what `return_freed` sets in place of MAPPED_ALONE
