@@ -62,6 +62,10 @@ def test_what_it_says_and_writes(here, export):
     assert first == f"{count:,} parameters, float32, {size / 1e3:.0f} kB"
     assert second == 'model: out   (AutoModelForCausalLM.from_pretrained("out"))'
     assert sorted(os.listdir("out")) == FILES
+    # safetensors by itself would let nobody else read the weights.
+    (here / "of the umask").touch()
+    modes = {path.stat().st_mode for path in (here / "out").iterdir()}
+    assert modes == {(here / "of the umask").stat().st_mode}
     status, printed, errors = export("run", "--out", "new/planes", "--byte-planes", "--dtype", "bfloat16")
     size = (here / "new" / "planes" / "model.byte-planes.safetensors").stat().st_size
     assert (status, errors) == (0, "")
