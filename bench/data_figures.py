@@ -7,8 +7,9 @@ One JSON object a line:
     size      bytes of shards against raw 16-bit ids and against the text under gzip, of two texts that come with
               Python: the language reference (pydoc_data.topics) and the standard library's sources
     speed     tokens per second of the loader and of the nano preset's training, by turns. What is read is larger than
-              what is kept of it in memory, and rows come from all of it. "alone" has no thread and counts the time of
-              the processor: what the loader takes from the training
+              what is kept of it in memory, and rows come from all of it. "thread": wall-clock time, read ahead by the
+              thread, beside whatever else runs; "alone": the time of the processor of both, without the thread: what
+              reading takes from the training
     memory    the most that a process held (resident, beyond what it held before) while it wrote so many tokens, and
               while another read 400 batches of them: the ids of a text, again and again, each time renumbered
               otherwise. The reader's 32 MiB of kept frames fill up with the data
@@ -25,7 +26,6 @@ import gzip
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -113,7 +113,7 @@ def speed(rounds: int) -> bool:
     recipe = Recipe(steps=10**6, batch=BATCH, length=length, lr=1e-3)
     store = text.text_store(text.load(shortest=length + 1))
     trainer = Trainer(new_model(config, 0), store, recipe)
-    speeds: dict[str, list[float]] = {"training": [], "thread": [], "alone": []}
+    speeds: dict[str, list[float]] = {"training": [], "training, processor": [], "thread": [], "alone": []}
     contention = Contention()
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(trainer):
         folder = Path(folder)
@@ -121,7 +121,9 @@ def speed(rounds: int) -> bool:
         rows = Rows(tokens, length, 0)
         trainer.run(1)
         for number in range(rounds):
+            start = time.process_time()
             trainer.run(2)
+            speeds["training, processor"].append(2 * BATCH * length / (time.process_time() - start))
             speeds["training"].append(trainer.speeds[-1])
             for name, prefetch, clock in (("thread", 4, time.perf_counter), ("alone", 0, time.process_time)):
                 with Batches(rows, BATCH, update=100 * number, prefetch=prefetch) as batches:
@@ -131,15 +133,16 @@ def speed(rounds: int) -> bool:
                         batches.next()
                     speeds[name].append(50 * BATCH * length / (clock() - start))
     found = {name: statistics.median(values) for name, values in speeds.items()}
+    of = {"thread": "training", "alone": "training, processor"}
     ratios = {
-        name: statistics.median(ours / theirs for ours, theirs in zip(speeds[name], speeds["training"]))
-        for name in ("thread", "alone")
+        name: statistics.median(ours / theirs for ours, theirs in zip(speeds[name], speeds[peer]))
+        for name, peer in of.items()
     }
     say(
         what="speed", batch=BATCH, length=length, rounds=rounds, threads=torch.get_num_threads(),
         data_tokens=len(tokens), kept_bytes=CACHE_BYTES,
-        **{f"{name}_tokens_per_second": round(value) for name, value in found.items()},
-        **{f"{name}_ratio": round(value, 1) for name, value in ratios.items()}, goal=FASTER, **contention.shares(),
+        tokens_per_second={name: round(value) for name, value in found.items()},
+        ratio={name: round(value, 1) for name, value in ratios.items()}, goal=FASTER, **contention.shares(),
     )  # fmt: skip
     return min(ratios.values()) >= FASTER
 
@@ -155,7 +158,8 @@ def memory(base: int, scales: list[int]) -> bool:
                 most[doing].append(found["bytes"])
                 say(what="memory", doing=doing, scale=scale, tokens=base * scale, **found)
     for values in most.values():
-        flat &= values[-1] - values[0] <= FLAT
+        # What writes or reads takes some memory: without any it was not measured.
+        flat &= min(values) > 0 and values[-1] - values[0] <= FLAT
     return flat
 
 
@@ -178,7 +182,9 @@ def child(doing: str, folder: Path, total: int) -> None:
 
 
 def peak() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Linux's own count. Not getrusage's, which begins with what the process held that started this one."""
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM:"))
 
 
 def main() -> int:

@@ -247,6 +247,11 @@ def test_so_many_batches_are_read_ahead_and_no_more():
         assert tokens.reads == 8
         batches.next()
         assert settled(lambda: tokens.reads == 10)
+        line = batches._ahead._line
+        for number in range(60):  # first the thread is waited for, then the training
+            assert number < 40 or settled(lambda: len(line.ready) == 4)
+            batches.next()
+            assert line.made.qsize() <= 6 and line._allowed.qsize() <= 6
     assert running() == 0
 
 

@@ -156,6 +156,7 @@ class _Ahead:
         while line.ready and line.ready[0][0] < number:
             line.ready.popleft()
         line.allow(number)
+        _emptied(line.made)
         while not line.ready:
             if line.stopped:
                 raise RuntimeError("these batches were closed")
@@ -197,6 +198,7 @@ class _Line:
 
     def fill(self, first: int) -> None:
         for number in itertools.count(first):
+            _emptied(self._allowed)
             while number > self._last and not self.stopped:
                 self._allowed.get()
             if self.stopped:
@@ -209,6 +211,12 @@ class _Line:
             self.made.put(None)
             if isinstance(batch, BaseException):
                 return
+
+
+def _emptied(wakes: queue.SimpleQueue[None]) -> None:
+    """What woke nobody goes, or there would be more of it with every update. Who calls looks for what changed after."""
+    while not wakes.empty():
+        wakes.get()
 
 
 def _end(line: _Line, thread: threading.Thread, process: int) -> None:
