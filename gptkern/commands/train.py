@@ -87,7 +87,12 @@ def _values(args: argparse.Namespace, folder: RunFolder) -> tuple[dict[str, Any]
     if args.recipe is not None:
         given = given.over(recipe_files.read(args.recipe))
     if args.resume:
-        return recipe_files.resumed(folder.stored(), given)
+        stored = folder.stored()
+        values, warnings = recipe_files.resumed(stored, given)
+        if not stored.values.keys() & {"preset", "from"}:
+            # Begun from Python: its sizes are in its checkpoints alone.
+            values["preset"] = given.values.get("preset")
+        return values, warnings
     folder.check_free(args.overwrite)
     return recipe_files.completed(given), []
 
@@ -100,7 +105,7 @@ def _store(values: dict[str, Any]) -> Store:
     from gptkern.training.data import text
 
     # The shortest that a row of the preset's own context needs; of another model's the run says it.
-    shortest = 2 if values["from"] is not None else configured(values["preset"], values["context"]).context + 1
+    shortest = 2 if values["preset"] is None else configured(values["preset"], values["context"]).context + 1
     return text.text_store(text.load(values["text"], shortest=shortest))
 
 
@@ -108,6 +113,8 @@ def _model(
     values: dict[str, Any], store: Store, device: str, resume: bool
 ) -> tuple[GPTConfig | None, GPT | Callable[[], GPT] | None, int]:
     """(config of a new model, or the model, tokens of a row)"""
+    if values["preset"] is None and values["from"] is None:
+        return None, None, values["context"]
     if values["from"] is None:
         config = configured(values["preset"], values["context"], values["dropout"], store.tokenizer.vocab_size)
         return config, None, config.context

@@ -81,17 +81,17 @@ def train(
     has_board = board.wanted(keeping.tensorboard)
     if mended := folder.mend():
         say(mended)
-    recipe = _checked(folder, recipe, resume, overwrite)
+    recipe = _checked(folder, recipe, swap, resume, overwrite)
     torch.set_num_threads(recipe.threads)
     try:
         with folder.locked():
             checkpoints = Checkpoints(folder.checkpoints, keeping.keep)
             folder.sweep()
             # Another program may have been here before the lock was this one's.
-            recipe = _checked(folder, recipe, resume, overwrite)
+            recipe = _checked(folder, recipe, swap, resume, overwrite)
             start = _start(folder, checkpoints, store, say) if resume else None
-            config, made = _model(folder, config, model, start)
-            stored = _stored(keys or {}, recipe, keeping)
+            config, made = _model(folder, config, model, start, resume)
+            stored = _stored(keys or {}, recipe, keeping, config, swap)
             if start is not None and (outcome := _finished(folder, start, recipe)) is not None:
                 if not _is_reported(folder, start):
                     report(folder, store, config, stored, finished(recipe.steps))
@@ -120,12 +120,15 @@ def train(
 # --- Before the first update ------------------------------------------------------------------------------------------
 
 
-def _checked(folder: RunFolder, recipe: Recipe, resume: bool, overwrite: bool) -> Recipe:
+def _checked(folder: RunFolder, recipe: Recipe, swap: bool, resume: bool, overwrite: bool) -> Recipe:
     """The recipe with its number of threads, once the folder may be trained in."""
     if not resume:
         folder.check_free(overwrite)
         return dataclasses.replace(recipe, threads=recipe.threads or torch.get_num_threads())
-    stored = recipe_files.completed(folder.stored())
+    given = folder.stored()
+    stored = recipe_files.completed(given)
+    if given.values.get("stock") is swap:
+        raise UserError(f"swap is {swap}; the run in {folder} began with {not swap}")
     for field in dataclasses.fields(Recipe):
         name = "context" if field.name == "length" else field.name
         ours, theirs = getattr(recipe, field.name), stored[name]
@@ -168,13 +171,18 @@ def _is_reported(folder: RunFolder, start: Checkpoint) -> bool:
     return False
 
 
-def _model(folder, config, model, start) -> tuple[GPTConfig, GPT | None]:
+def _model(folder, config, model, start, resume) -> tuple[GPTConfig, GPT | None]:
     """The sizes of what is trained, and the model where it has weights from elsewhere than a checkpoint of the run."""
     if start is not None:
         of = _config_of(start)
         if config is not None and config != of:
             raise UserError(f"the run in {folder} is of a model of other sizes: {of}")
         return of, None
+    if resume and config is None and model is None:
+        raise UserError(
+            f"the run in {folder} has no checkpoint yet, and {folder.recipe.name} does not say the sizes of its model: "
+            "go on with it from Python, where they were given"
+        )
     if (config is None) == (model is None):
         raise ValueError("train: it needs one of config and model")
     made = model if model is None or isinstance(model, torch.nn.Module) else model()
@@ -218,10 +226,10 @@ def _every(updates: int | None, recipe: Recipe) -> int:
     return updates or max(1, recipe.steps // 10)
 
 
-def _stored(keys: Mapping[str, Any], recipe: Recipe, keeping: Keeping) -> dict[str, Any]:
+def _stored(keys: Mapping[str, Any], recipe: Recipe, keeping: Keeping, config: GPTConfig, swap: bool) -> dict[str, Any]:
     """What recipe.toml holds: all that was decided."""
     found = dict(keys) | dataclasses.asdict(recipe) | dataclasses.asdict(keeping)
-    found["context"] = recipe.length
+    found |= {"context": recipe.length, "dropout": config.dropout, "stock": not swap}
     for name in ("save_every", "evaluate_every"):
         found[name] = _every(found[name], recipe)
     return {name: found[name] for name in recipe_files.KEYS if name in found}
