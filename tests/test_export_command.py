@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 
 from gptkern import cli
 from gptkern.commands import export as command
-from gptkern.training import exporting
+from gptkern.training import exporting, model_files
 from gptkern.training.data.tokenizers import bytes_tokenizer
 from gptkern.training.errors import RunError, UserError
 from gptkern.training.loading import load_model
@@ -197,6 +198,118 @@ def test_what_ends_the_writing_leaves_what_was_there(here, monkeypatch, error):
     with pytest.raises((KeyboardInterrupt, RunError)):
         exporting.export(loaded, "out", "float16", planes=True, overwrite=True)
     assert content(here) == before and sorted(os.listdir("out")) == FILES
+
+
+def test_a_folder_in_the_place_of_a_file_changes_nothing(here, export):
+    assert export("run", "--out", "out")[0] == 0
+    os.remove("out/generation_config.json")
+    (here / "out" / "generation_config.json").mkdir()
+    before = content(here)
+    status, _, errors = export("run", "--out", "out", "--overwrite", "--dtype", "bfloat16", "--byte-planes")
+    assert (status, errors) == (
+        1,
+        "gptkern export: out cannot be written: generation_config.json is a folder; the model there is as it was\n",
+    )
+    assert content(here) == before and not list(here.glob("out/.*"))
+
+
+OLD = {"config.json": "old", "weights": "old", "only old": "old", "notes.txt": "theirs"}
+NEW = {"config.json": "new", "weights": "new", "tokens": "new", "notes.txt": "theirs"}
+
+
+def put(folder: Path) -> None:
+    def write(new: Path) -> None:
+        for name in ("weights", "tokens", "config.json"):
+            (new / name).write_text("new")
+
+    model_files.replace(folder, write, ("weights", "tokens", "config.json"), "as it was", stale=["only old"])
+
+
+def old_model(folder: Path) -> Path:
+    folder.mkdir()
+    for name, text in OLD.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def texts(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
+
+
+def at_move(monkeypatch, number: int, do) -> list:
+    """From the move of that number on each one does this instead; what has been moved."""
+    real, calls = os.replace, []
+
+    def replaced(source, target):
+        calls.append(target)
+        return real(source, target) if len(calls) != number else do(source, target)
+
+    monkeypatch.setattr(os, "replace", replaced)
+    return calls
+
+
+@pytest.mark.parametrize("number", range(1, 7))
+def test_a_move_that_fails_is_taken_back(tmp_path, monkeypatch, number):
+    def fails(*_):
+        raise OSError(5, "Input/output error")
+
+    folder = old_model(tmp_path / "out")
+    calls = at_move(monkeypatch, number, fails)
+    with pytest.raises(RunError, match=r"Input/output error; as it was$"):
+        put(folder)
+    assert len(calls) == 2 * number - 1 and texts(folder) == OLD and not list(folder.glob(".*"))
+    monkeypatch.undo()
+    put(folder)
+    assert texts(folder) == NEW and not list(folder.glob(".*"))
+
+
+def test_what_cannot_be_put_back_either_is_kept_and_said(tmp_path, monkeypatch):
+    def failing(*_):
+        monkeypatch.setattr(os, "replace", failing)
+        raise OSError(5, "Input/output error")
+
+    folder = old_model(tmp_path / "out")
+    at_move(monkeypatch, 4, failing)
+    with pytest.raises(RunError, match=r"nor can what was there be put back: .*; its files are in ") as error:
+        put(folder)
+    assert "as it was" not in str(error.value)
+    assert texts(Path(str(error.value).rpartition("are in ")[2])) == {
+        name: text for name, text in OLD.items() if name != "notes.txt"
+    }
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"holds a model \(\.checkpoint-.*/replaced\): --overwrite replaces it"):
+        exporting.check_target(folder, False)
+
+
+@pytest.mark.parametrize("number", range(1, 8))
+def test_a_kill_between_two_moves_leaves_one_model_or_none(tmp_path, monkeypatch, number):
+    """Each prefix of what is moved, in a process of its own."""
+    folder = old_model(tmp_path / "out")
+    process = os.fork()
+    if process == 0:
+        try:
+            at_move(monkeypatch, number, lambda *_: os._exit(9))
+            put(folder)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == (9 if number < 7 else 0)
+    left = texts(folder)
+    assert left == {1: OLD, 7: NEW}.get(number, left) and ("config.json" in left) == (number in (1, 7))
+    assert bool(list(folder.glob(".checkpoint-*"))) == (number < 7)
+    put(folder)
+    assert texts(folder) == NEW and not list(folder.glob(".*"))
+
+
+def test_a_signal_waits_for_the_moves(tmp_path, monkeypatch):
+    def interrupted(source, target):
+        signal.raise_signal(signal.SIGINT)
+        os.rename(source, target)
+
+    folder = old_model(tmp_path / "out")
+    at_move(monkeypatch, 4, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        put(folder)
+    assert texts(folder) == NEW and not list(folder.glob(".*"))
 
 
 def test_a_training_that_failed_is_no_model(here, export):

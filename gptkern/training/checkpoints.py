@@ -254,7 +254,7 @@ class Checkpoints:
                 files = dict(parts) | {ABOUT: _write_bytes(partial / ABOUT, job.about)}
                 listing = {"format": FORMAT, "version": VERSION, "step": job.step, "files": files}
                 _write_bytes(partial / CHECKSUMS, dumped(listing))
-                _sync(partial)
+                sync(partial)
                 self._name(partial, name)
 
         ranks.together(begin)
@@ -271,7 +271,7 @@ class Checkpoints:
         if path.is_dir():
             path.rename(self.folder / f".{name}{REPLACED}")
         partial.rename(path)
-        _sync(self.folder)
+        sync(self.folder)
 
     def _remove(self, step: int) -> None:
         """What the checkpoint of a step makes superfluous. Those of later steps are not counted, and stay."""
@@ -392,7 +392,7 @@ def _write_bytes(path: Path, *blocks: bytes | memoryview) -> dict[str, Any]:
     return {"bytes": total, "sha256": digest.hexdigest()}
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """A folder's names onto the disk, where the system can do it."""
     with contextlib.suppress(PermissionError):  # Windows opens no folder
         handle = os.open(folder, os.O_RDONLY)

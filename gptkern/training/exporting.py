@@ -85,6 +85,7 @@ def export(
     config = loaded.model.config
     name = f"{option} {shown(str(folder))}"
     raw = loaded.model.parameter_count() * DTYPES[dtype].itemsize
+    model_files.sweep(folder)
     _check_room(folder, raw, name)
     model_files.check_finite(loaded.model, "the model")
     try:
@@ -119,7 +120,7 @@ def check_target(folder: Path, overwrite: bool, option: str = "--out") -> None:
         raise UserError(f"{name} holds a run; it needs another folder")
     if folder.is_dir() and Checkpoint.is_one(folder):
         raise UserError(f"{name} holds a run's checkpoint; it needs another folder")
-    there = _model_files(folder)
+    there = [*_model_files(folder), *model_files.set_aside(folder)]
     if there and not overwrite:
         raise UserError(f"{name} holds a model ({there[0]}): --overwrite replaces it, another {option} leaves it")
 

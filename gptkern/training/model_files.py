@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,9 @@ from gptkern import formatting
 from gptkern.formatting import shown
 from gptkern.models.gpt import GPT, GPTConfig
 from gptkern.training import memory
-from gptkern.training.errors import UserError, kept, reason
+from gptkern.training.checkpoints import sync
+from gptkern.training.errors import RunError, UserError, kept, reason
+from gptkern.training.interrupting import postponed
 from gptkern.training.tensor_files import Header, SafetensorsFiles, Tensors, json_object, said
 
 PARAMETERS = "model.safetensors"
@@ -30,6 +32,7 @@ CONFIG = "config.json"
 
 LARGEST = 2**63 - 1  # what a size of a tensor can be
 
+_NEW, _ASIDE = ".checkpoint-", "replaced"  # of `replace`
 _FLOATING = ("F64", "F32", "F16", "BF16")  # as safetensors writes them
 _NAMED_AT_MOST = 3
 
@@ -62,15 +65,19 @@ def save(model: GPT, folder: Path, training: dict | None = None) -> None:
     replace(folder, write, (PARAMETERS, CONFIG), "the checkpoint there is as it was" if held(folder) else "")
 
 
-def replace(folder: Path, write: Callable[[Path], Any], order: Iterable[str], stays: str, stale=()) -> None:
+def replace(folder: Path, write: Callable[[Path], Any], order: Sequence[str], stays: str, stale=()) -> None:
     """Call `write` with a new folder inside of `folder`, and put the files that it writes there in their places.
 
+    A kill leaves what was there, or what is new, or a folder without the last of `order`; what else one left, the next
+    call removes: half-written files before it writes, a model that had been set aside once the new one is in place.
+
     Args:
-        order: names of the files that are put in their places, one after another. stays: what a RunError says of what
-            was there. stale: names of files that are removed then.
+        order: names of the files that are put in their places, one after another. The last one makes the folder a
+            model: it is taken away before anything else changes. stays: what a RunError says of what was there.
+        stale: names of files that go.
 
     Raises:
-        RunError: they cannot be written; what was there is as it was.
+        RunError: they cannot be written; what was there is as it was, or the message says where it is.
     """
     from safetensors import SafetensorError
 
@@ -78,22 +85,31 @@ def replace(folder: Path, write: Callable[[Path], Any], order: Iterable[str], st
         existed = folder.is_dir()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder, prefix=".checkpoint-") as new:
-                write(Path(new))
-                names = [name for name in order if Path(new, name).exists()]
+            sweep(folder)
+            left = list(folder.glob(f"{_NEW}*"))
+            new, done = Path(tempfile.mkdtemp(dir=folder, prefix=_NEW)), False
+            try:
+                write(new)
+                names = [name for name in order if (new / name).exists()]
                 # safetensors makes files that their owner alone can read, whatever the umask.
-                usual = Path(new, ".usual")
+                usual = new / ".usual"
                 usual.touch()
                 for name in names:
-                    shutil.copymode(usual, Path(new, name))
-                    with open(Path(new, name), "rb") as file:
+                    shutil.copymode(usual, new / name)
+                    with open(new / name, "rb") as file:
                         # A disk may find out late that it is full.
                         os.fsync(file.fileno())
-                for name in names:
-                    os.replace(Path(new, name), folder / name)
-            for name in stale:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(folder / name)
+                with postponed():
+                    _exchange(folder, new, names, stale)
+                    done = True
+            finally:
+                # What could not be put back stays.
+                if done or not _holds_old(new):
+                    shutil.rmtree(new, ignore_errors=True)
+            for path in left:
+                shutil.rmtree(path, ignore_errors=True)
+            if not existed:
+                sync(folder.absolute().parent)
         except BaseException as error:
             if not existed:
                 with contextlib.suppress(OSError):
@@ -101,6 +117,56 @@ def replace(folder: Path, write: Callable[[Path], Any], order: Iterable[str], st
             if isinstance(error, SafetensorError):
                 raise OSError(None, reason(error)) from error
             raise
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed `replace` had written by then; a model that it had set aside stays."""
+    for path in folder.glob(f"{_NEW}*"):
+        if not _holds_old(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def set_aside(folder: Path) -> list[str]:
+    """Folders, by their names in `folder`, with a model that a killed `replace` had set aside."""
+    return sorted(str((path / _ASIDE).relative_to(folder)) for path in folder.glob(f"{_NEW}*") if _holds_old(path))
+
+
+def _holds_old(new: Path) -> bool:
+    return (new / _ASIDE).is_dir() and any((new / _ASIDE).iterdir())
+
+
+def _exchange(folder: Path, new: Path, names: Sequence[str], stale: Iterable[str]) -> None:
+    """The old files into a folder inside of `new`, and the new ones in their places: all of it, or nothing."""
+    old = [name for name in (*reversed(names), *stale) if os.path.lexists(folder / name)]
+    for name in old:
+        if (folder / name).is_dir() and not (folder / name).is_symlink():
+            raise OSError(None, f"{shown(name)} is a folder")
+    aside, moved = new / _ASIDE, []
+
+    def move(source: Path, target: Path) -> None:
+        os.replace(source, target)
+        moved.append((source, target))
+
+    try:
+        aside.mkdir()
+        for number, name in enumerate(old):
+            move(folder / name, aside / name)
+            if number == 0:
+                # The disk must not see what follows without this.
+                sync(folder)
+        for name in names:
+            if name == names[-1]:
+                sync(folder)
+            move(new / name, folder / name)
+        sync(folder)
+    except BaseException as error:
+        try:
+            for source, target in reversed(moved):
+                os.replace(target, source)
+        except OSError as again:
+            what = f"{folder} cannot be written: {reason(error)}; nor can what was there be put back: {reason(again)}"
+            raise RunError(f"{what}; its files are in {aside}") from error
+        raise
 
 
 def load(folder: Path, device: torch.device | str = "cpu", option: str = "") -> GPT:
