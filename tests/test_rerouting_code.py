@@ -69,6 +69,11 @@ def f(x):
         value = act(x)
     return Inner.value, act(x)""",
     "locals of the same name": "def f(x):\n    lib = x\n    g = lambda: lib\n    return g(), act(x)",
+    "a variable of the name that a function inside closes over": """
+def f(x):
+    def middle(act):
+        return lambda y: act(y)
+    return middle(sum)(x), middle(act)(x)""",
     "a function inside whose local has the name": """
 def f(x):
     def g(act):

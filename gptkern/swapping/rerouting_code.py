@@ -74,21 +74,19 @@ def rerouted(code: types.CodeType, chains: Collection[Chain]) -> types.CodeType:
     """
     if sys.version_info[:2] > _NEWEST:
         raise CannotReroute(f"the bytecode of Python {sys.version_info[0]}.{sys.version_info[1]} is not known")
-    return _Rewriting(code, chains, frozenset(code.co_freevars)).code(cell_names(chains))
+    return _Rewriting(code, chains).code(cell_names(chains))
 
 
 class _Rewriting:
-    def __init__(self, original: types.CodeType, chains: Collection[Chain], outermost: frozenset[str]):
-        """`outermost`: the free variables that are those of the outermost function."""
+    def __init__(self, original: types.CodeType, chains: Collection[Chain]):
         self.original, self.chains = original, chains
-        self.outermost = outermost & set(original.co_freevars)
         self.read = _read(original)
         self.at = {read.offset: place for place, read in enumerate(self.read)}
         self.sites = dict(self.find_sites())
         self.inner: dict[int, _Rewriting] = {}
         for place, constant in enumerate(original.co_consts):
             if isinstance(constant, types.CodeType):
-                inside = _Rewriting(constant, chains, self.outermost)
+                inside = _Rewriting(constant, chains)
                 if inside.used:
                     self.inner[place] = inside
         used = {*self.sites.values()}.union(*(inside.used for inside in self.inner.values()))
@@ -98,11 +96,9 @@ class _Rewriting:
     def find_sites(self) -> Iterator[tuple[tuple[int, int], Chain]]:
         """(first and last instruction, the chain that they load) of each chain to be rerouted."""
         targets = {read.target for read in self.read} | {entry.target for entry in _handlers(self.original)}
-        stored = {read.value for read in self.read if read.name == "STORE_NAME"}
         for first, read in enumerate(self.read):
-            is_outer = read.name == "LOAD_DEREF" and read.value in self.outermost
-            # In the body of a class a name may be the class's own.
-            if not is_outer and (read.name not in LOADS_OF_GLOBALS or read.value in stored):
+            # It may be another variable of that name: what it gives decides.
+            if read.name not in (*LOADS_OF_GLOBALS, "LOAD_DEREF"):
                 continue
             chain, last = (read.value,), first
             while chain not in self.chains and self.read[last + 1].name in ("LOAD_ATTR", "LOAD_METHOD"):
