@@ -155,6 +155,7 @@ CLAIMS = {
     "a shape of floats": lambda entry: entry | {"shape": [6.0]},
     "a shape of booleans": lambda entry: entry | {"shape": [6, True]},
     "a negative shape": lambda entry: entry | {"shape": [-2, -3]},
+    "65 dimensions": lambda entry: entry | {"shape": [6, *[1] * 64]},
     "no shape": lambda entry: {"dtype": "BF16", "frames": entry["frames"]},
     "another number of elements": lambda entry: entry | {"shape": [5]},
     "another dtype of the same size": lambda entry: entry | {"dtype": "I16"},

@@ -312,6 +312,7 @@ HEADERS = {
     "two numbers below 0": header(a=of(shape=[-1, -1])),
     "half a number": header(a=of(shape=[1.0])),
     "true": header(a=of(shape=[True])),
+    "65 dimensions": header(a=of(shape=[1] * 65)),
     "a shape of terabytes": header(a=of(shape=[2**40])),
     "a shape of terabytes, and places": header(a=of(shape=[2**40], data_offsets=[0, 2**42])),
     "a product that overflows": header(a=of(shape=[2**32, 2**32, 2**32])),

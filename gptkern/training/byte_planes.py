@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from gptkern.formatting import shown
-from gptkern.training.tensor_files import Header, Tensors, open_safetensors
+from gptkern.training.tensor_files import MOST_DIMENSIONS, Header, Tensors, open_safetensors
 
 FORMAT, VERSION = "gptkern-byte-planes", "1"
 FRAME = 2**20  # bytes of a plane
@@ -170,6 +170,8 @@ class BytePlanes(Tensors):
 def _checked(entry: dict[str, Any]) -> list[list[int]]:
     """The bytes of each frame, of an entry that describes a tensor; a ValueError or TypeError of one that does not."""
     dtype, shape, frames = entry["dtype"], entry["shape"], entry["frames"]
+    if len(shape) > MOST_DIMENSIONS:
+        raise ValueError(entry)
     whole = all(
         type(number) is int and number >= 0 for number in [*shape, *(size for plane in frames for size in plane)]
     )

@@ -26,6 +26,7 @@ import torch
 
 from gptkern.formatting import count, shown
 from gptkern.training.errors import UserError
+from gptkern.training.tensor_files import MOST_DIMENSIONS
 
 ABOUT, CHECKSUMS = "about.json", "checksums.json"
 FORMAT, VERSION = "gptkern-checkpoint", 1
@@ -312,7 +313,7 @@ def _chunk(file: str, entry: Any, sharding: Any) -> tuple[Chunk | None, tuple[in
         return wrong
     shape, span = _sizes(entry["shape"]), _sizes(entry["data_offsets"])
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
-    if shape is None or span is None or dtype is None or len(span) != 2:
+    if shape is None or span is None or dtype is None or len(span) != 2 or len(shape) > MOST_DIMENSIONS:
         return wrong
     if span[1] - span[0] != math.prod(shape) * dtype.itemsize:
         return wrong

@@ -22,6 +22,7 @@ from gptkern.training.errors import reason
 # A GPT of 96 layers has 1155 tensors: a header of some 150 kB.
 MOST_HEADER_BYTES = 16 * 2**20
 MOST_JSON_BYTES = 16 * 2**20
+MOST_DIMENSIONS = 64  # what PyTorch computes with; the product of millions of sizes is a number of megabytes
 _LENGTH = 8  # of a safetensors file: the header's length, little endian
 
 
