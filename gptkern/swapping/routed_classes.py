@@ -283,7 +283,7 @@ class _RoutedCode:
         def watch() -> None:
             cls.forward is None  # noqa: B015
             for read in functions:
-                # By their code alone it would not tell two functions of one factory apart.
+                # By their code alone it would not tell two functions of one factory apart (torch 2.11 still does not).
                 id(read())
 
         return watch
