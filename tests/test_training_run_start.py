@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
+import torch
 from saved_checkpoints import ends, start
 from training_runs import CONFIG, content, run, state_of, stopping_at
 
 from gptkern import cli
 from gptkern.training import recipe_files, running
 from gptkern.training import run as train_module
+from gptkern.training.checkpoints import Checkpoints
 from gptkern.training.errors import UserError
+from gptkern.training.run_folder import RunFolder
 
 
 @pytest.fixture(autouse=True)
@@ -69,3 +73,57 @@ def test_without_a_checkpoint_its_sizes_are_nowhere(tmp_path, capsys):
     arguments = ["--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "run"), "--resume"]
     assert cli.main(["train", *arguments]) == 2
     assert "recipe.toml does not say the sizes of its model" in capsys.readouterr().err
+
+
+# --- Another run in its place, and a power cut ------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="this system does not tell what a descriptor is of")
+def test_what_reaches_the_disk_before_a_mark_is_made_or_goes(tmp_path, monkeypatch):
+    """A power cut may leave any of what was not synced: of a mark and of what it speaks of, one goes first."""
+    run(tmp_path / "run")
+    happened = []
+    short = {str(tmp_path / "run"): "the folder", str(tmp_path / "run" / ".replaced"): ".replaced"}
+
+    def noted(name):
+        original = getattr(os, name)
+
+        def call(*arguments, **more):
+            path = os.readlink(f"/proc/self/fd/{arguments[0]}") if name == "fsync" else str(arguments[0])
+            if name == "fsync":
+                path = short.get(path) or ("recipe" if ".recipe.toml." in path else "other")
+            if path != "other" and more.get("dir_fd") is None:
+                happened.append((name, path.removeprefix(str(tmp_path / "run") + "/")))
+            return original(*arguments, **more)
+
+        monkeypatch.setattr(os, name, call)
+
+    for name in ("fsync", "rename", "replace", "unlink", "rmdir"):
+        noted(name)
+    touch = Path.touch
+    monkeypatch.setattr(Path, "touch", lambda path: (happened.append(("touch", path.name)), touch(path)))
+
+    synced = [("fsync", "the folder"), ("fsync", ".replaced")]
+    folder = RunFolder(tmp_path / "run")
+    folder.set_aside()
+    at = happened.index(("touch", "moved"))
+    assert happened[at - 2 : at] == synced and happened[at + 1 :] == synced
+    assert [what for what, _ in happened[: at - 2]] == ["rename"] * 3
+    happened.clear()
+    folder.put_back()
+    at = happened.index(("unlink", ".replaced/moved"))
+    assert happened[at + 1 : at + 3] == synced and happened[at + 3][0] == "rename"
+    assert happened[-2:] == [("fsync", "the folder"), ("rmdir", ".replaced")]
+    folder.set_aside()
+    happened.clear()
+    recipe_files.write(folder.recipe, {"steps": 3})
+    assert [happened[0], happened[1][0], happened[-1]] == [("fsync", "recipe"), "replace", ("fsync", "the folder")]
+    happened.clear()
+    folder.forget()
+    at = happened.index(("unlink", ".replaced/moved"))
+    assert happened[:2] == synced and happened[at - 2 : at] == synced
+    assert ("unlink", ".replaced/metrics.jsonl") in happened[2:at]
+    happened.clear()
+    checkpoints = Checkpoints(folder.checkpoints)
+    checkpoints.save(1, {"a": torch.zeros(1)}, {}, wait=True)
+    assert ("fsync", "the folder") in happened

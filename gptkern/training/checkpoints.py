@@ -238,7 +238,9 @@ class Checkpoints:
 
         def begin() -> None:
             if ranks.rank == 0:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                if not self.folder.is_dir():
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    sync(self.folder.parent)
                 self._clear()
                 partial.mkdir()
 

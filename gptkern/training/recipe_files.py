@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from gptkern.backends.tables import files
 from gptkern.formatting import cut, shown, size
+from gptkern.training.data.plain_files import sync_folder
 from gptkern.training.errors import UserError
 from gptkern.training.recipe import KINDS, PRECISIONS, SCHEDULES, Recipe
 from gptkern.training.values import Choice, Kind, Real, Switch, Text, Whole, WordOrWhole
@@ -250,9 +251,10 @@ def text(values: Mapping[str, Any]) -> str:
 
 
 def write(path: Path, values: Mapping[str, Any]) -> None:
-    """Store a run's keys; a file that is there stays whole until the new one is. Raises OSError."""
+    """Store a run's keys; a file that is there stays whole until the new one is on the disk. Raises OSError."""
     heading = "# What `gptkern train` ran with; `gptkern train --recipe` reads it.\n"
-    files.replace(path, heading + text(values))
+    files.replace(path, heading + text(values), sync=True)
+    sync_folder(path.parent)
 
 
 def _toml(value: Any) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from gptkern.formatting import shown
 from gptkern.training import recipe_files
+from gptkern.training.data.plain_files import sync_folder
 from gptkern.training.errors import RunError, UserError, kept
 
 RECIPE, METRICS, REPORT, CHECKPOINTS = "recipe.toml", "metrics.jsonl", "report.html", "checkpoints"
@@ -110,14 +111,19 @@ class RunFolder:
     # --- Another run in its place -------------------------------------------------------------------------------------
 
     def set_aside(self) -> None:
-        """Move what is there into `.replaced`, from where `put_back` and `forget` take it."""
+        """Move what is there into `.replaced`, from where `put_back` and `forget` take it.
+
+        The mark is on the disk after what was moved: what lies beside one is the new run's, after a power cut too.
+        """
         with kept(self.path, "the run that is there is as it was"):
             self._replaced.mkdir(exist_ok=True)
             try:
                 for name in ITEMS:
                     if os.path.lexists(self.path / name):
                         os.rename(self.path / name, self._replaced / name)
+                self._sync()
                 (self._replaced / MOVED).touch()
+                self._sync()
             except BaseException:
                 self._return()
                 raise
@@ -128,15 +134,21 @@ class RunFolder:
             for name in ITEMS:
                 _remove(self.path / name)
             (self._replaced / MOVED).unlink(missing_ok=True)
+            self._sync()
             self._return()
 
     def forget(self) -> None:
-        """The run that was there is no longer needed. Raises RunError where it cannot be removed."""
+        """The run that was there is no longer needed. Raises RunError where it cannot be removed.
+
+        The new one is on the disk before that, with its name in the folder; the mark goes after what it speaks of.
+        """
         if self._replaced.is_dir():
             with kept(self._replaced):
+                self._sync()
                 for name in os.listdir(self._replaced):
                     if name != MOVED:
                         _remove(self._replaced / name)
+                self._sync()
                 (self._replaced / MOVED).unlink(missing_ok=True)
                 self._replaced.rmdir()
 
@@ -162,7 +174,7 @@ class RunFolder:
 
     def sweep(self) -> None:
         """Remove what a killed program had begun to write, of the files that are written whole."""
-        for name in (RECIPE, REPORT):
+        for name in (RECIPE, METRICS, REPORT):
             for left in self.path.glob(f".{name}.*.new"):
                 with contextlib.suppress(OSError):
                     left.unlink()
@@ -171,8 +183,14 @@ class RunFolder:
         for name in reversed(ITEMS):
             if os.path.lexists(self._replaced / name):
                 os.rename(self._replaced / name, self.path / name)
+        sync_folder(self.path)
         with contextlib.suppress(FileNotFoundError):
             self._replaced.rmdir()
+
+    def _sync(self) -> None:
+        """What was moved or removed is so on the disk: in the folder, and in `.replaced`."""
+        sync_folder(self.path)
+        sync_folder(self._replaced)
 
     def clear(self) -> None:
         """Remove what a run began with and never used."""

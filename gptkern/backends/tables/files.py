@@ -50,13 +50,16 @@ def write(path: Path, content: dict[str, Any]) -> None:
     replace(path, text(content))
 
 
-def replace(path: Path, text: str) -> None:
-    """Writes the file in one step: a reader sees the old text or the new, and so does a crash."""
+def replace(path: Path, text: str, sync: bool = False) -> None:
+    """Writes the file in one step: a reader sees the old text or the new, and so does a crash; synced, a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".new")
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
             file.write(text)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         # mkstemp lets nobody else read the file.
         os.chmod(name, 0o644)
         os.replace(name, path)
