@@ -14,7 +14,7 @@ import pytest
 import torch
 import training_runs
 from saved_checkpoints import ends, largest_file, start
-from training_runs import CONFIG, KEEPING, RECIPE, a_store, content, lines_of, run, state_of, stopping_at
+from training_runs import CONFIG, KEEPING, RECIPE, a_store, content, lines_of, run, state_of, stopping_at, told
 
 from gptkern.models.gpt import GPT
 from gptkern.training import metrics, recipe_files, running
@@ -226,6 +226,33 @@ def test_an_evaluation_that_was_not_reached_is_made_up_for(tmp_path, whole, monk
     assert run(folder, resume=True).finished
     ours, theirs = state_of(folder), state_of(whole)
     assert (ours["lines"], ours["tensors"]) == (theirs["lines"], theirs["tensors"])
+
+
+@pytest.mark.parametrize("step", [8, 12])
+def test_an_evaluation_that_is_made_up_for_may_be_ended_too(copy, whole, monkeypatch, step):
+    """The line stays as it is until the evaluation is done: killed before, the run can go on still."""
+    folder = copy
+    back_to(folder, step)
+    if step == 8:
+        shutil.rmtree(folder)
+        run(folder, **stopping_at(8))
+    given = [line for line in (folder / "metrics.jsonl").read_text().splitlines(True)][:step]
+    last = json.loads(given[-1])
+    del last["validation_loss"]
+    (folder / "metrics.jsonl").write_text("".join(given[:-1]) + json.dumps(last) + "\n")
+    seen = []
+
+    def ended(self, rows=None):
+        seen.append(told(folder))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "validate", ended)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, resume=True)
+    assert seen == [list(range(1, step + 1))]
+    monkeypatch.undo()
+    assert run(folder, resume=True).finished
+    assert lines_of(folder) == lines_of(whole)
 
 
 def test_a_damaged_checkpoint_is_passed_over_loudly(copy, whole):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,8 @@ def cut(path: Path, step: int) -> list[dict[str, Any]]:
     Raises:
         UserError: as `lines`; nothing was cut.
     """
+    with kept(path):
+        _unfinished(path).unlink(missing_ok=True)
     found, end = [], 0
     for line, stop in _lines(path):
         if line["step"] > step:
@@ -85,6 +88,36 @@ def cut(path: Path, step: int) -> list[dict[str, Any]]:
         with kept(path):
             os.truncate(path, end)
     return found
+
+
+def replace_last(path: Path, line: Mapping[str, Any]) -> None:
+    """Put a line in the place of the last, in one move: a reader, and a crash, see the old file or the new.
+
+    Raises:
+        UserError: as `lines`. RunError: it cannot be written; the file is as it was.
+    """
+    start = stop = 0
+    for _, end in _lines(path):
+        start, stop = stop, end
+    new = _unfinished(path)
+    with kept(path):
+        try:
+            shutil.copy(path, new)
+            with open(new, "r+b") as file:
+                file.truncate(start)
+                file.seek(start)
+                file.write((json.dumps(_finite(line)) + "\n").encode())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(new, path)
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
+
+
+def _unfinished(path: Path) -> Path:
+    """Where `replace_last` writes; a kill leaves it there."""
+    return path.with_name(f".{path.name}.new")
 
 
 def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:

@@ -188,14 +188,21 @@ class Run:
             self.entry = trainer.store.tokenizer.save(folder.path)
         found = metrics.cut(folder.metrics, trainer.step)
         self._take_up(found)
+        late = {}
+        if found and found[-1]["step"] == trainer.step and self._is_evaluated(trainer.step):
+            if "validation_loss" not in found[-1]:
+                # It was ended between the update and its evaluation, of which this one may be ended too.
+                late = self._evaluated()
+                metrics.replace_last(folder.metrics, found[-1] | late)
+                self._know(found[-1] | late)
         if self.has_board:
             self.board = Board(folder.tensorboard, trainer.step, self.say)
+            if late:
+                self.board.add({"step": trainer.step} | late)
         self.metrics = metrics.Metrics(folder.metrics)
         self.began = time.perf_counter()
         if trainer.step == 0:
             self.untrained = self.validation = trainer.validate(self.keeping.evaluate_rows)
-        elif self.waiting:
-            self._write_lines(self._evaluated())
         self._watch()
 
     def _take_up(self, lines: list[dict[str, Any]]) -> None:
@@ -207,10 +214,6 @@ class Run:
             if line.get("loss") is not None and not line.get("skipped"):
                 self._compare(line["loss"])
             self._know(line)
-        if lines and lines[-1]["step"] == step and self._is_evaluated(step) and "validation_loss" not in lines[-1]:
-            # It was ended between the update and its evaluation.
-            metrics.cut(self.folder.metrics, step - 1)
-            self.waiting = [lines[-1]]
         self.before = self.last.get("seconds") or 0.0
 
     def _know(self, line: Mapping[str, Any]) -> None:
