@@ -127,3 +127,41 @@ def test_what_reaches_the_disk_before_a_mark_is_made_or_goes(tmp_path, monkeypat
     checkpoints = Checkpoints(folder.checkpoints)
     checkpoints.save(1, {"a": torch.zeros(1)}, {}, wait=True)
     assert ("fsync", "the folder") in happened
+
+
+def replacing(folder) -> None:
+    def watch(progress):
+        if progress.step == 2:
+            os._exit(3)
+
+    run(folder, overwrite=True, recipe={"seed": 1}, watch=watch)
+
+
+@pytest.mark.parametrize("moved", [True, False])
+def test_what_is_refused_moves_no_file(tmp_path, capsys, moved):
+    """Of a run that a killed program was replacing: the checks see the run that will be back."""
+    folder = tmp_path / "run"
+    run(folder, **stopping_at(3))
+    before = content(folder)
+    if moved:
+        assert ends([start(replacing, folder)]) == [3]
+    else:
+        (folder / ".replaced").mkdir()
+        for name in ("metrics.jsonl", "checkpoints"):
+            os.rename(folder / name, folder / ".replaced" / name)
+    left = content(folder)
+    for more, words in (
+        ({}, "holds a run: --resume goes on with it"),
+        ({"resume": True, "recipe": {"lr": 0.5}}, "lr is 0.5; the run in .* began with 0.01"),
+        ({"resume": True, "recipe": {"seed": 1}}, "seed is 1; the run in .* began with 0"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run(folder, **more)
+        assert content(folder) == left
+    for arguments in (["--resume", "--lr", "0.5"], ["--steps", "3"]):
+        assert cli.main(["train", "--out", str(folder), *arguments]) == 2
+        assert content(folder) == left
+    said = []
+    assert run(folder, resume=True, say=said.append, stop=lambda: True).step == 3
+    assert any("the run is back" in line for line in said) == moved
+    assert {name: content(folder)[name] for name in before} == before

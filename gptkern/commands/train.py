@@ -37,9 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     out = places.folder("--out", args.out)
     folder = RunFolder(out)
-    mended = folder.mend()
     values, pending = _values(args, folder)
-    pending[:0] = [mended] if mended else []
     import_torch()
     # What is missing is said now and not after minutes of training.
     for package in ("matplotlib", "rich", "safetensors"):

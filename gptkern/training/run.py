@@ -79,16 +79,16 @@ def train(
     folder, keeping = RunFolder(out), keeping or Keeping()
     before = torch.get_num_threads()
     has_board = board.wanted(keeping.tensorboard)
-    if mended := folder.mend():
-        say(mended)
     recipe = _checked(folder, recipe, swap, resume, overwrite)
     torch.set_num_threads(recipe.threads)
     try:
         with folder.locked():
             checkpoints = Checkpoints(folder.checkpoints, keeping.keep)
-            folder.sweep()
             # Another program may have been here before the lock was this one's.
             recipe = _checked(folder, recipe, swap, resume, overwrite)
+            if mended := folder.mend():
+                say(mended)
+            folder.sweep()
             start = _start(folder, checkpoints, store, say) if resume else None
             config, made = _model(folder, config, model, start, resume)
             stored = _stored(keys or {}, recipe, keeping, config, swap)

@@ -49,21 +49,29 @@ class RunFolder:
 
     def held(self) -> str | None:
         """The name of something of a run that is there."""
-        return next((name for name in (RECIPE, *ITEMS) if os.path.lexists(self.path / name)), None)
+        return next((name for name in (RECIPE, *ITEMS) if os.path.lexists(self.place(name))), None)
+
+    def place(self, name: str) -> Path:
+        """Where that of the run lies which counts: not here where a program was killed while it replaced one."""
+        mended, aside = self.path / name, self._replaced / name
+        if not self._replaced.is_dir() or self._has_new():
+            return mended
+        return aside if os.path.lexists(aside) or self._is_moved() else mended
 
     def is_run(self) -> bool:
         """Whether a training wrote what is there, so that another may replace it."""
-        if os.path.lexists(self.recipe):
+        if os.path.lexists(self.place(RECIPE)):
             return True
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-            return json.loads((self.path / FORMER[0]).read_text(encoding="utf-8"))["training"]["command"] == "train"
+            return json.loads(self.place(FORMER[0]).read_text(encoding="utf-8"))["training"]["command"] == "train"
         return False
 
     def stored(self) -> recipe_files.Given:
         """What the run that is there began with. Raises UserError where no run is there."""
-        if not self.recipe.is_file():
+        recipe = self.place(RECIPE)
+        if not recipe.is_file():
             raise UserError(f"{self.option} {self} holds no run that --resume could go on with: it has no {RECIPE}")
-        stored = recipe_files.read(self.recipe, self.option)
+        stored = recipe_files.read(recipe, self.option)
         for name in ("steps", "context", "seed"):
             if name not in stored.values:
                 raise UserError(f"{self.option} {self}: {RECIPE} has no {name}; it needs to be as a run stored it")
@@ -155,26 +163,31 @@ class RunFolder:
     def mend(self) -> str | None:
         """Bring to an end what a program left that was killed while it replaced a run; says in a line what was done.
 
-        Raises:
-            UserError: it was not killed: another program is training here.
+        Inside of `locked` alone: a program that was not killed is training here.
         """
         if not self._replaced.is_dir():
             return None
-        with self.locked():
-            if not (self._replaced / MOVED).exists():
-                # Moving had not come to its end, either way.
-                with kept(self.path):
-                    self._return()
-                return None
-            if any(self.checkpoints.glob(f"step-*/{CHECKSUMS}")):
-                self.forget()
-                return None
-            self.put_back()
+        if not self._is_moved():
+            # Moving had not come to its end, either way.
+            with kept(self.path):
+                self._return()
+            return None
+        if self._has_new():
+            self.forget()
+            return None
+        self.put_back()
         return f"what was to replace the run in {self} was ended before its first checkpoint: the run is back"
+
+    def _is_moved(self) -> bool:
+        return (self._replaced / MOVED).exists()
+
+    def _has_new(self) -> bool:
+        """Whether the run that takes another's place has a checkpoint."""
+        return self._is_moved() and any(self.checkpoints.glob(f"step-*/{CHECKSUMS}"))
 
     def sweep(self) -> None:
         """Remove what a killed program had begun to write, of the files that are written whole."""
-        for name in (RECIPE, METRICS, REPORT):
+        for name in (RECIPE, REPORT):
             for left in self.path.glob(f".{name}.*.new"):
                 with contextlib.suppress(OSError):
                     left.unlink()
