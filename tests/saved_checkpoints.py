@@ -22,7 +22,7 @@ def counted(counter: int, elements: int = 12) -> dict[str, torch.Tensor]:
     return {
         "model.weight": torch.full((elements // 3, 3), float(counter)),
         "optimizer.step": torch.tensor(float(counter)),
-        "generators.cpu": torch.full((16,), counter % 256, dtype=torch.uint8),
+        "generators.0.cpu": torch.full((16,), counter % 256, dtype=torch.uint8),
         "model.half": torch.full((5,), float(counter), dtype=torch.bfloat16),
     }
 

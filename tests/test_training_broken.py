@@ -47,6 +47,7 @@ IGNORED = on_losses.test_ignored_targets_count_for_nothing
 SIXTEEN_BITS = on_losses.test_sixteen_bits_are_summed_in_float32
 NAMES = on_state.test_the_names_are_stock_ones_and_each_memory_has_one
 REFUSED = partial(on_state.test_a_state_that_does_not_fit_is_named_and_changes_nothing, "generator", "generators")
+STREAMS = on_state.test_each_process_draws_and_resumes_a_stream_of_its_own
 SIGNAL = on_state.test_a_signal_waits_for_the_step_of_the_optimizer
 
 CLEARED = "        self.optimizer.zero_grad(set_to_none=True)\n        try:"
@@ -117,6 +118,8 @@ FAULTS = {
     # The state.
     "no averages": Fault("trainer_state", 'found[f"optimizer.{name}.{key}"] = value', "pass", from_any_step("fp32")),
     "no generators": Fault("trainer_state", "generators.states[kind] =", "_ =", from_any_step("bf16")),
+    "one stream for all": Fault("trainer_state", "generators.{generators.rank}.", "generators.0.", STREAMS),
+    "the next seed's stream": Fault("process_state", "if rank:\n", "seed += rank\n        if 0:\n", STREAMS),
     "no scale": Fault("loop", "self.scaler.load_state_dict(scaler)", "pass", from_any_step("fp16")),
     "no step": Fault("loop", "self.step = step\n        self._done", "self._done", from_any_step("fp32")),
     "no names": Fault("trainer_state", "and place in seen:", "and False:", NAMES),

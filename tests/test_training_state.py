@@ -95,6 +95,27 @@ def test_the_names_are_stock_ones_and_each_memory_has_one():
     assert list(trainer.state()[0]) == before
 
 
+def test_each_process_draws_and_resumes_a_stream_of_its_own():
+    def of(rank: int, seed: int = 5) -> loop.Trainer:
+        trainer = a_trainer(dropout=0.2, seed=seed)
+        return loop.Trainer(trainer.model, a_store(), trainer.recipe, rank=rank, world=2)
+
+    trainers = [of(rank) for rank in range(2)]
+    streams = [trainer.generators.states["cpu"] for trainer in [*trainers, of(0, seed=6), of(1, seed=4)]]
+    assert len({bytes(stream.numpy()) for stream in streams}) == len(streams)
+    assert torch.equal(streams[0], torch.Generator().manual_seed(5).get_state())
+    (first, about), (second, _) = (trainer.state() for trainer in trainers)
+    saved = {name: tensor.clone() for name, tensor in (first | second).items()}
+    for rank, trainer in enumerate(trainers):
+        with trainer.generators.drawing():
+            torch.rand(9)
+        assert not torch.equal(trainer.generators.states["cpu"], streams[rank])
+        trainer.load_state(saved, about)
+        assert torch.equal(trainer.generators.states["cpu"], streams[rank])
+    with pytest.raises(UserError, match=r"no generators\.1\.cpu: it is of another process, or of fewer of them"):
+        trainers[1].load_state(first, about)
+
+
 def test_a_swapped_model_goes_on_from_a_stock_ones_state():
     stock = a_trainer(dropout=0.2, recompute="full")
     stock.run(2)
@@ -190,7 +211,7 @@ def changed(tensors, about, change):
     elif change == "dtype":
         tensors[name] = tensors[name].half()
     elif change == "generator":
-        tensors["generators.cpu"] = torch.zeros(3, dtype=torch.uint8)
+        tensors["generators.0.cpu"] = torch.zeros(3, dtype=torch.uint8)
     elif change == "precision":
         about["scaler"] = None
     elif change == "scale":
@@ -210,7 +231,7 @@ def changed(tensors, about, change):
         "left over": r"the state has model\.blocks\.2\.attention\.qkv\.weight, which this training has not",
         "shape": r"the state's model\.blocks\.1\.attention\.qkv\.weight is \(3, 5\), torch\.float32; .* \(48, 16\)",
         "dtype": r"qkv\.weight is \(48, 16\), torch\.float16; this training needs \(48, 16\), torch\.float32",
-        "generator": r"the state's generators\.cpu is \(3,\)",
+        "generator": r"the state's generators\.0\.cpu is \(3,\)",
         "precision": r"the state is of a training in no fp16; precision is fp16",
         "scale": r"the state's loss scale has scale nan; it needs a finite number above 0",
         "no scale": r"the state's loss scale has scale None; it needs a finite number above 0",

@@ -117,7 +117,7 @@ class Trainer:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.scaler = scaler_of(self.device, recipe.precision)
         self._one = torch.ones((), device=self.device)
-        self.generators = Generators(self.device, recipe.seed if rank == 0 else (recipe.seed + rank) % 2**64)
+        self.generators = Generators(self.device, recipe.seed, rank)
         model.recompute(recipe.recompute_every)
         self._objective = _objective_of(model, recipe)
         self.step = 0

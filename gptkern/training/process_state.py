@@ -8,6 +8,7 @@ say, does not move the training. Two that train in two threads at once would.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
 
@@ -21,11 +22,14 @@ class Generators:
     """The states of a trainer's random numbers: {"cpu": …} and, where it trains on a GPU, {"cuda": …}; uint8 tensors.
 
     Args:
-        seed: as of torch.manual_seed.
+        seed: as of torch.manual_seed. rank: which of several processes draws; each has a stream of its own.
     """
 
-    def __init__(self, device: torch.device, seed: int):
-        self.device = device
+    def __init__(self, device: torch.device, seed: int, rank: int = 0):
+        self.device, self.rank = device, rank
+        if rank:
+            # Not a sum: the next seed's first process would draw the same as this seed's second.
+            seed = int.from_bytes(hashlib.sha256(f"{seed} {rank}".encode()).digest()[:8], "little")
         self.states = {"cpu": torch.Generator().manual_seed(seed).get_state()}
         if device.type == "cuda":
             self.states["cuda"] = torch.Generator(device).manual_seed(seed).get_state()

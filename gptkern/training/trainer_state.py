@@ -2,7 +2,7 @@
 
     model.<key>                          the model's state_dict; of tied weights the first key alone
     optimizer.<parameter>.exp_avg        and .exp_avg_sq, .step: AdamW's
-    generators.cpu, generators.cuda      states of random numbers, uint8
+    generators.<rank>.cpu, and .cuda     states of each process's own random numbers, uint8
 
 The names are the same ones from before the first update to the end.
 """
@@ -33,19 +33,23 @@ def tensors_of(model: torch.nn.Module, optimizer: torch.optim.AdamW, generators:
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             found[f"optimizer.{name}.{key}"] = value
-    return found | {f"generators.{kind}": state for kind, state in generators.states.items()}
+    return found | {f"generators.{generators.rank}.{kind}": state for kind, state in generators.states.items()}
 
 
 def check(mine: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:
     """Whether `given` fits: before anything is changed.
 
     Generators of another kind of device may be missing or left over: a training that goes on elsewhere draws others.
+    Those of other processes are left over. This process's own have to be there.
 
     Raises:
         UserError: names what is missing, too much, or of another shape or dtype.
     """
-    expected = {name for name in mine if not name.startswith("generators.") or name == "generators.cpu"}
-    if missing := sorted(expected - given.keys()):
+    expected = {name for name in mine if not name.startswith("generators.") or name.endswith(".cpu")}
+    missing = sorted(expected - given.keys())
+    if missing and missing[-1].startswith("generators."):
+        raise UserError(f"the state has no {missing[0]}: it is of another process, or of fewer of them")
+    if missing:
         raise UserError(f"the state has no {shown(missing[0])}{_others(missing)}: it is of another model")
     if left := sorted(name for name in given.keys() - mine.keys() if not name.startswith("generators.")):
         raise UserError(f"the state has {shown(left[0])}{_others(left)}, which this training has not")
@@ -81,7 +85,7 @@ def load(mine: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor], ge
     """Put the values of `given`, which was checked, in place. What was read in place already costs nothing."""
     for name, value in mine.items():
         if name.startswith("generators."):
-            kind = name.removeprefix("generators.")
+            kind = name.rpartition(".")[2]
             if name in given:
                 generators.states[kind] = given[name].detach().to("cpu", copy=True)
         elif given[name].data_ptr() != value.data_ptr():
