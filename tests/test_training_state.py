@@ -14,7 +14,7 @@ from plain_training import CONFIG, a_store
 from test_training_loop import a_trainer
 
 import gptkern
-from gptkern.training import loop
+from gptkern.training import interrupting, loop
 from gptkern.training.errors import UserError
 
 STEPS = 7
@@ -182,6 +182,23 @@ def test_a_signal_waits_for_the_step_of_the_optimizer():
     plain.run(1)
     assert trainer.step == 1 and trainer.losses == plain.losses
     the_same(trainer.state(), plain.state())
+
+
+def test_each_signal_that_was_postponed_is_handled_in_order():
+    """As a run has it: the first is noted, and another one raises."""
+    came = []
+
+    def note(number, frame):
+        came.append(number)
+        if len(came) != 1:
+            raise KeyboardInterrupt
+
+    sent = [signal.SIGTERM, signal.SIGINT, signal.SIGTERM]
+    with interrupting.handled(note), pytest.raises(KeyboardInterrupt), interrupting.postponed():
+        for number in sent:
+            signal.raise_signal(number)
+        assert not came
+    assert came == sent
 
 
 def test_a_damaged_text_is_raised_and_ends_no_state():

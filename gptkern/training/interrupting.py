@@ -12,14 +12,16 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if 
 
 @contextlib.contextmanager
 def postponed():
-    """What is in the block is done as a whole: a signal that comes meanwhile is handled at its end."""
+    """What is in the block is done as a whole: the signals that come meanwhile are handled at its end, in order."""
     came = []
     try:
         with handled(lambda number, frame: came.append(number)):
             yield
     finally:
-        if came:
-            signal.raise_signal(came[0])
+        # The handler of one may raise; the others are handled all the same.
+        with contextlib.ExitStack() as stack:
+            for number in reversed(came):
+                stack.callback(signal.raise_signal, number)
 
 
 @contextlib.contextmanager
