@@ -350,6 +350,30 @@ def test_metrics_that_are_gone_or_none(copy):
         run(copy, resume=True)
 
 
+def test_lines_that_are_gone_end_no_run(tmp_path, reported):
+    """Said when the run goes on, and no matter from then on: neither to its report nor to the next part."""
+    folder, said = tmp_path / "run", []
+    run(folder, **stopping_at(5))
+    lines = (folder / "metrics.jsonl").read_text().splitlines(True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:2] + lines[3:4]))
+    assert run(folder, resume=True, say=said.append, **stopping_at(7)).step == 7
+    assert any("does not reach the checkpoint's step, 5" in line for line in said)
+    assert run(folder, resume=True, say=said.append).finished
+    assert [line["step"] for line in lines_of(folder)] == [1, 2, 4, *range(6, 13)]
+    assert "Finished: 12 updates." in (folder / "report.html").read_text()
+
+
+def test_a_report_that_cannot_be_drawn_is_a_line(tmp_path, reported):
+    folder, said = tmp_path / "run", []
+
+    def watch(progress):
+        if progress.step == 12:
+            (folder / "report.html").mkdir()
+
+    assert run(folder, watch=watch, say=said.append).finished
+    assert re.fullmatch(r"the report was not written: .*report.html cannot be written: .*", said[-1])
+
+
 def test_a_model_that_has_weights(tmp_path):
     model = GPT(CONFIG)
     run(tmp_path / "run", config=None, model=lambda: model, recipe={"steps": 1, "lr": 1e-9})
@@ -663,7 +687,9 @@ def test_lines_are_cut_where_they_are_asked_to_be(tmp_path):
     assert metrics.cut(path, 0) == [] and path.read_bytes() == b""
 
 
-@pytest.mark.parametrize("line", ["[]", "3", "{}", '{"step": 9}', '{"step": "2"}', "nonsense", "[" * 70_000])
+@pytest.mark.parametrize(
+    "line", ["[]", "3", "{}", '{"step": 1}', '{"step": 2.0}', '{"step": "2"}', "nonsense", "[" * 70_000]
+)
 def test_a_line_that_is_none_is_named_and_nothing_is_cut(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n' + line + "\n")

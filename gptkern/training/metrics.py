@@ -1,10 +1,10 @@
-"""metrics.jsonl: a line of JSON for each update of a run, in their order, from the first.
+"""metrics.jsonl: a line of JSON for each update of a run, in their order.
 
     {"step": 12, "loss": 4.519…, "grad_norm": 1.2…, "lr": 0.0003, "tokens": 2048, "seconds": 1.7, …}
 
 `loss` is the whole update's, in full precision; `validation_loss` stands in the lines of updates after which the
 held-out part was evaluated, and `untrained_validation_loss` in the first, for the model before it. `seconds` are those
-of training until then, over all parts of a run that was resumed.
+of training until then, over all parts of a run that was resumed. Steps that somebody took away stay away.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def lines(path: Path) -> Iterator[dict[str, Any]]:
     """The lines; the last is left out where it is not whole, as after a kill. None of no file.
 
     Raises:
-        UserError: a line is no object whose step is the one after that of the line before.
+        UserError: a line is no object whose step is greater than that of the line before.
     """
     for line, _ in _lines(path):
         yield line
@@ -132,7 +132,7 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
             try:
                 line = json.loads(content)
                 step = line["step"]
-                if step != (step if before is None else before + 1) or step < 1:
+                if type(step) is not int or step <= (before or 0):
                     raise ValueError(f"its step is {shown(str(step))}")
             except (ValueError, LookupError, TypeError, RecursionError) as error:
                 after = "" if before is None else f" after that of step {before}"

@@ -189,12 +189,12 @@ class Run:
         found = metrics.cut(folder.metrics, trainer.step)
         self._take_up(found)
         late = {}
-        if found and found[-1]["step"] == trainer.step and self._is_evaluated(trainer.step):
-            if "validation_loss" not in found[-1]:
-                # It was ended between the update and its evaluation, of which this one may be ended too.
-                late = self._evaluated()
-                metrics.replace_last(folder.metrics, found[-1] | late)
-                self._know(found[-1] | late)
+        told = bool(found) and found[-1]["step"] == trainer.step
+        if told and self._is_evaluated(trainer.step) and "validation_loss" not in found[-1]:
+            # It was ended between the update and its evaluation, of which this one may be ended too.
+            late = self._evaluated()
+            metrics.replace_last(folder.metrics, found[-1] | late)
+            self._know(found[-1] | late)
         if self.has_board:
             self.board = Board(folder.tensorboard, trainer.step, self.say)
             if late:
@@ -420,7 +420,11 @@ class Run:
             self.folder.clear()
 
     def _report(self, status: str, kind: str) -> None:
-        report(self.folder, self.trainer.store, self.trainer.model.config, self.stored, status, kind)
+        """What is learnt does not hang on a page: one that cannot be drawn is a line."""
+        try:
+            report(self.folder, self.trainer.store, self.trainer.model.config, self.stored, status, kind)
+        except Exception as error:
+            self.say(f"the report was not written: {error}")
         self.reported = time.perf_counter()
 
 
