@@ -277,9 +277,9 @@ class Trainer:
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """(tensors, about): all that the training is between two updates; `load_state` goes on from it bit for bit.
 
-        The tensors are named as in trainer_state.py, are the same ones from before the first update on, and are the
-        training's own: the next update writes into them. `about` is JSON: step, scaler, config, recipe, world, threads,
-        versions.
+        The tensors are named as in trainer_state.py and are the training's own. Those of model and optimizer are the
+        same ones from before the first update on, and the next update writes into them; the generators' stay as they
+        are now, and are others after it. `about` is JSON: step, scaler, config, recipe, world, threads, versions.
         """
         tensors = trainer_state.tensors_of(self.model, self.optimizer, self.generators)
         return tensors, {

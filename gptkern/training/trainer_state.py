@@ -4,7 +4,8 @@
     optimizer.<parameter>.exp_avg        and .exp_avg_sq, .step: AdamW's
     generators.<rank>.cpu, and .cuda     states of each process's own random numbers, uint8
 
-The names are the same ones from before the first update to the end.
+The names are the same ones from before the first update to the end; so are the tensors of model and optimizer. Each
+update puts other ones in the place of the generators'.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from gptkern.training.process_state import Generators
 
 
 def tensors_of(model: torch.nn.Module, optimizer: torch.optim.AdamW, generators: Generators) -> dict[str, torch.Tensor]:
-    """The tensors themselves, not copies."""
+    """The tensors themselves, not copies. Updates write into those of model and optimizer; not into the generators'."""
     found, seen = {}, set()
     for key, value in model.state_dict().items():
         # state_dict's tensors are detached views: the same memory is the same weight.
