@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from saved_checkpoints import ends, start
 from training_runs import CONFIG, content, run, state_of, stopping_at
 
 from gptkern import cli
-from gptkern.training import recipe_files, running
+from gptkern.models.gpt import GPT
+from gptkern.training import memory, model_files, recipe_files, running
 from gptkern.training import run as train_module
 from gptkern.training.checkpoints import Checkpoints
 from gptkern.training.errors import UserError
@@ -165,3 +167,30 @@ def test_what_is_refused_moves_no_file(tmp_path, capsys, moved):
     assert run(folder, resume=True, say=said.append, stop=lambda: True).step == 3
     assert any("the run is back" in line for line in said) == moved
     assert {name: content(folder)[name] for name in before} == before
+
+
+# --- A model that has weights -----------------------------------------------------------------------------------------
+
+
+def test_a_model_is_loaded_once_the_memory_is_seen_to_suffice(folder, capsys, monkeypatch):
+    run(folder / "first", recipe={"steps": 3})
+    made, little = [], []
+    original = model_files.unfilled
+    monkeypatch.setattr(model_files, "unfilled", lambda *all: made.append(1) or original(*all))
+    monkeypatch.setattr(memory, "available", lambda device: little[0] if little else None)
+    arguments = ["--from", "first", "--text", "text.txt", "--steps", "2", "--batch", "2", "--device", "cpu"]
+    little.append(20_000)
+    assert cli.main(["train", "--out", "run", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert "of memory on cpu and there are 20" in printed.err and printed.out == ""
+    assert made == [] and not (folder / "run").exists()
+    little.clear()
+    assert cli.main(["train", "--out", "run", "--tensorboard", "off", *arguments]) == 0
+    assert made == [1] and stored(folder / "run")["context"] == 8
+
+
+def test_sizes_beside_a_function_are_those_of_its_model(tmp_path):
+    with pytest.raises(ValueError, match=r"train: config is .*; it needs to be the model's, "):
+        run(tmp_path / "run", config=dataclasses.replace(CONFIG, layers=2), model=lambda: GPT(CONFIG))
+    assert not (tmp_path / "run").exists()
+    assert run(tmp_path / "run", config=CONFIG, model=lambda: GPT(CONFIG)).finished

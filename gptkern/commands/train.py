@@ -14,7 +14,7 @@ from gptkern.commands.interrupts import import_torch, noted
 from gptkern.commands.options import add_recipe_arguments, configured
 from gptkern.formatting import shown
 from gptkern.training import recipe_files
-from gptkern.training.run_folder import RunFolder
+from gptkern.training.run_folder import CHECKPOINTS, RunFolder
 
 if TYPE_CHECKING:
     from gptkern.models.gpt import GPT, GPTConfig
@@ -51,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
 
     device = str(resolve_device(values["device"]))
     store = _store(values)
-    config, model, length = _model(values, store, device, args.resume)
+    goes_on = args.resume and any(folder.place(CHECKPOINTS).glob("step-*"))
+    config, model, length = _model(values, store, device, goes_on)
     recipe = recipe_files.recipe_of(values, length=length, device=device)
     if recipe.deterministic:
         # cuBLAS reads it when the GPU is first used.
@@ -108,28 +109,28 @@ def _store(values: dict[str, Any]) -> Store:
 
 
 def _model(
-    values: dict[str, Any], store: Store, device: str, resume: bool
-) -> tuple[GPTConfig | None, GPT | Callable[[], GPT] | None, int]:
-    """(config of a new model, or the model, tokens of a row)"""
+    values: dict[str, Any], store: Store, device: str, goes_on: bool
+) -> tuple[GPTConfig | None, Callable[[], GPT] | None, int]:
+    """(config, what loads a model that has weights, tokens of a row)"""
     if values["preset"] is None and values["from"] is None:
         return None, None, values["context"]
     if values["from"] is None:
         config = configured(values["preset"], values["context"], values["dropout"], store.tokenizer.vocab_size)
         return config, None, config.context
 
-    def load() -> GPT:
-        from gptkern.training.loading import starting_model
+    def found() -> tuple[GPTConfig, Callable[[], GPT]]:
+        from gptkern.training.loading import starting
 
-        loaded = starting_model(
+        config, load = starting(
             values["from"], store.tokenizer, length=values["context"], dropout=values["dropout"], device=device
         )
-        return loaded.model
+        return config, lambda: load().model
 
-    if resume:
-        # Its length is stored; the model is asked for where there is no checkpoint yet.
-        return None, load, values["context"]
-    model = load()
-    return None, model, values["context"] or model.config.context
+    if goes_on:
+        # From a checkpoint, with its length: the folder is not asked for.
+        return None, lambda: found()[1](), values["context"]
+    config, load = found()
+    return config, load, values["context"] or config.context
 
 
 def _ending(out: str, outcome: Outcome, steps: int, unit: str) -> str:

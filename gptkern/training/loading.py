@@ -13,6 +13,7 @@ are held against those of the files before memory is taken.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -70,13 +71,19 @@ def load_model(
     """
     folder = Path(folder)
     name = f"{option} {shown(str(folder))}".lstrip()
+    config, tensors, tokenizer, about = _checked(folder, name, dropout)
+    return Loaded(tensors(config, device).eval(), tokenizer, about)
+
+
+def _checked(folder: Path, name: str, dropout: float | None):
+    """As _found, once the tokenizer is seen to fit the model."""
     config, tensors, tokenizer, about = _found(folder, name, dropout)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"{name}: its tokenizer has {tokenizer.vocab_size} tokens; the model needs one of at most "
             f"{config.vocab_size}"
         )
-    return Loaded(tensors(config, device).eval(), tokenizer, about)
+    return config, tensors, tokenizer, about
 
 
 def starting_model(
@@ -97,20 +104,39 @@ def starting_model(
         UserError: as load_model's; or the data's tokens are others than the model's, or a row is longer than its
             context.
     """
-    loaded = load_model(folder, device, option, dropout)
+    _, load = starting(folder, tokenizer, length=length, dropout=dropout, device=device, option=option)
+    return load()
+
+
+def starting(
+    folder: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    length: int | None = None,
+    dropout: float | None = None,
+    device: torch.device | str = "cpu",
+    option: str = "--from",
+) -> tuple[GPTConfig, Callable[[], Loaded]]:
+    """(its sizes, a function that loads it): starting_model in two steps; the first takes no memory for weights."""
+    folder = Path(folder)
     name = f"{option} {shown(str(folder))}"
-    if loaded.tokenizer is None:
+    config, tensors, own, about = _checked(folder, name, dropout)
+    if own is None:
         raise UserError(f"{name} has no {TOKENIZER}; it needs one, with which the data's tokens can be compared")
-    if not same_tokens(loaded.tokenizer, tokenizer):
+    if not same_tokens(own, tokenizer):
         raise UserError(
-            f"{name} is a model of tokens by {loaded.tokenizer.name}, and the data are tokens by {tokenizer.name}; it "
-            f"needs data of its own tokenizer{_how(folder, loaded.tokenizer)}"
+            f"{name} is a model of tokens by {own.name}, and the data are tokens by {tokenizer.name}; it "
+            f"needs data of its own tokenizer{_how(folder, own)}"
         )
-    model_files.check_finite(loaded.model, name)
-    context = loaded.model.config.context
-    if length is not None and length > context:
-        raise UserError(f"{name} has a context of {context}; rows of {length} tokens do not fit into it")
-    return loaded
+    if length is not None and length > config.context:
+        raise UserError(f"{name} has a context of {config.context}; rows of {length} tokens do not fit into it")
+
+    def load() -> Loaded:
+        model = tensors(config, device).eval()
+        model_files.check_finite(model, name)
+        return Loaded(model, own, about)
+
+    return config, load
 
 
 def _how(folder: str | Path, tokenizer: Tokenizer) -> str:

@@ -64,7 +64,8 @@ def train(
     Args:
         out: the run's folder. store: the tokens.
         config: of a new model, whose first weights the recipe's seed draws. model: one that has weights, in its place,
-            or what returns it. A run that goes on from a checkpoint asks for neither.
+            or what returns it; beside a function `config` is of what it returns, which is then called once the memory
+            is seen to suffice. A run that goes on from a checkpoint asks for neither.
         swap: run the model on gptkern's operators. keeping: checkpoints, evaluations, when a run ends itself.
         resume: go on with the run in the folder. overwrite: take the place of one, once there is a checkpoint.
         keys: more of what recipe.toml shall hold.
@@ -100,6 +101,10 @@ def train(
             preset = stored.get("preset")
             need = memory.check(config, recipe, name=preset and f"--preset {preset}", swapped=swap)
             _check_room(folder, config, stored, checkpoints)
+            if made is not None and not isinstance(made, torch.nn.Module):
+                made = made()
+                if made.config != config:
+                    raise ValueError(f"train: config is {config}; it needs to be the model's, {made.config}")
             say(f"{_described(config, store, stored)}\n{need.described()}")
             made = new_model(config, recipe.seed, recipe.device) if made is None else made
             if swap:
@@ -171,8 +176,10 @@ def _is_reported(folder: RunFolder, start: Checkpoint) -> bool:
     return False
 
 
-def _model(folder, config, model, start, resume) -> tuple[GPTConfig, GPT | None]:
-    """The sizes of what is trained, and the model where it has weights from elsewhere than a checkpoint of the run."""
+def _model(folder, config, model, start, resume) -> tuple[GPTConfig, Callable[[], GPT] | GPT | None]:
+    """The sizes of what is trained, and the model, or what returns it, where its weights are from elsewhere than a
+    checkpoint of the run.
+    """
     if start is not None:
         of = _config_of(start)
         if config is not None and config != of:
@@ -183,6 +190,9 @@ def _model(folder, config, model, start, resume) -> tuple[GPTConfig, GPT | None]
             f"the run in {folder} has no checkpoint yet, and {folder.recipe.name} does not say the sizes of its model: "
             "go on with it from Python, where they were given"
         )
+    is_late = config is not None and model is not None and not isinstance(model, torch.nn.Module)
+    if is_late:
+        return config, model
     if (config is None) == (model is None):
         raise ValueError("train: it needs one of config and model")
     made = model if model is None or isinstance(model, torch.nn.Module) else model()
