@@ -194,3 +194,22 @@ def test_sizes_beside_a_function_are_those_of_its_model(tmp_path):
         run(tmp_path / "run", config=dataclasses.replace(CONFIG, layers=2), model=lambda: GPT(CONFIG))
     assert not (tmp_path / "run").exists()
     assert run(tmp_path / "run", config=CONFIG, model=lambda: GPT(CONFIG)).finished
+
+
+# --- Where it goes on -------------------------------------------------------------------------------------------------
+
+
+def test_other_versions_are_said(tmp_path, monkeypatch):
+    run(tmp_path, **stopping_at(3))
+    said = []
+    run(tmp_path, resume=True, say=said.append, **stopping_at(4))
+    assert not any("bit for bit" in line for line in said)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "2.0.1")
+        said.clear()
+        assert run(tmp_path, resume=True, say=said.append).finished
+    (line,) = [line for line in said if "bit for bit" in line]
+    assert line == (
+        f"torch is 2.0.1 from here on, and was {torch.__version__}: the rest is not bit for bit what the run would "
+        "have been"
+    )

@@ -36,6 +36,7 @@ from gptkern.training.loop import Trainer, new_model
 from gptkern.training.recipe import Recipe
 from gptkern.training.run_folder import RunFolder
 from gptkern.training.running import Keeping, Outcome, Progress, Run, finished, report
+from gptkern.version import __version__
 
 __all__ = ["Keeping", "Outcome", "Progress", "train"]
 
@@ -105,6 +106,8 @@ def train(
                 made = made()
                 if made.config != config:
                     raise ValueError(f"train: config is {config}; it needs to be the model's, {made.config}")
+            for line in _other_versions(start):
+                say(line)
             say(f"{_described(config, store, stored)}\n{need.described()}")
             made = new_model(config, recipe.seed, recipe.device) if made is None else made
             if swap:
@@ -157,6 +160,19 @@ def _start(folder: RunFolder, checkpoints: Checkpoints, store: Store, say: Calla
         name = shown(str(data.get("name"))) if isinstance(data, dict) else "others"
         raise UserError(f"the data, {store.name}, are not what the run in {folder} is trained on: {name}")
     return start
+
+
+def _other_versions(start: Checkpoint | None) -> list[str]:
+    """A warning where the checkpoint was computed by other versions, which may round in another way."""
+    before = start.about.get("versions") if start is not None else None
+    if not isinstance(before, dict):
+        return []
+    ours = {"gptkern": __version__, "torch": str(torch.__version__)}
+    others = {name: str(before.get(name)) for name, now in ours.items() if before.get(name) != now}
+    if not others:
+        return []
+    here = ", ".join(f"{name} is {ours[name]} from here on, and was {shown(was)}" for name, was in others.items())
+    return [f"{here}: the rest is not bit for bit what the run would have been"]
 
 
 def _finished(folder: RunFolder, start: Checkpoint, recipe: Recipe) -> Outcome | None:
