@@ -213,3 +213,24 @@ def test_other_versions_are_said(tmp_path, monkeypatch):
         f"torch is 2.0.1 from here on, and was {torch.__version__}: the rest is not bit for bit what the run would "
         "have been"
     )
+
+
+# --- Several processes ------------------------------------------------------------------------------------------------
+
+
+def of_processes(count: int, folder: Path) -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
+    if count == 1:
+        assert run(folder, recipe={"steps": 1}).finished
+        return
+    with pytest.raises(UserError, match=r"torch\.distributed has 2 processes; a run needs to be one: "):
+        run(folder)
+    assert not folder.exists()
+
+
+def test_a_run_is_one_process(tmp_path):
+    pytest.importorskip("torch.testing._internal.distributed.fake_pg", reason="this PyTorch has no stand-in of others")
+    # In processes of their own: a group stays.
+    assert ends([start(of_processes, count, tmp_path / str(count)) for count in (1, 2)]) == [0, 0]

@@ -78,6 +78,7 @@ def train(
         RunError: the run could not be brought to its end; the message says where the newest checkpoint is. Diverged: a
             loss was no finite number, or far above those before it.
     """
+    _check_alone()
     folder, keeping = RunFolder(out), keeping or Keeping()
     before = torch.get_num_threads()
     has_board = board.wanted(keeping.tensorboard)
@@ -126,6 +127,16 @@ def train(
 
 
 # --- Before the first update ------------------------------------------------------------------------------------------
+
+
+def _check_alone() -> None:
+    """A run's lines, its lock and its decisions to end are one process's."""
+    dist = torch.distributed
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise UserError(
+            f"train: torch.distributed has {dist.get_world_size()} processes; a run needs to be one: "
+            "gptkern.training.loop.Trainer and gptkern.training.checkpoints.Checkpoints take several"
+        )
 
 
 def _checked(folder: RunFolder, recipe: Recipe, swap: bool, resume: bool, overwrite: bool) -> Recipe:
