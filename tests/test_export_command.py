@@ -300,6 +300,29 @@ def test_a_kill_between_two_moves_leaves_one_model_or_none(tmp_path, monkeypatch
     assert texts(folder) == NEW and not list(folder.glob(".*"))
 
 
+def test_the_disk_has_each_step_before_the_next(tmp_path, monkeypatch):
+    """That config.json has gone before the weights change, and that they are there before it comes."""
+    folder, events = old_model(tmp_path / "out"), []
+    replace, fsync = os.replace, os.fsync
+
+    def replaced(source, target):
+        events.append(Path(source if Path(source).parent == folder else target).name)
+        replace(source, target)
+
+    def synced(handle):
+        if os.path.sameopenfile(handle, seen):
+            events.append("on the disk")
+        fsync(handle)
+
+    seen = os.open(folder, os.O_RDONLY)
+    monkeypatch.setattr(os, "replace", replaced)
+    monkeypatch.setattr(os, "fsync", synced)
+    put(folder)
+    os.close(seen)
+    on = "on the disk"
+    assert events == ["config.json", on, "weights", "only old", "weights", "tokens", on, "config.json", on]
+
+
 def test_a_signal_waits_for_the_moves(tmp_path, monkeypatch):
     def interrupted(source, target):
         signal.raise_signal(signal.SIGINT)
