@@ -161,7 +161,12 @@ def test_a_batch_is_each_of_its_texts():
 
 def test_a_long_text_is_encoded_in_parts_that_change_nothing(tmp_path, monkeypatch):
     text = "".join(TEXT) + " x" * 50 + "   y\n\n z'll don't" * 20
-    whole = {name: read(inner, tmp_path) for name, inner in OTHERS.items()}
+    stripping = Inner.from_str(BPE._inner.to_str())
+    stripping.normalizer = normalizers.Strip()
+    two_words = Inner.from_str(BPE._inner.to_str())
+    two_words.add_tokens([" or not"])
+    inners = {**OTHERS, "stripping": stripping, "two words": two_words}
+    whole = {name: read(inner, tmp_path) for name, inner in inners.items()}
     expected = {name: tokenizer.encode(text).tolist() for name, tokenizer in whole.items()}
     ids = BPE.encode(text).tolist()
     for characters in (1, 7, 100):

@@ -235,12 +235,12 @@ class _Job:
 
     def run(self, work: Work, overwrite: bool) -> Prepared:
         inputs = self._inputs()
-        if not overwrite and not work.is_finished and (manifest := work.complete(inputs)):
+        if not overwrite and (manifest := work.complete(inputs)):
             return Prepared(manifest, None, False, 0, "complete")
         asked = {"inputs": inputs, "versions": self._versions()}
         state = work.begin(asked, overwrite, {Path(source.path).name for source in self.spooled.values()})
-        if work.is_finished:
-            return Prepared(work.finish(None), None, False, 0, "continued")
+        if state is not None and "moving" in state:
+            return Prepared(work.move(), None, False, 0, "continued")
         if state is None or self.tokenizer is None:
             self._settle_tokenizer(work, asked, state)
         how = "continued" if state is not None and "writers" in state else "new"
@@ -249,7 +249,7 @@ class _Job:
         if self._inputs() != inputs:
             raise RunError("the texts were changed while they were read: --overwrite begins anew")
         gzipped = writing.gzipped
-        return Prepared(work.finish(manifest), gzipped.bytes, gzipped.sampled, writing.empty, how)
+        return Prepared(work.finish(manifest, asked), gzipped.bytes, gzipped.sampled, writing.empty, how)
 
     def _settle_tokenizer(self, work: Work, asked: dict[str, Any], state: dict[str, Any] | None) -> None:
         """Train it, or take the one that an earlier run has trained."""

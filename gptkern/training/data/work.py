@@ -1,7 +1,7 @@
 """The folder in which tokens are being prepared: resumed, refused, and moved to its place as a whole.
 
     FOLDER/.preparing/state.json      what was asked for, and from where to go on
-    FOLDER/.preparing/…               shards, tokenizer.json, at last manifest.json: from then on all is only moved
+    FOLDER/.preparing/…               shards, tokenizer.json, at last manifest.json; then the state says that all is moved
 
 The state is written after what it speaks of is on the disk, so that a power cut loses what came after it and no more.
 """
@@ -108,7 +108,7 @@ class Work:
                     f"{self._called} holds what another command began and did not finish, or the texts have changed "
                     "since; --overwrite begins anew, another --out leaves it"
                 )
-            self._refuse_others(finishing=same and (self.folder / MANIFEST).exists())
+            self._refuse_others(moving=same and "moving" in state)
         elif (self.out / MANIFEST).exists():
             self._manifest()
         self._mine = True
@@ -124,13 +124,23 @@ class Work:
         """Replace the state. All that it speaks of has to be on the disk."""
         self._write(STATE, json.dumps(state))
 
-    def finish(self, manifest: dict[str, Any] | None) -> dict[str, Any]:
-        """Move everything to its place; the manifest is that of an earlier run, which began to, where none is given."""
-        if manifest is not None:
-            self._write(MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    def finish(self, manifest: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+        """Write the manifest, and move everything to its place."""
+        self._write(MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        self.save({"asked": asked, "moving": True})
+        return self.move()
+
+    def move(self) -> dict[str, Any]:
+        """Move what has not been moved yet; returns the manifest."""
+        if not (self.folder / MANIFEST).exists():
+            with kept(self.folder):
+                shutil.rmtree(self.folder)
+            return self._manifest()
         manifest = json.loads((self.folder / MANIFEST).read_text())
         names = {entry["file"] for split in manifest["splits"].values() for entry in split["shards"]}
         names |= {manifest["tokenizer"]["file"]} if "file" in manifest["tokenizer"] else set()
+        if not all(map(_is_ours, names)):
+            raise UserError(f"{self._called}: {self.folder / MANIFEST} is not what was written there")
         with kept(self.out, f"what is missing is in {self.folder}, and the same command goes on"):
             # Of the old files none is of use without the others.
             (self.out / MANIFEST).unlink(missing_ok=True)
@@ -146,17 +156,12 @@ class Work:
             shutil.rmtree(self.folder)
         return manifest
 
-    @property
-    def is_finished(self) -> bool:
-        """Whether all is written, and only to be moved."""
-        return (self.folder / MANIFEST).exists()
-
-    def _refuse_others(self, finishing: bool) -> None:
+    def _refuse_others(self, moving: bool) -> None:
         if (self.out / MANIFEST).exists():
             self._manifest()
             raise UserError(f"{self._called} holds other tokens: --overwrite replaces them, another --out leaves them")
         found = next((path.name for path in sorted(self.out.iterdir()) if _is_ours(path.name)), None)
-        if found and not finishing:
+        if found and not moving:
             raise UserError(f"{self._called} holds {found}: --overwrite replaces it, another --out leaves it")
 
     def _manifest(self) -> dict[str, Any]:
