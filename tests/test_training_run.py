@@ -464,11 +464,53 @@ def test_a_spike_that_goes_by_puts_the_checkpoint_off(tmp_path, monkeypatch):
 
 def test_the_losses_before_a_checkpoint_count_for_a_resumed_run(tmp_path, monkeypatch):
     folder, longer = tmp_path / "run", {"steps": 40}
-    poisoned(monkeypatch, 7, 1e4)
-    # Interrupted within the spike: what was done is saved all the same, and the count goes on.
-    run(folder, recipe=longer, **stopping_at(12))
-    with pytest.raises(Diverged, match=r"at step 17, and after 10 updates far above the median"):
+    # After the sixth update, whose own loss shows nothing of it.
+    poisoned(monkeypatch, 6, 1e4)
+    run(folder, recipe=longer, **stopping_at(6))
+    with pytest.raises(Diverged, match=r"at step 16, and after 10 updates far above the median"):
         run(folder, recipe=longer, resume=True)
+
+
+@pytest.mark.parametrize("how", ["signal", "failure"])
+def test_interrupted_in_a_spike_it_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, whole, how):
+    poisoned(monkeypatch, 5, 1e4)
+    folder, said = tmp_path / "run", []
+
+    def failing(progress):
+        if progress.step == 7:
+            raise MemoryError
+
+    if how == "signal":
+        outcome = run(folder, keeping={"keep": 1}, say=said.append, **stopping_at(7))
+        assert outcome[:2] == (7, False) and outcome.checkpoint == folder / "checkpoints" / "step-00000003"
+        assert said[-1] == "the losses at step 7 are far above those before them: its model was not saved"
+    else:
+        with pytest.raises(MemoryError):
+            run(folder, keeping={"keep": 1}, watch=failing)
+    assert [each.step for each in Checkpoints(folder / "checkpoints").all()] == [3]
+    monkeypatch.undo()
+    assert run(folder, resume=True).finished and lines_of(folder) == lines_of(whole)
+
+
+def test_a_run_whose_end_is_far_above_has_diverged(tmp_path, monkeypatch):
+    """By losses alone, and by the last evaluation alone."""
+    records, validate = Trainer.records, Trainer.validate
+    low = {"keeping": {"keep": 1, "spike": 1.0}}
+
+    def above(self):
+        return [each._replace(loss=each.loss + 2) if each.step == 12 else each for each in records(self)]
+
+    monkeypatch.setattr(Trainer, "records", above)
+    words = r"the loss is \d\.\d+ at step 12, and that is far above the median before the last 1 update, \d\.\d+: "
+    with pytest.raises(Diverged, match=words):
+        run(tmp_path / "losses", **low)
+    monkeypatch.undo()
+    monkeypatch.setattr(Trainer, "validate", lambda self, rows=None: validate(self, rows) - 2 * (0 < self.step < 12))
+    words = r"the validation loss is \d\.\d+ at step 12, and the lowest before it is \d\.\d+: .* step 9 is"
+    with pytest.raises(Diverged, match=words):
+        run(tmp_path / "evaluations", **low)
+    for name in ("losses", "evaluations"):
+        assert [each.step for each in Checkpoints(tmp_path / name / "checkpoints").all()] == [9]
 
 
 class Damaged(ArrayTokens):

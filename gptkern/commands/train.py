@@ -134,7 +134,11 @@ def _model(
 
 
 def _ending(out: str, outcome: Outcome, steps: int, unit: str) -> str:
-    there = f"the checkpoint of step {outcome.step} is in {outcome.checkpoint}"
+    from gptkern.training.checkpoints import Checkpoint
+
+    # Of a run that was interrupted in a spike it is an earlier one.
+    step = outcome.step if outcome.checkpoint is None else Checkpoint(outcome.checkpoint).step
+    there = f"the checkpoint of step {step} is in {outcome.checkpoint}"
     if not outcome.finished:
         if outcome.checkpoint is None:
             return f"interrupted at step {outcome.step} of {steps}: {shown(out)} is as it was"

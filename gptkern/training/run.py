@@ -7,7 +7,8 @@
 So a checkpoint of step N has all lines up to N beside it; a run that goes on from it cuts off the later ones.
 
 What ends a run early leaves the newest checkpoint as it is. A signal, a full disk, damaged data or a terminal that went
-away first save what was done until then; a loss that is no number, or far above those before it, saves nothing.
+away first save what was done until then, unless its last losses are far above those before them; a loss that is no
+number saves nothing, and losses that stay far above, or are so at the end, neither.
 """
 
 from __future__ import annotations

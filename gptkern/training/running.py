@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from gptkern import formatting
 from gptkern.models.gpt import GPTConfig
 from gptkern.training import memory, metrics, recipe_files, reporting, speed
 from gptkern.training.board import Board
@@ -53,8 +54,9 @@ class Keeping:
     Args:
         save_every, evaluate_every: updates; None for a tenth of the steps.
         keep: newest checkpoints that stay. evaluate_rows: rows of the held-out part for an evaluation on the way.
-        spike: nats by which a loss may be above the median of the last 100. Above it nothing is saved, and after 10
-            such updates in a row the run ends; 0 for no limit.
+        spike: nats by which a loss may be above the median of the last 100, and an evaluation above the lowest before.
+            Above it nothing is saved, by a signal neither; after 10 such updates in a row, or with such a last one, the
+            run ends as Diverged; 0 for no limit.
         tensorboard: "on", "off", or "auto": where it is installed.
     """
 
@@ -92,7 +94,8 @@ class Outcome(NamedTuple):
 
     Args:
         step: updates done. finished: all of them. validation_loss: the last one.
-        checkpoint: the newest, None where an interrupted run has none.
+        checkpoint: the newest whole one, of this step; of an earlier one where a run was interrupted in a spike; None
+            where an interrupted run has none.
     """
 
     step: int
@@ -124,7 +127,8 @@ class Run:
         self.untrained: float | None = None
         self.lowest = math.inf  # of the evaluations
         self.spiking = 0  # updates in a row
-        self.doubtful = False  # the evaluation of this update
+        self.doubtful = False  # the evaluation of this update is far above
+        self.before_doubt = math.inf  # the lowest evaluation before this one
         self.due = False  # a checkpoint that waits for better losses
         self.saved: int | None = None
         self.last: dict[str, Any] = {}  # the last line
@@ -231,15 +235,15 @@ class Run:
         while trainer.step < steps and not self.stop():
             self._advance()
             if trainer.step == steps:
-                self._check_against_untrained()
+                self._check_end()
             self.due |= trainer.step % self.save_every == 0
-            if trainer.step == steps or (self.due and not self.spiking and not self.doubtful):
+            if trainer.step == steps or (self.due and not self._is_far_above()):
                 self._save(wait=trainer.step == steps)
             self._watch()
         if trainer.step < steps:
             return self._interrupted()
+        self._check_end()
         if self.saved != steps:
-            self._check_against_untrained()
             self._save(wait=True)
         self._report(finished(steps), "good")
         return Outcome(steps, True, self.validation, self._newest())
@@ -309,15 +313,26 @@ class Run:
             self._write_lines()
             raise
         lowest = self.lowest if self.untrained is None else min(self.lowest, self.untrained)
-        self.doubtful = 0 < self.keeping.spike < loss - lowest
+        self.doubtful, self.before_doubt = 0 < self.keeping.spike < loss - lowest, lowest
         return {"validation_loss": loss}
 
-    def _check_against_untrained(self) -> None:
-        """Whether the end is of use: no far worse than the beginning, or better than guessing among all tokens."""
-        if self.validation > math.log(self.trainer.model.config.vocab_size):
+    def _is_far_above(self) -> bool:
+        """Whether the last losses, or the evaluation of this update, say that the model is not to be kept."""
+        return self.spiking > 0 or self.doubtful
+
+    def _check_end(self) -> None:
+        """Whether the end is of use: no far worse than the beginning, or better than guessing among all tokens; and
+        not far above what was learnt before."""
+        step = self.recipe.steps
+        if self.validation is not None and self.validation > math.log(self.trainer.model.config.vocab_size):
             before = "that before the first"
             if self.untrained is not None and self.validation > self.untrained + WORSE_THAN_UNTRAINED:
-                raise _above(self.recipe.steps, "validation loss", self.validation, before, self.untrained)
+                raise _above(step, "validation loss", self.validation, before, self.untrained)
+        if self.spiking:
+            before = f"that is far above the median before the last {formatting.count(self.spiking, 'update')},"
+            raise _above(step, "loss", self.last["loss"], before, statistics.median(self.losses))
+        if self.doubtful:
+            raise _above(step, "validation loss", self.validation, "the lowest before it is", self.before_doubt)
 
     def _write_lines(self, last: Mapping[str, float] | None = None) -> None:
         """Append what waits; `last` goes into the last line."""
@@ -374,7 +389,9 @@ class Run:
         if step == 0 or self.replacing:
             self._give_up()
             return Outcome(step, False, self.validation, None)
-        if self.saved != step:
+        if self.saved != step and self._is_far_above():
+            self.say(f"the losses at step {step} are far above those before them: its model was not saved")
+        elif self.saved != step:
             self._save(wait=True)
         self.checkpoints.wait()
         self._report(f"Interrupted after {step:,} of {self.recipe.steps:,} updates.", "wait")
@@ -385,7 +402,7 @@ class Run:
         with contextlib.suppress(Exception), postponed():
             self._look(0.0)
             self._write_lines()
-            if self.trainer.step > (self.saved or 0) and not self.replacing:
+            if self.trainer.step > (self.saved or 0) and not self.replacing and not self._is_far_above():
                 self._save(wait=True)
 
     def _failed(self, message: str) -> str:
