@@ -234,3 +234,23 @@ def test_a_run_is_one_process(tmp_path):
     pytest.importorskip("torch.testing._internal.distributed.fake_pg", reason="this PyTorch has no stand-in of others")
     # In processes of their own: a group stays.
     assert ends([start(of_processes, count, tmp_path / str(count)) for count in (1, 2)]) == [0, 0]
+
+
+# --- Names that a recipe cannot hold ----------------------------------------------------------------------------------
+
+
+def test_a_name_that_is_no_utf_8_is_refused(folder, capsys, monkeypatch):
+    """By the option, and of the current folder too: in recipe.toml it would be another file's."""
+    name = os.fsdecode(b"te\xffxt")
+    try:
+        os.mkdir(name)
+    except (OSError, UnicodeError):
+        pytest.skip("this file system has UTF-8 names alone")
+    os.rename("text.txt", f"{name}/text.txt")
+    for option in ("--text", "--data", "--from"):
+        assert cli.main(["train", "--out", "run", option, f"{name}/text.txt"]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"gptkern train: {option} ") and "it needs a name in UTF-8, as recipe.toml is" in err
+    monkeypatch.chdir(name)
+    assert cli.main(["train", "--out", "../run", "--text", "text.txt"]) == 2
+    assert "--text " in capsys.readouterr().err and not (folder / "run").exists()

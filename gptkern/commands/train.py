@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     out = places.folder("--out", args.out)
     folder = RunFolder(out)
     values, pending = _values(args, folder)
+    keys = recipe_files.absolute(values)
     import_torch()
     # What is missing is said now and not after minutes of training.
     for package in ("matplotlib", "rich", "safetensors"):
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         outcome = train(
             recipe, store, out, config=config, model=model, swap=not values["stock"],
             keeping=Keeping(**{name: values[name] for name in KEEPING}), resume=args.resume, overwrite=args.overwrite,
-            keys=recipe_files.absolute(values), stop=came, watch=display.update, say=say,
+            keys=keys, stop=came, watch=display.update, say=say,
         )  # fmt: skip
     # The terminal may be what went away.
     with contextlib.suppress(OSError):

@@ -307,10 +307,20 @@ def recipe_of(values: Mapping[str, Any], *, length: int, device: str) -> Recipe:
 
 
 def absolute(values: dict[str, Any]) -> dict[str, Any]:
-    """The places that are named, as they are found from any folder."""
+    """The places that are named, as they are found from any folder.
+
+    Raises:
+        UserError: one cannot be stored, since TOML is UTF-8; what stood in its place would be another.
+    """
     found = dict(values)
     for name in ("text", "data", "from"):
         if found[name] is not None:
             with contextlib.suppress(OSError, ValueError):
                 found[name] = os.path.abspath(found[name])
+            try:
+                str(found[name]).encode("utf-8")
+            except UnicodeEncodeError:
+                raise UserError(
+                    f"{KEYS[name].option} {shown(found[name])}: it needs a name in UTF-8, as recipe.toml is"
+                ) from None
     return found
