@@ -264,6 +264,15 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(copy, whole):
     assert state_of(copy) == state_of(whole)
 
 
+def test_a_damaged_checkpoint_is_never_named_as_the_newest(copy, monkeypatch):
+    damage(Checkpoints(copy / "checkpoints").newest()[0])
+    outcome = run(copy, resume=True, **stopping_at(10))
+    assert outcome[:2] == (10, False) and outcome.checkpoint == copy / "checkpoints" / "step-00000010"
+    poisoned(monkeypatch, 11, math.nan)
+    with pytest.raises(Diverged, match="the checkpoint of step 10 is "):
+        run(copy, resume=True)
+
+
 def test_a_run_of_which_no_checkpoint_is_whole_does_not_begin_anew(copy):
     for checkpoint in Checkpoints(copy / "checkpoints").all():
         damage(checkpoint)

@@ -131,6 +131,9 @@ class Run:
         self.before_doubt = math.inf  # the lowest evaluation before this one
         self.due = False  # a checkpoint that waits for better losses
         self.saved: int | None = None
+        # Of this run, a damaged one that it passed over not among them: what is whole, and what is on its way.
+        self.newest: Path | None = None
+        self.begun: Path | None = None
         self.last: dict[str, Any] = {}  # the last line
         self.waiting: list[dict[str, Any]] = []  # lines of updates that are done, not written yet
         self.replacing = False  # a run that was there is put back if this one gets no checkpoint
@@ -182,6 +185,7 @@ class Run:
             start.read({name: each for name, each in tensors.items() if name in there or "generators" not in name})
             trainer.load_state(tensors, start.about)
             self.saved = self.noted = start.step
+            self.newest = start.folder
         elif not resume:
             self.fresh = folder.held() is None
             if not self.fresh:
@@ -246,7 +250,7 @@ class Run:
         if self.saved != steps:
             self._save(wait=True)
         self._report(finished(steps), "good")
-        return Outcome(steps, True, self.validation, self._newest())
+        return Outcome(steps, True, self.validation, self.newest)
 
     def _advance(self) -> None:
         """Updates up to the next look, and their lines."""
@@ -372,7 +376,11 @@ class Run:
             "data": {"fingerprint": trainer.store.fingerprint, "name": trainer.store.name},
             "validation_loss": self.validation,
         }
-        self.checkpoints.save(trainer.step, tensors, about, wait=wait or self.replacing)
+        self._settle()
+        self.checkpoints.save(trainer.step, tensors, about)
+        self.begun = self.checkpoints.folder / f"step-{trainer.step:08}"
+        if wait or self.replacing:
+            self._settle()
         self.saved, self.due = trainer.step, False
         if self.replacing:
             self.replacing = False
@@ -380,9 +388,20 @@ class Run:
         if time.perf_counter() - self.reported > SECONDS_BETWEEN_REPORTS:
             self._report(f"Under way: {trainer.step:,} of {self.recipe.steps:,} updates.", "wait")
 
-    def _newest(self) -> Path | None:
-        newest, _ = self.checkpoints.newest(verify=False)
-        return None if newest is None else newest.folder
+    def _settle(self) -> None:
+        """Wait for the save under way, which is the newest from then on."""
+        try:
+            self.checkpoints.wait()
+        except RunError:
+            # What failed may be the removal of the older ones.
+            with contextlib.suppress(UserError):
+                if self.begun is not None:
+                    Checkpoint(self.begun).verify()
+                    self.newest = self.begun
+            self.begun = None
+            raise
+        if self.begun is not None:
+            self.newest, self.begun = self.begun, None
 
     def _interrupted(self) -> Outcome:
         step = self.trainer.step
@@ -393,9 +412,9 @@ class Run:
             self.say(f"the losses at step {step} are far above those before them: its model was not saved")
         elif self.saved != step:
             self._save(wait=True)
-        self.checkpoints.wait()
+        self._settle()
         self._report(f"Interrupted after {step:,} of {self.recipe.steps:,} updates.", "wait")
-        return Outcome(step, False, self.validation, self._newest())
+        return Outcome(step, False, self.validation, self.newest)
 
     def _rescue(self) -> None:
         """A checkpoint of what was done until something else than the training failed, where that is possible."""
@@ -408,11 +427,11 @@ class Run:
     def _failed(self, message: str) -> str:
         """The message, and where the newest checkpoint is; the report says it too."""
         with contextlib.suppress(RunError):
-            self.checkpoints.wait()
+            self._settle()
         if self.replacing:
             self._give_up()
             return f"{message}; the run in {self.folder} is as it was"
-        newest = self._newest()
+        newest = self.newest
         if message.endswith(("there is no older checkpoint", "is whole")):
             pass  # a save that failed has said so
         elif newest is None:
