@@ -354,9 +354,14 @@ def test_metrics_that_are_gone_or_none(copy):
     assert any("does not reach the checkpoint's step, 9" in line for line in said)
     assert [line["step"] for line in lines_of(copy)] == [10, 11, 12]
     back_to(copy, 9)
+    (copy / "metrics.jsonl").write_text('{"step": 8}\n[]\n{"step": 11}\n')
+    before = content(copy)
+    with pytest.raises(UserError, match="the line after that of step 8 is no line of an update"):
+        run(copy, resume=True, keeping={"keep": 7})
+    assert content(copy) == before
+    # Behind the checkpoint's line it goes with what is cut off.
     (copy / "metrics.jsonl").write_text('{"step": 9}\n[]\n{"step": 11}\n')
-    with pytest.raises(RunError, match="the line after that of step 9 is no line of an update"):
-        run(copy, resume=True)
+    assert run(copy, resume=True).finished
 
 
 def test_lines_that_are_gone_end_no_run(tmp_path, reported):
@@ -739,7 +744,22 @@ def test_lines_are_cut_where_they_are_asked_to_be(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["[]", "3", "{}", '{"step": 1}', '{"step": 2.0}', '{"step": "2"}', "nonsense", "[" * 70_000]
+    "line",
+    [
+        "[]",
+        "3",
+        "{}",
+        '{"step": 1}',
+        '{"step": 2.0}',
+        '{"step": 2, "loss": "abc"}',
+        '{"step": 2, "seconds": []}',
+        '{"step": 2, "grad_norm": true}',
+        '{"step": 2, "validation_loss": NaN}',
+        '{"step": 2, "skipped": 3}',
+        '{"step": "2"}',
+        "nonsense",
+        "[" * 70_000,
+    ],
 )
 def test_a_line_that_is_none_is_named_and_nothing_is_cut(tmp_path, line):
     path = tmp_path / "metrics.jsonl"

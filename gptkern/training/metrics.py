@@ -23,6 +23,9 @@ from gptkern.training.errors import UserError, kept
 # What two runs of the same recipe need not have in common.
 TIMES = ("seconds", "tokens_per_second", "share_of_peak")
 
+# Keys whose values are numbers, or null where one was none.
+NUMBERS = ("loss", "grad_norm", "lr", "tokens", "scale", "validation_loss", "untrained_validation_loss", *TIMES)
+
 LONGEST_LINE = 1 << 16  # bytes; a line that is longer is none of ours
 
 
@@ -64,7 +67,8 @@ def lines(path: Path) -> Iterator[dict[str, Any]]:
     """The lines; the last is left out where it is not whole, as after a kill. None of no file.
 
     Raises:
-        UserError: a line is no object whose step is greater than that of the line before.
+        UserError: a line is no object whose step is greater than that of the line before, or a value is of
+            another type.
     """
     for line, _ in _lines(path):
         yield line
@@ -76,18 +80,30 @@ def cut(path: Path, step: int) -> list[dict[str, Any]]:
     Raises:
         UserError: as `lines`; nothing was cut.
     """
+    found, end = _until(path, step)
     with kept(path):
         _unfinished(path).unlink(missing_ok=True)
+        if path.exists() and path.stat().st_size > end:
+            os.truncate(path, end)
+    return found
+
+
+def check(path: Path, step: int) -> None:
+    """Whether the lines until a step can be gone on with. Raises UserError as `lines`."""
+    _until(path, step)
+
+
+def _until(path: Path, step: int) -> tuple[list[dict[str, Any]], int]:
+    """The lines until that of a step, and where they end. What comes after it is not looked at."""
     found, end = [], 0
-    for line, stop in _lines(path):
+    for line, stop in _lines(path) if step > 0 else ():
         if line["step"] > step:
             break
         found.append(line)
         end = stop
-    if path.exists() and path.stat().st_size > end:
-        with kept(path):
-            os.truncate(path, end)
-    return found
+        if line["step"] == step:
+            break
+    return found, end
 
 
 def replace_last(path: Path, line: Mapping[str, Any]) -> None:
@@ -115,6 +131,13 @@ def replace_last(path: Path, line: Mapping[str, Any]) -> None:
             raise
 
 
+def _is_number(value: Any) -> bool:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        # A whole number of JSON may have any number of digits, and json takes NaN.
+        return abs(value) < 1e300
+    return value is None
+
+
 def _unfinished(path: Path) -> Path:
     """Where `replace_last` writes; a kill leaves it there."""
     return path.with_name(f".{path.name}.new")
@@ -134,6 +157,11 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
                 step = line["step"]
                 if type(step) is not int or step <= (before or 0):
                     raise ValueError(f"its step is {shown(str(step))}")
+                for name in NUMBERS:
+                    if not _is_number(line.get(name)):
+                        raise ValueError(f"its {name} is {shown(str(line[name]))}, no number")
+                if not isinstance(line.get("skipped"), bool | None):
+                    raise ValueError(f"its skipped is {shown(str(line['skipped']))}, neither true nor false")
             except (ValueError, LookupError, TypeError, RecursionError) as error:
                 after = "" if before is None else f" after that of step {before}"
                 raise UserError(

@@ -149,6 +149,9 @@ class Run:
         self.before, self.began, self.reported = 0.0, time.perf_counter(), time.perf_counter()
 
     def go(self, start: Checkpoint | None, resume: bool) -> Outcome:
+        if resume:
+            # Before anything is written.
+            metrics.check(self.folder.metrics, self.trainer.step if start is None else start.step)
         try:
             self._begin(start, resume)
             return self._loop()
