@@ -377,6 +377,33 @@ def test_lines_that_are_gone_end_no_run(tmp_path, reported):
     assert "Finished: 12 updates." in (folder / "report.html").read_text()
 
 
+@pytest.mark.parametrize("apart, reports", [(0, ["3", "6", "9"]), (10**9, ["3"])])
+def test_reports_on_the_way_take_little_of_the_time(tmp_path, monkeypatch, apart, reports):
+    statuses = []
+    monkeypatch.setattr(running, "report", lambda *given: statuses.append(given[4]))
+    monkeypatch.setattr(running, "SECONDS_BETWEEN_REPORTS", 0.0)
+    monkeypatch.setattr(running, "REPORTS_APART", apart)
+    assert run(tmp_path / "run").finished
+    # None of the last step: its own comes next.
+    assert statuses == [f"Under way: {step} of 12 updates." for step in reports] + ["Finished: 12 updates."]
+
+
+def test_a_speed_that_is_not_known_is_left_away(tmp_path, monkeypatch):
+    synchronize, calls = running.synchronize, []
+
+    def failing(device):
+        calls.append(device)
+        if len(calls) == 2:
+            raise MemoryError
+        synchronize(device)
+
+    monkeypatch.setattr(running, "synchronize", failing)
+    with pytest.raises(MemoryError):
+        run(tmp_path / "run")
+    first, second = metrics.lines(tmp_path / "run" / "metrics.jsonl")
+    assert first["tokens_per_second"] > 0 and "tokens_per_second" not in second
+
+
 def test_a_report_that_cannot_be_drawn_is_a_line(tmp_path, reported):
     folder, said = tmp_path / "run", []
 

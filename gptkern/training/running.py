@@ -44,7 +44,8 @@ WORSE_THAN_UNTRAINED = 0.5
 SPIKE_UPDATES, SPIKE_LASTS = 100, 10
 # The shown training loss is the mean over this many last updates.
 SHOWN_UPDATES = 20
-SECONDS_BETWEEN_REPORTS = 60.0
+# Between two reports on the way, and how many times as long as the last one took: the training waits for it.
+SECONDS_BETWEEN_REPORTS, REPORTS_APART = 60.0, 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +147,7 @@ class Run:
         self.entry: dict[str, Any] = {}
         self.metrics: metrics.Metrics | None = None
         self.board: Board | None = None
+        self.report_took = 0.0
         self.before, self.began, self.reported = 0.0, time.perf_counter(), time.perf_counter()
 
     def go(self, start: Checkpoint | None, resume: bool) -> Outcome:
@@ -273,16 +275,21 @@ class Run:
         else:
             self._write_lines()
 
-    def _look(self, seconds: float) -> None:
-        """The lines of the updates since the last look; raises Diverged where one is the last of this run."""
+    def _look(self, seconds: float | None) -> None:
+        """The lines of the updates since the last look, which took so long, None where that is not known.
+
+        Raises Diverged where one is the last of this run.
+        """
         records = self.trainer.records()
         tokens = self.recipe.tokens_per_step * len(records)
-        each = tokens / seconds if seconds > 0 else 0.0
-        self.speeds.append(each)
+        each = tokens / seconds if seconds else None
+        if each is not None:
+            self.speeds.append(each)
         for record in records:
             line = _line(record) | {"seconds": round(self.before + time.perf_counter() - self.began, 3)}
-            line["tokens_per_second"] = round(each, 1)
-            if self.share is not None:
+            if each is not None:
+                line["tokens_per_second"] = round(each, 1)
+            if each is not None and self.share is not None:
                 line["share_of_peak"] = round(each * self.share, 4)
             if record.step == 1 and self.untrained is not None:
                 line["untrained_validation_loss"] = self.untrained
@@ -388,7 +395,8 @@ class Run:
         if self.replacing:
             self.replacing = False
             self.folder.forget()
-        if time.perf_counter() - self.reported > SECONDS_BETWEEN_REPORTS:
+        between = max(SECONDS_BETWEEN_REPORTS, REPORTS_APART * self.report_took)
+        if trainer.step < self.recipe.steps and time.perf_counter() - self.reported > between:
             self._report(f"Under way: {trainer.step:,} of {self.recipe.steps:,} updates.", "wait")
 
     def _settle(self) -> None:
@@ -422,7 +430,7 @@ class Run:
     def _rescue(self) -> None:
         """A checkpoint of what was done until something else than the training failed, where that is possible."""
         with contextlib.suppress(Exception), postponed():
-            self._look(0.0)
+            self._look(None)
             self._write_lines()
             if self.trainer.step > (self.saved or 0) and not self.replacing and not self._is_far_above():
                 self._save(wait=True)
@@ -460,11 +468,13 @@ class Run:
 
     def _report(self, status: str, kind: str) -> None:
         """What is learnt does not hang on a page: one that cannot be drawn is a line."""
+        started = time.perf_counter()
         try:
             report(self.folder, self.trainer.store, self.trainer.model.config, self.stored, status, kind)
         except Exception as error:
             self.say(f"the report was not written: {error}")
         self.reported = time.perf_counter()
+        self.report_took = self.reported - started
 
 
 def report(
