@@ -160,7 +160,7 @@ def test_a_batch_is_each_of_its_texts():
 
 
 def test_a_long_text_is_encoded_in_parts_that_change_nothing(tmp_path, monkeypatch):
-    text = "".join(TEXT) + " x" * 50 + "   y\n\n z'll don't" * 20
+    text = "".join(TEXT) + " x" * 50 + " be or not to" * 50 + "   y\n\n z'll don't" * 20
     stripping = Inner.from_str(BPE._inner.to_str())
     stripping.normalizer = normalizers.Strip()
     two_words = Inner.from_str(BPE._inner.to_str())

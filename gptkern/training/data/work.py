@@ -1,7 +1,7 @@
 """The folder in which tokens are being prepared: resumed, refused, and moved to its place as a whole.
 
     FOLDER/.preparing/state.json      what was asked for, and from where to go on
-    FOLDER/.preparing/…               shards, tokenizer.json, at last manifest.json; then the state says that all is moved
+    FOLDER/.preparing/…               shards, tokenizer.json, at last manifest.json: then the state says so
 
 The state is written after what it speaks of is on the disk, so that a power cut loses what came after it and no more.
 """
@@ -30,6 +30,11 @@ except ImportError:  # Windows: two runs at once are not told apart
 NAME = ".preparing"
 STATE = "state.json"
 _SHARD = re.compile(r"(train|validation)-\d{5,}\.zst")
+# All that stands in the folder of the work, whole or half written.
+_OF_WORK = re.compile(
+    rf"((train|validation)-\d{{5,}}\.zst|{re.escape(STATE)}|{re.escape(MANIFEST)})(\.new)?"
+    rf"|{re.escape(TOKENIZER)}|\.{re.escape(TOKENIZER)}\.new|pipe-\d+"
+)
 
 
 class Work:
@@ -47,16 +52,48 @@ class Work:
         with kept(self.out):
             for each in reversed([self.out, *self.out.parents]):
                 if not each.is_dir():
-                    each.mkdir()
-                    self._made.append(each)
-        self._lock = None if fcntl is None else os.open(self.out, os.O_RDONLY)
+                    with contextlib.suppress(FileExistsError):
+                        each.mkdir()
+                        self._made.append(each)
+        self._lock = self._locked()
         try:
+            self._refuse_strangers()
+        except BaseException:
             if self._lock is not None:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._lock)
-            raise UserError(f"{self._called}: another program is preparing tokens in it") from error
+                os.close(self._lock)
+            raise
         return self
+
+    def _locked(self) -> int | None:
+        if fcntl is None:
+            return None
+        lock = None
+        try:
+            lock = os.open(self.out, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A program that made the folder and failed has removed it.
+            if not os.path.samestat(os.fstat(lock), os.stat(self.out)):
+                raise FileNotFoundError
+        except (BlockingIOError, FileNotFoundError) as error:
+            if lock is not None:
+                os.close(lock)
+            raise UserError(f"{self._called}: another program is preparing tokens in it") from error
+        return lock
+
+    def _refuse_strangers(self) -> None:
+        """What is in the folder of the work may be deleted: nothing else may be in it."""
+        if not os.path.lexists(self.folder):
+            return
+        if self.folder.is_symlink() or not self.folder.is_dir():
+            raise UserError(f"{self._called} holds {NAME}, which is no folder; remove it, or name another --out")
+        with os.scandir(self.folder) as found:
+            others = [each.name for each in found
+                      if not (_OF_WORK.fullmatch(each.name) and each.is_file(follow_symlinks=False))]  # fmt: skip
+        if others:
+            raise UserError(
+                f"{self._called}: its folder {NAME} holds {shown(min(others))}, which gptkern did not write; move it "
+                "away, or name another --out"
+            )
 
     def make(self) -> Path:
         """The folder of the work, which is there from now on."""
@@ -185,7 +222,7 @@ class Work:
             return None
         except (OSError, ValueError, RecursionError):
             return {}
-        return state if isinstance(state, dict) else {}
+        return state if isinstance(state, dict) and isinstance(state.get("asked"), dict) else {}
 
     def _write(self, name: str, text: str) -> None:
         new = self.folder / f"{name}.new"
