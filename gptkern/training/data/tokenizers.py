@@ -337,15 +337,31 @@ def _parsed(data: bytes, name: str) -> Tokenizer:
 
 def _check_growth(content: dict[str, Any], name: str) -> None:
     """Replacements, one after another, could make gigabytes of a line."""
-    growth, left = 1, [content.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")]
+    growth, left = 1, [content.get(key) for key in ("normalizer", "pre_tokenizer")]
+    decoder = content.get("decoder")
+    # As a decoder, ByteLevel makes bytes of letters, and nothing grows.
+    left += [decoder] if _type(decoder) != "ByteLevel" else []
     while left:
         value = left.pop()
         if isinstance(value, (dict, list)):
             left += value.values() if isinstance(value, dict) else value
-        put = [value[key] for key in ("content", "prepend") if key in value] if isinstance(value, dict) else []
-        growth *= max([1, *(len(text) for text in put if isinstance(text, str))])
+        growth *= _growth(value) if isinstance(value, dict) else 1
         if growth > MOST_GROWTH:
             raise UserError(f"{name}: its replacements would make a text longer than {MOST_GROWTH} times")
+
+
+def _growth(step: dict[str, Any]) -> int:
+    """What one step can make of a character, at most; of the steps that do the same only once (NFKC), 1."""
+    # Letters for bytes: each byte of a character of two becomes a letter; and spaces around a Chinese character.
+    growth = {"ByteLevel": 2, "BertNormalizer": 3}.get(_type(step), 1)
+    put, pattern = step.get("content"), step.get("pattern")
+    if isinstance(put, str):
+        # An expression may match nothing, between any two characters, and then what was there stays.
+        stays = isinstance(pattern, dict) and pattern.get("String", "") == ""
+        growth *= max(1, len(put) + stays)
+    if isinstance(before := step.get("prepend"), str):
+        growth *= len(before) + 1
+    return growth
 
 
 def _settled(content: dict[str, Any], end: str) -> dict[str, Any]:
