@@ -120,7 +120,7 @@ def tokenizer_kind(value: str) -> str | int | Path:
         return value
     if not value:
         raise UserError(f"--tokenizer is empty; {needs}")
-    if not value.startswith("bpe"):
+    if value != "bpe" and not value.startswith("bpe:"):
         if not os.path.exists(value):
             raise UserError(f"--tokenizer {shown(value)}: there is no such file; {needs}")
         return Path(value)
