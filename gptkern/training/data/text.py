@@ -27,6 +27,7 @@ REPEATED_PARAGRAPH_CHARACTERS = 40
 
 # Of the text in memory at once: as it was read, in blocks, joined, and as tensors.
 COPIES = 4
+PIECE_BYTES = 2**24
 
 DEFAULT_TEXT = "the Python language reference (pydoc_data.topics)"
 
@@ -81,7 +82,18 @@ def _read(path: str) -> bytes:
                 f"--text {shown(path)} needs {formatting.size(COPIES * found.st_size)} of memory and there are "
                 f"{formatting.size(free)}"
             )
-        return Path(path).read_bytes()
+        pieces, length = [], 0
+        with open(path, "rb") as file:
+            # A pipe has no size, and perhaps no end.
+            while piece := file.read(PIECE_BYTES):
+                pieces.append(piece)
+                length += len(piece)
+                if free is not None and COPIES * length > free:
+                    raise UserError(
+                        f"--text {shown(path)} needs more than the {formatting.size(free)} of memory that there are: "
+                        f"{formatting.size(length)} were read of it, and there is more"
+                    )
+        return b"".join(pieces)
     except (OSError, ValueError) as error:
         raise UserError(f"--text {shown(path)}: {getattr(error, 'strerror', None) or error}") from error
 
