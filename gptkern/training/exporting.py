@@ -19,6 +19,7 @@ from gptkern.formatting import shown
 from gptkern.models.gpt import GPTConfig
 from gptkern.training import byte_planes, bytes_file, gpt2_layout, model_files
 from gptkern.training.checkpoint_reading import Checkpoint
+from gptkern.training.data.store import MANIFEST
 from gptkern.training.data.tokenizers import Tokenizer
 from gptkern.training.errors import UserError
 from gptkern.training.loading import CHECKPOINTS, INDEX, PLANES, TOKENIZER, Loaded
@@ -120,6 +121,8 @@ def check_target(folder: Path, overwrite: bool, option: str = "--out") -> None:
         raise UserError(f"{name} holds a run; it needs another folder")
     if folder.is_dir() and Checkpoint.is_one(folder):
         raise UserError(f"{name} holds a run's checkpoint; it needs another folder")
+    if (folder / MANIFEST).exists():
+        raise UserError(f"{name} holds tokens ({MANIFEST}); it needs another folder")
     there = [*_model_files(folder), *model_files.set_aside(folder)]
     if there and not overwrite:
         raise UserError(f"{name} holds a model ({there[0]}): --overwrite replaces it, another {option} leaves it")
