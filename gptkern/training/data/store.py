@@ -190,6 +190,11 @@ def _tokenizer(folder: Path, manifest: dict[str, Any]) -> Tokenizer:
         raise UserError(
             f"{MANIFEST}: vocab_size is {manifest['vocab_size']}, and the tokenizer has {tokenizer.vocab_size} tokens"
         )
+    if tokenizer.end_of_text != manifest["end_of_text"]:
+        raise UserError(
+            f"{MANIFEST}: end_of_text is {_said(manifest['end_of_text'])}, and the tokenizer's is "
+            f"{_said(tokenizer.end_of_text)}"
+        )
     return tokenizer
 
 
