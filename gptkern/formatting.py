@@ -42,7 +42,9 @@ def shown(value: str) -> str:
 
 
 def cut(value: str) -> str:
-    return value if len(value) <= LONGEST_SHOWN else value[: LONGEST_SHOWN - 1] + "…"
+    """The value, or both of its ends where it is long: of a path the last name says the most."""
+    half = LONGEST_SHOWN // 2
+    return value if len(value) <= LONGEST_SHOWN else f"{value[: half - 1]}…{value[-half:]}"
 
 
 def count(number: int, noun: str) -> str:

@@ -11,6 +11,7 @@ import torch
 
 from gptkern import cli
 from gptkern.commands import checkpoints, stages
+from gptkern.formatting import cut, shown
 from gptkern.models.gpt import GPT, GPTConfig
 from gptkern.training import devices, recipe_files, values
 from gptkern.training.data import text
@@ -60,6 +61,11 @@ NUMBERS = {
 }
 
 
+def test_a_long_value_is_repeated_by_both_of_its_ends():
+    assert cut("a" * 80) == "a" * 80 and cut("a" * 50 + "b" * 50) == "a" * 39 + "…" + "b" * 40
+    assert shown("/" + "x" * 200 + "/my file.txt").endswith("xxx/my file.txt'")
+
+
 @pytest.mark.parametrize(
     "command, option, value",
     [(*key, value) for key, values in NUMBERS.items() for value in values],
@@ -68,8 +74,7 @@ NUMBERS = {
 def test_numbers(refused, command, option, value):
     folder = ["anywhere"] if command == "generate" else []
     line = refused(command, *folder, option, value)
-    shown = repr(value) if value == "" else str(value)[:79]
-    assert line.startswith(f"{option} is {shown}") and "it needs a" in line
+    assert line.startswith(f"{option} is {shown(str(value))}; ") and "it needs a" in line
 
 
 @pytest.mark.parametrize("key", recipe_files.KEYS.values(), ids=lambda key: key.name)
@@ -244,8 +249,7 @@ def test_what_is_beside_a_checkpoint_is_told_from_one(refused, tmp_path):
 @pytest.mark.parametrize("command", ["info", "check"])
 def test_variables_that_mean_nothing(refused, monkeypatch, command, name, value):
     monkeypatch.setenv(name, value)
-    shown = value if len(value) <= 80 else value[:79] + "…"
-    assert refused(command).startswith(f"{name} is {shown!r}; it needs ")
+    assert refused(command).startswith(f"{name} is {cut(value)!r}; it needs ")
 
 
 @pytest.mark.parametrize("name", ["foo", "torch:", " torch", "Triton"])

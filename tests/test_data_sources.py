@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from gptkern.formatting import shown
 from gptkern.training.data import sources
 from gptkern.training.data.sources import Reader
 from gptkern.training.errors import UserError
@@ -157,7 +158,7 @@ def test_refused_with_the_file_and_the_place(tmp_path, name):
     with pytest.raises(UserError) as error:
         pieces(tmp_path / name)
     line = str(error.value)
-    assert line.startswith(f"TEXT {tmp_path / name}"[:80]) and words in line, line
+    assert line.startswith(f"TEXT {shown(str(tmp_path / name))}: ") and words in line, line
     assert "\n" not in line and len(line) < 300
 
 

@@ -21,6 +21,7 @@ from model_folders import (
 )
 from safetensors.torch import load_file, save_file
 
+from gptkern.formatting import shown
 from gptkern.models.gpt import GPT
 from gptkern.training import gpt2_layout, model_files
 from gptkern.training.data.tokenizers import bytes_tokenizer
@@ -195,7 +196,7 @@ def test_tensors_that_are_not_this_gpts_are_named(theirs, what):
     stored(theirs[1], change)
     with pytest.raises(UserError) as refused:
         load_model(theirs[1], option="--from")
-    assert str(refused.value).startswith(f"--from {theirs[1]} is no checkpoint of this GPT: ")
+    assert str(refused.value).startswith(f"--from {shown(str(theirs[1]))} is no checkpoint of this GPT: ")
     assert message in str(refused.value)
 
 

@@ -16,6 +16,7 @@ import training_runs
 from saved_checkpoints import ends, largest_file, start
 from training_runs import CONFIG, KEEPING, RECIPE, a_store, content, lines_of, run, state_of, stopping_at, told
 
+from gptkern.formatting import shown
 from gptkern.models.gpt import GPT
 from gptkern.training import metrics, recipe_files, running
 from gptkern.training import run as train_module
@@ -709,7 +710,8 @@ def test_a_run_is_back_after_the_new_one_was_killed(copy):
     assert (copy / ".replaced").exists()
     said = []
     assert run(copy, resume=True, say=said.append).finished
-    assert said == [f"what was to replace the run in {copy} was ended before its first checkpoint: the run is back"]
+    where = shown(str(copy))
+    assert said == [f"what was to replace the run in {where} was ended before its first checkpoint: the run is back"]
     assert content(copy) == before
 
 
