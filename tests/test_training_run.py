@@ -535,15 +535,18 @@ def test_interrupted_in_a_spike_it_keeps_the_last_good_checkpoint(tmp_path, monk
 
 
 def test_a_run_whose_end_is_far_above_has_diverged(tmp_path, monkeypatch):
-    """By losses alone, and by the last evaluation alone."""
+    """By losses alone, and by the last evaluation alone; by the last update's loss alone it has not."""
     records, validate = Trainer.records, Trainer.validate
     low = {"keeping": {"keep": 1, "spike": 1.0}}
 
     def above(self):
-        return [each._replace(loss=each.loss + 2) if each.step == 12 else each for each in records(self)]
+        return [each._replace(loss=each.loss + 2) if each.step >= first else each for each in records(self)]
 
     monkeypatch.setattr(Trainer, "records", above)
-    words = r"the loss is \d\.\d+ at step 12, and that is far above the median before the last 1 update, \d\.\d+: "
+    first = 12
+    assert run(tmp_path / "one", **low).checkpoint.name == "step-00000012"
+    first = 11
+    words = r"the loss is \d\.\d+ at step 12, and that is far above the median before the last 2 updates, \d\.\d+: "
     with pytest.raises(Diverged, match=words):
         run(tmp_path / "losses", **low)
     monkeypatch.undo()

@@ -342,7 +342,8 @@ class Run:
             before = "that before the first"
             if self.untrained is not None and self.validation > self.untrained + WORSE_THAN_UNTRAINED:
                 raise _above(step, "validation loss", self.validation, before, self.untrained)
-        if self.spiking:
+        # The loss of one update is of the weights before it; of those that are kept the evaluation speaks.
+        if self.spiking > 1:
             before = f"that is far above the median before the last {formatting.count(self.spiking, 'update')},"
             raise _above(step, "loss", self.last["loss"], before, statistics.median(self.losses))
         if self.doubtful:
