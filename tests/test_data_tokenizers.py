@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Inner
 
+from gptkern.formatting import shown
 from gptkern.training.data import tokenizers
 from gptkern.training.data.tokenizers import bytes_tokenizer, load_tokenizer, read_tokenizer, train_bpe
 from gptkern.training.errors import UserError
@@ -271,7 +272,7 @@ def test_a_file_that_is_no_tokenizer_is_one_line(tmp_path, name):
     with pytest.raises(UserError) as error:
         read_tokenizer(path)
     line = str(error.value)
-    assert line.startswith(f"--tokenizer {path}"[:80]) and words in line and "\n" not in line and len(line) < 500, line
+    assert line.startswith(f"--tokenizer {shown(str(path))}") and words in line and "\n" not in line and len(line) < 500, line
 
 
 def test_sizes_and_kinds_of_files(tmp_path, monkeypatch):
