@@ -272,7 +272,8 @@ def test_a_file_that_is_no_tokenizer_is_one_line(tmp_path, name):
     with pytest.raises(UserError) as error:
         read_tokenizer(path)
     line = str(error.value)
-    assert line.startswith(f"--tokenizer {shown(str(path))}") and words in line and "\n" not in line and len(line) < 500, line
+    assert line.startswith(f"--tokenizer {shown(str(path))}") and words in line, line
+    assert "\n" not in line and len(line) < 500
 
 
 def test_sizes_and_kinds_of_files(tmp_path, monkeypatch):
