@@ -334,8 +334,9 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(tmp_path, overwri
             process.send_signal(signal.SIGKILL)
             process.communicate()
             kills += 1
-            if overwrite and kills == 1:
-                assert old.items() <= contents(out).items()
+            # Never half of each: it may have been killed while it moved the new, and then nothing is called whole.
+            if overwrite and (found := contents(out)).get("manifest.json"):
+                assert old.items() <= found.items() or contents(tmp_path / "whole").items() <= found.items()
     said, _ = run(out).communicate()
     assert contents(out) == contents(tmp_path / "whole"), said.decode()
 
