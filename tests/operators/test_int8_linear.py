@@ -235,6 +235,23 @@ def test_a_weight_widened_slice_by_slice(device, monkeypatch, mode):
         judge(*tensors_of(17, 31, 65, torch.float32, device), mode=mode)
 
 
+@pytest.mark.parametrize(
+    "threads, in_features, out_features", [(1, 31, 65), (2, 31, 65), (3, 31, 66), (2, 1, 64), (2, 1031, 13)]
+)
+def test_a_slice_is_multiplied_in_a_part_for_each_thread(monkeypatch, threads, in_features, out_features):
+    """Slices of threads x 3 channels; the last may have a number of them that is no multiple."""
+    monkeypatch.setattr(products, "WIDENED_ELEMENTS", {"cpu": 3 * in_features})
+    monkeypatch.setattr(products, "_COPIED_BY_A_THREAD", 10)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    seen, bmm = [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda x, weight: seen.append(len(weight)) or bmm(x, weight))
+    q, weight = (torch.randint(-127, 128, (rows, in_features), dtype=torch.int8) for rows in (5, out_features))
+    expected = q.double() @ weight.double().t()
+    assert torch.equal(products.widened_product(q.double().float() / 4, weight).double() * 4, expected)
+    assert torch.equal(products._product_of_floats(q, weight).double(), expected)
+    assert set(seen) == ({threads} if threads > 1 else set())
+
+
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 def test_w8a16_keeps_every_int8(backend, device, dtype):
     # A row of the identity picks a column of the weight: what comes out is the weight.
