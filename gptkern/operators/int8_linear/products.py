@@ -155,9 +155,9 @@ def _slice_by_slice(product, x, weight):
 def _threads_of_a_slice(x, weight) -> int:
     """In how many parts a slice is multiplied, so that each thread finds what it widened itself.
 
-    PyTorch copies a tensor in as many equal parts as it has threads, and MKL multiplies a batch in the same threads, one
-    each. A product that is not cut so reads half of the slice out of the other core's cache: where that is far, it took
-    three times as long as with one thread (1 row of 4096 x 4096 in 6.3 and in 1.9 ms; in two parts 1.2).
+    PyTorch copies a tensor in as many equal parts as it has threads, and MKL multiplies a batch in the same threads,
+    one each. A product that is not cut so reads half of the slice out of the other core's cache: where that is far, it
+    took three times as long as with one thread (1 row of 4096 x 4096 in 6.3 and in 1.9 ms; in two parts 1.2).
     """
     # A backward's weight is copied column by column; PyTorch's bfloat16 products divide the work in other ways.
     if x.dtype != torch.float32 or not weight.is_contiguous():
