@@ -163,7 +163,7 @@ def test_choices_are_traced(kernels, backends_file, monkeypatch):
     Call, Norm = operators.contract("softmax").Call, operators.contract("rms_norm").Call
 
     def chosen(x):
-        dispatch.choose("rms_norm", Norm(x, None, 1e-6))
+        dispatch.choose("rms_norm", Norm(x, None, None, 1e-6))
         choice = dispatch.choose("softmax", Call(x, -1, None, 1.0, None, False))
         return x.new_empty({"cuda": 1, "triton": 2, "torch": 3}[choice.backend])
 

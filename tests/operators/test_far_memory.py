@@ -269,15 +269,16 @@ def test_results_of_rms_norm(kernel_backend, monkeypatch, every_row_a_program, w
     if wide:
         narrow("rms_norm", monkeypatch)
     contract = operators.contract("rms_norm")
-    (x, dy), weight = (normal(3, width) for _ in range(2)), normal(width)
+    (x, r, dy, ds), weight = (normal(3, width) for _ in range(4)), normal(width)
     whole = functools.partial(ending_with, rows=rows_past(width))
-    near = contract.Call(x, weight, 1e-5)
-    check_results("rms_norm", kernel_backend, "forward", [near._replace(input=whole(x))], [near])
+    near = contract.Call(x, r, weight, 1e-5)
+    last = near._replace(input=whole(x), residual=whole(r))
+    check_results("rms_norm", kernel_backend, "forward", [last], [near])
 
-    _, rstd = dispatch.load(kernel_backend, "rms_norm").forward(near)
-    gradient = contract.Gradient(dy, rstd, True, False)
-    last = gradient._replace(grad_output=whole(dy), rstd=whole(rstd)), near._replace(input=whole(x))
-    check_results("rms_norm", kernel_backend, "backward", last, (gradient, near))
+    _, s, rstd = dispatch.load(kernel_backend, "rms_norm").forward(near)
+    near = contract.Gradient(dy, ds, rstd, True, False), contract.Call(s, None, weight, 1e-5)
+    far_gradient = near[0]._replace(grad_output=whole(dy), grad_summed=whole(ds), rstd=whole(rstd))
+    check_results("rms_norm", kernel_backend, "backward", (far_gradient, near[1]._replace(input=whole(s))), near)
 
 
 # (shape of what is outside of the values, shape of the values, dimension): the first one is made as long as it takes.

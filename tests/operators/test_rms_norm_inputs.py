@@ -269,11 +269,14 @@ def test_what_is_no_eps(backend, device, eps):
 def test_registered_ops(backend, device):
     forward, backward = torch.ops.gptkern.rms_norm_forward.default, torch.ops.gptkern.rms_norm_backward.default
     input, weight = tensors_of(5, 33, torch.bfloat16, device)
+    residual = torch.randn(5, 33, device=device).bfloat16()
     tests = {}  # all of them on the first case; the slow ones, of torch.compile, are the same for the others
-    for scale in (weight, weight.float(), None):
-        torch.library.opcheck(forward, (input, scale, 1e-5, backend), **tests)
-        output, rstd = forward(input, scale, 1e-5, backend)
-        kept, call = (torch.randn_like(output), rstd), (input, scale, 0.0, backend)
+    for other, scale in ((residual, weight), (residual.float(), weight.float()), (None, weight), (None, None)):
+        torch.library.opcheck(forward, (input, other, scale, 1e-5, backend), **tests)
+        output, summed, rstd = forward(input, other, scale, 1e-5, backend)
+        summed = input if other is None else summed
+        grad_output, grad_summed = torch.randn_like(output), None if other is None else torch.randn_like(summed)
+        kept, call = (grad_output, grad_summed, rstd), (summed, None, scale, 0.0, backend)
         torch.library.opcheck(backward, (*kept, True, scale is not None, *call), **tests)
         tests = {"test_utils": ("test_schema", "test_faketensor")}
         torch.library.opcheck(backward, (*kept, False, scale is not None, *call), **tests)

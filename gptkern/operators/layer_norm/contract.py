@@ -20,8 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import has_torch_function_variadic
 
-from gptkern.backends import dispatch, tracing
-from gptkern.backends.layouts import described, is_dense
+from gptkern.backends import dispatch, residuals, tracing
 from gptkern.backends.numbers import as_float, as_size
 from gptkern.backends.registration import (
     KernelFunction,
@@ -110,7 +109,7 @@ def layer_norm(
         if input.is_cuda and torch.is_autocast_enabled("cuda"):
             if residual is not None:
                 # Autocast widens what is normalised; the sum keeps its own dtype, as PyTorch's addition does.
-                _check_residual(input, residual)
+                residuals.check("layer_norm", input, residual)
                 summed = input + residual
                 return layer_norm(summed, normalized_shape, weight, bias, eps), summed
             cast = autocast("float32", input, weight, bias)
@@ -129,7 +128,7 @@ def layer_norm(
         return _on_pytorch(input, normalized_shape, weight, bias, eps)
     try:
         _checked(input, normalized_shape, weight, bias, eps, residual)
-        _check_residual(input, residual)
+        residuals.check("layer_norm", input, residual)
         summed = input + residual
         if summed.dtype != input.dtype:
             # The parameters fit the input; PyTorch wants them to fit what it normalises.
@@ -138,7 +137,7 @@ def layer_norm(
             bias = None if bias is None else bias.to(summed.dtype)
         return _on_pytorch(summed, normalized_shape, weight, bias, eps), summed
     except RuntimeError:
-        _check_layouts(input, residual)
+        residuals.check_layouts("layer_norm", input, residual)
         raise
 
 
@@ -219,11 +218,8 @@ def _flattened(input, residual, weight, bias, normalized_shape, eps):
     if not input.is_floating_point():
         raise NotImplementedError(f"layer_norm: input is {input.dtype}; it needs a floating-point dtype")
     if residual is not None:
-        _check_residual(input, residual)
-        if residual.device != input.device:
-            raise RuntimeError(
-                f"layer_norm: residual is on {residual.device}; it needs the input's device, {input.device}"
-            )
+        residuals.check("layer_norm", input, residual)
+        residuals.check_device("layer_norm", input, residual)
     if len(shape) > 1:
         width = math.prod(shape)
         input = input.reshape(*input.shape[: -len(shape)], width)
@@ -259,28 +255,6 @@ def _check_parameter_dtypes(input, weight, bias):
             )
     if weight is not None and bias is not None and weight.dtype != bias.dtype:
         raise RuntimeError(f"layer_norm: bias is {bias.dtype}; it needs the weight's dtype, {weight.dtype}")
-
-
-def _check_residual(input, residual):
-    shape, wanted = residual.shape, input.shape
-    if tracing.in_jit_trace():
-        shape, wanted = tracing.sizes(residual), tracing.sizes(input)
-    if shape != wanted:
-        raise ValueError(
-            f"layer_norm: residual has shape {tuple(residual.shape)}; it needs the input's, {tuple(input.shape)}"
-        )
-    if not residual.is_floating_point():
-        raise ValueError(f"layer_norm: residual is {residual.dtype}; it needs a floating-point dtype")
-
-
-def _check_layouts(input, residual):
-    """Raises an error that names a tensor of a layout in which PyTorch does not add, or does not normalise the sum."""
-    for name, tensor in (("input", input), ("residual", residual)):
-        if not is_dense(tensor) and tensor.layout != torch.jagged:
-            raise RuntimeError(
-                f"layer_norm: {name} is {described(tensor)}; beside a residual it needs to be dense, or nested in the "
-                "layout torch.jagged"
-            )
 
 
 # --- The torch backend: bare launchers in plain PyTorch -------------------------------------------------------------

@@ -14,28 +14,30 @@ WIDEST = 2**30
 
 def unsupported(call: Call) -> str | None:
     """Why these kernels do not cover a call, or None."""
-    input, weight, _ = call
+    input, residual, weight, _ = call
     if input.shape[-1] > WIDEST:
         return f"rows are {input.shape[-1]} wide; the kernel counts columns up to {WIDEST}"
-    if input.dtype not in DTYPES or (weight is not None and weight.dtype not in DTYPES):
-        name, tensor = ("weight", weight) if input.dtype in DTYPES else ("input", input)
-        return f"{name} is {tensor.dtype}; the kernel is for float16, bfloat16 and float32"
+    if residual is not None:
+        return "the kernel adds no residual yet"
+    for name, tensor in (("input", input), ("residual", residual), ("weight", weight)):
+        if tensor is not None and tensor.dtype not in DTYPES:
+            return f"{name} is {tensor.dtype}; the kernel is for float16, bfloat16 and float32"
     return None
 
 
 def forward(call: Call):
-    """(…, width) -> output (…, width), rstd (rows,) in float32."""
-    input, weight, eps = call
+    """-> output (…, width), summed (…, width) or None, rstd (rows,) in float32."""
+    input, residual, weight, eps = call
     output = torch.empty_like(input, memory_format=torch.contiguous_format)
     rstd = input.new_empty(input.shape[:-1].numel(), dtype=torch.float32)
     common.start("rms_norm_forward", input, as_read(weight, input.dtype), output, rstd, eps)
-    return output, rstd
+    return output, None, rstd
 
 
 def backward(gradient: Gradient, call: Call):
-    """-> dinput (…, width), dweight (width,) in the weight's dtype; what is not needed is empty."""
-    grad_output, rstd, need_input, need_weight = gradient
-    input, weight, _ = call
+    """-> dsummed (…, width), dweight (width,) in the weight's dtype; what is not needed is empty."""
+    grad_output, grad_summed, rstd, need_input, need_weight = gradient
+    input, weight = call.input, call.weight
     width, rows, device = input.shape[-1], rstd.numel(), input.device
     dtype = rstd.dtype if weight is None else weight.dtype
     # What is not needed is a tensor of its own: a registered op may not return one twice.

@@ -1,11 +1,12 @@
 """rms_norm on Triton; the backward is in gptkern/backends/triton/norms.py.
 
-    x_hat = x * rstd            rstd = 1 / sqrt(avg(x²) + eps)
+    s     = x, or x + residual
+    x_hat = s * rstd            rstd = 1 / sqrt(avg(s²) + eps)
     y     = x_hat * weight
 
-Memory is the floor: the forward reads x and writes y (2 widths a row). Up to REGISTER_WIDTH a program holds a tile of
-whole rows in registers and moves no more than that. Wider rows are walked in chunks and read twice, mostly from the L2
-cache.
+Memory is the floor: the forward reads x and writes y (2 widths a row; with a residual 4). Up to REGISTER_WIDTH a
+program holds a tile of whole rows in registers and moves no more than that. Wider rows are walked in chunks and read
+twice, mostly from the L2 cache.
 
 Tests reach the variant for wide rows at small widths by lowering REGISTER_WIDTH and WIDE_BLOCK (monkeypatch).
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import math
 
 import torch
+import triton
 import triton.language as tl
 
 from gptkern.backends.tables.configurations import Table
@@ -37,10 +39,13 @@ WIDE_BLOCK: int | None = None
 @jit(do_not_specialize=["rows", "eps"])
 def _forward_kernel(
     x_ptr,  # (rows, width)   input
+    residual_ptr,  # (rows, width)   added to it, or None
     weight_ptr,  # (width,)         or None
     y_ptr,  # (rows, width)   output, contiguous
+    summed_ptr,  # (rows, width)   x + residual, contiguous, or None
     rstd_ptr,  # (rows,)         float32, kept for the backward
     x_stride,  # from a row to the next
+    residual_stride,
     rows,
     width,
     eps,
@@ -51,6 +56,12 @@ def _forward_kernel(
     column = tl.arange(0, BLOCK_WIDTH)
     inside = (row[:, None] < rows) & (column[None, :] < width)
     x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + row[:, None] * residual_stride + column[None, :], mask=inside, other=0.0)
+        # The sum is rounded to its dtype before it is normalised: the backward sees the same numbers.
+        summed = (x + residual.to(tl.float32)).to(summed_ptr.dtype.element_ty)
+        tl.store(summed_ptr + row[:, None] * width + column[None, :], summed, mask=inside)
+        x = summed.to(tl.float32)
 
     # rstd = 1 / sqrt(avg(x²) + eps)
     rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / width + eps)
@@ -63,13 +74,26 @@ def _forward_kernel(
     tl.store(y_ptr + row[:, None] * width + column[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _load_summed(x_ptr, residual_ptr, column, width, rounded: tl.constexpr):
+    """A chunk of a row of s = x + residual, rounded to s's dtype, in float32."""
+    x = tl.load(x_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+        x = (x + residual).to(rounded).to(tl.float32)
+    return x
+
+
 @jit(do_not_specialize=["eps"])
 def _forward_wide_kernel(
     x_ptr,  # (rows, width)   input
+    residual_ptr,  # (rows, width)   added to it, or None
     weight_ptr,  # (width,)         or None
     y_ptr,  # (rows, width)   output, contiguous
+    summed_ptr,  # (rows, width)   x + residual, contiguous, or None
     rstd_ptr,  # (rows,)         float32, kept for the backward
     x_stride,  # from a row to the next
+    residual_stride,
     width,
     eps,
     BLOCK_WIDTH: tl.constexpr,
@@ -77,11 +101,14 @@ def _forward_wide_kernel(
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride
     y_ptr += row * width
+    if residual_ptr is not None:
+        residual_ptr += row * residual_stride
+        summed_ptr += row * width
 
     squares = tl.zeros((BLOCK_WIDTH,), dtype=tl.float32)
     for start in range(0, width, BLOCK_WIDTH):
         column = start + tl.arange(0, BLOCK_WIDTH)
-        x = tl.load(x_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+        x = _load_summed(x_ptr, residual_ptr, column, width, y_ptr.dtype.element_ty)
         squares += x * x
     # rstd = 1 / sqrt(avg(x²) + eps)
     rstd = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / width + eps)
@@ -89,8 +116,11 @@ def _forward_wide_kernel(
 
     for start in range(0, width, BLOCK_WIDTH):
         column = start + tl.arange(0, BLOCK_WIDTH)
+        x = _load_summed(x_ptr, residual_ptr, column, width, y_ptr.dtype.element_ty)
+        if residual_ptr is not None:
+            tl.store(summed_ptr + column, x.to(summed_ptr.dtype.element_ty), mask=column < width)
         # y = x_hat * weight
-        y = tl.load(x_ptr + column, mask=column < width, other=0.0).to(tl.float32) * rstd
+        y = x * rstd
         if weight_ptr is not None:
             y *= tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
         tl.store(y_ptr + column, y.to(y_ptr.dtype.element_ty), mask=column < width)
@@ -101,24 +131,29 @@ def _forward_wide_kernel(
 
 def unsupported(call: Call) -> str | None:
     """Why these kernels do not cover a call, or None."""
-    input, weight, _ = call
-    for name, tensor in (("input", input), ("weight", weight)):
+    for name, tensor in (("input", call.input), ("residual", call.residual), ("weight", call.weight)):
         if tensor is not None and tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             return f"{name} is {tensor.dtype}; the kernel is for float16, bfloat16 and float32"
     return None
 
 
 def forward(call: Call):
-    """(…, width) -> output (…, width), rstd (rows,) in float32."""
-    input, weight, eps = call
+    """-> output (…, width), summed (…, width) or None, rstd (rows,) in float32."""
+    input, residual, weight, eps = call
     width = input.shape[-1]
-    output = torch.empty(input.shape, dtype=input.dtype, device=input.device)
     x = as_rows(input)
     rows = x.shape[0]
     rstd = torch.empty(rows, dtype=torch.float32, device=input.device)
+    dtype, summed, residual_stride = input.dtype, None, 0
+    if residual is not None:
+        dtype = torch.result_type(input, residual)
+        summed = torch.empty(input.shape, dtype=dtype, device=input.device)
+        residual = as_rows(residual)
+        residual_stride = residual.stride(0)
+    output = torch.empty(input.shape, dtype=dtype, device=input.device)
     if output.numel() == 0:
-        return output, rstd
-    pointers = x, weight, output, rstd, x.stride(0)
+        return output, summed, rstd
+    pointers = x, residual, weight, output, summed, rstd, x.stride(0), residual_stride
     if width > REGISTER_WIDTH["forward"]:
         _, block_width, warps = _chunk("forward", x.device)
         _forward_wide_kernel[(rows,)](*pointers, width, eps, BLOCK_WIDTH=block_width, num_warps=warps)
@@ -127,19 +162,19 @@ def forward(call: Call):
         _forward_kernel[(cdiv(rows, block_rows),)](
             *pointers, rows, width, eps, BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width, num_warps=warps
         )
-    return output, rstd
+    return output, summed, rstd
 
 
 def backward(gradient: Gradient, call: Call):
-    """-> dinput (…, width), dweight (width,) in the weight's dtype; what is not needed is empty."""
-    grad_output, rstd, need_input, need_weight = gradient
-    input, weight, _ = call
+    """-> dsummed (…, width), dweight (width,) in the weight's dtype; what is not needed is empty."""
+    grad_output, grad_summed, rstd, need_input, need_weight = gradient
+    summed, weight = call.input, call.weight
     walked = None
-    if input.shape[-1] > REGISTER_WIDTH["backward"]:
-        walked = norms.Walked(_chunk("backward", input.device), TABLE.find(input.device, math.inf, "weight"))
+    if summed.shape[-1] > REGISTER_WIDTH["backward"]:
+        walked = norms.Walked(_chunk("backward", summed.device), TABLE.find(summed.device, math.inf, "weight"))
     needs = need_input, need_weight, False
-    dinput, dweight, _ = norms.backward(grad_output, input, weight, None, rstd, None, needs, walked)
-    return dinput, dweight
+    dsummed, dweight, _ = norms.backward(grad_output, summed, weight, None, rstd, grad_summed, needs, walked)
+    return dsummed, dweight
 
 
 def _chunk(direction: str, device: torch.device) -> Tile:
@@ -157,7 +192,7 @@ def compile_cases(architecture: int) -> list[CompileCase]:
         "backward": (norms.input_gradient_wide_kernel, "input gradient wide"),
         "weight": (norms.parameter_gradient_wide_kernel, "weight gradient wide"),
     }
-    absent = dict.fromkeys(("mean_ptr", "incoming_ptr", "incoming_stride", "dbias_ptr", "bias_gradient_ptr"))
+    absent = dict.fromkeys(("mean_ptr", "dbias_ptr", "bias_gradient_ptr"))
     cases = [
         norms.compile_case(_forward_kernel, f"forward width {width}", "bf16", held_tile(width), absent)
         for width in norms.held_widths(REGISTER_WIDTH["forward"])
