@@ -1,6 +1,7 @@
 """The autograd.Functions, one an operator. Their arguments are trusted; the operators of gptkern.functional check."""
 
 from gptkern.operators.attention.contract import AttentionFunction
+from gptkern.operators.cross_entropy.contract import CrossEntropyFunction
 from gptkern.operators.int8_linear.contract import Int8LinearFunction
 from gptkern.operators.layer_norm.contract import LayerNormFunction
 from gptkern.operators.rms_norm.contract import RMSNormFunction
@@ -9,6 +10,7 @@ from gptkern.operators.softmax.contract import SoftmaxFunction
 
 __all__ = [
     "AttentionFunction",
+    "CrossEntropyFunction",
     "Int8LinearFunction",
     "LayerNormFunction",
     "RMSNormFunction",

@@ -4,6 +4,7 @@ A twin takes every argument that PyTorch's takes, with the same meaning; its ext
 """
 
 from gptkern.operators.attention.contract import scaled_dot_product_attention
+from gptkern.operators.cross_entropy.contract import cross_entropy
 from gptkern.operators.int8_linear.contract import int8_linear
 from gptkern.operators.layer_norm.contract import layer_norm
 from gptkern.operators.quantize_int8.contract import quantize_int8
@@ -12,6 +13,7 @@ from gptkern.operators.rotary.contract import rotary_embedding
 from gptkern.operators.softmax.contract import softmax
 
 __all__ = [
+    "cross_entropy",
     "int8_linear",
     "layer_norm",
     "quantize_int8",
