@@ -28,7 +28,7 @@ LAYERS = (
     {"integrations"},
     {"swapping", "quantizing"},
     {"nn"},
-    {"functional", "autograd"},
+    {"functional", "autograd", "optim"},
     {"rooms"},
     {"backends"},
     {"operators", "models", "version", "formatting"},
@@ -36,8 +36,8 @@ LAYERS = (
 # What may name an operator: the public faces, swap's map of PyTorch's functions, the peers' adapters; and the choice
 # of cells and compile cases that are predicted.
 MAY_NAME = {
-    "functional.py", "nn.py", "autograd.py", "swapping/twins.py", "measuring/peers.py", "bench/predict_rows.py",
-    "bench/host_path.py",
+    "functional.py", "nn.py", "autograd.py", "optim.py", "swapping/twins.py", "measuring/peers.py",
+    "bench/predict_rows.py", "bench/host_path.py",
 }  # fmt: skip
 
 

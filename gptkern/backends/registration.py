@@ -77,6 +77,8 @@ class Operator:
             forward kept, which gradients are needed.
         gradients: how many tensors the backward returns.
         gradient_fake: gradient_fake(gradient, call) -> the backward's results.
+        room: of the launchers, where the operator is the second of a room: it then has a name of its own.
+        launcher: the forward's name in a backend's module.
 
     A backend's launchers are forward(call) and backward(gradient, call), where tensors of the call that the backward
     does not read are None. A result that a call does not have is None; of a registered op, which cannot return that, it
@@ -95,8 +97,11 @@ class Operator:
         gradient: type | None = None,
         gradients: int = 0,
         gradient_fake: Callable[[Any, Any], Any] | None = None,
+        *,
+        room: str | None = None,
+        launcher: str = "forward",
     ):
-        self.name = name
+        self.name, self.room, self._launcher = name, room or name, launcher
         arguments = list(schema_of([call]))
         self._forward = self._registered("forward", arguments, results, (call,), fake)
         if gradient is not None:
@@ -139,7 +144,7 @@ class Operator:
 
         `Library.define` and `impl`, not the `custom_op` decorator: half the host time of a call.
         """
-        operator, name = self.name, f"{self.name}_{direction}"
+        operator, name = self.room, f"{self.name}_{direction}"
         names = [argument.split()[-1] for argument in arguments]
         if len({*names, "backend"}) <= len(names):
             needs = "each needs a name of its own, and none is `backend`"
@@ -155,6 +160,7 @@ class Operator:
             return [records[0]._make(given[: sizes[0]]), records[1]._make(given[sizes[0] :])]
 
         is_forward = direction == "forward"
+        attribute = self._launcher if is_forward else "backward"
         loaded = dispatch._modules
 
         def start(backend, *records):
@@ -164,7 +170,7 @@ class Operator:
             module = loaded.get((backend, operator))
             if module is None:
                 module = dispatch.load(backend, operator)
-            launcher, first = (module.forward if is_forward else module.backward), records[0][0]
+            launcher, first = getattr(module, attribute), records[0][0]
             if not isinstance(first, torch.Tensor):
                 first = dispatch.first_tensor(records[0])
             if _is_elsewhere(first):

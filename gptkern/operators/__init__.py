@@ -16,7 +16,17 @@ import functools
 import importlib
 
 # In the order in which people see them.
-NAMES = ("attention", "layer_norm", "rms_norm", "rotary", "softmax", "cross_entropy", "int8_linear", "quantize_int8")
+NAMES = (
+    "attention",
+    "layer_norm",
+    "rms_norm",
+    "rotary",
+    "softmax",
+    "cross_entropy",
+    "int8_linear",
+    "quantize_int8",
+    "adamw",
+)
 
 
 @functools.cache

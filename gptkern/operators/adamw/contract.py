@@ -1,0 +1,297 @@
+"""adamw: the contract of an update of AdamW over lists of tensors, the PyTorch backend and the registered ops.
+
+    g = grad / grad_scale * clip                               (−g where the objective is maximised)
+    θ = θ − lr · weight_decay · θ
+    m = m + (1 − β₁) (g − m)                                   exp_avg
+    v = β₂ v + (1 − β₂) g²                                     exp_avg_sq
+    θ = θ − lr / (1 − β₁ᵗ) · m / (√(v / (1 − β₂ᵗ)) + eps)      amsgrad: the largest v so far in its place
+
+All of it in float32 (float64 for float64), then θ, m and v are rounded to what they are held in: to the nearest, or,
+of bfloat16 parameters with a seed, at random without bias (`stochastic`). m and v may be 8-bit codes in blocks
+(gptkern/operators/adamw/blockwise.py). t is the tensor's own count of updates, which the update raises by one.
+Gradients are read and never written, unlike PyTorch's fused step, which leaves them unscaled.
+
+Bytes an element that have to cross the memory's bus, gradients in the parameter's dtype:
+
+    parameters   states                         read            written      in all
+    float32      float32                        g θ m v   16    θ m v   12   28        amsgrad: 36
+    bfloat16     bfloat16                       g θ m v    8    θ m v    6   14        amsgrad: 18
+    bfloat16     float32                        g θ m v   12    θ m v   10   22        amsgrad: 30
+    float32      8 bits, a scale for 256        g θ m v   10    θ m v    6   16 + 1/16
+    bfloat16     8 bits, a scale for 256        g θ m v    6    θ m v    4   10 + 1/16
+
+and the norm reads g once more: 4 or 2. Beside that 8 bytes for each 4096 elements say whose they are.
+
+Source: Loshchilov, Hutter, "Decoupled Weight Decay Regularization", 2019 (arXiv:1711.05101); amsgrad: Reddi, Kale,
+Kumar, "On the Convergence of Adam and Beyond", 2018.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from gptkern.backends import dispatch
+from gptkern.backends.philox import philox
+from gptkern.backends.registration import Operator, Written
+from gptkern.operators.adamw import blockwise
+
+# Of Call.places: what is said of each tensor.
+PLACES = ("number", "start", "run", "stride")
+# Bits of one word of Philox serve two elements, a counter's four words eight.
+DRAWS = 8
+_WORD = 0xFFFFFFFF
+
+
+class Call(NamedTuple):
+    """An update of several tensors with the same hyperparameters: all on one device, the parameters of one dtype, the
+    gradients of one, the states of one.
+
+    Of an element e of a tensor's own (its logical, row-major order) `places` gives, four numbers a tensor, the tensor's
+    number and the element's place in the whole tensor that this one is a shard of:
+        place(e) = start + (e // run) · stride + e % run
+    They are needed where parameters are rounded at random; else the list is empty.
+    """
+
+    params: list[Written]
+    grads: list[torch.Tensor]  # as params
+    exp_avgs: list[Written]  # as params, floating; or int8 codes
+    exp_avg_sqs: list[Written]  # as params, floating; or uint8 codes
+    max_exp_avg_sqs: list[Written]  # of amsgrad alone: as params
+    exp_avg_scales: list[Written]  # of codes alone: float32 (rows, blocks of a row), the largest |m| of each block
+    exp_avg_sq_scales: list[Written]  # likewise, the largest √v
+    steps: list[Written]  # 0-d float32: updates done before this one
+    places: list[int]
+    lr: float
+    lr_on_device: torch.Tensor | None  # 0-d or of one element: takes the place of lr
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    maximize: bool
+    seed: int | None  # of the rounding at random, 64 bits; None: to the nearest
+    grad_scale: torch.Tensor | None  # float32, one element: gradients are divided by it
+    found_inf: torch.Tensor | None  # float32, one element: where it is not 0 nothing is written, the steps included
+    clip: torch.Tensor | None  # float32, 0-d: gradients are multiplied by it
+
+
+class Norm(NamedTuple):
+    """The norm of several gradients on one device and of one dtype, as if they were one vector."""
+
+    grads: list[torch.Tensor]
+
+
+def start(call: Call) -> None:
+    """The update, on the backend that dispatch chooses. The call is trusted: gptkern.optim.AdamW checks.
+
+    Raises:
+        BackendError: a backend is forced that does not cover it.
+    """
+    choice = dispatch.settled(call.params[0])
+    if choice is None:
+        choice, unseen = dispatch.chosen("adamw", call)
+        if choice.backend != "torch":
+            OPERATOR.forward(call, choice.backend, unseen)
+            return
+    OPERATOR.forward(call, "torch")
+
+
+def norm_of(grads: list[torch.Tensor]) -> torch.Tensor:
+    """0-d float32 (float64 of float64): √(Σ g²), summed in a fixed order."""
+    call = Norm(grads)
+    choice = dispatch.settled(grads[0])
+    if choice is None:
+        choice, unseen = dispatch.chosen("adamw", call)
+        if choice.backend != "torch":
+            return NORM.forward(call, choice.backend, unseen)
+    return NORM.forward(call, "torch")
+
+
+# --- The torch backend: bare launchers in plain PyTorch -------------------------------------------------------------
+
+
+def unsupported(call: Call | Norm) -> str | None:
+    return None
+
+
+def norm(call: Norm) -> torch.Tensor:
+    """-> 0-d: √(Σ g²) of all gradients."""
+    dtype = statistics_dtype(call.grads[0])
+    # The norms of the tensors, then the norm of these: as torch.nn.utils.get_total_norm sums, with its bits.
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(call.grads, 2, dtype=dtype)), 2)
+
+
+def forward(call: Call) -> None:
+    """PyTorch's own fused AdamW where it does the same; else its formula, tensor by tensor."""
+    is_plain = not call.exp_avg_scales and call.seed is None and call.exp_avgs[0].dtype == call.params[0].dtype
+    if is_plain and call.grads[0].dtype == call.params[0].dtype and all(map(_is_dense, call.params)):
+        return _fused(call)
+    for index in range(len(call.params)):
+        _plain(call, index)
+    torch._foreach_add_(call.steps, _counted(call))
+
+
+def _counted(call: Call):
+    """What an update adds to the steps: 1, or 0 where infinities were found."""
+    return 1 if call.found_inf is None else (call.found_inf == 0).to(torch.float32).reshape(())
+
+
+def _fused(call: Call) -> None:
+    scale, grads = call.grad_scale, call.grads
+    if call.clip is not None:
+        # g / grad_scale * clip
+        scale = (1.0 if scale is None else scale) / call.clip
+    # It walks through memory, and leaves in the gradients what it divided by the scale.
+    grads = [laid_out_as(g, p, copy=scale is not None) for g, p in zip(grads, call.params)]
+    torch._foreach_add_(call.steps, 1)
+    torch._fused_adamw_(
+        call.params, grads, call.exp_avgs, call.exp_avg_sqs, call.max_exp_avg_sqs, call.steps,
+        lr=call.lr if call.lr_on_device is None else call.lr_on_device, beta1=call.beta1, beta2=call.beta2,
+        weight_decay=call.weight_decay, eps=call.eps, amsgrad=bool(call.max_exp_avg_sqs), maximize=call.maximize,
+        grad_scale=scale, found_inf=None if call.found_inf is None else (call.found_inf != 0).to(torch.float32),
+    )  # fmt: skip
+    if call.found_inf is not None:
+        torch._foreach_add_(call.steps, 1 - _counted(call), alpha=-1)
+
+
+def _plain(call: Call, index: int) -> None:
+    param, grad = call.params[index], call.grads[index]
+    if param.numel() == 0:
+        return
+    held = [call.exp_avgs[index], call.exp_avg_sqs[index]]
+    scales = [call.exp_avg_scales[index], call.exp_avg_sq_scales[index]] if call.exp_avg_scales else None
+    dtype = statistics_dtype(param)
+    t = call.steps[index].to(dtype) + 1
+    lr = call.lr if call.lr_on_device is None else call.lr_on_device.to(dtype)
+
+    # g = grad / grad_scale * clip
+    g = grad.to(dtype)
+    if call.grad_scale is not None:
+        g = g / call.grad_scale
+    if call.clip is not None:
+        g = g * call.clip
+    if call.maximize:
+        g = -g
+    if scales is None:
+        m, v = (state.to(dtype) for state in held)
+    else:
+        m, v = blockwise.decoded(held[0], scales[0]), blockwise.decoded_square(held[1], scales[1])
+    # θ = θ − lr · weight_decay · θ
+    p = param.to(dtype)
+    p = p - lr * call.weight_decay * p
+    # m = m + (1 − β₁) (g − m)
+    m = m + (1 - call.beta1) * (g - m)
+    # v = β₂ v + (1 − β₂) g²
+    v = call.beta2 * v + (1 - call.beta2) * g * g
+    written = [(held[0], m), (held[1], v)]
+    largest = v
+    if call.max_exp_avg_sqs:
+        largest = torch.maximum(call.max_exp_avg_sqs[index].to(dtype), v)
+        written.append((call.max_exp_avg_sqs[index], largest))
+    # 1 − βᵗ = −expm1(t · log β): of β near 1 the difference would have lost its digits
+    correction1 = 1.0 if call.beta1 == 0 else -torch.expm1(t * math.log(call.beta1))
+    correction2 = 1.0 if call.beta2 == 0 else -torch.expm1(t * math.log(call.beta2))
+    # θ = θ − lr / (1 − β₁ᵗ) · m / (√(v / (1 − β₂ᵗ)) + eps)
+    p = p - lr / correction1 * m / ((largest / correction2).sqrt() + call.eps)
+    if call.seed is not None and param.dtype == torch.bfloat16:
+        p = stochastic(p, call, index)
+    written.append((param, p))
+    if scales is not None:
+        (m_codes, m_scales), (v_codes, v_scales) = blockwise.encoded(m), blockwise.encoded_square(v)
+        written[:2] = [(held[0], m_codes), (held[1], v_codes), (scales[0], m_scales), (scales[1], v_scales)]
+    for old, new in written:
+        if call.found_inf is not None:
+            new = torch.where(call.found_inf != 0, old, new.to(old.dtype))
+        old.copy_(new)
+
+
+def stochastic(p: torch.Tensor, call: Call, index: int) -> torch.Tensor:
+    """float32 -> bfloat16, up with a probability that is the part of the way that it lies above the value below.
+
+    Sixteen random bits are added to the sixteen that bfloat16 has not. Element e takes half e % 8 of
+    Philox(key = seed, counter = (place // 8 in two words, the tensor's number, t)), low halves before high ones.
+    """
+    number, start, run, stride = call.places[4 * index : 4 * index + 4]
+    t = (call.steps[index] + 1).to(torch.int64)
+    if run >= p.numel():
+        first = start // DRAWS
+        counters = torch.arange(first, (start + p.numel() - 1) // DRAWS + 1, device=p.device)
+        draws = _draws(call.seed, counters, number, t).view(-1)[start - first * DRAWS :][: p.numel()]
+    else:
+        e = torch.arange(p.numel(), device=p.device)
+        place = start + e // run * stride + e % run
+        counters, at = torch.unique_consecutive(place // DRAWS, return_inverse=True)
+        draws = _draws(call.seed, counters, number, t)[at, place % DRAWS]
+    bits = p.contiguous().view(torch.int32).view(-1)
+    # A sum beyond the largest finite number is an infinity, as rounding to the nearest has it there.
+    up = ((bits + draws.to(torch.int32)) >> 16 << 16).view(torch.float32)
+    up = torch.where(p.contiguous().view(-1).isfinite(), up, p.contiguous().view(-1))
+    return up.view(p.shape).to(torch.bfloat16)
+
+
+def _draws(seed: int, counters: torch.Tensor, number: int, t: torch.Tensor) -> torch.Tensor:
+    """(counters,) -> (counters, 8) of sixteen random bits."""
+    counter = counters & _WORD, counters >> 32, torch.full_like(counters, number), t.expand_as(counters)
+    words = torch.stack(philox((seed & _WORD, (seed >> 32) & _WORD), counter), dim=-1)
+    return torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten(-2)
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether its elements fill their memory without a gap, in whatever order."""
+    return tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensor)
+
+
+def laid_out_as(tensor: torch.Tensor, like: torch.Tensor, copy: bool = False) -> torch.Tensor:
+    """The same numbers with the strides of `like`."""
+    if not copy and (tensor.stride() == like.stride() or (tensor.is_contiguous() and like.is_contiguous())):
+        return tensor
+    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+
+
+# --- Registration -----------------------------------------------------------------------------------------------------
+
+
+def statistics_dtype(tensor: torch.Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _norm_fake(call: Norm) -> torch.Tensor:
+    return call.grads[0].new_empty((), dtype=statistics_dtype(call.grads[0]))
+
+
+OPERATOR = Operator("adamw", Call, 0, lambda call: None)
+NORM = Operator("adamw_norm", Norm, 1, _norm_fake, room="adamw", launcher="norm")
+
+
+def updated(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    step: torch.Tensor,
+    *,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    in_place: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One update of one tensor: -> parameter, exp_avg, exp_avg_sq. What `gptkern check` and `bench` call.
+
+    Args:
+        in_place: whether they are the tensors that were given, step included, or copies.
+    """
+    with torch.no_grad():
+        tensors = [param, exp_avg, exp_avg_sq, step]
+        param, exp_avg, exp_avg_sq, step = tensors if in_place else [tensor.clone() for tensor in tensors]
+        call = Call(
+            [param], [grad], [exp_avg], [exp_avg_sq], [], [], [], [step], [], lr, None, *betas, eps, weight_decay,
+            False, None, None, None, None,
+        )  # fmt: skip
+        start(call)
+    return param, exp_avg, exp_avg_sq
+
+
+TWIN = updated
