@@ -17,7 +17,7 @@ FOLDER = ROOT / "docs" / "api"
 INDEX = "README.md"
 
 # The modules whose names are public, in the order of the index.
-MODULES = ("gptkern", "gptkern.functional", "gptkern.nn", "gptkern.autograd", "gptkern.training")
+MODULES = ("gptkern", "gptkern.functional", "gptkern.nn", "gptkern.autograd", "gptkern.optim", "gptkern.training")
 
 INTRODUCTION = """# Public names
 

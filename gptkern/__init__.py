@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from gptkern.version import __version__
 
 if TYPE_CHECKING:
-    from gptkern import autograd, functional, nn
+    from gptkern import autograd, functional, nn, optim
     from gptkern.backends.dispatch import BackendError, backend
     from gptkern.quantizing import QuantizeReport, load_quantized, quantize
     from gptkern.swapping import ExplainReport, SwapReport, UnswapReport, explain, kernels, swap, unswap
@@ -31,6 +31,7 @@ __all__ = [
     "kernels",
     "load_quantized",
     "nn",
+    "optim",
     "quantize",
     "swap",
     "unswap",
@@ -50,6 +51,7 @@ _HOMES = {
     "kernels": "gptkern.swapping",
     "load_quantized": "gptkern.quantizing",
     "nn": None,
+    "optim": None,
     "quantize": "gptkern.quantizing",
     "swap": "gptkern.swapping",
     "unswap": "gptkern.swapping",

@@ -78,6 +78,12 @@ BY_HAND = {
         ((10, 8, 0), "bytes 2", "forward", 272),
         ((10, 8), "flops", "forward", 320),
     ],
+    "adamw": [
+        # 80 elements: four tensors read and three written; 15 operations each.
+        ((10, 8), "bytes 4", "forward", 2240),
+        ((10, 8), "bytes 2", "forward", 1120),
+        ((10, 8), "flops", "forward", 1200),
+    ],
 }  # fmt: skip
 
 

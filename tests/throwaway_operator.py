@@ -197,7 +197,7 @@ ORDER = """{"defaults": [{"architecture": 80, "order": ["triton:doubled", "trito
 
 # file -> (line that is there, line that is added behind it)
 LINES = {
-    "operators/__init__.py": ('NAMES = ("attention",', 'NAMES = ("scaled_relu", *NAMES)'),
+    "operators/__init__.py": (")", 'NAMES = ("scaled_relu", *NAMES)'),
     "functional.py": (
         "from gptkern.operators.softmax.contract import softmax",
         "from gptkern.operators.scaled_relu.contract import scaled_relu",

@@ -25,8 +25,8 @@ from gptkern.backends.problem import (
 STEP, LR, BETAS, EPS, WEIGHT_DECAY = 3, 1e-2, (0.9, 0.95), 1e-8, 0.1
 # Largest number of elements that a class serves.
 COUNTS = (2**14, 2**20, 2**24, None)
-# Additions, multiplications, divisions and roots of an element: decay 2, m 3, v 3, the quotient 4, the difference 2.
-_OPERATIONS = 14
+# Additions, multiplications, divisions and roots of an element: decay 2, m 3, v 4, the quotient 5, the difference 1.
+_OPERATIONS = 15
 
 
 class Sizes(NamedTuple):
