@@ -29,6 +29,7 @@ import test_layer_norm_inputs
 import test_quantize_int8_faults
 import test_rms_norm_faults
 import test_rms_norm_inputs
+import test_rms_norm_residual
 import test_rotary_faults
 import test_rotary_inputs
 import test_softmax_faults
@@ -38,11 +39,12 @@ BACKENDS = ("kernel_backend", "triton_backend", "cuda_backend", "backend")
 
 def of(test, **arguments):
     """A test as the check of a mutation; of its arguments those that no fixture gives."""
+    operator = "rms_norm" if test.__module__ == "test_rms_norm_residual" else "layer_norm"
 
     def check(backend, monkeypatch):
         def narrow(chunks):
             if chunks:
-                test_far_memory.narrow("layer_norm", monkeypatch)
+                test_far_memory.narrow(operator, monkeypatch)
 
         fixtures = dict.fromkeys(BACKENDS, backend) | {
             "device": DEVICE,
@@ -114,6 +116,21 @@ TRITON = {
             "an infinity in a wide row is passed over", "_forward_wide_kernel",
             r"squares \+= x \* x", "squares += tl.minimum(x * x, 3.0e38)",
             of(test_rms_norm_faults.test_a_special_value_stays_in_its_row, width=48, chunks=True, poison=math.inf),
+        ),
+        Mutation(
+            "the unrounded sum is normalised", "_forward_kernel",
+            r"x = summed\.to\(tl\.float32\)\n", "x += residual.to(tl.float32)\n",
+            of(test_rms_norm_residual.test_what_is_normalised_is_the_rounded_sum, width=64, chunks=False),
+        ),
+        Mutation(
+            "the unrounded sum of a wide row is normalised", "_load_summed",
+            r"\(x \+ residual\)\.to\(rounded\)\.to\(tl\.float32\)", "x + residual",
+            of(test_rms_norm_residual.test_what_is_normalised_is_the_rounded_sum, width=48, chunks=True),
+        ),
+        Mutation(
+            "the residual of a wide row by x's stride", "_forward_wide_kernel",
+            r"residual_ptr \+= row \* residual_stride", "residual_ptr += row * x_stride",
+            of(test_rms_norm_residual.test_every_operand_has_strides_of_its_own, width=37, chunks=True),
         ),
     ],
     "softmax": [
@@ -233,7 +250,7 @@ TRITON_SIZES = {
         Mutation(
             "rows of the gradient in 32 bits", "backward_kernel",
             r"of_tile\[:, None\]\.to\(tl\.int64\)", "of_tile[:, None]",
-            far("rms_norm 61", 2, 0),
+            far("rms_norm 61", 3, 0),
         ),
     ],
     "softmax": [
@@ -297,6 +314,32 @@ CUDA = {
             "rows that begin anywhere take vectors", "bool takes_vectors(int shift)",
             "% ALIGNED == 0)", "% ALIGNED >= 0)",
             of(test_rms_norm_faults.test_one_operand_is_not_aligned, which=0, width=64),
+        ),
+        Mutation(
+            "rows of 16 bits are normalised without the residual", "void add(Raw<BYTES, V>& held",
+            "held = from_floats", "if (BYTES == 4) held = from_floats",
+            of(test_rms_norm_residual.test_what_is_normalised_is_the_rounded_sum, width=64, chunks=False),
+        ),
+        Mutation(
+            "the residual by x's stride", "const auto x_stride = row_stride(x), residual_stride",
+            "(residual.address), *residual_stride}", "(residual.address), *x_stride}",
+            of(test_rms_norm_residual.test_every_operand_has_strides_of_its_own, width=61, chunks=False),
+        ),
+        Mutation(
+            "the sum's gradient by dy's stride", "const auto dy_stride = row_stride(dy), incoming_stride",
+            "(incoming.address), *incoming_stride}", "(incoming.address), *dy_stride}",
+            of(test_rms_norm_residual.test_every_operand_has_strides_of_its_own, width=61, chunks=False),
+        ),
+        Mutation(
+            "the sum's gradient of long rows is left out", "rms_norm_backward_long_kernel(const",
+            "dy[e] += x[e];", "dy[e] += 0.0f;",
+            of(test_rms_norm_residual.test_every_operand_has_strides_of_its_own, width=32_776, chunks=False),
+        ),
+        Mutation(
+            "what a residual widens is read as the sum's own", "void load_row_of(",
+            "dtype == FLOAT16", "false",
+            of(test_rms_norm_residual.test_a_residual_of_another_dtype,
+               dtype=torch.float32, of_residual=torch.float16, width=64),
         ),
     ],
     "softmax": [

@@ -45,6 +45,8 @@ BY_HAND = {
         ((10, 8, False), "bytes 2", "forward", 320),
         ((10, 8), "flops", "both", 1040),
         ((10, 8, False), "flops", "forward", 240),
+        ((10, 8, True, True), "bytes 2", "forward", 656),
+        ((10, 8, False, True), "flops", "forward", 320),
     ],
     "rotary": [
         # 2 x 3 heads of 5 x 8: 480 bytes; 4 elements of a head turn: 20 bytes of cos and of sin; 60 pairs, 6 each.

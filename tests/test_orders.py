@@ -175,7 +175,7 @@ def test_choices_are_traced(kernels, backends_file, monkeypatch):
     backends_file()
     assert found(512, 2000) == [1, 1]
     backends_file(on_h200(a_preference("triton", "cuda"), a_preference("torch", "cuda", width=4096)))
-    users_file(backends={"rms_norm": [dict(bits=16, width=None, order=["triton", "cuda"], ratio=2)]})
+    users_file(backends={"rms_norm": [dict(bits=16, width=None, residual=False, order=["triton", "cuda"], ratio=2)]})
     assert found(512, 800, 2000, 3000, 5000) == [2, 2, 3, 3, 1]
 
 

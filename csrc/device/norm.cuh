@@ -1,4 +1,5 @@
-// What layer_norm and rms_norm share beside rows.cuh: parameters, and the sums over rows that are their gradients.
+// What layer_norm and rms_norm share beside rows.cuh: rows of another dtype, parameters, and the sums over rows that are
+// their gradients.
 //
 // Groups of threads walk rows in steps that keep the columns of each thread, which sums them in float32. A block adds
 // its groups' sums and stores one row of partial sums, and a second kernel adds those: an order that is fixed, without
@@ -12,6 +13,24 @@
 #include "tensor.h"
 
 namespace gptkern {
+
+// The thread's vectors of a row of any dtype that values of BYTES bytes hold exactly.
+template <Reuse REUSE, bool WHOLE = false, int BYTES, int V, int SLOTS>
+GPTKERN_DEVICE void load_row_of(Raw<BYTES, V> (&held)[SLOTS], const Rows& rows, int64_t row, int dtype,
+                                const Columns<V>& columns, int end) {
+    if constexpr (BYTES == 4)
+        if (dtype != FLOAT32) {
+            const auto line = line_of<V, 2, WHOLE>(rows, row, 0, columns.shift);
+#pragma unroll
+            for (int i = 0; i < SLOTS; ++i) {
+                float values[V];
+                to_floats(load<V, Reuse::ONCE>(line, columns[i], end, end), dtype == FLOAT16, values);
+                held[i] = from_floats<4>(values, false);
+            }
+            return;
+        }
+    load_row<REUSE>(held, line_of<V, BYTES, WHOLE>(rows, row, 0, columns.shift), columns, end);
+}
 
 // A (width,) tensor, or none.
 struct Parameter {

@@ -77,11 +77,11 @@ __global__ void __launch_bounds__(IS_CHUNKED<SLOTS, WHOLE> ? CHUNK_THREADS<WHOLE
     int start = 0;                 // of the chunk: its columns are [start - shift, start - shift + chunk)
 #pragma unroll 1
     while (true) {
-        load_row_of<REUSE, T, WHOLE>(held, call.x, row, call.x_dtype, columns, end);
+        load_row_of<REUSE, WHOLE>(held, call.x, row, call.x_dtype, columns, end);
         if (call.residual.start) {
             // Rounded to T before it is normalised: the backward sees the same numbers.
             Raw<BYTES, V> added[SLOTS];
-            load_row_of<Reuse::ONCE, T, WHOLE>(added, call.residual, row, call.residual_dtype, columns, end);
+            load_row_of<Reuse::ONCE, WHOLE>(added, call.residual, row, call.residual_dtype, columns, end);
 #pragma unroll
             for (int i = 0; i < SLOTS; ++i) {
                 float values[V], more[V];
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(IS_CHUNKED<SLOTS, WHOLE> ? CHUNK_THREADS<WHOLE
         if (call.residual.start)
             load_row<Reuse::WRITTEN>(held, summed, columns, end);
         else
-            load_row_of<REUSE, T, WHOLE>(held, call.x, row, call.x_dtype, columns, end);
+            load_row_of<REUSE, WHOLE>(held, call.x, row, call.x_dtype, columns, end);
     }
 }
 

@@ -16,24 +16,6 @@ namespace gptkern {
 template <class T>
 inline constexpr bool IS_HALF = std::is_same_v<T, float16>;
 
-// The thread's vectors of a row of any dtype that T holds exactly.
-template <Reuse REUSE, class T, bool WHOLE, int SLOTS, int V = VECTOR<T>>
-GPTKERN_DEVICE void load_row_of(Raw<sizeof(T), V> (&held)[SLOTS], const Rows& rows, int64_t row, int dtype,
-                                const Columns<V>& columns, int end) {
-    if constexpr (sizeof(T) == 4)
-        if (dtype != FLOAT32) {
-            const auto line = line_of<V, 2, WHOLE>(rows, row, 0, columns.shift);
-#pragma unroll
-            for (int i = 0; i < SLOTS; ++i) {
-                float values[V];
-                to_floats(load<V, Reuse::ONCE>(line, columns[i], end, end), dtype == FLOAT16, values);
-                held[i] = from_floats<4>(values, false);
-            }
-            return;
-        }
-    load_row<REUSE>(held, line_of<V, sizeof(T), WHOLE>(rows, row, 0, columns.shift), columns, end);
-}
-
 // --- For launchers ---------------------------------------------------------------------------------------------------
 
 

@@ -1,10 +1,10 @@
-// rms_norm in CUDA C++, backward: of x and rstd as forward.cu leaves it.
+// rms_norm in CUDA C++, backward: of what was normalised, x (input + residual), and rstd as forward.cu leaves it.
 //
 //     x_hat = x * rstd            g = dy * weight, the average over the row:
-//     dx = rstd * (g - x_hat * avg(g * x_hat))
+//     dx = rstd * (g - x_hat * avg(g * x_hat))  (+ the gradient that reaches x by itself)
 //     dweight = sum over rows of dy * x_hat
 //
-// Memory is the floor. With b bytes an element it moves 3 b a column (dy and x in, dx out), and once a block 4 bytes a
+// Memory is the floor. With b bytes an element it moves 3 b a column (dy and x in, dx out; 4 b where a gradient reaches x by itself), and once a block 4 bytes a
 // column of partial sums, which are read again. Some 12 instructions an element are under what an H200 issues in that
 // time. At its data sheet's 4.8 TB/s a row of 4096 bfloat16 takes 5.1 ns.
 //
@@ -27,7 +27,8 @@ constexpr int FEW_SLOTS = 2, MANY_SLOTS = 4, BACKWARD_THREADS = 512;
 
 struct Backward {
     Rows dy;             // (rows, width)     gradient of y
-    Rows x;              // (rows, width)     input
+    Rows incoming;       // (rows, width)     gradient that reaches x by itself, or null
+    Rows x;              // (rows, width)     what was normalised
     Parameter weight;    // (width,), or none: its values are 1
     const float* rstd;   // (rows,)
     void* dx;            // (rows, width)     gradient of x, contiguous, or null
@@ -112,6 +113,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, 1) rms_norm_backward_kernel(
         const float average = over_group<Sum>(sum, lanes, shared.scratch[parity]) / float(width);
         const int end = row < call.rows ? width : 0;
         const Line<BYTES> dx_line(call.dx, row * call.width, 1, true);
+        const auto incoming = line_of<V, BYTES>(call.incoming, row, 0, columns.shift);
 #pragma unroll
         for (int i = 0; i < SLOTS; ++i) {
             if (columns[i] >= end) continue;
@@ -124,6 +126,11 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, 1) rms_norm_backward_kernel(
             for (int e = 0; e < V; ++e) {
                 const float g = dy[e] * (ROOM ? weight[ROOM ? i : 0][e] : own[e]);
                 dy[e] = held.rstd * (g - x[e] * held.rstd * average);
+            }
+            if (call.incoming.start) {
+                to_floats(load<V, Reuse::ONCE>(incoming, columns[i], end, end), call.is_half, x);
+#pragma unroll
+                for (int e = 0; e < V; ++e) dy[e] += x[e];
             }
             store(dx_line, columns[i], end, dy, call.is_half);
         }
@@ -151,6 +158,7 @@ __global__ void __launch_bounds__(LONG_THREADS, 2)
     const Columns<V> columns{int(threadIdx.x), threads, dx_line.shift()};
     const auto dy_line = line_of<V, BYTES>(call.dy, row, 0, columns.shift);
     const auto x_line = line_of<V, BYTES>(call.x, row, 0, columns.shift);
+    const auto incoming = line_of<V, BYTES>(call.incoming, row, 0, columns.shift);
 
     float sum = 0.0f;  // of g * x_hat
 #pragma unroll 2
@@ -178,6 +186,11 @@ __global__ void __launch_bounds__(LONG_THREADS, 2)
         // dx = rstd * (g - x_hat * avg(g * x_hat))
 #pragma unroll
         for (int e = 0; e < V; ++e) dy[e] = rstd * (dy[e] * weight[e] - x[e] * rstd * average);
+        if (call.incoming.start) {
+            to_floats(load<V, Reuse::ONCE>(incoming, columns[i], end, end), call.is_half, x);
+#pragma unroll
+            for (int e = 0; e < V; ++e) dy[e] += x[e];
+        }
         store(dx_line, columns[i], end, dy, call.is_half);
     }
 }
@@ -243,14 +256,16 @@ int backward_of(Backward call, int most_blocks, void* stream) {
 
 }  // namespace
 
-Unreadable rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& rstd,
-                             const Tensor& dx, const Tensor& dweight, const Tensor& partial, Address stream) {
+Unreadable rms_norm_backward(const Tensor& dy, const Tensor& incoming, const Tensor& x, const Tensor& weight,
+                             const Tensor& rstd, const Tensor& dx, const Tensor& dweight, const Tensor& partial, Address stream) {
     if (x.elements() == 0) return nullptr;
-    const auto dy_stride = row_stride(dy), x_stride = row_stride(x);
+    const auto dy_stride = row_stride(dy), incoming_stride = row_stride(incoming), x_stride = row_stride(x);
     if (!dy_stride) return &dy;
+    if (!incoming_stride) return &incoming;
     if (!x_stride) return &x;
     Backward call{};
     call.dy = {at<const void>(dy.address), *dy_stride};
+    call.incoming = {at<const void>(incoming.address), *incoming_stride};
     call.x = {at<const void>(x.address), *x_stride};
     call.weight = {at<const void>(weight.address), weight.dtype};
     call.rstd = at<const float>(rstd.address);

@@ -67,6 +67,10 @@ def layer_norm(x, residual, weight, bias, dy, ds):
     return G.layer_norm(x, (x.shape[-1],), weight, bias, residual=residual), (dy, ds)
 
 
+def rms_norm(x, residual, weight, dy, ds):
+    return G.rms_norm(x, (x.shape[-1],), weight, residual=residual), (dy, ds)
+
+
 def softmax(x, mask, dy, dim):
     return (G.softmax(x, dim, mask=mask),), (dy,)
 
@@ -78,6 +82,11 @@ def int8_linear(x, weight, weight_scale, bias, dy, mode):
 def _norm_operands(width: int):
     rows = [normal(4, width) for _ in range(4)]
     return rows[0], rows[1], normal(width), normal(width), rows[2], rows[3]
+
+
+def _rms_norm_operands(width: int):
+    rows = [normal(4, width) for _ in range(4)]
+    return rows[0], rows[1], normal(width), rows[2], rows[3]
 
 
 def _int8_operands(rows: int, dtype: torch.dtype):
@@ -95,8 +104,8 @@ OPERANDS = {
 }  # fmt: skip
 OPERANDS |= {
     f"rms_norm {width}": (
-        "rms_norm", with_gradients(lambda x, w, dy: ((G.rms_norm(x, x.shape[-1:], w),), (dy,)), (0, 1)),
-        lambda width=width: (normal(4, width), normal(width), normal(4, width)), [(0, 0), (2, 0)],
+        "rms_norm", with_gradients(rms_norm, (0, 1, 2)), lambda width=width: _rms_norm_operands(width),
+        [(index, 0) for index in (0, 1, 3, 4)],
     )
     for width in (64, 61)
 }  # fmt: skip

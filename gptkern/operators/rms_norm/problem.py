@@ -18,6 +18,7 @@ from gptkern.backends.problem import (
     FLOAT32,
     FLOAT32_BYTES,
     FORWARD,
+    TRUTH,
     WIDTHS,
     Check,
     Classes,
@@ -58,30 +59,41 @@ class Sizes(NamedTuple):
     rows: int
     width: int
     weight: bool = True
+    residual: bool = False
 
 
 class RMSNorm(Problem):
     coverage = "float16, bfloat16, float32; any width"
     classes = Classes(
-        dict(bits=BITS, width=WIDTHS),
-        lambda call: (bits(call.input), least_size(WIDTHS, call.input.shape[-1])),
+        dict(bits=BITS, width=WIDTHS, residual=TRUTH),
+        lambda call: (bits(call.input), least_size(WIDTHS, call.input.shape[-1]), call.residual is not None),
     )
     counted = (
         *(Counted(Sizes(rows, width)) for rows, width in ((64, 128), (64, 1024), (16, 4096), (4, 16384))),
         Counted(Sizes(2, 65536), limit=_COUNTED_WIDE), Counted(Sizes(64, 1024), FLOAT32),
-        Counted(Sizes(33, 200), FLOAT16),
+        Counted(Sizes(33, 200), FLOAT16), Counted(Sizes(32, 1024, residual=True)),
+        Counted(Sizes(8, 4096, residual=True), FLOAT32),
     )  # fmt: skip
 
     def inputs(self, sizes: Sizes, dtype, generator) -> Inputs:
-        rows, width, has_weight = sizes
+        rows, width, has_weight, residual = sizes
         tensors = {"input": normal(generator, rows, width, dtype=dtype) + 1}
         if has_weight:
             tensors["weight"] = normal(generator, width, dtype=dtype) + 1
+        if residual:
+            tensors["residual"] = normal(generator, rows, width, dtype=dtype)
 
-        def reference(x, weight=None):
-            # y = x / sqrt(avg(x²) + eps) * weight
-            y = x / torch.sqrt(x.square().mean(1, keepdim=True) + EPS)
-            return y if weight is None else y * weight
+        def reference(*given):
+            x, weight, other = _named(sizes, given)
+            s = x if other is None else x + other
+            if other is not None and s.dtype == torch.float32:
+                # The yardstick: y is the normalised s as it is returned, rounded to the inputs' dtype.
+                s = s + (s.to(dtype).float() - s).detach()
+            # y = s / sqrt(avg(s²) + eps) * weight
+            y = s / torch.sqrt(s.square().mean(1, keepdim=True) + EPS)
+            if weight is not None:
+                y = y * weight
+            return y if other is None else (y, s)
 
         return Inputs(tensors, {}, dict(normalized_shape=(width,), eps=EPS), reference)
 
@@ -92,11 +104,14 @@ class RMSNorm(Problem):
                 "Llama": Check(Sizes(9, 1024)),
                 "wide": Check(Sizes(2, 33001), (FLOAT32, BFLOAT16)),
                 "no weight": Check(Sizes(6, 65, weight=False)),
+                "residual": Check(Sizes(5, 100, residual=True)),
+                "wide, residual": Check(Sizes(1, 33001, residual=True), (BFLOAT16,)),
                 "narrow": Check(Sizes(40, 3)),
             },
             "realistic": {
                 "Llama 8B": Check(Sizes(8192, 4096)),
                 "heads of 128": Check(Sizes(65536, 128)),
+                "residual": Check(Sizes(4096, 4096, residual=True)),
                 "tail": Check(Sizes(3001, 1023)),
                 "Llama 405B": Check(Sizes(1024, 16384)),
                 "wide": Check(Sizes(256, 50257)),
@@ -109,18 +124,24 @@ class RMSNorm(Problem):
         return f"{sizes.rows}x{sizes.width}"
 
     def bytes(self, sizes: Sizes, itemsize: int, direction: str) -> int:
-        """Forward: reads input and weight, writes the output. Backward: reads input, dy, weight and each row's rstd;
-        writes dx and dweight. Both: the forward writes rstd too."""
-        rows, width, weight = sizes
+        """Forward: reads input (and residual) and weight, writes the output (and the sum). Backward: reads input, dy,
+        weight and each row's rstd; writes dx and dweight. Both: the forward writes rstd too.
+
+        Raises:
+            ValueError: a residual's backward (dx once more, and the gradient of the sum) is not counted.
+        """
+        rows, width, weight, residual = sizes
+        if residual and direction != FORWARD:
+            raise ValueError(f"rms_norm: direction is {direction!r}; with a residual it needs 'forward'")
         x, parameter, statistics = rows * width * itemsize, width * itemsize * weight, rows * FLOAT32_BYTES
-        forward = 2 * x + parameter
+        forward = x * (4 if residual else 2) + parameter
         backward = 3 * x + statistics + 2 * parameter
         return {FORWARD: forward, BACKWARD: backward, BOTH: forward + statistics + backward}[direction]
 
     def flops(self, sizes: Sizes, direction: str) -> float:
         """Additions and multiplications, all alike; divisions and roots a row are left out. Source: our own count."""
         elements = float(sizes.rows * sizes.width)
-        forward = elements * (_FORWARD + _FORWARD_WEIGHT * sizes.weight)
+        forward = elements * (_FORWARD + _FORWARD_WEIGHT * sizes.weight + sizes.residual)
         backward = elements * (_BACKWARD + _BACKWARD_WEIGHT * sizes.weight)
         return {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}[direction]
 
@@ -133,28 +154,39 @@ class RMSNorm(Problem):
             shapes = [("float32", 512, 4096)]
             if extent == "full":
                 shapes += [("float32", 512, 2048), ("bfloat16", 512, 4096)]
-            return [
+            found = [
                 Timed(direction, dtype, Sizes(rows, width), CPU_LIMITS.get(dtype, ()))
                 for dtype, rows, width in shapes
                 for direction in (FORWARD, BACKWARD)
             ]
+            if extent == "full":
+                found.append(Timed(FORWARD, "float32", Sizes(512, 4096, residual=True)))
+            return found
         if extent == "quick":
             return [Timed(direction, "bfloat16", Sizes(ROWS, 4096)) for direction in (FORWARD, BACKWARD)]
         widths = middle_first(MODEL_WIDTHS, 4096, 128, 16384)
         found = [Timed(direction, "bfloat16", Sizes(ROWS, width)) for width in widths for direction in DIRECTIONS]
+        found += [Timed(FORWARD, "bfloat16", Sizes(ROWS, width, residual=True)) for width in widths]
         return found + [Timed(direction, "float32", Sizes(ROWS, 4096)) for direction in (FORWARD, BACKWARD)]
 
     def shown(self, sizes: Sizes):
-        return ("rows", sizes.rows), ("width", sizes.width)
+        residual = (("residual", True),) if sizes.residual else ()
+        return (("rows", sizes.rows), ("width", sizes.width), *residual)
 
     def panel(self, sizes: Sizes, dtype: str) -> str:
-        return f"rms_norm, {sizes.rows} rows, {dtype}"
+        return f"rms_norm{' with a residual' if sizes.residual else ''}, {sizes.rows} rows, {dtype}"
 
     def x(self, sizes: Sizes) -> str:
         return "width"
 
     def plain(self, sizes: Sizes):
-        return lambda x, weight=None: F.rms_norm(x, (sizes.width,), weight, EPS)
+        def call(*given):
+            x, weight, other = _named(sizes, given)
+            s = x if other is None else x + other
+            y = F.rms_norm(s, (sizes.width,), weight, EPS)
+            return y if other is None else (y, s)
+
+        return call
 
     def for_float64(self, sizes: Sizes) -> Sizes:
         return sizes._replace(rows=min(sizes.rows, CHECK_ROWS))
@@ -167,13 +199,23 @@ class RMSNorm(Problem):
 
     def class_tasks(self) -> dict[tuple, Tuned]:
         return {
-            (16, width): Tuned(BOTH, BFLOAT16, Sizes(9, timed), Sizes(ELEMENTS // timed, timed))
+            (16, width, residual): Tuned(
+                BOTH, BFLOAT16, Sizes(9, timed, residual=residual), Sizes(ELEMENTS // timed, timed, residual=residual)
+            )
             for width, timed in ((1024, 1024), (4096, 4096), (16384, 8192), (None, 32768))
+            for residual in (False, True)
         }
 
     def sensible(self, key: tuple, candidate) -> bool:
         # A row walked in chunks is a program's only one.
         return candidate.block_rows == 1 or key[0] == "weight"
+
+
+def _named(sizes: Sizes, given: tuple) -> tuple:
+    """-> input, weight, residual, of which the call may have none."""
+    input, *rest = given
+    weight = rest.pop(0) if sizes.weight else None
+    return input, weight, rest[0] if sizes.residual else None
 
 
 PROBLEM = RMSNorm()
