@@ -1,5 +1,6 @@
 """The autograd.Functions, one an operator. Their arguments are trusted; the operators of gptkern.functional check."""
 
+from gptkern.operators.activation_function.contract import ActivationFunction
 from gptkern.operators.attention.contract import AttentionFunction
 from gptkern.operators.cross_entropy.contract import CrossEntropyFunction
 from gptkern.operators.int8_linear.contract import Int8LinearFunction
@@ -9,6 +10,7 @@ from gptkern.operators.rotary.contract import RotaryFunction
 from gptkern.operators.softmax.contract import SoftmaxFunction
 
 __all__ = [
+    "ActivationFunction",
     "AttentionFunction",
     "CrossEntropyFunction",
     "Int8LinearFunction",

@@ -3,6 +3,7 @@
 A twin takes every argument that PyTorch's takes, with the same meaning; its extensions are keyword-only.
 """
 
+from gptkern.operators.activation_function.contract import geglu, gelu, linear, silu, swiglu
 from gptkern.operators.attention.contract import scaled_dot_product_attention
 from gptkern.operators.cross_entropy.contract import cross_entropy
 from gptkern.operators.int8_linear.contract import int8_linear
@@ -14,11 +15,16 @@ from gptkern.operators.softmax.contract import softmax
 
 __all__ = [
     "cross_entropy",
+    "geglu",
+    "gelu",
     "int8_linear",
     "layer_norm",
+    "linear",
     "quantize_int8",
     "rms_norm",
     "rotary_embedding",
     "scaled_dot_product_attention",
+    "silu",
     "softmax",
+    "swiglu",
 ]

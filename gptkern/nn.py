@@ -57,6 +57,24 @@ class Softmax(torch.nn.Softmax):
         return F.softmax(input, self.dim, _stacklevel=5)
 
 
+class GELU(torch.nn.GELU):
+    """`torch.nn.GELU` on gptkern.functional.gelu."""
+
+    __prepare_scriptable__ = _refuse_scripting
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.gelu(input, approximate=self.approximate)
+
+
+class SiLU(torch.nn.SiLU):
+    """`torch.nn.SiLU` on gptkern.functional.silu."""
+
+    __prepare_scriptable__ = _refuse_scripting
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.silu(input, self.inplace)
+
+
 class Int8Linear(torch.nn.Module):
     """A linear layer whose weight is int8 with one scale for each output: gptkern.functional.int8_linear.
 

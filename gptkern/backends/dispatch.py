@@ -237,6 +237,23 @@ def _while_traced(forced: str | None) -> Choice:
     return _TRACED
 
 
+def on_pytorch(operator: str, reason: str, *, warns: bool = True) -> Choice:
+    """The choice of a call that is PyTorch's whatever kernels cover.
+
+    Args:
+        warns: whether somebody who expects a kernel would want to know.
+
+    Raises:
+        BackendError: kernels are forced.
+    """
+    forced = _forced()
+    if forced not in (None, "torch"):
+        raise BackendError(f"backend {forced!r} was asked for and cannot run {operator}: {reason}")
+    if warns:
+        _warn_once(operator, reason)
+    return _announced(Choice("torch", reason))
+
+
 def choose(operator: str, call: tuple) -> Choice:
     """The backend for a checked call of an operator: the record that its launchers would get."""
     return chosen(operator, call)[0]
@@ -309,6 +326,11 @@ def first_tensor(arguments: Iterable[Any]) -> torch.Tensor:
         if isinstance(argument, (list, tuple)) and argument:
             return argument[0]
     raise ValueError("the call has no tensor")
+
+
+def forced() -> str | None:
+    """The backend that is forced here, or None."""
+    return _forced()
 
 
 def _forced() -> str | None:
