@@ -3,11 +3,11 @@
 A twin takes every argument that PyTorch's takes, with the same meaning; its extensions are keyword-only.
 """
 
-from gptkern.operators.activation_function.contract import geglu, gelu, linear, silu, swiglu
 from gptkern.operators.attention.contract import scaled_dot_product_attention
 from gptkern.operators.cross_entropy.contract import cross_entropy
 from gptkern.operators.int8_linear.contract import int8_linear
 from gptkern.operators.layer_norm.contract import layer_norm
+from gptkern.operators.nonlinearity.contract import geglu, gelu, linear, silu, swiglu
 from gptkern.operators.quantize_int8.contract import quantize_int8
 from gptkern.operators.rms_norm.contract import rms_norm
 from gptkern.operators.rotary.contract import rotary_embedding

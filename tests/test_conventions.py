@@ -68,6 +68,17 @@ BY_HAND = {
         # Over another dimension, of 3 lanes.
         (((2, 4, 3), 1), "bytes 4", "backward", 288),
     ],
+    "nonlinearity": [
+        # 10 rows of 8: a tensor 160 bytes, the bias 16. Operations: 5 of GELU; 8 and 3 of a gate of SiLU; 8 and 1, and
+        # 17 and 2, of a tanh GELU with a bias.
+        ((10, 8), "bytes 2", "forward", 320),
+        ((10, 8, "silu", "pair"), "bytes 2", "forward", 480),
+        ((10, 8, "silu", "packed"), "bytes 2", "backward", 800),
+        ((10, 8, "gelu", None, True), "bytes 2", "both", 848),
+        ((10, 8), "flops", "forward", 400),
+        ((10, 8, "silu", "pair"), "flops", "backward", 880),
+        ((10, 8, "gelu_tanh", None, True), "flops", "both", 2240),
+    ],
     "int8_linear": [
         # Weight 2,359,296, scales 12,288, input 1,536, output 6,144, bias 6,144.
         ((1, 768, 3072, None, "w8a16"), "bytes 2", "forward", 2_385_408),

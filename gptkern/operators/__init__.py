@@ -22,6 +22,7 @@ NAMES = (
     "rms_norm",
     "rotary",
     "softmax",
+    "nonlinearity",
     "cross_entropy",
     "int8_linear",
     "quantize_int8",

@@ -1,4 +1,4 @@
-"""activation_function: sizes, inputs, plain mathematics, bytes and operations; what is checked, timed and counted."""
+"""nonlinearity: sizes, inputs, plain mathematics, bytes and operations; what is checked, timed and counted."""
 
 from __future__ import annotations
 

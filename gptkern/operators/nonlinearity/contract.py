@@ -1,4 +1,4 @@
-"""activation_function, which is GELU or SiLU, plain or gated: the contract, the PyTorch backend, the registered ops and
+"""nonlinearity, which is GELU or SiLU, plain or gated: the contract, the PyTorch backend, the registered ops and
 the autograd.Function.
 
     y = f(x + bias)             gated: y = f(g) * u        packed: (g, u) are the halves of a row of one tensor
@@ -106,14 +106,14 @@ def gelu(
     Source: Hendrycks, Gimpel, "Gaussian Error Linear Units (GELUs)", 2016 (arXiv:1606.08415).
     """
     arguments = input, None, bias, "gelu", approximate
-    if out is None and (found := dispatch.recalled("activation_function", arguments)) is not None:
+    if out is None and (found := dispatch.recalled("nonlinearity", arguments)) is not None:
         return _on_kernels(Call(input, None, bias, *found[1:]), found[0], True)
     choice = dispatch.settled(input)
     if out is not None:
         if bias is not None:
             raise ValueError("gelu: out is given beside a bias; it needs one of them")
         if choice is None:
-            dispatch.on_pytorch("activation_function", "out is given, and only PyTorch's operator writes into it")
+            dispatch.on_pytorch("nonlinearity", "out is given, and only PyTorch's operator writes into it")
         return F.gelu(input, approximate=approximate, out=out)
     if choice is not None and bias is None:
         return F.gelu(input, approximate=approximate)
@@ -143,12 +143,12 @@ def silu(input: torch.Tensor, inplace: bool = False) -> torch.Tensor:
     Source: Elfwing, Uchibe, Doya, "Sigmoid-weighted linear units", 2017 (arXiv:1702.03118).
     """
     arguments = input, None, None, "silu", inplace
-    if (found := dispatch.recalled("activation_function", arguments)) is not None:
+    if (found := dispatch.recalled("nonlinearity", arguments)) is not None:
         return _on_kernels(Call(input, None, None, *found[1:]), found[0], True)
     choice = dispatch.settled(input)
     if choice is None and inplace:
         choice = dispatch.on_pytorch(
-            "activation_function", "inplace=True writes over the input, as only PyTorch's operator does"
+            "nonlinearity", "inplace=True writes over the input, as only PyTorch's operator does"
         )
     if choice is not None:
         return F.silu(input, inplace)
@@ -181,7 +181,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
     Source: Shazeer, "GLU Variants Improve Transformer", 2020 (arXiv:2002.05202).
     """
     arguments = gate, up, None, "swiglu", None
-    if (found := dispatch.recalled("activation_function", arguments)) is not None:
+    if (found := dispatch.recalled("nonlinearity", arguments)) is not None:
         return _on_kernels(Call(gate, up, None, *found[1:]), found[0], True)
     return _applied("swiglu", Call(gate, up, None, "silu", up is None), dispatch.settled(gate), arguments)
 
@@ -198,7 +198,7 @@ def geglu(gate: torch.Tensor, up: torch.Tensor | None = None, approximate: str =
     Returns, backends, source: as swiglu's. Raises: what swiglu and gelu do.
     """
     arguments = gate, up, None, "geglu", approximate
-    if (found := dispatch.recalled("activation_function", arguments)) is not None:
+    if (found := dispatch.recalled("nonlinearity", arguments)) is not None:
         return _on_kernels(Call(gate, up, None, *found[1:]), found[0], True)
     function = _of_gelu("geglu", approximate)
     return _applied("geglu", Call(gate, up, None, function, up is None), dispatch.settled(gate), arguments)
@@ -243,9 +243,7 @@ def linear(
     if not all(isinstance(operand, torch.Tensor) for operand in operands):
         return F.gelu(F.linear(input, weight, bias), approximate=approximate)
     if _has_epilogue(input, weight, bias, activation):
-        dispatch.on_pytorch(
-            "activation_function", "cuBLASLt applies it to the product before that is written", warns=False
-        )
+        dispatch.on_pytorch("nonlinearity", "cuBLASLt applies it to the product before that is written", warns=False)
         rows = input.reshape(-1, input.shape[-1])
         # y = gelu(bias + rows @ weight^T), whose GELU is the tanh form on a GPU
         y = torch.ops.aten._addmm_activation(bias, rows, weight.t(), use_gelu=True)
@@ -255,7 +253,7 @@ def linear(
     if dispatch.settled(input) is not None:
         return F.gelu(F.linear(input, weight, bias), approximate=approximate)
     # Kernels are asked about all that is multiplied: a tangent or a subclass may stand in any of it.
-    choice, unseen = dispatch.chosen("activation_function", Call(input, weight, bias, activation, False))
+    choice, unseen = dispatch.chosen("nonlinearity", Call(input, weight, bias, activation, False))
     if choice.backend == "torch":
         return F.gelu(F.linear(input, weight, bias), approximate=approximate)
     # The product does not sum the bias's gradient: the activation does.
@@ -292,7 +290,7 @@ def activation(
 ) -> torch.Tensor:
     """Each of the functions above by the fields of its call; what check, bench and tune call."""
     arguments = input, up, bias, function, packed
-    if (found := dispatch.recalled("activation_function", arguments)) is not None:
+    if (found := dispatch.recalled("nonlinearity", arguments)) is not None:
         return _on_kernels(Call(input, up, bias, *found[1:]), found[0], True)
     return _applied("activation", Call(input, up, bias, function, packed), dispatch.settled(input), arguments)
 
@@ -305,10 +303,10 @@ def _applied(name: str, call: Call, choice, arguments: tuple) -> torch.Tensor:
     else:
         _check(name, call)
     if choice is None:
-        choice, unseen = dispatch.chosen("activation_function", call)
+        choice, unseen = dispatch.chosen("nonlinearity", call)
         if choice.backend != "torch":
             if unseen:
-                dispatch.remember("activation_function", arguments, (choice.backend, call.function, call.packed))
+                dispatch.remember("nonlinearity", arguments, (choice.backend, call.function, call.packed))
             return _on_kernels(call, choice.backend, unseen)
     return _on_pytorch(call)
 
@@ -473,7 +471,7 @@ def _backward_fake(gradient: Gradient, call: Call):
 
 
 TWIN = activation
-OPERATOR = Operator("activation_function", Call, 1, _forward_fake, Gradient, 3, _backward_fake)
+OPERATOR = Operator("nonlinearity", Call, 1, _forward_fake, Gradient, 3, _backward_fake)
 
 
 class ActivationFunction(KernelFunction):
@@ -538,7 +536,7 @@ def _backward_of(ctx, grad_output, input, up, added, need_input, need_up, bias):
         gradients = OPERATOR.backward(Gradient(grad_output, need_input, need_up, bias_dtype), call, backend)
     needed = need_input, need_up, bias is not None
     return once_differentiable(
-        "activation_function",
+        "nonlinearity",
         [gradient if need else None for gradient, need in zip(gradients, needed)],
         (grad_output, input, up, added),
     )
