@@ -4,6 +4,7 @@ from gptkern.operators.attention.contract import AttentionFunction
 from gptkern.operators.cross_entropy.contract import CrossEntropyFunction
 from gptkern.operators.int8_linear.contract import Int8LinearFunction
 from gptkern.operators.layer_norm.contract import LayerNormFunction
+from gptkern.operators.linear_cross_entropy.contract import LinearCrossEntropyFunction
 from gptkern.operators.nonlinearity.contract import ActivationFunction
 from gptkern.operators.rms_norm.contract import RMSNormFunction
 from gptkern.operators.rotary.contract import RotaryFunction
@@ -15,6 +16,7 @@ __all__ = [
     "CrossEntropyFunction",
     "Int8LinearFunction",
     "LayerNormFunction",
+    "LinearCrossEntropyFunction",
     "RMSNormFunction",
     "RotaryFunction",
     "SoftmaxFunction",

@@ -7,6 +7,7 @@ from gptkern.operators.attention.contract import scaled_dot_product_attention
 from gptkern.operators.cross_entropy.contract import cross_entropy
 from gptkern.operators.int8_linear.contract import int8_linear
 from gptkern.operators.layer_norm.contract import layer_norm
+from gptkern.operators.linear_cross_entropy.contract import linear_cross_entropy
 from gptkern.operators.nonlinearity.contract import geglu, gelu, linear, silu, swiglu
 from gptkern.operators.quantize_int8.contract import quantize_int8
 from gptkern.operators.rms_norm.contract import rms_norm
@@ -20,6 +21,7 @@ __all__ = [
     "int8_linear",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "quantize_int8",
     "rms_norm",
     "rotary_embedding",

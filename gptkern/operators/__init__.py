@@ -24,6 +24,7 @@ NAMES = (
     "softmax",
     "nonlinearity",
     "cross_entropy",
+    "linear_cross_entropy",
     "int8_linear",
     "quantize_int8",
     "adamw",
