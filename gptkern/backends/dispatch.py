@@ -90,8 +90,10 @@ _forced_while_compiling: str | None = None
 _open_blocks: list[tuple[object, str | None]] = []
 _lock = threading.Lock()
 
+# The reason of a choice that a `backend` block or GPTKERN_BACKEND made.
+BY_NAME = "asked for by name"
 _ON_CPU = Choice("torch", "the input is on the CPU")
-_FORCED_TORCH = Choice("torch", "asked for by name")
+_FORCED_TORCH = Choice("torch", BY_NAME)
 _NOT_DENSE = Choice("torch", "the input is a nested or sparse tensor, which kernels cannot read")
 _TRACED = Choice("torch", "torch.jit.trace records it, whose graphs hold PyTorch's operators alone")
 _modules: dict[tuple[str, str], Any] = {}
@@ -365,7 +367,7 @@ def _decide(operator: str, forced: str | None, call: tuple) -> Choice:
         reason = _unable(forced, operator, kind, index) or _uncovered(forced, operator, call)
         if reason is not None:
             raise BackendError(f"backend {forced!r} was asked for and cannot run {operator}: {reason}")
-        return _kept(operator, forced, kind, index, Choice(forced, "asked for by name"))
+        return _kept(operator, forced, kind, index, Choice(forced, BY_NAME))
     preference = _unmeasured_order(operator, kind, index)
     is_measured = preference is None
     if is_measured:
@@ -568,7 +570,7 @@ def expected(operator: str, device: torch.device) -> Choice:
     forced = _forced()
     if forced is not None:
         reason = _unable(forced, operator, device.type, device.index)
-        return Choice(forced, "asked for by name" if reason is None else f"asked for by name, and cannot: {reason}")
+        return Choice(forced, BY_NAME if reason is None else f"asked for by name, and cannot: {reason}")
     if device.type == "cpu":
         return _ON_CPU._replace(reason="the model is on the CPU")
     preference = _unmeasured_order(operator, device.type, device.index)

@@ -25,6 +25,8 @@ NAMES = (
     "nonlinearity",
     "cross_entropy",
     "linear_cross_entropy",
+    "distillation_loss",
+    "linear_distillation_loss",
     "int8_linear",
     "quantize_int8",
     "adamw",

@@ -1,0 +1,39 @@
+"""distillation_loss against its oracle, on every backend."""
+
+from __future__ import annotations
+
+import pytest
+from distillation_calls import (
+    AT_TEMPERATURE_1,
+    DTYPES,
+    OPTIONS,
+    check_logits,
+    logits_of,
+    on_every_backend,
+    target_of,
+    top_of,
+    use_small_chunks,
+)
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch):
+    use_small_chunks(monkeypatch)
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_divergence(backend, device, name, dtype):
+    student, teacher = (logits_of(7, 37, dtype=dtype, device=device) for _ in range(2))
+    for reduction in ("none", "mean"):
+        check_logits(student, teacher, target_of(7, classes=37, device=device), reduction=reduction, **OPTIONS[name])
+
+
+@on_every_backend
+@pytest.mark.parametrize("n", [1, 5, 37])
+@pytest.mark.parametrize("name", AT_TEMPERATURE_1)
+def test_the_likeliest_classes(backend, device, name, n):
+    student, teacher = (logits_of(7, 37, device=device) for _ in range(2))
+    target = target_of(7, classes=37, device=device)
+    check_logits(student, None, target, teacher_top=top_of(teacher, n), reduction="none", **OPTIONS[name])
