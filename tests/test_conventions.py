@@ -79,6 +79,22 @@ BY_HAND = {
         ((10, 8, "silu", "pair"), "flops", "backward", 880),
         ((10, 8, "gelu_tanh", None, True), "flops", "both", 2240),
     ],
+    "distillation_loss": [
+        # 10 rows of 8: each model's logits 160 bytes, targets 80; the statistics 240. 11 and 9 an element.
+        ((10, 8), "bytes 2", "forward", 400),
+        ((10, 8), "bytes 2", "backward", 800),
+        ((10, 8), "bytes 2", "both", 1440),
+        # Of the teacher 2 classes a row, of 12 bytes each.
+        ((10, 8, "jsd", 1.0, 0.0, 2), "bytes 2", "forward", 480),
+        ((10, 8), "flops", "both", 1600),
+    ],
+    "linear_distillation_loss": [
+        # 10 rows and 8 classes, 4 and 6 wide: 144 and 216 bytes.
+        ((10, 4, 8, 6), "bytes 2", "forward", 360),
+        ((10, 4, 8, 6), "bytes 2", "backward", 504),
+        ((10, 4, 8, 6), "flops", "forward", 1600),
+        ((10, 4, 8, 6), "flops", "backward", 1280),
+    ],
     "int8_linear": [
         # Weight 2,359,296, scales 12,288, input 1,536, output 6,144, bias 6,144.
         ((1, 768, 3072, None, "w8a16"), "bytes 2", "forward", 2_385_408),

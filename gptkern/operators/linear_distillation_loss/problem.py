@@ -119,7 +119,8 @@ class LinearDistillationLoss(Problem):
             dtype = "bfloat16" if kind == "cuda" else "float32"
             return [Timed(direction, dtype, Sizes(16, 32, 65, 48)) for direction in (FORWARD, BOTH)]
         if kind == "cpu":
-            return [Timed(direction, "float32", Sizes(128, 256, 32000, 512)) for direction in (FORWARD, BOTH)]
+            sizes = [Sizes(128, 256, 32000, 512)] + ([Sizes(512, 256, 8192, 512, "jsd")] if extent == "full" else [])
+            return [Timed(direction, "float32", size) for size in sizes for direction in (FORWARD, BOTH)]
         sizes = [Sizes(ROWS, STUDENT, VOCABULARY, TEACHER)]
         if extent == "full":
             sizes += [sizes[0]._replace(divergence=name) for name in ("reverse_kl", "jsd")]
