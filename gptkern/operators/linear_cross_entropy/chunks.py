@@ -14,7 +14,8 @@ from the device (torch.nn.functional.grouped_mm with offsets) give 16 bits alone
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -47,16 +48,6 @@ class RowValues(NamedTuple):
     correct: torch.Tensor | None  # (rows,) bool
 
 
-class Rows(Protocol):
-    """What a backend does to the rows of a chunk."""
-
-    def update(self, call: Call, statistics: Statistics, z: torch.Tensor, start: int) -> None:
-        """Takes z (rows, chunk) = x W_c^T, whose first class is `start`, into the statistics; may write over z."""
-
-    def gradient(self, call: Call, known: Known, z: torch.Tensor, start: int, out: torch.Tensor) -> None:
-        """G (rows, chunk), the loss's derivative by z, into `out`, which may be z itself."""
-
-
 class Known(NamedTuple):
     """What the gradient of a row needs beside its logits: dloss/ds_c = slope * p_c - smooth * weight_c, c no target."""
 
@@ -65,6 +56,18 @@ class Known(NamedTuple):
     slope: torch.Tensor  # (rows,)
     smooth: torch.Tensor  # (rows,)  incoming gradient * label_smoothing / classes
     target: torch.Tensor  # (rows,)  dloss/ds of the target
+
+
+class Rows(NamedTuple):
+    """What a backend does to the rows of a chunk.
+
+    update(call, statistics, z, start)         takes z (rows, chunk) = x W_c^T, whose first class is `start`, into the
+                                               statistics; may write over z
+    gradient(call, known, z, start, out)       G (rows, chunk), the loss's derivative by z, into `out`, perhaps z
+    """
+
+    update: Callable[[Call, Statistics, torch.Tensor, int], None]
+    gradient: Callable[[Call, Known, torch.Tensor, int, torch.Tensor], None]
 
 
 def is_ignored(call: Call) -> torch.Tensor:

@@ -169,11 +169,13 @@ def _chunked(
     name = None if group is None else group.group_name
     call = Call(
         input, linear_weight, target, linear_bias, weight, *options, result_dtype, bool(return_stats), chunk, name,
-        *_ahead(input, linear_weight, linear_bias, options.reduction, name),
+        False, False, False,
     )  # fmt: skip
     unseen = None
     if choice is None:
         choice, unseen = dispatch.chosen("linear_cross_entropy", call)
+    if choice.backend in ("torch", dispatch.LAUNCHERS):
+        call = _ahead(call)
     if needs_gradient(input, linear_weight, linear_bias):
         apply = LinearCrossEntropyFunction.apply_unseen if unseen else LinearCrossEntropyFunction.apply
         loss, maximum, total, entropy, correct = apply(*call, choice.backend, unseen)
@@ -236,13 +238,17 @@ def _under_autocast(input: torch.Tensor) -> bool:
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
-def _ahead(input, linear_weight, linear_bias, reduction, group) -> tuple[bool, bool, bool]:
-    """Which gradients the forward computes: on a CPU those of whole rows, at the cost of no product more than eager."""
-    if not input.is_cpu or reduction == "none" or group is not None or input.dtype.itemsize < 4:
-        return False, False, False
+def _ahead(call: Call) -> Call:
+    """The call, on a CPU with the gradients that its forward computes: whole rows cost no product more than eager's."""
+    input, weight, bias = call.input, call.linear_weight, call.linear_bias
+    if not input.is_cpu or call.reduction == "none" or call.group is not None or input.dtype.itemsize < 4:
+        return call
     if not torch.is_grad_enabled():
-        return False, False, False
-    return input.requires_grad, linear_weight.requires_grad, linear_bias is not None and linear_bias.requires_grad
+        return call
+    return call._replace(
+        ahead_input=input.requires_grad, ahead_weight=weight.requires_grad,
+        ahead_bias=bias is not None and bias.requires_grad,
+    )  # fmt: skip
 
 
 # --- The torch backend: bare launchers in plain PyTorch -------------------------------------------------------------
@@ -262,7 +268,7 @@ def forward(call: Call):
     if ahead:
         found, dx, dweight, dbias = rows.forward_with_gradients(part)
     else:
-        found = chunks.forward(part, rows)
+        found = chunks.forward(part, _ROWS)
     # Before rows are put back: those that were left out add nothing.
     loss = chunks.reduced(part, found.loss)
     _, maximum, total, miss, entropy, correct = found
@@ -279,13 +285,16 @@ def backward(gradient: Gradient, call: Call):
     """-> dinput (rows, width), dweight (classes, width), dbias (classes,), None where it is not needed."""
     kept = _kept_rows(call)
     if kept is None:
-        return chunks.backward(gradient, call, rows)
+        return chunks.backward(gradient, call, _ROWS)
     of_rows = {name: getattr(gradient, name)[kept] for name in ("maximum", "total", "miss")}
     if call.reduction == "none":
         of_rows["grad_output"] = gradient.grad_output[kept]
     part = call._replace(input=call.input[kept], target=call.target[kept])
-    dx, dweight, dbias = chunks.backward(gradient._replace(**of_rows), part, rows)
+    dx, dweight, dbias = chunks.backward(gradient._replace(**of_rows), part, _ROWS)
     return _put_back(call, kept, dx), dweight, dbias
+
+
+_ROWS = chunks.Rows(rows.update, rows.gradient)
 
 
 def _kept_rows(call: Call) -> torch.Tensor | None:
