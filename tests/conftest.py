@@ -99,6 +99,13 @@ def triton_backend(request):
         yield request.param
 
 
+@pytest.fixture(params=["torch", *KERNEL_BACKENDS[:1]])
+def plain_or_triton(request):
+    """As `backend`, of an operator that CUDA C++ has not."""
+    with _forced(request.param, request.node.nodeid):
+        yield request.param
+
+
 @pytest.fixture(params=KERNEL_BACKENDS[1:])
 def cuda_backend(request):
     """For shapes that are sharp for the CUDA kernels' fixed tiles alone."""

@@ -500,7 +500,8 @@ def backward(gradient: Gradient, call: Call):
         dx = torch.where(counts[:, None], dx, 0.0)
     dx = dx.view(*row_shape(call), classes).movedim(-1, 1)
     if written is not None:
-        written.copy_(dx)
+        # Past the version counter, which is moved on where the launcher was started.
+        written.data.copy_(dx)
         return None
     return torch.empty_like(input).copy_(dx)
 

@@ -204,7 +204,8 @@ def backward(gradient: Gradient, call: Call):
         **constants, num_warps=found.warps,
     )  # fmt: skip
     if out is not dx:
-        dx.copy_(out)
+        # Past the version counter, which is moved on where the launcher was started.
+        dx.data.copy_(out)
     return dx if written is None else None
 
 
