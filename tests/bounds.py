@@ -26,6 +26,8 @@ def _extents(arguments) -> list[tuple[int, int]]:
         if isinstance(tensor, torch.Tensor) and tensor.numel():
             last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
             extents.append((tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()))
+            # Of a table of addresses: what these are the addresses of.
+            extents += _extents(getattr(tensor, "reached", ()))
     return extents
 
 

@@ -126,14 +126,14 @@ def norm(call: Norm) -> torch.Tensor:
 def forward(call: Call) -> None:
     """PyTorch's own fused AdamW where it does the same; else its formula, tensor by tensor."""
     is_plain = not call.exp_avg_scales and call.seed is None and call.exp_avgs[0].dtype == call.params[0].dtype
-    if is_plain and call.grads[0].dtype == call.params[0].dtype and all(map(_is_dense, call.params)):
+    if is_plain and call.grads[0].dtype == call.params[0].dtype and all(map(is_dense, call.params)):
         return _fused(call)
     for index in range(len(call.params)):
         _plain(call, index)
-    torch._foreach_add_(call.steps, _counted(call))
+    torch._foreach_add_(call.steps, counted(call))
 
 
-def _counted(call: Call):
+def counted(call: Call):
     """What an update adds to the steps: 1, or 0 where infinities were found."""
     return 1 if call.found_inf is None else (call.found_inf == 0).to(torch.float32).reshape(())
 
@@ -153,7 +153,7 @@ def _fused(call: Call) -> None:
         grad_scale=scale, found_inf=None if call.found_inf is None else (call.found_inf != 0).to(torch.float32),
     )  # fmt: skip
     if call.found_inf is not None:
-        torch._foreach_add_(call.steps, 1 - _counted(call), alpha=-1)
+        torch._foreach_add_(call.steps, 1 - counted(call), alpha=-1)
 
 
 def _plain(call: Call, index: int) -> None:
@@ -238,7 +238,7 @@ def _draws(seed: int, counters: torch.Tensor, number: int, t: torch.Tensor) -> t
     return torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten(-2)
 
 
-def _is_dense(tensor: torch.Tensor) -> bool:
+def is_dense(tensor: torch.Tensor) -> bool:
     """Whether its elements fill their memory without a gap, in whatever order."""
     return tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensor)
 

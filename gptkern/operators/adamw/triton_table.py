@@ -1,0 +1,121 @@
+"""What a kernel over many tensors is told of them: a row of a table on the device for each, and whose each chunk is.
+
+Both are made on the host and copied without waiting. A table is kept by everything that is in it, the memory's
+addresses included: gradients that come back where they were cost no copy. What a CUDA graph captures, it owns: it reads
+the pinned copy at every replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+
+from gptkern.backends.triton.common import INTERPRETED, cdiv
+
+# Columns of the table, a row for each tensor. Addresses are of memory, sizes in elements.
+NAMES = (
+    "param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "exp_avg_scale", "exp_avg_sq_scale",
+    "count", "width", "first_chunk", "number", "start", "run", "stride", "seed",
+)  # fmt: skip
+COLUMNS = len(NAMES)
+_COLUMN = {name: column for column, name in enumerate(NAMES)}
+# Tables and maps of chunks that are kept; a model has a few.
+_MOST = 64
+
+_kept: dict[Hashable, torch.Tensor] = {}
+# (device, elements) -> a pinned buffer for a capture, which may allocate none.
+_spare: dict[tuple[torch.device, int], torch.Tensor] = {}
+# What captured graphs read at their replays, for good.
+_owned: list[torch.Tensor] = []
+
+
+class Rows:
+    """The rows of a table, one for each tensor that has elements, and the chunks of all of them."""
+
+    def __init__(self, chunk: int):
+        self._chunk = chunk
+        self._rows: list[int] = []
+        self._counts: list[int] = []
+        self._held: list[torch.Tensor] = []
+        self.chunks = 0
+
+    def add(self, chunks: int | None = None, **columns: int | torch.Tensor) -> None:
+        """A tensor.
+
+        Args:
+            chunks: of it; None: as many as its `count` needs.
+            columns: by name; of a tensor the address.
+        """
+        row = [0] * COLUMNS
+        for name, value in columns.items():
+            if isinstance(value, torch.Tensor):
+                self._held.append(value)
+                value = value.data_ptr()
+            row[_COLUMN[name]] = value
+        row[_COLUMN["first_chunk"]] = self.chunks
+        if chunks is None:
+            chunks = cdiv(row[_COLUMN["count"]], self._chunk)
+        self._rows += row
+        self._counts.append(chunks)
+        self.chunks += chunks
+
+    def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> the table (tensors, COLUMNS) int64, the tensor of each chunk (chunks,) int32."""
+        where = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
+        table = _found((*where, tuple(self._rows)), device, self._rows, lambda: torch.tensor(self._rows))
+        counts = self._counts
+
+        def of_chunks():
+            tensors = torch.arange(len(counts), dtype=torch.int32)
+            return torch.repeat_interleave(tensors, torch.tensor(counts), output_size=self.chunks)
+
+        chunk_map = _found((*where, "chunks", tuple(counts)), device, counts, of_chunks)
+        if INTERPRETED:
+            # Tests look addresses up among the tensors that a launch may reach.
+            table.reached = self._held
+        return table, chunk_map
+
+
+def _found(key: Hashable, device: torch.device, values: Sequence[int], make) -> torch.Tensor:
+    found = _kept.get(key)
+    if found is None:
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        found = _copied(make(), device, capturing)
+        if not capturing:
+            if len(_kept) >= _MOST:
+                _kept.pop(next(iter(_kept)))
+            _kept[key] = found
+    return found
+
+
+def _copied(host: torch.Tensor, device: torch.device, capturing: bool) -> torch.Tensor:
+    if device.type != "cuda":
+        return host
+    size = device, host.numel() * host.element_size()
+    if capturing:
+        pinned = _spare.pop(size, None)
+        if pinned is None:
+            raise RuntimeError(
+                "AdamW: the step is captured in a CUDA graph before its first; run one step, then capture"
+            )
+        _owned.append(pinned)
+    else:
+        pinned = torch.empty(size[1], dtype=torch.uint8, pin_memory=True)
+        if size not in _spare:
+            _spare[size] = torch.empty(size[1], dtype=torch.uint8, pin_memory=True)
+    pinned.view(host.dtype).copy_(host)
+    found = torch.empty(host.shape, dtype=host.dtype, device=device)
+    return found.copy_(pinned.view(host.dtype).view(host.shape), non_blocking=True)
+
+
+def forget() -> None:
+    """Drop what is kept: of tests."""
+    _kept.clear()
+    _spare.clear()
+
+
+def is_aligned(tensors: Sequence[Any]) -> bool:
+    """Whether each begins at a multiple of the 16 bytes that a thread loads at once."""
+    return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
