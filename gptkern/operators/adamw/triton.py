@@ -52,7 +52,7 @@ from gptkern.operators.adamw.triton_elements import (
 )
 from gptkern.operators.adamw.triton_table import Rows, is_aligned
 
-# Elements of a chunk: 16 of a thread; 8 where each draws its own random bits, or registers spill. Reasoned, not measured.
+# Elements of a chunk: 16 of a thread; 8 where each draws its own random bits, or registers spill. Not measured.
 CHUNK, CHUNK_ANYWHERE, WARPS = 4096, 2048, 8
 # Chunks whose squares one program sums: the second kernel then has few sums to read.
 CHUNKS_OF_A_SUM = 8
