@@ -38,6 +38,12 @@ class LayerNorm(torch.nn.LayerNorm):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
+    def _gptkern_normalise_sum(self, input, residual):
+        # For gptkern.swap: forward(input + residual), and the sum. A subclass's forward may be another one.
+        if type(self) is not LayerNorm:
+            return None
+        return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, residual=residual)
+
 
 class RMSNorm(torch.nn.RMSNorm):
     """`torch.nn.RMSNorm` on gptkern.functional.rms_norm."""
@@ -46,6 +52,11 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+    def _gptkern_normalise_sum(self, input, residual):
+        if type(self) is not RMSNorm:
+            return None
+        return F.rms_norm(input, self.normalized_shape, self.weight, self.eps, residual=residual)
 
 
 class Softmax(torch.nn.Softmax):

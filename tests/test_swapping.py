@@ -46,10 +46,10 @@ class CallsNothing(torch.nn.Module):
 
 def test_swap_reports_each_module():
     report = gptkern.swap(gpt())
-    assert len(report.replaced) == 2 * 3 + 1
-    assert {entry.operator for entry in report.replaced} == {"attention", "layer_norm"}
+    assert len(report.replaced) == 2 * 4 + 1
+    assert {entry.operator for entry in report.replaced} == {"attention", "layer_norm", "residual_norm"}
     assert report.skipped == []
-    assert "7 modules replaced, 0 skipped" in str(report)
+    assert "9 modules replaced, 0 skipped" in str(report)
     assert "blocks.{0-1}.attention" in str(report)
 
 
@@ -328,7 +328,7 @@ def test_kernels_ends_with_an_exception_and_stays_in_its_thread(monkeypatch):
 
 
 def test_what_can_be_swapped():
-    assert SWAPPABLE == ("attention", "layer_norm", "rms_norm", "rotary", "softmax")
+    assert SWAPPABLE == ("attention", "layer_norm", "rms_norm", "rotary", "softmax", "residual_norm")
 
 
 class CallsTwo(torch.nn.Module):

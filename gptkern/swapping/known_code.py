@@ -103,3 +103,11 @@ def rms_norm(self, hidden_states):
     if weight.dtype != hidden_states.dtype:
         return weight * F.rms_norm(hidden_states, weight.shape, None, self.variance_epsilon)
     return F.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
+
+
+def rms_norm_of_sum(self, input, residual):
+    """LlamaRMSNorm.forward of input + residual, and the sum; None where its product with the weight is PyTorch's."""
+    weight = self.weight
+    if weight.dtype != input.dtype:
+        return None
+    return F.rms_norm(input, weight.shape, weight, self.variance_epsilon, residual=residual)

@@ -20,8 +20,9 @@ import itertools
 import types
 from collections.abc import Callable
 
+from gptkern.swapping import residual_code, residual_norms
 from gptkern.swapping.reading import Chain, contents, followed, instructions, is_method, method
-from gptkern.swapping.rerouting_code import CannotReroute, cell_names, rerouted
+from gptkern.swapping.rerouting_code import CannotReroute, cell_names, rerouted, sum_cell_names
 
 # Code that asks for its variables would see cells that are not its own; text that it runs may call what is replaced.
 _LOOKS_AT_ITSELF = {"locals", "vars", "dir", "eval", "exec"}
@@ -37,6 +38,7 @@ class Rerouted:
 
     Args:
         find: a function that is called -> its Replacement, or None.
+        sums: whether a sum that is normalised next is computed together with its norm.
 
     Attributes:
         methods: name -> function (or staticmethod), for a subclass's dictionary; without those that change nothing.
@@ -47,15 +49,16 @@ class Rerouted:
         CannotReroute: one of the functions has to keep its code.
     """
 
-    def __init__(self, cls: type, find: Callable):
+    def __init__(self, cls: type, find: Callable, sums: bool = False):
         self._cls, self._find = cls, find
         self._links = followed(cls, find)
+        self._sums = {function: residual_code.sums(function.__code__) if sums else [] for function in self._links}
         self._made: dict[types.FunctionType, types.FunctionType] = {}
         # The globals that a replaced chain begins with: whose, the name, what it was.
         self._globals: list[tuple[dict[str, object], str, object]] = []
         # The cells that hold what is replaced, and those that hold nothing yet: what `contents` gave of each.
         self._cells = [(cell, None) for function in self._links for cell in _empty_cells(function)]
-        self._changed: set[Callable] = set()
+        self._changed: set[Callable] = {function for function, found in self._sums.items() if found}
         self.readers: tuple[Callable, ...] = ()
         while more := {f for f in self._links if f not in self._changed and self._replaced_in(f)}:
             self._changed |= more
@@ -69,6 +72,10 @@ class Rerouted:
                 made = _behind_a_function(made) if name != "forward" and _INLINE in vars(made) else made
                 is_static = isinstance(inspect.getattr_static(cls, name), staticmethod)
                 self.methods[name] = staticmethod(made) if is_static else made
+
+    def made_of(self, function: types.FunctionType) -> types.FunctionType:
+        """What was made of a function; the function itself where nothing in it changes."""
+        return self._made.get(function, function)
 
     def is_current(self) -> bool:
         """Whether the globals and cells that lead to what is replaced hold what they did; if not, all has to be made
@@ -111,6 +118,8 @@ class Rerouted:
         else:
             code = self._code_again(function, replaced)
             cells |= {name: types.CellType() for name in cell_names(replaced)}
+            for name, found in zip(sum_cell_names(self._sums[function]), residual_code.norms([function])):
+                cells[name] = types.CellType(residual_norms.adding(found))
         made = types.FunctionType(
             code, function.__globals__, function.__name__, function.__defaults__, tuple(cells.values())
         )
@@ -136,7 +145,7 @@ class Rerouted:
         for instruction in instructions(function.__code__):
             if instruction.opname == "LOAD_GLOBAL" and instruction.argval in _LOOKS_AT_ITSELF:
                 raise CannotReroute(f"{function.__qualname__} uses {instruction.argval}")
-        return own_code(rerouted(function.__code__, chains))
+        return own_code(rerouted(function.__code__, chains, self._sums[function]))
 
     def _take_attributes(self, made: types.FunctionType, function: types.FunctionType) -> None:
         """The attributes of the function, for the one that was made of it.

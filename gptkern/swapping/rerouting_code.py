@@ -7,6 +7,12 @@ The globals stay the function's own: what is written to them counts at once, whi
 guards on them. So it does on cells (of constants it takes only numbers and the like). The functions and comprehensions
 inside the code get at the cells through their closures, as Python's own compiler has it.
 
+A sum that is normalised next (gptkern.swapping.residual_code finds it) gets its norm in the same call:
+
+    BINARY_OP +             becomes a call of what is in a cell, with the function's first argument and both operands:
+                            it gives the norm's result, or None, which a variable of its own keeps, and the sum
+    CALL of the norm        is left out where that variable holds something
+
 Python says how its bytecode looks in `dis`, anew in each version; known here are 3.11 to 3.14.
 """
 
@@ -30,7 +36,28 @@ _HAS_CALL_BIT = sys.version_info >= (3, 12)
 _CLOSURE = 8  # flag of MAKE_FUNCTION up to 3.12, argument of SET_FUNCTION_ATTRIBUTE from 3.13 on
 _HAS_FLAGS = sys.version_info < (3, 13)
 _LOAD_CELL = "LOAD_CLOSURE" if _HAS_FLAGS else "LOAD_FAST"
+_HAS_PRECALL = sys.version_info < (3, 12)
+_JUMP_IF_NONE = "POP_JUMP_FORWARD_IF_NONE" if _HAS_PRECALL else "POP_JUMP_IF_NONE"
+_SUPERINSTRUCTIONS = ("LOAD_FAST_", "STORE_FAST_")
+# What an addition that was replaced leaves for the norm's call.
+_NORMALISED = "_normalised_sum"
 _JUMP_IF_FALSE = "POP_JUMP_IF_FALSE" if sys.version_info >= (3, 12) else "POP_JUMP_FORWARD_IF_FALSE"
+
+
+class Sum(NamedTuple):
+    """An addition, and the call of `self.NAME` for its result.
+
+    Attributes:
+        add, load, call: which of the code's instructions; `load` takes NAME from `self`.
+        norm: NAME.
+        conditions: (an argument, whether it has to be None) for the call to be what comes next.
+    """
+
+    add: int
+    load: int
+    call: int
+    norm: str
+    conditions: tuple[tuple[int, bool], ...] = ()
 
 
 class CannotReroute(Exception):
@@ -46,7 +73,7 @@ class _Step(NamedTuple):
     is_backward: bool = False
 
 
-class _Read(NamedTuple):
+class Instruction(NamedTuple):
     """One instruction of the code, EXTENDED_ARG included."""
 
     name: str
@@ -56,6 +83,11 @@ class _Read(NamedTuple):
     target: int | None  # an offset
     position: dis.Positions
 
+    @property
+    def is_method(self) -> bool:
+        """Whether an attribute is loaded to be called: NULL comes with it, or the object itself."""
+        return self.name == "LOAD_METHOD" or (self.name == "LOAD_ATTR" and _HAS_CALL_BIT and bool(self.argument & 1))
+
 
 def cell_names(chains: Collection[Chain]) -> list[str]:
     """The cells, of each chain in turn, that `rerouted` adds: what it led to, and what takes its place."""
@@ -63,9 +95,17 @@ def cell_names(chains: Collection[Chain]) -> list[str]:
     return [f"{'.'.join(chain)}, {what}" for chain in chains for what in ("known", "rerouted")]
 
 
-def rerouted(code: types.CodeType, chains: Collection[Chain]) -> types.CodeType:
-    """The code with `cell_names(chains)` behind its other free variables; where a chain gives the object in its first
-    cell, the one in the second takes its place.
+def sum_cell_names(sums: Collection[Sum]) -> list[str]:
+    """The cells that `rerouted` adds for sums: what takes the place of an addition whose sum goes to this norm."""
+    return [f"+, {name}" for name in dict.fromkeys(found.norm for found in sums)]
+
+
+def rerouted(code: types.CodeType, chains: Collection[Chain], sums: Collection[Sum] = ()) -> types.CodeType:
+    """The code with `cell_names(chains)` and `sum_cell_names(sums)` behind its other free variables.
+
+    Where a chain gives the object in its first cell, the one in the second takes its place. For an addition
+    in `sums` its cell's function is called: (the code's first argument, (left, right), whether each of the conditions
+    holds …) -> (the norm's result or None, the sum).
 
     Lines and columns, what a traceback shows, are those of the code.
 
@@ -74,13 +114,13 @@ def rerouted(code: types.CodeType, chains: Collection[Chain]) -> types.CodeType:
     """
     if sys.version_info[:2] > _NEWEST:
         raise CannotReroute(f"the bytecode of Python {sys.version_info[0]}.{sys.version_info[1]} is not known")
-    return _Rewriting(code, chains).code(cell_names(chains))
+    return _Rewriting(code, chains, sums).code([*cell_names(chains), *sum_cell_names(sums)])
 
 
 class _Rewriting:
-    def __init__(self, original: types.CodeType, chains: Collection[Chain]):
-        self.original, self.chains = original, chains
-        self.read = _read(original)
+    def __init__(self, original: types.CodeType, chains: Collection[Chain], sums: Collection[Sum] = ()):
+        self.original, self.chains, self.sums = original, chains, sums
+        self.read = instructions_of(original)
         self.at = {read.offset: place for place, read in enumerate(self.read)}
         self.sites = dict(self.find_sites())
         self.inner: dict[int, _Rewriting] = {}
@@ -113,7 +153,8 @@ class _Rewriting:
         """The code, with these as its last free variables."""
         code = self.original
         self.free = (*code.co_freevars, *names)
-        locals_and_cells = dict.fromkeys((*code.co_varnames, *code.co_cellvars))
+        self.variables = (*code.co_varnames, _NORMALISED) if self.sums else code.co_varnames
+        locals_and_cells = dict.fromkeys((*self.variables, *code.co_cellvars))
         self.first_free = len(locals_and_cells)
         constants = list(code.co_consts)
         for place, inside in self.inner.items():
@@ -124,6 +165,15 @@ class _Rewriting:
         for place, read in enumerate(self.read):
             if read.name == "LOAD_CONST" and read.argument in self.inner:
                 self.close_over(steps, place, cell_names(self.inner[read.argument].used))
+        if self.sums:
+            self.none = len(constants)
+            constants.append(None)
+            start = next(place for place, read in enumerate(self.read) if read.name == "RESUME")
+            steps[start] += self.assigned_none()
+            for found in self.sums:
+                self.add_and_normalise(steps, found)
+            for load, call in {(found.load, found.call) for found in self.sums}:
+                self.leave_out(steps, load, call)
         if code.co_freevars:
             place = next(place for place, read in enumerate(self.read) if read.name == "COPY_FREE_VARS")
             steps[place] = [_Step("COPY_FREE_VARS", len(self.free))]
@@ -133,17 +183,30 @@ class _Rewriting:
         return code.replace(
             co_code=written,
             co_consts=tuple(constants),
+            co_varnames=self.variables,
+            co_nlocals=len(self.variables),
             co_freevars=self.free,
             co_linetable=_lines(code, self.read, places),
             co_exceptiontable=_exception_table(code, self.at, places),
             # What is known, and it once more to be compared with; the cells of a closure.
-            co_stacksize=code.co_stacksize + 2 + len(names) + 1,
+            co_stacksize=code.co_stacksize + 2 + len(names) + 1 + (len(code.co_varnames) + 6) * bool(self.sums),
         )
 
-    def as_it_was(self, read: _Read) -> _Step:
+    def as_it_was(self, read: Instruction) -> _Step:
         if read.target is None:
-            return _Step(read.name, read.argument)
+            return _Step(read.name, self.moved(read))
         return _Step(read.name, 0, self.at[read.target], read.target <= read.offset)
+
+    def moved(self, read: Instruction) -> int:
+        """An instruction's argument; cells stand behind the variables, of which there may be one more."""
+        added, number = len(self.variables) - self.original.co_nlocals, dis.opmap[read.name]
+        if not added or not (number in dis.haslocal or number in dis.hasfree):
+            return read.argument
+        if read.name.startswith(_SUPERINSTRUCTIONS) and isinstance(read.value, tuple):
+            if max(read.argument >> 4, read.argument & 15) >= self.original.co_nlocals:
+                raise CannotReroute(f"{self.original.co_qualname} loads a cell together with another variable")
+            return read.argument
+        return read.argument + added * (read.argument >= self.original.co_nlocals)
 
     def cell(self, name: str) -> int:
         return self.first_free + self.free.index(name)
@@ -178,6 +241,58 @@ class _Rewriting:
         else:
             steps[first][:0] = null
 
+    def assigned_none(self) -> list[_Step]:
+        return [_Step("LOAD_CONST", self.none), _Step("STORE_FAST", len(self.variables) - 1)]
+
+    def add_and_normalise(self, steps: list[list[_Step]], found: Sum) -> None:
+        """left, right -> sum, and the norm's result or None in its variable."""
+        normalised = len(self.variables) - 1
+        load = [_Step("LOAD_DEREF", self.cell(*sum_cell_names([found])))]
+        null = [_Step("PUSH_NULL")]
+        conditions = [
+            step
+            for argument, is_none in found.conditions
+            for step in (
+                _Step("LOAD_FAST", argument),
+                _Step("LOAD_CONST", self.none),
+                _Step("IS_OP", 0 if is_none else 1),
+            )
+        ]
+        count = 2 + len(found.conditions)
+        steps[found.add] = [
+            _Step("BUILD_TUPLE", 2),
+            _Step("STORE_FAST", normalised),
+            *(load + null if _NULL_COMES_LAST else null + load),
+            _Step("LOAD_FAST", 0),
+            _Step("LOAD_FAST", normalised),
+            *conditions,
+            *([_Step("PRECALL", count)] if _HAS_PRECALL else []),
+            _Step("CALL", count),
+            _Step("UNPACK_SEQUENCE", 2),
+            _Step("STORE_FAST", normalised),
+        ]
+
+    def leave_out(self, steps: list[list[_Step]], load: int, call: int) -> None:
+        """The norm and its argument are taken from the stack, where the result is there."""
+        # NULL, which nothing takes from the stack, comes where it is called after all.
+        attribute = self.read[load].argument
+        method = self.read[load].name == "LOAD_ATTR"
+        steps[load] = [_Step("LOAD_ATTR", attribute & ~1 if method else attribute)]
+        normalised = _Step("LOAD_FAST", len(self.variables) - 1)
+        swaps = [_Step("SWAP", 2)] if _NULL_COMES_LAST else [_Step("SWAP", 3), _Step("SWAP", 2)]
+        first = call - 1 if _HAS_PRECALL else call
+        called = [_Step("PUSH_NULL"), *swaps, *(step for place in range(first, call + 1) for step in steps[place])]
+        taken = [
+            _Step("POP_TOP"),
+            _Step("POP_TOP"),
+            normalised,
+            *self.assigned_none(),
+            _Step("JUMP_FORWARD", sum(map(_units, called))),
+        ]
+        passed = [_Step("NOT_TAKEN")] if sys.version_info >= (3, 14) else []
+        jump = _Step(_JUMP_IF_NONE, sum(map(_units, (*passed, *taken))))
+        steps[first][:0] = [normalised, jump, *passed, *taken, *called[: 1 + len(swaps)]]
+
     def close_over(self, steps: list[list[_Step]], place: int, names: list[str]) -> None:
         """The function that is made of the constant at `place` gets these cells behind those that it has."""
         making = self.read[place + 1]
@@ -198,14 +313,14 @@ class _Rewriting:
 # --- Reading and writing ----------------------------------------------------------------------------------------------
 
 
-def _read(code: types.CodeType) -> list[_Read]:
+def instructions_of(code: types.CodeType) -> list[Instruction]:
     found, start = [], None
     for one in dis.get_instructions(code):
         start = one.offset if start is None else start
         if one.opname == "EXTENDED_ARG":
             continue
         target = one.argval if one.opcode in dis.hasjrel else None
-        found.append(_Read(one.opname, one.arg or 0, one.argval, start, target, one.positions))
+        found.append(Instruction(one.opname, one.arg or 0, one.argval, start, target, one.positions))
         start = None
     return found
 
@@ -261,7 +376,7 @@ def _exception_table(code: types.CodeType, at: dict[int, int], places: list[int]
     return bytes(table)
 
 
-def _lines(code: types.CodeType, read: list[_Read], places: list[int]) -> bytes:
+def _lines(code: types.CodeType, read: list[Instruction], places: list[int]) -> bytes:
     """The table of lines and columns (`co_positions`)."""
     table, line = bytearray(), code.co_firstlineno
     units = [end - start for start, end in itertools.pairwise(places)]

@@ -23,9 +23,10 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
 from gptkern.backends import recomputation, tracing
-from gptkern.swapping import encoders, reading, twins
+from gptkern.swapping import encoders, reading, residual_code, twins
 from gptkern.swapping.reading import Calls
 from gptkern.swapping.rerouting import CannotReroute, Rerouted, with_own_code
+from gptkern.swapping.residual_norms import NORMALISES_SUM
 from gptkern.swapping.twins import Replacement
 
 _logger = logging.getLogger("gptkern")
@@ -105,7 +106,31 @@ def calls(cls: type) -> Calls:
         found = found._replace(products=0)
     after = becomes(cls)
     later = frozenset() if after in (None, cls) else _operators_of(after)
-    return found._replace(operators=found.operators | {r.operator for r in _overrides(cls).values()} | later)
+    operators = found.operators | {r.operator for r in _overrides(cls).values()} | later
+    return found._replace(operators=operators | ({twins.RESIDUAL_NORM} if norms_of_sums(cls) else frozenset()))
+
+
+def norms_of_sums(cls: type) -> list[str]:
+    """The attributes of a module of the class that its forward calls for a sum that it has added before."""
+    if cls.__module__.startswith("torch.nn.") or issubclass(cls, torch.jit.ScriptModule):
+        return []
+    return residual_code.norms(reading.followed(cls, _find_for(cls, twins.SWAPPABLE)))
+
+
+def normalises_sums(cls: type) -> str | None:
+    """The operator of a norm that gptkern can compute together with the sum that it normalises; of its class without a
+    swap."""
+    for original, (twin, operator) in twins.MODULES.items():
+        if cls in (original, twin):
+            return operator if NORMALISES_SUM in vars(twin) else None
+    replaced = _overrides(cls).get("forward")
+    known = integration(cls)
+    return replaced.operator if replaced is not None and replaced.function in known.OF_SUMS else None
+
+
+def is_swapped_norm(cls: type) -> bool:
+    """Whether a class is one that a swap has put there, and normalises a sum in one call."""
+    return NORMALISES_SUM in vars(cls)
 
 
 def calls_by_super(cls: type) -> dict[tuple[type, str], frozenset[str]]:
@@ -220,7 +245,15 @@ class _RoutedCode:
         sources = {name: getattr(cls, name, None) for name in names}
         # What a descriptor makes anew each time it is asked says nothing.
         self.sources = tuple((name, f) for name, f in sources.items() if getattr(cls, name, None) is f)
-        members = {**methods, "forward": self.forward(methods.get("forward", cls.forward))}
+        known, forward = integration(cls), methods.get("forward", cls.forward)
+        bare = cls.forward if known is None else known.without_checkpoints(cls.forward)
+        if bare is cls.forward or self.rerouted is None:
+            members = {**methods, "forward": self.forward(forward)}
+        else:
+            forward = self.forward(self.rerouted.made_of(bare))
+            members = {**methods, "forward": known.with_checkpoints(forward)}
+        if self.inner in self.of_sums():
+            members[NORMALISES_SUM] = self.normalise_sum(self.of_sums()[self.inner])
         for name in self.members.keys() - members.keys():
             type.__delattr__(self.routed, name)
         for name, member in members.items():
@@ -232,7 +265,7 @@ class _RoutedCode:
         cls = self.cls
         try:
             find = _find_for(cls, self.operators)
-            self.rerouted = Rerouted(cls, find)
+            self.rerouted = Rerouted(cls, find, sums=twins.RESIDUAL_NORM in self.operators)
             methods = self.rerouted.methods
             if cls in twins.ROUTED_MODULES:
                 return {**methods, "forward": encoders.with_fast_path(cls, methods["forward"], find)}
@@ -275,6 +308,24 @@ class _RoutedCode:
         for attribute in [name for name in vars(forward) if name.startswith("_torchdynamo_")]:
             delattr(forward, attribute)
         return staticmethod(forward) if is_static else forward
+
+    def of_sums(self) -> dict[Callable, Callable]:
+        known = integration(self.cls)
+        return {} if known is None else known.OF_SUMS
+
+    def normalise_sum(self, of_sum: Callable) -> Callable:
+        """What a sum that the module normalises is computed together with, as long as its forward is what it was."""
+        routed, inner = self.routed, self.inner
+
+        @tracing.constant_while_compiling
+        def is_current() -> bool:
+            return self.inner is inner and self.is_current()
+
+        @with_own_code
+        def _gptkern_normalise_sum(module, input, residual):
+            return of_sum(module, input, residual) if type(module) is routed and is_current() else None
+
+        return _gptkern_normalise_sum
 
     def watcher(self) -> Callable[[], None]:
         """For torch.compile to trace: it guards on what it sees, and traces again where that is another."""

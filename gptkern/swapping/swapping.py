@@ -25,7 +25,7 @@ from gptkern.backends import dispatch
 from gptkern.swapping import reading, routed_classes
 from gptkern.swapping.reading import Calls
 from gptkern.swapping.report import Replaced, Restored, Skipped, SwapReport, UnswapReport
-from gptkern.swapping.twins import MODULES, ROUTED_MODULES, SWAPPABLE, written_out
+from gptkern.swapping.twins import MODULES, RESIDUAL_NORM, RMS_NORM, ROUTED_MODULES, SWAPPABLE, written_out
 
 _logger = logging.getLogger("gptkern")
 
@@ -40,10 +40,12 @@ def swap(model: torch.nn.Module, ops: Iterable[str] | None = None, strict: bool 
     Replaced are modules of exactly the type `torch.nn.LayerNorm`, `RMSNorm` or `Softmax`; modules whose forward calls
     `F.scaled_dot_product_attention`, `F.layer_norm`, `F.rms_norm` or `F.softmax`, itself, in a method of its own, or in
     a function of its own package; `torch.nn.MultiheadAttention` and `torch.nn.TransformerEncoder`, which then keep to
-    Python in eval mode; and of transformers' models the attention, the rotary embedding and Llama's norm. A call that
-    cannot be read off the code (a function looked up in a table, a tensor's method) is not found: `gptkern.kernels()`
-    reaches it. Attention or a norm that is written out in Python is named as skipped, as is a method called by
-    `super()` that makes such calls, and the generated code of a torch.fx.GraphModule.
+    Python in eval mode; a block's `x = x + f(x)` for which one of its norms is called next (`self.norm(x)`), which
+    becomes one call of that norm's operator with `residual=` ("residual_norm" in `ops`); and of transformers' models
+    the attention, the rotary embedding and Llama's norm. A call that cannot be read off the code (a function looked up
+    in a table, a tensor's method) is not found: `gptkern.kernels()` reaches it. Attention or a norm that is written out
+    in Python is named as skipped, as is a method called by `super()` that makes such calls, and the generated code of a
+    torch.fx.GraphModule.
 
     A rerouted module gets a subclass of its class, so a class's own `__init_subclass__` runs; where that raises, where
     the module refuses another class, or its own code asks for its exact class, it is skipped. Other code that knows a
@@ -167,6 +169,7 @@ class _Plan:
         self.classes: list[tuple[str, torch.nn.Module, type, tuple[str, ...], str]] = []
         # Found out once per swap, and not kept: a class's methods may be patched at any time.
         self.found: dict[type, Calls] = {}
+        self.norms: dict[type, list[str]] = {}
         self.inherited: dict[type, dict[tuple[type, str], frozenset[str]]] = {}
         self.made: dict[tuple[type, tuple[str, ...]], type | str] = {}
         # The names of modules whose attention was eager's, which alone gives a call's output_attentions.
@@ -183,6 +186,7 @@ class _Plan:
         by_name, refused = self.decide_attention(name, module, original)
         eager = ' (was "eager": no output_attentions)' if name in self.was_eager else ""
         twin, operator = MODULES.get(original, (None, ""))
+        norms: dict[str, str] = {}
         if twin is not None:
             replacement, wanted = twin, (operator,) if operator in self.operators else ()
             shown = f"gptkern.nn.{twin.__name__}"
@@ -191,9 +195,13 @@ class _Plan:
             before = routed_classes.routed_operators(current)
             asked_for = tuple(o for o in SWAPPABLE if o in self.operators or o in before)
             wanted = tuple(o for o in asked_for if o in self.calls_of(original).operators and o not in refused)
+            norms = self.norms_of_sums(name, module, original) if RESIDUAL_NORM in wanted else {}
+            if not norms:
+                wanted = tuple(o for o in wanted if o != RESIDUAL_NORM)
             replacement = self.routed(original, wanted) if wanted else None
             wanted = wanted if set(wanted) & set(self.operators) else ()
-            shown = f"{original.__name__}, routed{eager * (not by_name)}"
+            with_sums = f", sums with {', '.join(norms)}" if norms else ""
+            shown = f"{original.__name__}, routed{with_sums}{eager * (not by_name)}"
             self.name_what_is_written_out(name, module, original)
             if wanted or _reason_to_skip(original, self.operators) is None:
                 self.name_what_is_inherited(name, original)
@@ -212,7 +220,7 @@ class _Plan:
                 self.classes.append((name, module, replacement, by_name, by_its_name))
             wanted = tuple(o for o in SWAPPABLE if o in wanted or o in by_name)
             shown = f"{shown}, {by_its_name}" if by_name else shown
-            self.replaced(name, module, original, shown, wanted)
+            self.replaced(name, module, original, shown, wanted, norms)
         elif by_name:
             self.replaced(name, module, original, by_its_name, by_name)
         else:
@@ -224,6 +232,31 @@ class _Plan:
         if cls not in self.found:
             self.found[cls] = routed_classes.calls(cls)
         return self.found[cls]
+
+    def norms_of_sums(self, name: str, module: torch.nn.Module, original: type) -> dict[str, str]:
+        """The modules in it that normalise a sum of its forward, and are gptkern's after this swap.
+
+        Returns:
+            attribute -> operator.
+        """
+        if original not in self.norms:
+            self.norms[original] = routed_classes.norms_of_sums(original)
+        found = {}
+        for attribute in self.norms[original]:
+            norm = module._modules.get(attribute)
+            if norm is None:
+                continue
+            cls = _original_class(norm)
+            operator = routed_classes.normalises_sums(cls)
+            if operator in self.operators or routed_classes.is_swapped_norm(_bare(type(norm))):
+                found[attribute] = operator
+            elif RESIDUAL_NORM not in self.operators:
+                continue
+            elif operator is not None:
+                self.skip(name, original, f"{attribute} of its sum stays as it is: {operator!r} is not among ops")
+            elif RMS_NORM in self.operators and RMS_NORM in written_out(self.calls_of(cls)):
+                self.skip(name, original, f"{attribute} of its sum is a {cls.__name__}, which is left alone")
+        return found
 
     def routed(self, cls: type, operators: tuple[str, ...]) -> type | str:
         """The routed class, or why there can be none."""
@@ -280,11 +313,20 @@ class _Plan:
                 )
 
     def replaced(
-        self, name: str, module: torch.nn.Module, original: type, shown: str, operators: tuple[str, ...]
+        self,
+        name: str,
+        module: torch.nn.Module,
+        original: type,
+        shown: str,
+        operators: tuple[str, ...],
+        norms: dict[str, str] | None = None,
     ) -> None:
         holder = next((held for held in (module, self.model) if next(held.parameters(), None) is not None), None)
         device = torch.device("cpu") if holder is None else next(holder.parameters()).device
-        expected = [dispatch.expected(operator, device) for operator in operators]
+        # A sum is computed with its norm, by what runs that.
+        of_norms = list(dict.fromkeys((norms or {}).values()))
+        rooms = [room for o in operators for room in (of_norms if o == RESIDUAL_NORM else [o])]
+        expected = [dispatch.expected(room, device) for room in rooms]
         backends, reasons = (", ".join(dict.fromkeys(column)) for column in zip(*expected))
         self.report.replaced.append(Replaced(name, original.__name__, shown, ", ".join(operators), backends, reasons))
 

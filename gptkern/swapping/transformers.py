@@ -47,6 +47,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
@@ -245,6 +246,32 @@ def overrides(cls: type) -> dict[str, Replacement]:
         if known_code.same_code(cls.forward, LlamaRMSNorm.forward):
             return {"forward": Replacement(RMS_NORM, known_code.rms_norm)}
     return {}
+
+
+# What takes a forward's place -> what gives the same of a sum, and the sum.
+OF_SUMS = {known_code.rms_norm: known_code.rms_norm_of_sum}
+
+
+def _checkpointing_code() -> types.CodeType | None:
+    """Of the function that GradientCheckpointingLayer puts around the forward of each of its subclasses."""
+    made = getattr(GradientCheckpointingLayer.__dict__.get("__init_subclass__"), "__func__", None)
+    constants = () if made is None else made.__code__.co_consts
+    return next((code for code in constants if isinstance(code, types.CodeType) and "self" in code.co_varnames), None)
+
+
+_CHECKPOINTING = _checkpointing_code()
+
+
+def without_checkpoints(forward: Callable) -> Callable:
+    """The forward inside of that function; the forward itself where there is none."""
+    while getattr(forward, "__code__", None) is _CHECKPOINTING and _CHECKPOINTING is not None:
+        forward = forward.__wrapped__
+    return forward
+
+
+def with_checkpoints(forward: Callable) -> Callable:
+    """The forward with that function around it, which asks whether it is itself the forward of the module's class."""
+    return type("Layer", (GradientCheckpointingLayer,), {"forward": forward}).forward
 
 
 def find(function: Callable) -> Replacement | None:

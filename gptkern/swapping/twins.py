@@ -25,6 +25,8 @@ class Replacement(NamedTuple):
 
 # By the names below a model of transformers is known to compute these itself (gptkern.swapping.transformers).
 ATTENTION, RMS_NORM, ROTARY = "attention", "rms_norm", "rotary"
+# No operator of its own: a sum and the norm of it in one call, of layer_norm or rms_norm.
+RESIDUAL_NORM = "residual_norm"
 
 # Operator -> the PyTorch functions whose calls are routed to their twins. PyTorch has none for the rotary embedding.
 FUNCTIONS: dict[str, tuple[Callable, ...]] = {
@@ -33,6 +35,7 @@ FUNCTIONS: dict[str, tuple[Callable, ...]] = {
     RMS_NORM: (F.rms_norm, torch.rms_norm),
     ROTARY: (),
     "softmax": (F.softmax, torch.softmax, torch.Tensor.softmax),
+    RESIDUAL_NORM: (),
 }
 SWAPPABLE = tuple(FUNCTIONS)
 
