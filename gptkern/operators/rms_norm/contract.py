@@ -260,7 +260,8 @@ def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _summed_dtype(input: torch.Tensor, residual: torch.Tensor | None) -> torch.dtype:
-    return input.dtype if residual is None else torch.result_type(input, residual)
+    # Of one shape they widen as their dtypes do; torch.compile does not trace torch.result_type.
+    return input.dtype if residual is None else torch.promote_types(input.dtype, residual.dtype)
 
 
 def _parameters_dtype(gradient: Gradient, call: Call) -> torch.dtype:
