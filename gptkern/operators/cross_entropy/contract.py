@@ -228,7 +228,8 @@ def _check_classes(shape, target, found):
 
 def _check_may_be_written(input):
     """Whether a gradient may be written over the logits."""
-    base = input._base if input._is_view() else input
+    # Inside torch.compile nothing is, and a view does not say of what.
+    base = input if torch.compiler.is_compiling() or not input._is_view() else input._base
     for tensor, of in ((input, ""), (base, "a view of ")):
         if tensor is not None and tensor.is_leaf and tensor.requires_grad:
             raise ValueError(
