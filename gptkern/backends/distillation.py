@@ -65,7 +65,7 @@ class Terms(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Of each row, what has been added up over the chunks so far. (rows,) each."""
+    """Of each row, what has been added up over the chunks so far: (rows,) each, and the memory that they share."""
 
     student_max: torch.Tensor  # of s
     student_z: torch.Tensor  # Σ exp((s - max) / T)
@@ -75,15 +75,20 @@ class Sums(NamedTuple):
     centre: torch.Tensor  # of jsd, in the second walk: KL(q ‖ m)
     student_z1: torch.Tensor  # Σ exp(s - max), for the cross-entropy at temperature 1
     at_target: torch.Tensor  # s_target; NaN until it is found
+    values: torch.Tensor  # (8, rows): all of them, in this order
 
     @classmethod
     def empty(cls, rows: int, like: torch.Tensor, dtype: torch.dtype) -> Sums:
-        values = like.new_zeros((len(cls._fields), rows), dtype=dtype)
-        sums = cls(*values.unbind())
+        values = like.new_zeros((len(cls._fields) - 1, rows), dtype=dtype)
+        sums = cls(*values.unbind(), values)
         sums.student_max.fill_(-torch.inf)
         sums.teacher_max.fill_(-torch.inf)
         sums.at_target.fill_(torch.nan)
         return sums
+
+    def of(self, rows: slice) -> Sums:
+        values = self.values[:, rows]
+        return Sums(*values.unbind(), values)
 
 
 # Rows of the statistics that a forward keeps: (STATISTICS, rows).
@@ -169,7 +174,7 @@ def walk(student, teacher, start: int, sums: Sums, target, terms: Terms) -> None
     for rows in _blocks(student):
         s = _converted(student[rows], sums.student_z.dtype)
         t = None if teacher is None else _converted(teacher[rows], s.dtype)
-        _walk_block(s, t, start, Sums(*(x[rows] for x in sums)), None if target is None else target[rows], terms)
+        _walk_block(s, t, start, sums.of(rows), None if target is None else target[rows], terms)
 
 
 def _walk_block(s, t, start, sums, target, terms):
