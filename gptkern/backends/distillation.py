@@ -132,19 +132,26 @@ def plain(student, teacher, target, ignore_index: int, terms: Terms, all_logits=
         all_logits: (rows, …), of whose classes the target is one; None: the student's.
     """
     all_logits = student if all_logits is None else all_logits
+    counts = counting(target, ignore_index)
+    if counts is not None:
+        # What a row that does not count holds would be NaN in the gradient, 0 times it.
+        student, teacher, all_logits = (torch.where(counts[:, None], x, 0.0) for x in (student, teacher, all_logits))
     loss = 0.0
     if terms.has_divergence:
         loss = ((1.0 - terms.mix) * terms.temperature**2) * _divergence(student, teacher, terms)
-    counts = counting(target, ignore_index)
     if terms.mix > 0.0:
         # CE = lse(s) - s_target
         index = torch.where(counts, target, 0)[:, None]
-        loss = loss + terms.mix * (torch.logsumexp(all_logits, 1) - all_logits.gather(1, index)[:, 0])
+        loss = loss - terms.mix * torch.log_softmax(all_logits, 1).gather(1, index)[:, 0]
     return loss if counts is None else torch.where(counts, loss, 0.0)
 
 
 def _divergence(student, teacher, terms):
-    log_q, log_p = (torch.log_softmax(x / terms.temperature, 1) for x in (student, teacher))
+    # Beside its maximum x is exact in fewer digits, which a division would round again.
+    log_q, log_p = (
+        torch.log_softmax((x - _finite(x.detach().amax(1, keepdim=True))) / terms.temperature, 1)
+        for x in (student, teacher)
+    )
     p, q = log_p.exp(), log_q.exp()
 
     def kl(probability, over, under):

@@ -205,7 +205,10 @@ def plain(student, teacher, asked: Asked) -> torch.Tensor:
         found, teacher = student.gather(1, top.indices), top.log_probabilities.to(asked.dtype)
     else:
         hidden = torch.zeros(student.shape, dtype=torch.bool, device=student.device).scatter(1, top.indices, True)
-        rest = torch.logsumexp(student.masked_fill(hidden, -torch.inf), 1, keepdim=True)
+        others = student.masked_fill(hidden, -torch.inf)
+        # The gradient of the log of 0 is no number.
+        none = (others == -torch.inf).all(1, keepdim=True)
+        rest = torch.logsumexp(others.masked_fill(none, 0.0), 1, keepdim=True).masked_fill(none, -torch.inf)
         found = torch.cat([student.gather(1, top.indices), rest], 1)
         teacher = with_the_rest(top, rest.detach(), classes)
     return distillation.plain(found, teacher, asked.target, asked.ignore_index, terms, student)
