@@ -95,6 +95,16 @@ BY_HAND = {
         ((10, 4, 8, 6), "flops", "forward", 1600),
         ((10, 4, 8, 6), "flops", "backward", 1280),
     ],
+    "cross_entropy": [
+        # 10 rows of 8 classes: the logits 160 bytes, targets 80, four statistics a row 160. Operations: 4 and 4.
+        ((10, 8), "bytes 2", "forward", 240),
+        ((10, 8), "bytes 2", "backward", 560),
+        ((10, 8), "bytes 2", "both", 960),
+        ((10, 8), "flops", "both", 640),
+        # Probabilities are as many as logits; a class's weight 2 bytes.
+        ((10, 8, 0, "probabilities"), "bytes 2", "forward", 320),
+        ((5, 8, 2, "classes", True), "bytes 2", "forward", 256),
+    ],
     "int8_linear": [
         # Weight 2,359,296, scales 12,288, input 1,536, output 6,144, bias 6,144.
         ((1, 768, 3072, None, "w8a16"), "bytes 2", "forward", 2_385_408),
