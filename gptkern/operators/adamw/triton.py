@@ -65,12 +65,12 @@ DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32:
 
 @triton.jit
 def _update_chunk(
-    row_ptr, e, first, count, writes, t, correction1, correction2, lr, one_less_beta1, beta2, one_less_beta2, eps,
+    row_ptr, e, first, count, t, correction1, correction2, lr, one_less_beta1, beta2, one_less_beta2, eps,
     weight_decay, grad_scale_ptr, clip_ptr, PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr,
     STATE_DTYPE: tl.constexpr, AMSGRAD: tl.constexpr, MAXIMIZE: tl.constexpr, PLACES: tl.constexpr,
     ALIGNED: tl.constexpr, MASKED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    inside = (e < count) & writes
+    inside = e < count
     p_at = at(pointer(row_ptr, PARAM, PARAM_DTYPE), e, ALIGNED)
     m_at = at(pointer(row_ptr, EXP_AVG, STATE_DTYPE), e, ALIGNED)
     v_at = at(pointer(row_ptr, EXP_AVG_SQ, STATE_DTYPE), e, ALIGNED)
@@ -132,18 +132,18 @@ def _update_kernel(
     if lr_ptr is not None:
         lr = tl.load(lr_ptr).to(tl.float32)
     e = first + tl.arange(0, CHUNK)
-    writes = True
     if found_inf_ptr is not None:
-        writes = tl.load(found_inf_ptr) == 0.0
-    if (first + CHUNK <= count) & writes:
+        # Nothing of the tensor is read or written.
+        count = tl.where(tl.load(found_inf_ptr) == 0.0, count, 0)
+    if first + CHUNK <= count:
         _update_chunk(
-            row_ptr, e, first, count, writes, t, correction1, correction2, lr, one_less_beta1, beta2, one_less_beta2,
+            row_ptr, e, first, count, t, correction1, correction2, lr, one_less_beta1, beta2, one_less_beta2,
             eps, weight_decay, grad_scale_ptr, clip_ptr, PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, AMSGRAD, MAXIMIZE,
             PLACES, ALIGNED, False, CHUNK,
         )  # fmt: skip
     else:
         _update_chunk(
-            row_ptr, e, first, count, writes, t, correction1, correction2, lr, one_less_beta1, beta2, one_less_beta2,
+            row_ptr, e, first, count, t, correction1, correction2, lr, one_less_beta1, beta2, one_less_beta2,
             eps, weight_decay, grad_scale_ptr, clip_ptr, PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, AMSGRAD, MAXIMIZE,
             PLACES, ALIGNED, True, CHUNK,
         )  # fmt: skip

@@ -115,20 +115,20 @@ def _update_blocks_kernel(
     first = (tl.program_id(0) - tl.load(row_ptr + FIRST_CHUNK)) * TILE
     count, width = tl.load(row_ptr + COUNT), tl.load(row_ptr + WIDTH)
     block = first + tl.arange(0, TILE)
-    writes = True
     if found_inf_ptr is not None:
-        writes = tl.load(found_inf_ptr) == 0.0
+        # Nothing of the tensor is read or written.
+        count = tl.where(tl.load(found_inf_ptr) == 0.0, count, 0)
     column = tl.arange(0, _BLOCK)
     if WHOLE:
         blocks = count // _BLOCK
         e = first * _BLOCK + (tl.arange(0, TILE) * _BLOCK)[:, None] + column[None, :]
-        inside = ((block < blocks) & writes)[:, None]
+        inside = (block < blocks)[:, None]
     else:
         in_a_row = (width + _BLOCK - 1) // _BLOCK
         blocks = count // width * in_a_row
         column = (block % in_a_row * _BLOCK)[:, None] + column[None, :]
         e = (block // in_a_row * width)[:, None] + column
-        inside = ((block < blocks) & writes)[:, None] & (column < width)
+        inside = (block < blocks)[:, None] & (column < width)
     t = tl.load(pointer(row_ptr, STEP, tl.float32))
     correction1, correction2 = correction(t, log_beta1), correction(t, log_beta2)
     if lr_ptr is not None:
@@ -139,7 +139,7 @@ def _update_blocks_kernel(
     v_at = at(pointer(row_ptr, EXP_AVG_SQ, tl.uint8), e, ALIGNED)
     m_scale_at = pointer(row_ptr, EXP_AVG_SCALE, tl.float32) + block
     v_scale_at = pointer(row_ptr, EXP_AVG_SQ_SCALE, tl.float32) + block
-    in_blocks = (block < blocks) & writes
+    in_blocks = block < blocks
     p = tl.load(p_at, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(at(pointer(row_ptr, GRAD, GRAD_DTYPE), e, ALIGNED), mask=inside, other=0.0).to(tl.float32)
     m_code = tl.load(m_at, mask=inside, other=0).to(tl.int32)
