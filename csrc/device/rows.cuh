@@ -205,6 +205,15 @@ GPTKERN_DEVICE void store(const Line<BYTES, WHOLE>& line, int n, int width, cons
     store(line, n, width, from_floats<BYTES>(values, is_half), step);
 }
 
+// values[e] = filling where n + e is not in 0 … end - 1.
+template <int V>
+GPTKERN_DEVICE void fill_outside(float (&values)[V], int n, int end, float filling) {
+    if (n >= 0 && n + V <= end) return;
+#pragma unroll
+    for (int e = 0; e < V; ++e)
+        if (n + e < 0 || n + e >= end) values[e] = filling;
+}
+
 // Between two passes over 16-bit rows: a compiler that kept what the first has widened would take twice the registers.
 template <int BYTES, int V, int SLOTS>
 GPTKERN_DEVICE void widen_again([[maybe_unused]] Raw<BYTES, V> (&held)[SLOTS]) {

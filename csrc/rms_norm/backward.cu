@@ -61,8 +61,8 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, 1) rms_norm_backward_kernel(
         Raw<BYTES, V> dy[SLOTS], x[SLOTS];
         float rstd;
     };
-    auto load_weight = [&](float(&values)[V], int i) {
-        load_parameter<BYTES>(values, call.weight, 1.0f, call.is_half, begin, columns[i], width, columns.shift);
+    auto load_weight = [&](float(&values)[V], int column) {
+        load_parameter<BYTES>(values, call.weight, 1.0f, call.is_half, begin, column, width, columns.shift);
     };
     // Of a row that is not there, zeros, which add nothing to any sum.
     auto load_both = [&](Held& held, int64_t row) {
@@ -71,8 +71,9 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, 1) rms_norm_backward_kernel(
         const auto x = line_of<V, BYTES>(call.x, row, begin, columns.shift);
 #pragma unroll
         for (int i = 0; i < SLOTS; ++i) {
-            held.dy[i] = load<V>(dy, columns[i], end, end);
-            held.x[i] = load<V>(x, columns[i], end, end);
+            const int column = ROOM ? columns[i] : int(opaque(uint32_t(columns[i])));
+            held.dy[i] = load<V>(dy, column, end, end);
+            held.x[i] = load<V>(x, column, end, end);
         }
         held.rstd = end > 0 ? load_global(call.rstd + row) : 0.0f;
     };
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, 1) rms_norm_backward_kernel(
     Held held, next;
     if constexpr (ROOM) {
 #pragma unroll
-        for (int i = 0; i < SLOTS; ++i) load_weight(weight[i], i);
+        for (int i = 0; i < SLOTS; ++i) load_weight(weight[i], columns[i]);
         load_both(next, first_row);
     }
 
@@ -101,7 +102,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, 1) rms_norm_backward_kernel(
             float dy[V], x[V], own[V];
             to_floats(held.dy[i], call.is_half, dy);
             to_floats(held.x[i], call.is_half, x);
-            if constexpr (!ROOM) load_weight(own, i);
+            if constexpr (!ROOM) load_weight(own, int(opaque(uint32_t(columns[i]))));
 #pragma unroll
             for (int e = 0; e < V; ++e) {
                 const float of_weight = dy[e] * (x[e] * held.rstd);
@@ -116,11 +117,13 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, 1) rms_norm_backward_kernel(
         const auto incoming = line_of<V, BYTES>(call.incoming, row, 0, columns.shift);
 #pragma unroll
         for (int i = 0; i < SLOTS; ++i) {
-            if (columns[i] >= end) continue;
+            // opaque: the addresses of all slots at once would take registers that there are not.
+            const int column = ROOM ? columns[i] : int(opaque(uint32_t(columns[i])));
+            if (column >= end) continue;
             float dy[V], x[V], own[V];
             to_floats(held.dy[i], call.is_half, dy);
             to_floats(held.x[i], call.is_half, x);
-            if constexpr (!ROOM) load_weight(own, i);
+            if constexpr (!ROOM) load_weight(own, column);
             // dx = rstd * (g - x_hat * avg(g * x_hat))
 #pragma unroll
             for (int e = 0; e < V; ++e) {
@@ -128,11 +131,11 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, 1) rms_norm_backward_kernel(
                 dy[e] = held.rstd * (g - x[e] * held.rstd * average);
             }
             if (call.incoming.start) {
-                to_floats(load<V, Reuse::ONCE>(incoming, columns[i], end, end), call.is_half, x);
+                to_floats(load<V, Reuse::ONCE>(incoming, column, end, end), call.is_half, x);
 #pragma unroll
                 for (int e = 0; e < V; ++e) dy[e] += x[e];
             }
-            store(dx_line, columns[i], end, dy, call.is_half);
+            store(dx_line, column, end, dy, call.is_half);
         }
     }
     if (call.partial)

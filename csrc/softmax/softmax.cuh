@@ -89,15 +89,6 @@ GPTKERN_DEVICE Offsets offsets_of(const Walk& walk, unsigned row) {
     return offsets;
 }
 
-// values[e] = filling where n + e is not in 0 … end - 1.
-template <int V>
-GPTKERN_DEVICE void fill_outside(float (&values)[V], int n, int end, float filling) {
-    if (n >= 0 && n + V <= end) return;
-#pragma unroll
-    for (int e = 0; e < V; ++e)
-        if (n + e < 0 || n + e >= end) values[e] = filling;
-}
-
 // 1 / sum. A row of which nothing takes part is 0 under a mask or a causal limit, and PyTorch's NaN (0 * inf) without.
 GPTKERN_DEVICE float reciprocal_of(float total, bool may_be_empty) {
     return may_be_empty && total == 0.0f ? 0.0f : 1.0f / total;
