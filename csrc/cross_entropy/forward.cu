@@ -49,7 +49,7 @@ struct Running {
     float m = -INFINITE;
     float others = 0.0f;                // sum of exp(s_c - m)
     float product = 0.0f;               // sum of exp(s_c - m) * (s_c - m)
-    float spread = 0.0f, rest = 0.0f;   // sum of rest_c * (s_c - s_y), and of rest_c, of all classes
+    float spread = 0.0f, rest = 0.0f;   // sum of rest_c * (s_c - reference), and of rest_c, of all classes
     bool beaten = false;                // a class is likelier than the target's, or as likely and before it
 
     GPTKERN_DEVICE void move(float larger) {
@@ -75,6 +75,8 @@ __global__ void __launch_bounds__(MOST_LANES) cross_entropy_forward_kernel(const
     const float x_y = end ? value_at(x_line.start, dtype_of<BYTES>(call), y) : NOT_A_NUMBER;
     const float s_y = score_of<PLAIN>(call, x_y);
     const bool stats = !PLAIN && forward.lse, spread = !PLAIN && call.smoothing > 0.0f;
+    // What spread is summed relative to: near the loss, and no infinity.
+    const float reference = finite(s_y);
     // Which class is likeliest the softcap's rounding must not say. NaN counts as the largest.
     const float z_y = x_y != x_y ? INFINITE : x_y * call.scale;
 
@@ -115,7 +117,7 @@ __global__ void __launch_bounds__(MOST_LANES) cross_entropy_forward_kernel(const
                     if (unsigned(n + e) >= unsigned(end)) continue;
                     const float rest = call.share * weight[e];
                     sums.rest += rest;
-                    if (n + e != y) sums.spread += rest * (s[e] - s_y);
+                    sums.spread += rest * (s[e] - reference);
                 }
             }
             fill_outside(s, n, end, -INFINITE);
@@ -165,7 +167,8 @@ __global__ void __launch_bounds__(MOST_LANES) cross_entropy_forward_kernel(const
     // Without weights the classes' shares sum to all of it.
     const float rest = PLAIN || !call.weight.values ? call.smoothing : sums.rest;
     // (1 - e) * w_y * (lse - s_y) + sum_c rest_c * (lse - s_c)
-    float loss = ((1.0f - call.smoothing) * target.own + rest) * (distance + log_total) - sums.spread;
+    float loss = (1.0f - call.smoothing) * target.own * (distance + log_total);
+    if (spread) loss += rest * (m - reference + log_total) - sums.spread;
     // + z_loss * lse² * w_y
     if (call.z_loss > 0.0f) loss += call.z_loss * lse * lse * target.own;
     if (!target.counts) loss = 0.0f;

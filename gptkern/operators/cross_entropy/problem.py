@@ -14,12 +14,14 @@ from gptkern.backends.problem import (
     BOTH,
     DIRECTIONS,
     ELEMENTS,
+    FLOAT16,
     FLOAT32,
     FLOAT32_BYTES,
     FORWARD,
     TRUTH,
     Check,
     Classes,
+    Counted,
     Inputs,
     Problem,
     Timed,
@@ -41,7 +43,8 @@ WIDEST_ROWS = 4096
 CHECK_ROWS = 64
 # gptkern calls PyTorch's operator on a CPU: what it adds is the twin's own host time.
 CPU_LIMITS = {"float32": (("eager", 1.05),)}
-IGNORED = -100
+# Of the inputs every eighth target is ignored.
+IGNORED, _IGNORED_ROWS = -100, slice(1, None, 8)
 # A class is 8 bytes; the forward keeps four statistics of a row.
 CLASS_BYTES, STATISTICS = 8, 4
 # Operations an element: the maximum, the subtraction, the exponential, the sum; and backward the subtraction, the
@@ -76,6 +79,12 @@ class CrossEntropy(Problem):
     # For each of the extensions PyTorch takes passes over memory of their own.
     classes = Classes(dict(bits=BITS, classes=WIDTHS, positions=TRUTH, extended=TRUTH), _class_of)
 
+    counted = (
+        Counted(Sizes(4, GPT2)), Counted(Sizes(2, 128256)), Counted(Sizes(16, 4096), FLOAT32),
+        Counted(Sizes(8, 2050), FLOAT16), Counted(Sizes(64, 1000)), Counted(Sizes(8, 4099, z_loss=1e-2, softcap=5.0)),
+        Counted(Sizes(8, 4096, label_smoothing=0.1)),
+    )  # fmt: skip
+
     def inputs(self, sizes: Sizes, dtype, generator) -> Inputs:
         rows, classes, positions, kind, has_weight, reduction, smoothing, z_loss, softcap, scale = sizes
         shape, behind = (rows, classes), ()
@@ -88,9 +97,7 @@ class CrossEntropy(Problem):
             target = normal(generator, *shape, dtype=torch.float32).softmax(1).to(dtype)
         else:
             target = torch.randint(classes, (rows, *behind), generator=generator, device=device)
-            # Every eighth is ignored.
-            flat = target.view(-1)
-            flat[1::8] = IGNORED
+            target.view(-1)[_IGNORED_ROWS] = IGNORED
         constants["target"] = target
         if has_weight:
             constants["weight"] = (normal(generator, classes, dtype=torch.float32).abs() + 0.5).to(dtype)
@@ -152,6 +159,14 @@ class CrossEntropy(Problem):
         statistics = sizes.tokens * STATISTICS * FLOAT32_BYTES
         forward, backward = logits + targets, 2 * logits + targets + statistics
         return {FORWARD: forward, BACKWARD: backward, BOTH: forward + statistics + backward}[direction]
+
+    def least(self, sizes: Sizes, itemsize: int, direction: str) -> int:
+        """Of rows that are ignored nothing is read, and their gradient is written."""
+        logits = sizes.tokens * sizes.classes * itemsize
+        read = logits
+        if sizes.target == "classes":
+            read -= len(range(*_IGNORED_ROWS.indices(sizes.tokens))) * sizes.classes * itemsize
+        return read if direction == FORWARD else read + logits
 
     def flops(self, sizes: Sizes, direction: str) -> float:
         """An exponential counts as one operation. Source: our own count."""
