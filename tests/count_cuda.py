@@ -28,7 +28,7 @@ import torch
 
 import gptkern
 from gptkern import operators
-from gptkern.backends.cuda import common, emulated
+from gptkern.backends.cuda import common, emulated, sources
 from gptkern.backends.problem import BACKWARD, FORWARD, Counted
 
 # Products (multiply and add) of one instruction: m16n8k16 and m16n8k32.
@@ -70,7 +70,9 @@ def _words(sizes: NamedTuple) -> Iterator[str]:
             yield f"{name} {value}"
 
 
-CASES = [Case(name, counted) for name in operators.NAMES for counted in operators.problem(name).counted]
+# Of the operators that have kernels in CUDA C++.
+WITH_KERNELS = [name for name in operators.NAMES if (sources.folder() / name / "launchers.h").is_file()]
+CASES = [Case(name, counted) for name in WITH_KERNELS for counted in operators.problem(name).counted]
 
 
 class Record(NamedTuple):

@@ -21,6 +21,7 @@ if DEVICE != "cpu":
     pytest.skip("there is a GPU: kernels are changed where they are interpreted and emulated", allow_module_level=True)
 
 import emulation
+import test_cross_entropy_cuda
 import test_far_memory
 import test_int8_linear_faults
 import test_int8_linear_inputs
@@ -289,7 +290,71 @@ TRITON_SIZES = {
     ],
 }  # fmt: skip
 
+CE_FORWARD, CE_BACKWARD = "cross_entropy_forward_kernel(const", "cross_entropy_backward_kernel(const"
 CUDA = {
+    "cross_entropy": [
+        Mutation(
+            "what lies beyond the row is summed", CE_FORWARD,
+            "fill_outside(s, n, end, -INFINITE);", "",
+            of(test_cross_entropy_cuda.test_rows_that_begin_anywhere, dtype=torch.float32, offset=1),
+        ),
+        Mutation(
+            "p_y - 1 is computed as that", CE_BACKWARD,
+            "-exp_of(kept(2) - log_total)", "1.0f - exp_of(kept(2) - log_total) - 1.0f",
+            of(test_cross_entropy_cuda.test_the_true_classs_gradient_where_its_probability_is_near_1,
+               dtype=torch.float32, rest=1e-6, classes=9),
+        ),
+        Mutation(
+            "the target's class is summed with the others", CE_FORWARD,
+            "if (e == int(target_at)) s[e] = -INFINITE;", "s[e] += 0.0f;",
+            of(test_cross_entropy_cuda.test_options, dtype=torch.float32, name="plain", classes=33),
+        ),
+        Mutation(
+            "the running sum is not moved", "void move(float larger)",
+            "others *= factor;", "",
+            of(test_cross_entropy_cuda.test_variants, dtype=torch.float32, vectors=1025, odd=False),
+        ),
+        Mutation(
+            "the entropy's sum is not moved", "void move(float larger)",
+            "(product + moved * others) * factor", "product * factor",
+            of(test_cross_entropy_cuda.test_stats, dtype=torch.float32, classes=4000, options={}),
+        ),
+        Mutation(
+            "of equal logits the last counts, in a vector", CE_FORWARD,
+            "z >= z_y : e > int(target_at)", "z > z_y : e > int(target_at)",
+            of(test_cross_entropy_cuda.test_stats, dtype=torch.bfloat16, classes=4000, options={}),
+        ),
+        Mutation(
+            "of equal logits the last counts, in a row", CE_FORWARD,
+            "n < y ? largest >= z_y", "n < y ? largest > z_y",
+            of(test_cross_entropy_cuda.test_stats, dtype=torch.float32, classes=4000, options={}),
+        ),
+        Mutation(
+            "a smoothed loss is the difference of large sums", CE_FORWARD,
+            "const float reference = finite(s_y);", "const float reference = 0.0f;",
+            of(test_cross_entropy_cuda.test_a_smoothed_loss_of_far_logits_keeps_its_digits, dtype=torch.float32),
+        ),
+        Mutation(
+            "groups read one another's losses without a barrier", CE_FORWARD,
+            "__syncthreads();", "",
+            of(test_cross_entropy_cuda.test_many_rows, classes=9),
+        ),
+        Mutation(
+            "the groups beyond a warp are left out", CE_FORWARD,
+            "g < groups; g += WARP", "g < min(groups, WARP); g += WARP",
+            of(test_cross_entropy_cuda.test_many_rows, classes=9),
+        ),
+        Mutation(
+            "the last chunk of a gradient is not written", "const int of_thread = ceil_div(",
+            "ceil_div(of_thread, backward.steps)", "max(of_thread / backward.steps, 1)",
+            of(test_cross_entropy_cuda.test_gpt2s_odd_rows, dtype=torch.float32, name="plain"),
+        ),
+        Mutation(
+            "the gradient of an ignored row is not written", CE_BACKWARD,
+            "i < last && columns[i] < end; ++i)", "target.counts && i < last && columns[i] < end; ++i)",
+            of(test_cross_entropy_cuda.test_an_ignored_row_is_not_read, name="each row", classes=80),
+        ),
+    ],
     "layer_norm": [
         # Layouts
         Mutation(
@@ -372,6 +437,13 @@ CUDA = {
 }  # fmt: skip
 
 CUDA_SIZES = {
+    "cross_entropy": [
+        Mutation(
+            "rows in 32 bits", CE_FORWARD,
+            "row * call.x.stride", "int(row * call.x.stride)",
+            far("cross_entropy of 61 classes", 0, 0),
+        ),
+    ],
     "layer_norm": [
         Mutation(
             "rows in 32 bits", "line_of(const Rows& rows",

@@ -71,6 +71,10 @@ def rms_norm(x, residual, weight, dy, ds):
     return G.rms_norm(x, (x.shape[-1],), weight, residual=residual), (dy, ds)
 
 
+def cross_entropy(x, grad, target):
+    return (G.cross_entropy(x, target, reduction="none", label_smoothing=0.1),), (grad,)
+
+
 def softmax(x, mask, dy, dim):
     return (G.softmax(x, dim, mask=mask),), (dy,)
 
@@ -108,6 +112,13 @@ OPERANDS |= {
         [(index, 0) for index in (0, 1, 3, 4)],
     )
     for width in (64, 61)
+}  # fmt: skip
+OPERANDS |= {
+    f"cross_entropy of {classes} classes": (
+        "cross_entropy", with_gradients(functools.partial(cross_entropy, target=torch.tensor([0, 60, -100, 7])), (0,)),
+        lambda classes=classes: (normal(4, classes), normal(4)), [(0, 0)],
+    )
+    for classes in (64, 61, 1100)
 }  # fmt: skip
 OPERANDS |= {
     f"softmax over dimension {dim}": (
@@ -159,7 +170,10 @@ def check_operand(name: str, index: int, along: int) -> None:
 
 
 # One variant of each operator; the others take their time.
-SHARP = {"layer_norm 64", "rms_norm 61", "softmax over dimension 1", "rotary", "quantize_int8 over dimension 1"}
+SHARP = {
+    "layer_norm 64", "rms_norm 61", "cross_entropy of 61 classes", "softmax over dimension 1", "rotary",
+    "quantize_int8 over dimension 1",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
