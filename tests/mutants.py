@@ -21,7 +21,8 @@ from gptkern.backends.tables import configurations
 
 PACKAGE = Path(gptkern.__file__).parent
 SHARED = PACKAGE / "backends" / "triton"
-# Who sees a fault: the assertion of a test, or a harness that knows which memory a kernel may touch, how, and in which order.
+# Who sees a fault: the assertion of a test, or a harness that knows which memory a kernel may touch, how and in what
+# order.
 HARNESS = "outside of|is not aligned|a race in shared memory"
 
 

@@ -136,7 +136,8 @@ def cross_entropy(
     with an assertion on the device, after which the process cannot use it any more.)
 
     Backends: torch; triton for float16, bfloat16 and float32, forward and backward (no second derivative; probabilities
-    or weights that require grad run on PyTorch). Sums over rows have a fixed order: the same on every run.
+    or weights that require grad run on PyTorch); cuda for the same, of classes as targets and rows whose classes lie
+    next to each other. Sums over rows have a fixed order: the same on every run.
 
     Sources: Szegedy et al., 2016 (arXiv:1512.00567) for label smoothing; Chowdhery et al., PaLM, 2022
     (arXiv:2204.02311) for the z-loss; Milakov, Gimelshein, 2018 (arXiv:1805.02867) for one pass over a row.
