@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -175,7 +175,7 @@ class AdamW(torch.optim.AdamW):
 
     def _gradients(self) -> dict[torch.Tensor, torch.Tensor]:
         """{parameter: its gradient}, all of them checked before anything changes."""
-        for name, param, group in self._named():
+        for name, param, group in _named(self.param_groups):
             grad = param.grad
             if grad is None:
                 continue
@@ -260,13 +260,6 @@ class AdamW(torch.optim.AdamW):
             clip=None if clip is None else clip.to(device, dtype, non_blocking=True),
         )  # fmt: skip
 
-    def _named(self) -> Iterable[tuple[str, torch.Tensor, dict[str, Any]]]:
-        number = 0
-        for group in self.param_groups:
-            for index, param in enumerate(group["params"]):
-                yield _name(group, index, number), param, group
-                number += 1
-
     # --- State --------------------------------------------------------------------------------------------------------
 
     @torch._disable_dynamo
@@ -287,11 +280,14 @@ class AdamW(torch.optim.AdamW):
             len(group["params"]) for group in self.param_groups
         ]:
             # What is another number of groups or parameters, torch.optim.Optimizer names.
-            for own, loaded in zip(self.param_groups, state_dict["param_groups"]):
-                merged = {**own, **loaded, "state_dtype": own["state_dtype"], "params": own["params"]}
-                _check_group({**merged, "foreach": None, "fused": True}, own["params"])
-            for param_id, (name, param, _) in zip(given, self._named()):
-                states.check(name, param, state_dict["state"].get(param_id, {}))
+            merged = [
+                {**own, **loaded, "state_dtype": own["state_dtype"], "params": own["params"]}
+                for own, loaded in zip(self.param_groups, state_dict["param_groups"])
+            ]
+            for group in merged:
+                _check_group(group, group["params"])
+            for param_id, (name, param, group) in zip(given, _named(merged)):
+                states.check(name, param, state_dict["state"].get(param_id, {}), group["amsgrad"])
         # Optimizer would cast all to the parameter's dtype: what is no tensor, dict or iterable it leaves alone.
         sealed = {key: _Sealed(value) if key in set(given) else value for key, value in state_dict["state"].items()}
         hooks, self._optimizer_load_state_dict_pre_hooks = self._optimizer_load_state_dict_pre_hooks, OrderedDict()
@@ -324,7 +320,7 @@ class AdamW(torch.optim.AdamW):
         """The state_dict as torch.optim.AdamW has it: averages in float32 in place of codes, none of the keys that it
         has not."""
         found = self.state_dict()
-        params = [param for _, param, _ in self._named()]
+        params = [param for _, param, _ in _named(self.param_groups)]
         floating = {
             key: states.decoded(params[key], value) if "exp_avg_codes" in value else value
             for key, value in found["state"].items()
@@ -341,6 +337,15 @@ class _Sealed:
 
     def __deepcopy__(self, memo):
         return self
+
+
+def _named(groups: list[dict[str, Any]]) -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
+    """(what an error calls it, the parameter, its group)"""
+    number = 0
+    for group in groups:
+        for index, param in enumerate(group["params"]):
+            yield _name(group, index, number), param, group
+            number += 1
 
 
 def _name(group: dict[str, Any], index: int, number: int) -> str:

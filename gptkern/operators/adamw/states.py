@@ -67,17 +67,21 @@ def _rewrapped(param: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
     )
 
 
-def check(name: str, param: torch.Tensor, state: dict[str, Any]) -> None:
+def check(name: str, param: torch.Tensor, state: dict[str, Any], amsgrad: bool) -> None:
     """Whether a state that is to be loaded fits: kernels walk it by the parameter's size."""
     if not isinstance(state, dict):
         raise ValueError(f"AdamW: the state of {name} is a {type(state).__name__}; it needs to be a dict")
     if not state:
         return
     keys = CODES if "exp_avg_codes" in state else ("exp_avg", "exp_avg_sq")
+    if amsgrad or "max_exp_avg_sq" in state:
+        keys = (*keys, "max_exp_avg_sq")
     for key in ("step", *keys):
         if key not in state:
             raise ValueError(f"AdamW: the state of {name} has no {key}")
-    for key in (*keys, *(["max_exp_avg_sq"] if "max_exp_avg_sq" in state else [])):
+    if isinstance(state["step"], torch.Tensor) and state["step"].numel() != 1:
+        raise ValueError(f"AdamW: the state of {name} has step {tuple(state['step'].shape)}; it needs one number")
+    for key in keys:
         needs = torch.Size(blockwise.blocks_of(param.shape)) if key.endswith("_absmax") else param.shape
         if not isinstance(state[key], torch.Tensor) or state[key].shape != needs:
             got = tuple(state[key].shape) if isinstance(state[key], torch.Tensor) else type(state[key]).__name__
