@@ -81,19 +81,23 @@ def chunks_of(x: torch.Tensor, classes: int, asked: int = 0) -> Chunks:
     """The chunks for x (rows, width) and a weight (classes, width); `asked` as in `at_a_time`."""
     each = at_a_time(*x.shape, classes, x.dtype, asked)
     z = torch.empty(x.shape[0], each, dtype=compute_dtype(x.dtype), device=x.device)
-    return Chunks(classes, each, z, x.dtype.itemsize == 2 and not x.is_cuda)
+    return Chunks(classes, each, z, _widens(x))
+
+
+def _widens(x: torch.Tensor) -> bool:
+    return x.dtype.itemsize == 2 and not x.is_cuda
 
 
 def logits(chunks: Chunks, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """z = x W_c^T, in the chunks' memory: x as `widened` has it, the chunk's weight (chunk, width) as it is."""
-    z, weight = chunks.z[:, : weight.shape[0]], chunks.widened(weight)
+    z, weight = chunks.z.narrow(1, 0, weight.shape[0]), chunks.widened(weight)
     return torch.mm(x, weight.t(), **_wider(x, z), out=z)
 
 
 def weight_gradient(chunks: Chunks, g: torch.Tensor, x: torch.Tensor, out: torch.Tensor) -> None:
     """out (chunk, width) = G^T x, in the weight's dtype."""
     if chunks.widens:
-        out.copy_(g.t() @ x)
+        out.copy_(torch.mm(g.t(), x))
     else:
         torch.mm(g.t(), x, out=out)
 

@@ -100,7 +100,7 @@ def begin(call: Call) -> Statistics:
 
     there = is_ignored(call) | ((call.target >= 0) & (call.target < parallel.all_classes(call)))
     return Statistics(
-        of(-torch.inf), of(0.0), of(0.0).masked_fill_(~there, torch.nan),
+        of(-torch.inf), of(0.0), torch.where(there, of(0.0), torch.nan),
         of(0.0) if call.stats else None, of(0.0) if call.label_smoothing else None,
         of(-torch.inf) if call.stats else None,
         torch.full((rows,), parallel.first_class(call), device=call.input.device) if call.stats else None,
@@ -166,7 +166,8 @@ def forward(call: Call, rows: Rows) -> RowValues:
     chunks, statistics = vocabulary.chunks_of(call.input, call.linear_weight.shape[0], call.chunk), begin(call)
     x = chunks.widened(call.input)
     for start, stop in chunks:
-        rows.update(call, statistics, vocabulary.logits(chunks, x, call.linear_weight[start:stop]), start)
+        weight = call.linear_weight.narrow(0, start, stop - start)
+        rows.update(call, statistics, vocabulary.logits(chunks, x, weight), start)
     if call.group is not None:
         statistics = parallel.reduced(call, statistics)
     return finish(call, statistics)
@@ -184,14 +185,14 @@ def backward(gradient: Gradient, call: Call, rows: Rows):
     dbias = torch.empty(chunks.classes, dtype=wide, device=x.device) if need_bias else None
     buffer = chunks.buffer_of_g(dtype)
     for start, stop in chunks:
-        g = buffer[:, : stop - start]
-        rows.gradient(call, of_rows, vocabulary.logits(chunks, x, weight[start:stop]), start, g)
+        g, part = buffer.narrow(1, 0, stop - start), weight.narrow(0, start, stop - start)
+        rows.gradient(call, of_rows, vocabulary.logits(chunks, x, part), start, g)
         if need_weight:
-            vocabulary.weight_gradient(chunks, g, x, dweight[start:stop])
+            vocabulary.weight_gradient(chunks, g, x, dweight.narrow(0, start, stop - start))
         if need_bias:
-            torch.sum(g, 0, dtype=wide, out=dbias[start:stop])
+            torch.sum(g, 0, dtype=wide, out=dbias.narrow(0, start, stop - start))
         if need_input:
-            vocabulary.add_input_gradient(chunks, dx, g, weight[start:stop], start == 0)
+            vocabulary.add_input_gradient(chunks, dx, g, part, start == 0)
     # The result in 16 bits takes their place.
     del buffer, g, chunks
     if need_input:
