@@ -307,7 +307,7 @@ def _to_the_mixture(log_p, log_q, beta: float):
     difference = log_q - log_p
     less = difference <= 0.0
     ratio = torch.expm1(-difference.abs())
-    near = torch.log1p(torch.where(less, 1.0 - beta, beta) * ratio)
+    near = torch.log1p(torch.where(less, (1.0 - beta) * ratio, beta * ratio))
     far = near + difference.abs()
     return -torch.where(less, near, far), -torch.where(less, far, near)
 
