@@ -80,8 +80,8 @@ def _forward_of_top(of, asked, rows, sums, target, counts):
         index, inside = _inside(top.indices, start, stop)
         at_top = torch.where(inside, s.gather(1, index), at_top)
         if target is not None:
-            place, is_here = _inside(target[:, None], start, stop)
-            sums.at_target.copy_(torch.where(is_here, s.gather(1, place), sums.at_target[:, None])[:, 0])
+            place, is_here = _inside(target.unsqueeze(1), start, stop)
+            sums.at_target.copy_(torch.where(is_here, s.gather(1, place), sums.at_target.unsqueeze(1)).squeeze(1))
         _hide(s, index, inside)
         rows.walk(s, None, start, sums, None, plain)
     of_rest = torch.stack([sums.student_max, sums.student_z.log()])
@@ -142,10 +142,10 @@ def _gradients_of_top(of, asked, rows, scale, of_rest, at_top, target, output):
         _hide(s, index, inside)
         rows.rest_gradient(s, of_rest, of_the_rest, s)
         # What is hidden is 0 so far; a class outside of the chunk adds 0 to another one.
-        s.scatter_add_(1, index, torch.where(inside, of_classes[:, :-1], 0.0))
+        s.scatter_add_(1, index, torch.where(inside, of_classes.narrow(1, 0, top.indices.shape[1]), 0.0))
         if target is not None:
-            place, is_here = _inside(target[:, None], start, stop)
-            s.scatter_add_(1, place, torch.where(is_here, -terms.mix * scale[:, None], 0.0))
+            place, is_here = _inside(target.unsqueeze(1), start, stop)
+            s.scatter_add_(1, place, torch.where(is_here, -terms.mix * scale.unsqueeze(1), 0.0))
         written = output(start, stop, s)
         if written is not s:
             written.copy_(s)
@@ -170,8 +170,8 @@ def _hide(s: torch.Tensor, index: torch.Tensor, inside: torch.Tensor) -> None:
 def _with_the_rest(at_top, of_rest, top: Top, classes: int):
     """The student's and the teacher's logits of n + 1 classes, (rows, n + 1): the last one is the rest."""
     maximum, log_z = of_rest
-    student = torch.cat([at_top, (maximum + log_z)[:, None]], 1)
-    return student, with_the_rest(top, student[:, -1:], classes)
+    student = torch.cat([at_top, (maximum + log_z).unsqueeze(1)], 1)
+    return student, with_the_rest(top, student.narrow(1, student.shape[1] - 1, 1), classes)
 
 
 def with_the_rest(top: Top, student_rest: torch.Tensor, classes: int) -> torch.Tensor:

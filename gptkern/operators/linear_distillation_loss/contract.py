@@ -251,9 +251,11 @@ def forward_on(rows: ModuleType, call: Call):
 
 def backward_on(rows: ModuleType, gradient: Gradient, call: Call):
     grad_losses, *kept, need_student, need_weight, need_bias = gradient
-    dstudent, dweight, dbias = _backward_fake(gradient, call)
     if call.student.shape[0] == 0:
+        dstudent, dweight, dbias = _backward_fake(gradient, call)
         return torch.zeros_like(dstudent), torch.zeros_like(dweight), torch.zeros_like(dbias)
+    # The student's is not made before it is known: it and its sums are large.
+    dstudent, dweight, dbias = _backward_fake(gradient._replace(need_student=False), call)
     chunks, student, of, asked = _chunked(call)
     g = chunks.buffer_of_g(call.student.dtype)
     unit = None
@@ -264,17 +266,18 @@ def backward_on(rows: ModuleType, gradient: Gradient, call: Call):
 
     def output(start, stop, logits):
         # The bias's gradient is summed before it is rounded.
-        return logits if need_bias else g[:, : stop - start]
+        return logits if need_bias else g.narrow(1, 0, stop - start)
 
     for start, stop, dlogits in distillation_sweep.gradients(of, asked, rows, grad_losses, *kept, output):
         if need_bias:
             # dbias = Σ dlogits
-            dbias[start:stop] = _times(dlogits.sum(0), unit)
-            dlogits = g[:, : stop - start].copy_(dlogits)
+            dbias.narrow(0, start, stop - start).copy_(_times(dlogits.sum(0), unit))
+            dlogits = g.narrow(1, 0, stop - start).copy_(dlogits)
         if need_weight:
-            _weight_gradient(chunks, dlogits, student, dweight[start:stop], unit)
+            _weight_gradient(chunks, dlogits, student, dweight.narrow(0, start, stop - start), unit)
         if need_student:
-            vocabulary.add_input_gradient(chunks, dx, dlogits, call.student_weight[start:stop], start == 0)
+            weight = call.student_weight.narrow(0, start, stop - start)
+            vocabulary.add_input_gradient(chunks, dx, dlogits, weight, start == 0)
     if need_student:
         dstudent = _times(dx, unit).to(call.student.dtype)
     return dstudent, dweight, dbias
@@ -312,15 +315,15 @@ def _chunked(call: Call):
         teacher = of_teacher.widened(call.teacher)
 
     def logits_of(chunks, hidden, weight, bias, start, stop):
-        found = vocabulary.logits(chunks, hidden, weight[start:stop])
-        return found if bias is None else found.add_(bias[start:stop])
+        found = vocabulary.logits(chunks, hidden, weight.narrow(0, start, stop - start))
+        return found if bias is None else found.add_(bias.narrow(0, start, stop - start))
 
     def student_of(start, stop):
         return logits_of(chunks, student, call.student_weight, call.student_bias, start, stop)
 
     def teacher_of(start, stop):
         if call.teacher_logits is not None:
-            return call.teacher_logits[:, start:stop]
+            return call.teacher_logits.narrow(1, start, stop - start)
         return logits_of(of_teacher, teacher, call.teacher_weight, call.teacher_bias, start, stop)
 
     of = distillation_sweep.Chunked(
