@@ -21,6 +21,7 @@ import torch
 import gptkern.functional as G
 from gptkern.backends import dispatch
 from gptkern.backends.registration import Operator
+from gptkern.operators.nonlinearity.contract import activation
 
 SHAPES = [(64,), [64], torch.Size((64,)), (64.0,), (True,), (4, 64), (), 64, (32,)]
 NUMBERS = [1e-5, 1e-6, 1, 1.0, True, "1", None, float("nan"), float("inf"), -1.0, 0.0, torch.zeros(())]
@@ -74,6 +75,11 @@ def operators() -> dict[str, tuple]:
         ),
         "rms_norm": (G.rms_norm, norm | dict(eps=None), others),
         "softmax": (G.softmax, softmax, dict(input=rows) | dtypes | scaled),
+        "nonlinearity": (
+            activation,
+            dict(input=x, up=None, function="gelu", bias=None, packed=False),
+            dict(input=rows, up=rows, function=["gelu_tanh", "silu", "relu", None], bias=few, packed=FLAGS),
+        ),
         "rotary": (
             G.rotary_embedding,
             dict(input=heads, cos=angles, sin=angles, interleaved=False, rotary_dim=None),

@@ -13,6 +13,7 @@ PAIRS = {
     "layer_norm": (F.layer_norm, G.layer_norm),
     "rms_norm": (F.rms_norm, G.rms_norm),
     "softmax": (F.softmax, G.softmax),
+    "nonlinearity": (F.gelu, G.gelu),
 }
 
 
@@ -23,6 +24,8 @@ def a_call(operator: str, device: str = "cpu", backend: str | None = None) -> tu
         dtype = torch.float16 if backend == "cuda" else torch.float32
         return tuple(torch.randn(1, 2, 5, 16, device=device, dtype=dtype) for _ in range(3))
     x = torch.randn(3, 8, device=device)
+    if operator == "nonlinearity":
+        return (x,)
     return (x, (8,)) if operator in ("layer_norm", "rms_norm") else (x, -1)
 
 

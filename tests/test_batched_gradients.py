@@ -16,6 +16,8 @@ CALLS = {
     "softmax": lambda x: G.softmax(x, -1),
     "int8_linear": lambda x: G.int8_linear(x, WEIGHT, torch.ones(16)),
     "attention": lambda x: G.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None]),
+    "gelu": lambda x: G.gelu(x, bias=torch.ones(32, dtype=x.dtype)),
+    "swiglu": lambda x: G.swiglu(x),
     "rotary": lambda x: G.rotary_embedding(x[None, None], torch.ones(4, 16), torch.ones(4, 16)),
 }
 

@@ -24,6 +24,12 @@ CALLS = {
     "layer_norm residual": (lambda x, r, w: G.layer_norm(x, (24,), w, residual=r)[0], [(5, 24), (5, 24), (24,)]),
     "rms_norm": (lambda x, w: G.rms_norm(x, (24,), w), [(5, 24), (24,)]),
     "softmax": (lambda x: G.softmax(x, -1), [(5, 24)]),
+    "gelu": (lambda x, b: G.gelu(x, bias=b), [(5, 24), (24,)]),
+    "swiglu": (G.swiglu, [(5, 24), (5, 24)]),
+    "geglu packed": (G.geglu, [(5, 24)]),
+    "linear": (
+        lambda x, w, b: G.linear(x.float(), w.float(), b.float(), activation="gelu"), [(5, 24), (16, 24), (16,)],
+    ),
     "rotary": (lambda x, angles: G.rotary_embedding(x, angles.cos(), angles.sin()), [HEADS, None]),
     "attention": (lambda q, k, v: G.scaled_dot_product_attention(q, k, v, is_causal=True), [HEADS] * 3),
     "attention bool mask": (

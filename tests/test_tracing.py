@@ -44,6 +44,11 @@ CALLS = {
     "layer_norm shape": (lambda x: F.layer_norm(x, x.shape[-2:]), (3, 4, 8), (5, 2, 9)),
     "layer_norm residual": (lambda x: F.layer_norm(x, x.shape[-1:], residual=x * 2)[0], (3, 8), (5, 9)),
     "rms_norm": (lambda x: F.rms_norm(x, x.shape[-1:], eps=1e-6), (3, 8), (5, 9)),
+    "nonlinearity gelu": (lambda x: F.gelu(x, approximate="tanh", bias=BIAS), (3, 8), (2, 5, 8)),
+    "silu": (lambda x: F.silu(x), (3, 8), (5, 9)),
+    "nonlinearity swiglu": (lambda x: F.swiglu(x, x + 1), (3, 8), (2, 5, 9)),
+    "geglu packed": (lambda x: F.geglu(x, None, "tanh"), (3, 8), (2, 5, 12)),
+    "linear": (lambda x: F.linear(x, torch.ones(4, 8), BIAS[:4], activation="gelu"), (3, 8), (2, 5, 8)),
     "rotary": (lambda x: F.rotary_embedding(x, *angles(x, 4)), (2, 3, 4, 8), (1, 2, 7, 8)),
     "rotary of any width": (lambda x: F.rotary_embedding(x, *angles(x, x.shape[-1] // 2)), (2, 3, 4, 8), (1, 2, 7, 12)),
     "rotary_dim of a size": (
@@ -190,7 +195,18 @@ def test_what_has_values():
 
 # --- Kernels --------------------------------------------------------------------------------------------------------
 
-KERNEL_CALLS = ("softmax causal", "layer_norm", "rms_norm", "rotary", "attention", "int8 w8a8", "int8 w8a16")
+KERNEL_CALLS = (
+    "softmax causal",
+    "layer_norm",
+    "rms_norm",
+    "gelu",
+    "swiglu",
+    "linear",
+    "rotary",
+    "attention",
+    "int8 w8a8",
+    "int8 w8a16",
+)
 
 
 @pytest.mark.parametrize("name", KERNEL_CALLS)

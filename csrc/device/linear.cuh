@@ -3,6 +3,7 @@
 //   z = total * row_scale * column_scale + bias        y = act(z)
 #pragma once
 
+#include "activation.cuh"
 #include "ptx.cuh"
 #include "warp.cuh"
 
@@ -117,41 +118,6 @@ GPTKERN_DEVICE void store_from_floats(void* values, int64_t index, const float (
     else
         store_global(reinterpret_cast<Vector<uint32_t, 2>*>(static_cast<bfloat16*>(values) + index),
                      {pack<bfloat16>(v[0], v[1]), pack<bfloat16>(v[2], v[3])});
-}
-
-// --- Activations ----------------------------------------------------------------------------------------------------
-
-enum Activation : int { IDENTITY = 0, GELU = 1, GELU_TANH = 2 };  // gptkern/operators/int8_linear/cuda.py, ACTIVATIONS
-
-inline constexpr float SQRT_HALF = 0.7071067811865476f, INV_SQRT_2PI = 0.3989422804014327f;
-// PyTorch's approximation: gelu(z) = z/2 * (1 + tanh(u)) = z * sigmoid(2u), u = sqrt(2/pi) * (z + 0.044715 z^3)
-inline constexpr float TWO_SQRT_2_PI = 1.5957691216057308f, CUBIC = 0.044715f;
-// Beyond it float32's sigmoid(2u) is 0 or 1, and z^3 on the way to infinity.
-inline constexpr float SATURATED = 20.0f;
-
-// exp(-2u): sigmoid(2u) = 1 / (1 + e)
-GPTKERN_DEVICE float exp_minus_2u(float z) { return expf(-(z + z * z * z * CUBIC) * TWO_SQRT_2_PI); }
-
-GPTKERN_DEVICE float activated(float z, int activation) {
-    // y = z * Phi(z)
-    if (activation == GELU) return z * 0.5f * (1.0f + erff(z * SQRT_HALF));
-    // y = z * sigmoid(2u)
-    if (activation == GELU_TANH) return z * reciprocal_approx(1.0f + exp_minus_2u(z));
-    return z;
-}
-
-GPTKERN_DEVICE float activation_slope(float z, int activation) {
-    // act'(z) = Phi(z) + z * phi(z)
-    if (activation == GELU) return 0.5f * (1.0f + erff(z * SQRT_HALF)) + z * INV_SQRT_2PI * expf(-0.5f * z * z);
-    if (activation == GELU_TANH) {
-        // act'(z) = s + z * s * (1 - s) * 2u'(z), s = sigmoid(2u) = 1 / (1 + e)
-        float e = exp_minus_2u(z), s = reciprocal_approx(1.0f + e);
-        // 1 - s = e * s, which has all its digits where s is near 1; where e is large it might be infinity times 0.
-        float rest = e < 1.0f ? e * s : 1.0f - s;
-        float inner = (1.0f + z * z * 3.0f * CUBIC) * TWO_SQRT_2_PI;
-        return fabsf(z) > SATURATED ? s : s + z * s * rest * inner;
-    }
-    return 1.0f;
 }
 
 // --- Epilogue -------------------------------------------------------------------------------------------------------

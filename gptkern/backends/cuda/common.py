@@ -17,6 +17,8 @@ from gptkern.backends.cuda import sources
 
 # csrc/tensor.h, enum Dtype.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# csrc/device/activation.cuh, enum Activation.
+ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
 # The norms.
 # Blocks a multiprocessor that share the rows of a backward: with 256 threads of at most 128 registers, as many as fit.
 BLOCKS_PER_MULTIPROCESSOR = 2

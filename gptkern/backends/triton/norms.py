@@ -300,6 +300,15 @@ def stages(tile: Tile, dtype: torch.dtype, has_incoming: bool) -> int:
     return min(3, 1 + _BYTES_UNDER_WAY // (2 * tile.block_rows * tile.block_width * dtype.itemsize))
 
 
+def sum_partials(dweight, dbias, weight_gradient, bias_gradient) -> None:
+    """Writes the sums over the rows of dweight and of dbias, (programs, width) each, or None with its gradient."""
+    programs, width = (dbias if dweight is None else dweight).shape
+    reduction_kernel[(cdiv(width, _REDUCTION.block_width),)](
+        dweight, dbias, weight_gradient, bias_gradient, programs, width,
+        BLOCK_ROWS=_REDUCTION.block_rows, BLOCK_WIDTH=_REDUCTION.block_width, num_warps=_REDUCTION.num_warps,
+    )  # fmt: skip
+
+
 class Walked(NamedTuple):
     """The tiles of rows that are walked: chunks of a row, and tiles that sum the parameters' gradients."""
 
@@ -372,11 +381,7 @@ def backward(dy, x, weight, mean, rstd, incoming, needs: tuple[bool, bool, bool]
                 dy, x, mean, rstd, dweight, dbias, dy.stride(0), x.stride(0), rows, width, **blocks
             )
     if need_weight or need_bias:
-        written = (gradient if gradient.numel() else None for gradient in gradients)
-        reduction_kernel[(cdiv(width, _REDUCTION.block_width),)](
-            dweight, dbias, *written, grid[-1], width, BLOCK_ROWS=_REDUCTION.block_rows,
-            BLOCK_WIDTH=_REDUCTION.block_width, num_warps=_REDUCTION.num_warps,
-        )  # fmt: skip
+        sum_partials(dweight, dbias, *(gradient if gradient.numel() else None for gradient in gradients))
     return dx, *gradients
 
 

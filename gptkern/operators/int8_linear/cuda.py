@@ -11,13 +11,11 @@ from typing import NamedTuple
 import torch
 
 from gptkern.backends.cuda import common
-from gptkern.backends.cuda.common import DTYPES, multiprocessors
+from gptkern.backends.cuda.common import ACTIVATIONS, DTYPES, multiprocessors
 from gptkern.backends.tables.configurations import Table
 from gptkern.operators.int8_linear.contract import Call, Gradient
 from gptkern.operators.int8_linear.products import INT32_TERMS
 
-# csrc/device/linear.cuh, enum Activation.
-ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2}
 # csrc/int8_linear/w8a8.cu: rows that a block of the gradient sums; and what q's rows are padded to, in bytes.
 GRADIENT_ROWS = 64
 Q_ALIGNMENT = 16

@@ -25,51 +25,15 @@ import triton.language as tl
 
 from gptkern.backends.tables.configurations import Table, descent
 from gptkern.backends.triton import quantize
+from gptkern.backends.triton.activations import activated, activation_slope
 from gptkern.backends.triton.common import INTERPRETED, CompileCase, cdiv, dot, float32_precision
 from gptkern.backends.triton.common import architecture as architecture_of
 from gptkern.backends.triton.direct import jit
 from gptkern.operators.int8_linear.contract import Call, Gradient, rows_of
 from gptkern.operators.int8_linear.products import INT32_TERMS
 
-_SQRT_HALF = tl.constexpr(0.7071067811865476)
-_INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
-# PyTorch's approximation: gelu(z) = z/2 * (1 + tanh(u)) = z * sigmoid(2u), u = sqrt(2/pi) * (z + 0.044715 z^3)
-_TWO_SQRT_2_PI = tl.constexpr(1.5957691216057308)
-_CUBIC = tl.constexpr(0.044715)
-# Beyond it float32's sigmoid(2u) is 0 or 1, and z^3 on the way to infinity.
-_SATURATED = tl.constexpr(20.0)
 # Rows of tiles that are walked before the next column of tiles: their operands stay in the L2 cache.
 GROUP_M = 8
-
-
-@triton.jit
-def _sigmoid_2u(z):
-    # Constants stand on the right: the interpreter cannot multiply a constexpr by a tensor.
-    return 1.0 / (1.0 + tl.exp(-(z + z * z * z * _CUBIC) * _TWO_SQRT_2_PI))
-
-
-@triton.jit
-def _activated(z, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "gelu":
-        # y = z * Phi(z)
-        return z * 0.5 * (1.0 + tl.erf(z * _SQRT_HALF))
-    elif ACTIVATION == "gelu_tanh":
-        # y = z * sigmoid(2u)
-        return z * _sigmoid_2u(z)
-    else:
-        return z
-
-
-@triton.jit
-def _activation_slope(z, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "gelu":
-        # act'(z) = Phi(z) + z * phi(z)
-        return 0.5 * (1.0 + tl.erf(z * _SQRT_HALF)) + z * _INV_SQRT_2PI * tl.exp(-0.5 * z * z)
-    else:
-        # act'(z) = s + z * s * (1 - s) * 2u'(z), s = sigmoid(2u)
-        s = _sigmoid_2u(z)
-        inner = (1.0 + z * z * 3.0 * _CUBIC) * _TWO_SQRT_2_PI
-        return tl.where(tl.abs(z) > _SATURATED, s, s + z * s * (1.0 - s) * inner)
 
 
 @triton.jit
@@ -129,7 +93,7 @@ def _w8a8_kernel(
     z = total.to(tl.float32) * input_scale[:, None] * weight_scale[None, :]
     if HAS_BIAS:
         z += tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
-    y = _activated(z, ACTIVATION).to(y_ptr.dtype.element_ty)
+    y = activated(z, ACTIVATION).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + m.to(tl.int64)[:, None] * N + n[None, :], y, mask=in_m[:, None] & in_n[None, :])
 
 
@@ -181,7 +145,7 @@ def _w8a16_kernel(
     z = total * tl.load(weight_scale_ptr + n.to(tl.int64) * weight_scale_stride, mask=in_n, other=0.0)[:, None]
     if HAS_BIAS:
         z += tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)[:, None]
-    y = _activated(z, ACTIVATION).to(y_ptr.dtype.element_ty)
+    y = activated(z, ACTIVATION).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + m.to(tl.int64)[None, :] * N + n[:, None], y, mask=in_m[None, :] & in_n[:, None])
 
 
@@ -214,7 +178,7 @@ def _gradient_kernel(
     dz = tl.load(dy_ptr + dy_offsets, mask=inside, other=0.0).to(tl.float32)
     if ACTIVATION is not None:
         # dz = dy * act'(z)
-        dz *= _activation_slope(tl.load(z_ptr + m[:, None] * N + n[None, :], mask=inside, other=0.0), ACTIVATION)
+        dz *= activation_slope(tl.load(z_ptr + m[:, None] * N + n[None, :], mask=inside, other=0.0), ACTIVATION)
     if NEED_BIAS:
         tl.store(partial_ptr + tile_m * N + n, tl.sum(dz, axis=0), mask=in_n)
     if NEED_INPUT:

@@ -142,8 +142,8 @@ def silu(input: torch.Tensor, inplace: bool = False) -> torch.Tensor:
 
     Source: Elfwing, Uchibe, Doya, "Sigmoid-weighted linear units", 2017 (arXiv:1702.03118).
     """
-    arguments = input, None, None, "silu", inplace
-    if (found := dispatch.recalled("nonlinearity", arguments)) is not None:
+    arguments = input, None, None, "silu", None
+    if not inplace and (found := dispatch.recalled("nonlinearity", arguments)) is not None:
         return _on_kernels(Call(input, None, None, *found[1:]), found[0], True)
     choice = dispatch.settled(input)
     if choice is None and inplace:
@@ -292,6 +292,8 @@ def activation(
     arguments = input, up, bias, function, packed
     if (found := dispatch.recalled("nonlinearity", arguments)) is not None:
         return _on_kernels(Call(input, up, bias, *found[1:]), found[0], True)
+    if function not in FUNCTIONS:
+        raise ValueError(f"activation: function is {function!r}; it needs one of {', '.join(map(repr, FUNCTIONS))}")
     return _applied("activation", Call(input, up, bias, function, packed), dispatch.settled(input), arguments)
 
 

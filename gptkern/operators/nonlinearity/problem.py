@@ -131,8 +131,7 @@ class Activation(Problem):
         }
 
     def label(self, sizes: Sizes) -> str:
-        words = [f"{sizes.rows}x{sizes.width}", sizes.function]
-        return " ".join([*words, *([sizes.gate] if sizes.gate else []), *(["bias"] if sizes.bias else [])])
+        return f"{sizes.rows}x{sizes.width}"
 
     def bytes(self, sizes: Sizes, itemsize: int, direction: str) -> int:
         """Forward: reads x, or gate and up, and the bias; writes y. Backward: reads them and dy; writes a gradient for
