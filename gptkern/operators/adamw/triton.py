@@ -16,7 +16,6 @@ The norm is summed in a fixed order: a program's chunks one after another, then 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -26,18 +25,16 @@ import triton.language as tl
 from gptkern.backends.triton.common import CompileCase, cdiv
 from gptkern.backends.triton.direct import jit
 from gptkern.operators.adamw import triton_blockwise
-from gptkern.operators.adamw.contract import DRAWS, Call, Norm, counted, is_dense, laid_out_as
+from gptkern.operators.adamw.contract import Call, Norm, counted
+from gptkern.operators.adamw.table import Rows, is_aligned
 from gptkern.operators.adamw.triton_elements import (
-    ANYWHERE,
     COLUMNS,
     COUNT,
     EXP_AVG,
     EXP_AVG_SQ,
     FIRST_CHUNK,
     GRAD,
-    IN_A_RUN,
     MAX_EXP_AVG_SQ,
-    NEAREST,
     PARAM,
     STEP,
     at,
@@ -50,7 +47,7 @@ from gptkern.operators.adamw.triton_elements import (
     scaled,
     store,
 )
-from gptkern.operators.adamw.triton_table import Rows, is_aligned
+from gptkern.operators.adamw.walking import ANYWHERE, IN_A_RUN, NEAREST, kinds_of, numbers, of_norm
 
 # Elements of a chunk: 16 of a thread; 8 where each draws its own random bits, or registers spill. Not measured.
 CHUNK, CHUNK_ANYWHERE, WARPS = 4096, 2048, 8
@@ -218,10 +215,8 @@ def norm(call: Norm) -> torch.Tensor:
     device = call.grads[0].device
     found = torch.zeros((), dtype=torch.float32, device=device)
     kinds: dict[bool, Rows] = {}
-    for grad in call.grads:
-        if grad.numel():
-            grad = grad if is_dense(grad) else grad.contiguous()
-            kinds.setdefault(is_aligned([grad]), Rows(CHUNK)).add(grad=grad, count=grad.numel())
+    for grad in of_norm(call.grads):
+        kinds.setdefault(is_aligned([grad]), Rows(CHUNK)).add(grad=grad, count=grad.numel())
     sums = torch.empty(sum(cdiv(rows.chunks, CHUNKS_OF_A_SUM) for rows in kinds.values()), device=device)
     done = 0
     for aligned, rows in kinds.items():
@@ -240,40 +235,21 @@ def norm(call: Norm) -> torch.Tensor:
 def forward(call: Call) -> None:
     """The update, in place."""
     torch._foreach_add_(call.steps, counted(call))
-    device, kinds, back = call.params[0].device, {}, []
-    coded, places = bool(call.exp_avg_scales), NEAREST
-    for index, param in enumerate(call.params):
-        if param.numel() == 0:
-            continue
-        tensors = [param, call.grads[index], call.exp_avgs[index], call.exp_avg_sqs[index]]
-        if call.max_exp_avg_sqs:
-            tensors.append(call.max_exp_avg_sqs[index])
-        tensors = _walked(tensors, call.seed is not None or coded, back)
-        columns = dict(zip(("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"), tensors), count=param.numel())
-        columns["step"] = call.steps[index]
-        if call.seed is not None:
-            number, start, run, stride = call.places[4 * index : 4 * index + 4]
-            places = IN_A_RUN if start % DRAWS == 0 and run >= param.numel() else ANYWHERE
-            columns.update(number=number, start=start, run=run, stride=stride, seed=call.seed)
-        kind = is_aligned(tensors), places
-        if coded:
-            scales = call.exp_avg_scales[index], call.exp_avg_sq_scales[index]
-            triton_blockwise.add(kinds, kind, columns, scales, call.exp_avgs[index].shape)
-        else:
-            kinds.setdefault(kind, Rows(_chunk(places))).add(**columns)
-    numbers = _numbers(call)
+    device, back = call.params[0].device, []
+    hyperparameters = numbers(call)
     named = dict(
         PARAM_DTYPE=DTYPES[call.params[0].dtype], GRAD_DTYPE=DTYPES[call.grads[0].dtype], MAXIMIZE=call.maximize
     )
-    for kind, rows in kinds.items():
+    for kind, rows in kinds_of(call, _chunk, triton_blockwise.TILE, back).items():
         table, chunks = rows.on(device)
         pointers = table, chunks, call.lr_on_device, call.grad_scale, call.found_inf, call.clip
-        if coded:
-            triton_blockwise.launch(kind, rows.chunks, pointers, numbers, named)
+        if call.exp_avg_scales:
+            triton_blockwise.launch(kind, rows.chunks, pointers, hyperparameters, named)
         else:
             _update_kernel[(rows.chunks,)](
-                *pointers, *numbers, STATE_DTYPE=DTYPES[call.exp_avgs[0].dtype], AMSGRAD=bool(call.max_exp_avg_sqs),
-                PLACES=kind[1], ALIGNED=kind[0], CHUNK=_chunk(kind[1]), num_warps=WARPS, **named,
+                *pointers, *hyperparameters, STATE_DTYPE=DTYPES[call.exp_avgs[0].dtype],
+                AMSGRAD=bool(call.max_exp_avg_sqs), PLACES=kind.places, ALIGNED=kind.aligned,
+                CHUNK=_chunk(kind.places), num_warps=WARPS, **named,
             )  # fmt: skip
     for tensor, copy in back:
         tensor.copy_(copy)
@@ -281,34 +257,6 @@ def forward(call: Call) -> None:
 
 def _chunk(places: int) -> int:
     return CHUNK_ANYWHERE if places == ANYWHERE else CHUNK
-
-
-def _numbers(call: Call) -> tuple[float, ...]:
-    """Of the hyperparameters, what kernels read; differences and logarithms in float64."""
-    beta1, beta2 = call.beta1, call.beta2
-    logarithms = [math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2)]
-    return call.lr, 1 - beta1, logarithms[0], beta2, 1 - beta2, logarithms[1], call.eps, call.weight_decay
-
-
-def _walked(tensors: list[torch.Tensor], by_rows: bool, back: list) -> list[torch.Tensor]:
-    """The parameter, its gradient and states as a kernel walks them, all in one order of their memory: themselves where
-    they are laid out alike, as nearly always; else copies.
-
-    Args:
-        by_rows: in row-major order. back: gets (tensor, copy) of what the kernel writes into a copy of.
-    """
-    param = tensors[0]
-    like = param if is_dense(param) and not by_rows else torch.empty(param.shape, device="meta")
-    found = []
-    for index, tensor in enumerate(tensors):
-        if is_dense(tensor) and (tensor.stride() == like.stride() or (tensor.is_contiguous() and like.is_contiguous())):
-            found.append(tensor)
-            continue
-        copy = tensor.contiguous() if like.is_contiguous() else laid_out_as(tensor, like, copy=True)
-        found.append(copy)
-        if index != 1:
-            back.append((tensor, copy))
-    return found
 
 
 # --- Ahead-of-time compilation --------------------------------------------------------------------------------------

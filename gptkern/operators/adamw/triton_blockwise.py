@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import triton
 import triton.language as tl
 
-from gptkern.backends.triton.common import CompileCase, cdiv
+from gptkern.backends.triton.common import CompileCase
 from gptkern.backends.triton.direct import jit
 from gptkern.operators.adamw import blockwise
 from gptkern.operators.adamw.triton_elements import (
@@ -24,8 +24,6 @@ from gptkern.operators.adamw.triton_elements import (
     EXP_AVG_SQ_SCALE,
     FIRST_CHUNK,
     GRAD,
-    IN_A_RUN,
-    NEAREST,
     PARAM,
     STEP,
     WIDTH,
@@ -37,7 +35,7 @@ from gptkern.operators.adamw.triton_elements import (
     rounded_at_random,
     scaled,
 )
-from gptkern.operators.adamw.triton_table import Rows
+from gptkern.operators.adamw.walking import IN_A_RUN, NEAREST, Kind
 
 # Blocks of a program: 16 elements of a thread. Reasoned, not measured.
 TILE, WARPS = 16, 8
@@ -176,19 +174,11 @@ def _update_blocks_kernel(
     tl.store(v_scale_at, v_scale, mask=in_blocks)
 
 
-def add(kinds: dict[tuple, Rows], kind: tuple, columns: dict, scales: tuple, shape) -> None:
-    """A tensor, to the rows of its kind: (aligned, places, whole)."""
-    width = blockwise.width_of(shape)
-    rows, blocks = blockwise.blocks_of(shape)
-    columns.update(exp_avg_scale=scales[0], exp_avg_sq_scale=scales[1], width=width)
-    kinds.setdefault((*kind, width % blockwise.BLOCK == 0), Rows(TILE)).add(chunks=cdiv(rows * blocks, TILE), **columns)
-
-
-def launch(kind: tuple, programs: int, pointers: tuple, numbers: tuple, named: dict) -> None:
-    aligned, places, whole = kind
+def launch(kind: Kind, programs: int, pointers: tuple, numbers: tuple, named: dict) -> None:
     _update_blocks_kernel[(programs,)](
-        *pointers, *numbers, **named, PLACES=places, ALIGNED=aligned, WHOLE=whole, TILE=TILE, num_warps=WARPS
-    )
+        *pointers, *numbers, **named, PLACES=kind.places, ALIGNED=kind.aligned, WHOLE=kind.whole, TILE=TILE,
+        num_warps=WARPS,
+    )  # fmt: skip
 
 
 def cases() -> Iterator[CompileCase]:

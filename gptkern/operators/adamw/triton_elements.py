@@ -6,16 +6,15 @@ import triton
 import triton.language as tl
 
 from gptkern.operators.adamw.contract import DRAWS
-from gptkern.operators.adamw.triton_table import COLUMNS as _COLUMNS
-from gptkern.operators.adamw.triton_table import NAMES
+from gptkern.operators.adamw.table import COLUMNS as _COLUMNS
+from gptkern.operators.adamw.table import NAMES
+from gptkern.operators.adamw.walking import IN_A_RUN
 
 COLUMNS = tl.constexpr(_COLUMNS)
 (
     PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, STEP, EXP_AVG_SCALE, EXP_AVG_SQ_SCALE,
     COUNT, WIDTH, FIRST_CHUNK, NUMBER, START, RUN, STRIDE, SEED,
 ) = (tl.constexpr(column) for column in range(len(NAMES)))  # fmt: skip
-# Where stochastic rounding is: elements lie behind one another from a multiple of eight on, or anywhere.
-NEAREST, IN_A_RUN, ANYWHERE = range(3)
 _IN_A_RUN, _DRAWS = tl.constexpr(IN_A_RUN), tl.constexpr(DRAWS)
 
 

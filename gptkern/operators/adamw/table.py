@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-from gptkern.backends.triton.common import INTERPRETED, cdiv
-
 # Columns of the table, a row for each tensor. Addresses are of memory, sizes in elements.
 NAMES = (
     "param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "exp_avg_scale", "exp_avg_sq_scale",
@@ -31,6 +29,10 @@ _spare: dict[tuple[torch.device, int], torch.Tensor] = {}
 _owned: list[torch.Tensor] = []
 
 
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 class Rows:
     """The rows of a table, one for each tensor that has elements, and the chunks of all of them."""
 
@@ -38,7 +40,7 @@ class Rows:
         self._chunk = chunk
         self._rows: list[int] = []
         self._counts: list[int] = []
-        self._held: list[torch.Tensor] = []
+        self.held: list[torch.Tensor] = []
         self.chunks = 0
 
     def add(self, chunks: int | None = None, **columns: int | torch.Tensor) -> None:
@@ -51,7 +53,7 @@ class Rows:
         row = [0] * COLUMNS
         for name, value in columns.items():
             if isinstance(value, torch.Tensor):
-                self._held.append(value)
+                self.held.append(value)
                 value = value.data_ptr()
             row[_COLUMN[name]] = value
         row[_COLUMN["first_chunk"]] = self.chunks
@@ -72,9 +74,9 @@ class Rows:
             return torch.repeat_interleave(tensors, torch.tensor(counts), output_size=self.chunks)
 
         chunk_map = _found((*where, "chunks", tuple(counts)), device, counts, of_chunks)
-        if INTERPRETED:
-            # Tests look addresses up among the tensors that a launch may reach.
-            table.reached = self._held
+        if device.type == "cpu":
+            # Interpreted: tests look addresses up among the tensors that a launch may reach.
+            table.reached = self.held
         return table, chunk_map
 
 
