@@ -158,6 +158,37 @@ def test_quacks_norm_gets_parameters_in_float32(monkeypatch):
     torch.testing.assert_close(norm.call(*prepared), F.layer_norm(x, (8,), weight, bias, 1e-5))
 
 
+@pytest.mark.parametrize("divergence, beta", [("forward_kl", 0.0), ("jsd", 0.5), ("reverse_kl", 1.0)])
+def test_liger_gets_the_divergence_as_its_beta(monkeypatch, divergence, beta):
+    """What it documents: the sum over classes, divided by the rows that count, beta the teacher's part in m."""
+    seen = []
+
+    def liger_jsd(input, target, shift_labels=None, beta=0.5, ignore_index=-100):
+        seen.append(beta)
+        p, q = target.exp(), input.exp()
+        m = beta * p + (1 - beta) * q
+        found = beta * p * (target - m.log()) + (1 - beta) * q * (input - m.log())
+        found = {0.0: p * (target - input), 1.0: q * (input - target)}.get(beta, found)
+        counts = shift_labels != ignore_index
+        return found.sum(1)[counts].sum() / counts.sum()
+
+    def liger_fused_linear_jsd(x, w, t, t_weight, shift_labels=None, jsd_beta=0.5, ignore_index=-100, temperature=1.0):
+        log_q, log_p = torch.log_softmax(x @ w.T, 1), torch.log_softmax(t @ t_weight.T, 1)
+        return liger_jsd(log_q, log_p, shift_labels, jsd_beta, ignore_index)
+
+    functions = dict(liger_jsd=liger_jsd, liger_fused_linear_jsd=liger_fused_linear_jsd)
+    library(monkeypatch, "liger_kernel.transformers.functional", **functions)
+    for operator, sizes in (("distillation_loss", (9, 33)), ("linear_distillation_loss", (9, 6, 33, 8))):
+        of = cell(operator, *sizes, divergence, dtype="float32")
+        made = operators.problem(operator).inputs(of.of, torch.float32, torch.Generator().manual_seed(0))
+        found = peers.liger_distillation(of, GPU).call(*made.arguments)
+        torch.testing.assert_close(found, made.reference(*made.tensors.values()))
+        assert seen.pop() == beta and not seen
+        for extension, reason in ((2.0, "no T²"), (1.0, "no cross-entropy")):
+            other = cell(operator, *sizes, divergence, extension, 0.5 * (extension == 1.0))
+            assert reason in peers.liger_distillation(other, GPU).reason
+
+
 # --- int8 -----------------------------------------------------------------------------------------------------------
 
 # The products of values that are rounded to 1 / 127 of a row's largest differ by about 1 %.

@@ -269,6 +269,35 @@ def of_rows(library: str, cell: Cell, kind: str) -> Implementation:
     return Implementation(called(getattr(_imported(module), function)), prepare)
 
 
+# --- distillation: (student's logits, teacher's, target), or (student, its weight, teacher, its weight, target) -------
+
+# Its generalised JSD is the teacher's part in the mixture, and both divergences at the ends.
+_LIGER_BETA = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}
+
+
+@_adapter
+def liger_distillation(cell: Cell, kind: str) -> Implementation:
+    """Liger-Kernel's JSD of log-probabilities, and its fused linear JSD, which computes gradients in its forward."""
+    _need_gpu(kind)
+    _need(cell.of.mix == 0.0, "has no cross-entropy beside the divergence")
+    _need(cell.of.temperature == 1.0, "has no T² in its loss")
+    functions, beta = _imported(_LIGER_FUNCTIONS), _LIGER_BETA[cell.of.divergence]
+    if hasattr(cell.of, "width"):
+        fused = functions.liger_fused_linear_jsd
+        # It asks for the number of rows that count: the host waits.
+        return Implementation(
+            lambda x, w, t, t_weight, target: fused(x, w, t, t_weight, target, jsd_beta=beta), graph=False
+        )
+    _need(not cell.of.stored, "has no teacher of whom the likeliest classes are known")
+    jsd = functions.liger_jsd
+
+    def call(student, teacher, target):
+        log_q, log_p = (torch.log_softmax(x.float(), 1) for x in (student, teacher))
+        return jsd(log_q, log_p, target, beta=beta)
+
+    return Implementation(call, graph=False)
+
+
 # --- int8_linear: (input, weight, bias), weight (out_features, in_features) before quantisation, as the input ---------
 
 # What torch._int_mm asks of its operands on a GPU (cuBLASLt's int8 products).
@@ -451,6 +480,8 @@ def of_operator(plain: Callable | None, written_out: Callable | None, cell: Cell
         found |= {name: sdpa(backend, cell, kind) for backend, name in SDPA.items()}
         found[FLEX] = flex_attention(cell, kind)
         found |= {name: flash_attn(generation, cell, kind) for generation, name in FLASH_ATTN.items()}
+    if cell.operator in ("distillation_loss", "linear_distillation_loss"):
+        found[LIGER] = liger_distillation(cell, kind)
     if cell.operator == "int8_linear":
         adapters = {COMPILE: compiled_int8, INT_MM: int_mm, TORCHAO: torchao, BITSANDBYTES: bitsandbytes}
         found |= {name: _of_float_weight(adapter(cell, kind), cell) for name, adapter in adapters.items()}
