@@ -51,6 +51,7 @@ def linear(mode, *sizes):
 
 GPU, LIGER, QUACK = "cuda", peers.LIGER, peers.QUACK
 NORM = cell("layer_norm", 4, 8)
+CROSS_ENTROPY, EXTENDED = cell("cross_entropy", 4, 8), (4, 8, 0, "classes", False, "sum", 0.1, 0.2, 3.0)
 SOFTMAX, CAUSAL = (cell("softmax", (4, 4), -1, 1.0, None, causal) for causal in (False, True))
 
 
@@ -84,6 +85,8 @@ def test_a_library_that_cannot_be_imported(monkeypatch):
         (peers.sdpa, ("flash", attention(lengths=(4, 6)), GPU), "equal lengths alone"),
         (peers.of_rows, (LIGER, cell("layer_norm", 4, 8, True), GPU), "no layer_norm with a residual"),
         (peers.of_rows, (LIGER, CAUSAL, GPU), "no causal softmax"),
+        (peers.cross_entropy, (LIGER, cell("cross_entropy", 4, 8, direction="both"), GPU), "over the logits"),
+        (peers.cross_entropy, (QUACK, cell("cross_entropy", 4, 8, 3), GPU), "rows of logits and classes alone"),
         (peers.of_rows, (QUACK, cell("layer_norm", 4, 8, direction="backward"), GPU), "autograd"),
         (peers.int_mm, (linear("w8a16"), GPU), "no w8a16"),
         (peers.bitsandbytes, (linear("w8a16"), GPU), "no w8a16"),
@@ -187,6 +190,32 @@ def test_liger_gets_the_divergence_as_its_beta(monkeypatch, divergence, beta):
         for extension, reason in ((2.0, "no T²"), (1.0, "no cross-entropy")):
             other = cell(operator, *sizes, divergence, extension, 0.5 * (extension == 1.0))
             assert reason in peers.liger_distillation(other, GPU).reason
+
+
+@pytest.mark.parametrize(
+    ("peer", "module", "name"),
+    [
+        (LIGER, "liger_kernel.transformers.functional", "liger_cross_entropy"),
+        (QUACK, "quack.cross_entropy", "cross_entropy"),
+    ],
+)
+def test_cross_entropies_get_the_cells_options(monkeypatch, peer, module, name):
+    given = []
+
+    def function(x, target, **options):
+        given.append(options)
+        return F.cross_entropy(x, target, reduction=options["reduction"])
+
+    library(monkeypatch, module, **{name: function})
+    x, target = torch.randn(4, 8), torch.tensor([0, 7, -100, 2])
+    right = F.cross_entropy(x, target)
+    torch.testing.assert_close(peers.cross_entropy(peer, CROSS_ENTROPY, GPU).call(x, target), right)
+    extended = peers.cross_entropy(peer, cell("cross_entropy", *EXTENDED), GPU)
+    if peer == LIGER:
+        extended.call(x, target)
+        assert given[-1] == dict(reduction="sum", label_smoothing=0.1, lse_square_scale=0.2, softcap=3.0)
+    else:
+        assert "has no softcap" in extended.reason
 
 
 # --- int8 -----------------------------------------------------------------------------------------------------------

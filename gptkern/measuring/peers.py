@@ -298,6 +298,29 @@ def liger_distillation(cell: Cell, kind: str) -> Implementation:
     return Implementation(call, graph=False)
 
 
+# --- cross_entropy: (x, target); x (rows, classes) --------------------------------------------------------------------
+
+
+@_adapter
+def cross_entropy(library: str, cell: Cell, kind: str) -> Implementation:
+    """Liger-Kernel's function, on Triton, and quack's, on the CuTe DSL."""
+    sizes = cell.of
+    _need_gpu(kind)
+    plain = sizes.target == "classes" and not (sizes.positions or sizes.weight or sizes.logit_scale != 1.0)
+    _need(plain, "is compared on rows of logits and classes alone")
+    if library == LIGER:
+        in_place = "writes the gradient over the logits in its forward: a second call would not see them"
+        _need(cell.direction == "forward", in_place)
+        function = _imported(_LIGER_FUNCTIONS).liger_cross_entropy
+        options = dict(label_smoothing=sizes.label_smoothing, lse_square_scale=sizes.z_loss, softcap=sizes.softcap)
+    else:
+        _need(
+            sizes.softcap is None and not (sizes.z_loss or sizes.label_smoothing), "has no softcap, z-loss, smoothing"
+        )
+        function, options = _imported("quack.cross_entropy").cross_entropy, {}
+    return Implementation(lambda x, target: function(x, target, reduction=sizes.reduction, **options))
+
+
 # --- int8_linear: (input, weight, bias), weight (out_features, in_features) before quantisation, as the input ---------
 
 # What torch._int_mm asks of its operands on a GPU (cuBLASLt's int8 products).
@@ -486,6 +509,8 @@ def of_operator(plain: Callable | None, written_out: Callable | None, cell: Cell
         adapters = {COMPILE: compiled_int8, INT_MM: int_mm, TORCHAO: torchao, BITSANDBYTES: bitsandbytes}
         found |= {name: _of_float_weight(adapter(cell, kind), cell) for name, adapter in adapters.items()}
         found[DEQUANTISED] = _of_float_weight(dequantised(kind), cell)
+    if cell.operator == "cross_entropy":
+        found |= {library: cross_entropy(library, cell, kind) for library in (LIGER, QUACK)}
     return found | {lib: of_rows(lib, cell, kind) for lib, operator in _OF_ROWS if operator == cell.operator}
 
 

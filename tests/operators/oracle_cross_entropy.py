@@ -45,7 +45,8 @@ def cross_entropy(
     # In one sum, so that the digits of a loss near 0 are those of float64's.
     below = s - largest
     log_sum = torch.log(torch.exp(below).sum(-1, keepdim=True))
-    losses = counts * (t * w * (log_sum - below)).sum(-1)
+    # What has no part in the target may be as unlikely as it likes.
+    losses = counts * (t * w * torch.where(t == 0, 0.0, log_sum - below)).sum(-1)
     if z_loss:
         losses = losses + z_loss * (largest + log_sum).squeeze(-1) ** 2 * own
     if reduction == "none":

@@ -71,16 +71,19 @@ def _walk(*tensors: torch.Tensor) -> _Walk | None:
     return _Walk(found.size_1, found.lanes, [strides[1:] for strides in found.strides])
 
 
-def _peels(classes: int, walk: _Walk, *tensors: torch.Tensor) -> tuple[bool, int] | None:
-    """(whether rows begin between vectors, elements of a vector): of all of the tensors alike, else None."""
+def _peels(classes: int, strides: list[tuple[int, int, int]], tensors: tuple[torch.Tensor, ...]) -> tuple[bool, int]:
+    """(whether edges are loaded by themselves, elements of a vector of the first tensor).
+
+    They are where rows begin between vectors, of all tensors alike; what begins otherwise has no vectors together.
+    """
     vector = _VECTOR_BYTES // tensors[0].element_size()
     addresses = {tensor.data_ptr() % _VECTOR_BYTES for tensor in tensors}
-    strides = [stride % vector for strides in walk.strides for stride in strides[:2]]
-    if not any(strides) and not any(addresses) and classes % 16 == 0:
+    offsets = {tuple(stride % vector for stride in of_one[:2]) for of_one in strides}
+    sizes = {tensor.element_size() for tensor in tensors}
+    if addresses == {0} and offsets == {(0, 0)} and len(sizes) == 1 and classes % 16 == 0:
+        # Triton sees by itself that every vector is whole.
         return False, vector
-    alike = {tuple(stride % vector for stride in strides[:2]) for strides in walk.strides}
-    itemsizes = {tensor.element_size() for tensor in tensors}
-    return (len(addresses) == len(alike) == len(itemsizes) == 1), vector
+    return len(addresses) == len(offsets) == len(sizes) == 1, vector
 
 
 # --- Launchers ------------------------------------------------------------------------------------------------------
@@ -129,19 +132,22 @@ def _read(input: torch.Tensor, target: torch.Tensor, *written: torch.Tensor):
         target = target.contiguous()
         walked = (input, target, *written) if probabilities else (input, *written)
         walk = _walk(*walked)
-    if not probabilities:
-        walk = walk._replace(strides=[walk.strides[0], (0, 0, 0), *walk.strides[1:]])
     return input, target, written, walk
 
 
 def _tile(walk: _Walk, classes: int, *tensors: torch.Tensor) -> tuple[Tile, dict]:
-    """The tile, and the constants that follow from it."""
-    contiguous = all(strides[2] == 1 for strides in walk.strides if any(strides)) or classes == 1
-    found = tile(classes, walk.lanes, contiguous)
+    """The tile, and the constants that follow from it. `tensors`: what is walked."""
+    found = tile(classes, walk.lanes, classes == 1 or all(strides[2] == 1 for strides in walk.strides))
     if found.by_rows:
-        peel, vector = _peels(classes, walk, *tensors)
+        peel, vector = _peels(classes, walk.strides, tensors)
         return found, dict(VECTOR=vector, PEEL=peel)
     return found, dict(AXIS=found.axis, LANES=found.lanes)
+
+
+def _strides(walk: _Walk, is_class: bool) -> list[int]:
+    """As the kernels take them: the logits', the target's, of which a class a row has none, what is written's."""
+    of_input, *others = walk.strides
+    return [stride for strides in (of_input, *([(0, 0, 0)] if is_class else ()), *others) for stride in strides]
 
 
 def forward(call: Call):
@@ -164,7 +170,7 @@ def forward(call: Call):
         found, constants = _tile(walk, classes, *((x,) if is_class else (x, t)))
         constants |= _constants(call) | dict(STATS=call.need_stats)
         pointers = x, t, weight, losses, own, statistics, lse, entropy, correct
-        numbers = rows, walk.lanes, classes, *walk.strides[0], *walk.strides[1], *_options(call)
+        numbers = rows, walk.lanes, classes, *_strides(walk, is_class), *_options(call)
         if found.by_rows:
             groups = found.block_n // constants["VECTOR"]
             _forward_row_kernel[(rows,)](*pointers, *numbers, GROUPS=groups, **constants, num_warps=found.warps)
@@ -195,7 +201,7 @@ def backward(gradient: Gradient, call: Call):
     constants |= _constants(call) | dict(EACH=call.reduction == "none", BLOCK_N=found.block_n)
     divisor = float(rows) if call.reduction == "mean" and denominator is None else 1.0
     chunks = cdiv(classes, found.block_n)
-    numbers = rows, walk.lanes, classes, *(stride for strides in walk.strides for stride in strides), *_options(call)
+    numbers = rows, walk.lanes, classes, *_strides(walk, is_class), *_options(call)
     kernel, programs = _backward_row_kernel, rows
     if not found.by_rows:
         kernel, programs = _backward_tile_kernel, walk.groups * cdiv(walk.lanes, found.lanes)
