@@ -216,13 +216,24 @@ class GPT(nn.Module):
         Raises:
             ValueError: ids are not two-dimensional, longer than the context, or of another shape than the targets.
         """
+        if targets is not None and targets.shape != ids.shape:
+            raise ValueError(f"GPT: targets have shape {tuple(targets.shape)}; they need ids', {tuple(ids.shape)}")
+        logits = self.lm_head(self.features(ids))  # (batch, length, vocab_size)
+        if targets is None:
+            return logits, None
+        # (batch * length, vocab_size) against (batch * length,)
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def features(self, ids: torch.Tensor) -> torch.Tensor:
+        """What `lm_head` makes logits of: (batch, length, width), for a loss that makes them itself.
+
+        Args and raises: of `forward`.
+        """
         if ids.dim() != 2:
             raise ValueError(f"GPT: ids have shape {tuple(ids.shape)}; they need two dimensions, (batch, length)")
         length = ids.shape[1]
         if length > self.config.context:
             raise ValueError(f"GPT: ids have length {length}; the context is {self.config.context}")
-        if targets is not None and targets.shape != ids.shape:
-            raise ValueError(f"GPT: targets have shape {tuple(targets.shape)}; they need ids', {tuple(ids.shape)}")
         positions = torch.arange(length, device=ids.device)
         x = self.token_embedding(ids) + self.position_embedding(positions)  # (batch, length, width)
         x = self.embedding_dropout(x)
@@ -230,11 +241,7 @@ class GPT(nn.Module):
         for index, block in enumerate(self.blocks):
             recomputed = every is not None and index % every == 0
             x = checkpoint(block, x, use_reentrant=False) if recomputed else block(x)
-        logits = self.lm_head(self.final_norm(x))  # (batch, length, vocab_size)
-        if targets is None:
-            return logits, None
-        # (batch * length, vocab_size) against (batch * length,)
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return self.final_norm(x)
 
     @torch.no_grad()
     def generate(

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+
+import gptkern.functional as F
 
 IGNORED = -100  # a target that does not count
 
 
 def objective(
-    logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0
+    features: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> torch.Tensor:
-    """The sum over the targets that count of
+    """The sum over the targets that count, with the logits features @ weight^T, of
 
         (1 - s) · (lse - logit of the target) + s · (lse - mean of the logits) + z · lse²
 
     with lse the log of the sum of the logits' exponentials, s the label smoothing and z the weight of the z-loss.
     A sum, so that the pieces of an update add up whatever their share of targets: who trains divides by the targets
-    of the whole update.
+    of the whole update. Where the logits are many they are computed in chunks, and never whole in memory
+    (`gptkern.functional.linear_cross_entropy`).
 
     Args:
-        logits: (batch, length, vocab_size), any floating dtype; computed in float32.
+        features: (batch, length, width), `GPT.features`. weight: (vocab_size, width), of the output.
         targets: (batch, length), int64; -100 does not count.
 
     Returns:
@@ -29,9 +35,7 @@ def objective(
     Sources: label smoothing: Szegedy et al., 2016 (arXiv:1512.00567); z-loss: Chowdhery et al., PaLM, 2022
     (arXiv:2204.02311), section 5.
     """
-    logits, targets = logits.flatten(0, 1).float(), targets.flatten()  # (batch * length, vocab_size), (batch * length,)
-    loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
-    if z_loss:
-        lse = torch.logsumexp(logits, -1)  # (batch * length,)
-        loss = loss + z_loss * lse.square().masked_fill(targets == IGNORED, 0.0).sum()
-    return loss
+    return F.linear_cross_entropy(
+        features.flatten(0, 1), weight, targets.flatten(), reduction="sum", ignore_index=IGNORED,
+        label_smoothing=label_smoothing, z_loss=z_loss, loss_dtype=torch.float32,
+    )  # fmt: skip
