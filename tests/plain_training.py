@@ -70,11 +70,12 @@ def plain_training(
         for piece in batch.split(BATCH // accumulate):
             with torch.autocast("cpu", dtype) if dtype else contextlib.nullcontext():
                 logits = model(piece[:, :-1])[0].reshape(-1, VOCABULARY).float()
+                reduction = "none" if z_loss else "sum"  # which round in another order
                 loss = F.cross_entropy(
-                    logits, piece[:, 1:].reshape(-1), reduction="sum", label_smoothing=smoothing
+                    logits, piece[:, 1:].reshape(-1), reduction=reduction, label_smoothing=smoothing
                 )  # fmt: skip
                 if z_loss:
-                    loss = loss + z_loss * (logits.logsumexp(-1) ** 2).sum()
+                    loss = (loss + logits.logsumexp(-1) ** 2 * z_loss).sum()
             loss = loss / (BATCH * LENGTH)
             scaler.scale(loss).backward()
             total.append(loss.detach())

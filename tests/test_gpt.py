@@ -97,6 +97,15 @@ def test_the_loss_is_the_mean_cross_entropy(model):
     assert loss.item() == pytest.approx(sum(terms) / len(terms), rel=1e-5)
 
 
+def test_without_its_head_it_gives_what_the_head_would_get(model):
+    ids = torch.randint(0, model.config.vocab_size, (2, 5))
+    features, loss = model(ids, head=False)
+    assert features.shape == (2, 5, model.config.width) and loss is None
+    assert torch.equal(model.lm_head(features), model(ids)[0])
+    with pytest.raises(ValueError, match="head is False and targets are given"):
+        model(ids, ids, head=False)
+
+
 def test_no_token_sees_a_later_one(model):
     ids = torch.randint(61, (1, 16))
     before, _ = model(ids)

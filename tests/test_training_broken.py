@@ -107,10 +107,10 @@ FAULTS = {
     "wsd at once": Fault("schedule", "start) / decay", "start + 1) / decay", schedule("wsd")),
     "no floor": Fault("schedule", "floor = recipe.final_lr * recipe.lr", "floor = 0.0", schedule("linear")),
     # The objective.
-    "no smoothing": Fault("losses", ", label_smoothing=label_smoothing", "", option("smoothing")),
-    "z of ignored targets": Fault("losses", ".masked_fill(targets == IGNORED, 0.0)", "", IGNORED),
-    "z not squared": Fault("losses", "lse.square()", "lse", option("z-loss")),
-    "a loss in 16 bits": Fault("losses", "flatten(0, 1).float()", "flatten(0, 1)", SIXTEEN_BITS),
+    "no smoothing": Fault("losses", "label_smoothing=label_smoothing", "label_smoothing=0.0", option("smoothing")),
+    "another number is ignored": Fault("losses", "ignore_index=IGNORED", "ignore_index=-1", IGNORED),
+    "no z-loss": Fault("losses", "z_loss=z_loss", "z_loss=0.0", option("z-loss")),
+    "a loss in 16 bits": Fault("losses", "loss_dtype=torch.float32", "loss_dtype=features.dtype", SIXTEEN_BITS),
     # Random numbers.
     "another seed": Fault("process_state", "Generator().manual_seed(seed)", "Generator()", option("dropout")),
     "the same numbers": Fault("process_state", "self.states = self._of_process()\n", "pass\n", option("dropout")),

@@ -59,8 +59,8 @@ def kept_for_the_backward(config: GPTConfig, recipe: Recipe, swapped: bool) -> i
     model.recompute(recipe.recompute_every)
     ids = torch.randint(0, config.vocab_size, (recipe.batch // recipe.accumulate, recipe.length))
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast(CPU, recipe.precision):
-        logits, _ = model(ids)
-        loss = losses.objective(logits, ids.clone(), recipe.label_smoothing, recipe.z_loss)
+        features, _ = model(ids, head=False)
+        loss = losses.objective(features, model.lm_head.weight, ids.clone(), recipe.label_smoothing, recipe.z_loss)
     assert loss.requires_grad
     for parameter in model.parameters():
         kept.pop(parameter.untyped_storage().data_ptr(), None)

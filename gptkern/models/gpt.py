@@ -202,33 +202,38 @@ class GPT(nn.Module):
         self.recompute_every = every
 
     def forward(
-        self, ids: torch.Tensor, targets: torch.Tensor | None = None
+        self, ids: torch.Tensor, targets: torch.Tensor | None = None, *, head: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The logits of the next token at each position, and the loss where targets are given.
 
         Args:
             ids: (batch, length), integer, length at most the context.
             targets: (batch, length), the token that follows each; -100 is left out of the loss.
+            head: False: in place of the logits what `lm_head` would be given, (batch, length, width), for a loss that
+                makes the logits itself; without targets.
 
         Returns:
             logits (batch, length, vocab_size), and the mean cross-entropy in nats (float32) or None.
 
         Raises:
-            ValueError: ids are not two-dimensional, longer than the context, or of another shape than the targets.
+            ValueError: ids are not two-dimensional, longer than the context, or of another shape than the targets;
+                targets are given, and no head.
         """
+        if targets is not None and not head:
+            raise ValueError("GPT: head is False and targets are given; their loss needs the head")
         if targets is not None and targets.shape != ids.shape:
             raise ValueError(f"GPT: targets have shape {tuple(targets.shape)}; they need ids', {tuple(ids.shape)}")
-        logits = self.lm_head(self.features(ids))  # (batch, length, vocab_size)
+        hidden = self.features(ids)
+        if not head:
+            return hidden, None
+        logits = self.lm_head(hidden)  # (batch, length, vocab_size)
         if targets is None:
             return logits, None
         # (batch * length, vocab_size) against (batch * length,)
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def features(self, ids: torch.Tensor) -> torch.Tensor:
-        """What `lm_head` makes logits of: (batch, length, width), for a loss that makes them itself.
-
-        Args and raises: of `forward`.
-        """
+        """The final norm's output, (batch, length, width). Raises as `forward`."""
         if ids.dim() != 2:
             raise ValueError(f"GPT: ids have shape {tuple(ids.shape)}; they need two dimensions, (batch, length)")
         length = ids.shape[1]

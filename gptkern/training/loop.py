@@ -342,9 +342,8 @@ def _objective_of(model: GPT, recipe: Recipe):
     """(ids, targets) -> the objective's sum, compiled as one where the recipe says so."""
 
     def objective(ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return losses.objective(
-            model.features(ids), model.lm_head.weight, targets, recipe.label_smoothing, recipe.z_loss
-        )
+        features, _ = model(ids, head=False)
+        return losses.objective(features, model.lm_head.weight, targets, recipe.label_smoothing, recipe.z_loss)
 
     return torch.compile(objective, dynamic=False) if recipe.compile else objective
 
@@ -378,8 +377,8 @@ def validation_loss(model: GPT, held_out: Tokens, recipe: Recipe, most: int | No
             rows = min(EVALUATION_BATCH, recipe.batch // recipe.accumulate)
             for batch in windows(held_out, recipe.length, most).batches(rows, device):
                 with autocast(device, recipe.precision):
-                    loss = losses.objective(model.features(batch.ids), model.lm_head.weight, batch.targets)
-                    total += loss.cpu().double()
+                    features, _ = model(batch.ids, head=False)
+                    total += losses.objective(features, model.lm_head.weight, batch.targets).cpu().double()
                 count += batch.tokens
     finally:
         model.train(was_training)

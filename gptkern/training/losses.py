@@ -26,7 +26,7 @@ def objective(
     (`gptkern.functional.linear_cross_entropy`).
 
     Args:
-        features: (batch, length, width), `GPT.features`. weight: (vocab_size, width), of the output.
+        features: (batch, length, width), what GPT's `lm_head` is given. weight: (vocab_size, width), of the output.
         targets: (batch, length), int64; -100 does not count.
 
     Returns:
