@@ -26,7 +26,7 @@ from gptkern.optim import AdamW
 STEPS = 3
 # Rows that no number of ranks divides, fewer rows than ranks, wide rows, a vector.
 SHAPES = {"weight": (5, 64), "few": (3, 300), "bias": (13,), "wide": (8, 512), "three": (4, 6, 10)}
-# PyTorch's own kernel on a CPU rounds the elements that are left over from whole vectors in its own way: of these two no
+# PyTorch's own kernel on a CPU rounds the elements that are left over from whole vectors in its own way: of these no
 # shard has any.
 VECTORS = "weight", "wide"
 EXACT = dict(lr=2.0**-9, betas=(0.0, 0.0), eps=0.0, weight_decay=0.0)

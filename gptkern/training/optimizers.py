@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from gptkern.optim import AdamW
+
 BETAS = (0.9, 0.95)  # GPT-3, appendix B
 WEIGHT_DECAY = 0.1  # GPT-3, appendix B
 
@@ -15,7 +17,7 @@ def optimizer_of(
     betas: tuple[float, float] = BETAS,
     weight_decay: float = WEIGHT_DECAY,
     capturable: bool = False,
-) -> torch.optim.AdamW:
+) -> AdamW:
     """AdamW that decays matrices only: biases and the parameters of LayerNorm keep their size.
 
     Args:
@@ -27,7 +29,7 @@ def optimizer_of(
         {"params": [parameter for parameter in parameters if parameter.dim() >= 2], "weight_decay": weight_decay},
         {"params": [parameter for parameter in parameters if parameter.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True, capturable=capturable)
+    return AdamW(groups, lr=lr, betas=betas, capturable=capturable)
 
 
 def begin(optimizer: torch.optim.AdamW) -> None:
