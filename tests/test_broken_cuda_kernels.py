@@ -182,6 +182,26 @@ MUTATIONS = [
         Case("rms_norm", "Llama", "grad weight"),
     ),
     Mutation(
+        "up's gradient is of the slope", "nonlinearity", "nonlinearity_backward_kernel(const",
+        "of_y * value", "of_y * slope",
+        Case("nonlinearity", "swiglu", "grad up"),
+    ),
+    Mutation(
+        "a row's last vector is written whole", "nonlinearity", "void store_part(",
+        "V == 1 || count >= V", "V >= 1",
+        Case("nonlinearity", "swiglu tail", refused=OUTSIDE),
+    ),
+    Mutation(
+        "a block sums the rows of seven of its warps", "nonlinearity", "nonlinearity_bias_kernel(const",
+        "WARPS, min(range", "WARPS - 1, min(range",
+        Case("nonlinearity", "bias", "grad bias", torch.float32),
+    ),
+    Mutation(
+        "the second half begins one column late", "nonlinearity", "Walked<T> second_half(",
+        "first.start + width", "first.start + width + 1",
+        Case("nonlinearity", "swiglu packed", refused=OUTSIDE),
+    ),
+    Mutation(
         "the backward turns as the forward does", "rotary", "void launch(const Tensor& x,",
         ".sign = options.inverse ? -1.0f : 1.0f", ".sign = 1.0f",
         Case("rotary", "partial", "grad input"),

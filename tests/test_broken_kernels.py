@@ -154,6 +154,36 @@ MUTATIONS = [
         "Llama", "grad weight",
     ),
     Mutation(
+        "up is left out of the gate's gradient", "nonlinearity", "_gradient_of_tile",
+        r"dx \*= up", "dx *= 1.0",
+        "swiglu", "grad input",
+    ),
+    Mutation(
+        "up's gradient is of the slope", "nonlinearity", "_gradient_of_tile",
+        r"\(dy \* value\)", "(dy * slope)",
+        "swiglu packed tail", "grad input", torch.bfloat16,
+    ),
+    Mutation(
+        "the second half begins one column early", "nonlinearity", "_halves",
+        r"rows\[:, width:\]", "rows[:, width - 1 : -1]",
+        "swiglu packed", "forward", torch.float16,
+    ),
+    Mutation(
+        "programs sum each other's rows into the bias's gradient", "nonlinearity", "_bias_backward_kernel",
+        r"tl\.range\(split \* BLOCK_ROWS, rows, step", "tl.range(split * BLOCK_ROWS, rows, step - BLOCK_ROWS",
+        "bias tail", "grad bias",
+    ),
+    Mutation(
+        "the slope of the tanh form leaves out u'", "nonlinearity", "activated_with_slope",
+        r"rest \* inner", "rest * _TWO_SQRT_2_PI",
+        "geglu", "grad input", torch.bfloat16,
+    ),
+    Mutation(
+        "the exact form is the tanh form", "nonlinearity", "activated",
+        r'ACTIVATION == "gelu"', 'ACTIVATION == "gelu_exact"',
+        "gelu", "forward",
+    ),
+    Mutation(
         "the angle has the wrong sign", "rotary", "_turn",
         r"x_a \* cos - x_b \* sin, x_b \* cos \+ x_a \* sin", "x_a * cos + x_b * sin, x_b * cos - x_a * sin",
         "half-split, tails", "forward",

@@ -27,6 +27,9 @@ import test_int8_linear_faults
 import test_int8_linear_inputs
 import test_layer_norm_faults
 import test_layer_norm_inputs
+import test_nonlinearity
+import test_nonlinearity_faults
+import test_nonlinearity_inputs
 import test_quantize_int8_faults
 import test_rms_norm_faults
 import test_rms_norm_inputs
@@ -132,6 +135,34 @@ TRITON = {
             "the residual of a wide row by x's stride", "_forward_wide_kernel",
             r"residual_ptr \+= row \* residual_stride", "residual_ptr += row * x_stride",
             of(test_rms_norm_residual.test_every_operand_has_strides_of_its_own, width=37, chunks=True),
+        ),
+    ],
+    "nonlinearity": [
+        Mutation(
+            "up by the gate's stride", "_forward_kernel",
+            r"row \* up_stride", "row * x_stride",
+            of(test_nonlinearity_inputs.test_every_operand_has_strides_of_its_own, kind="pair", width=33),
+        ),
+        Mutation(
+            "dy by the gradient's stride", "_gradient_of_tile",
+            r"row \* dy_stride", "row * gradient_stride",
+            of(test_nonlinearity_inputs.test_every_operand_has_strides_of_its_own, kind="bias", width=64),
+        ),
+        Mutation(
+            "the slope of the tanh form has no limit", "activated_with_slope",
+            r"tl\.where\(tl\.abs\(z\) > _SATURATED, s, (s \+ z \* s \* rest \* inner)\)", r"\1",
+            of(test_nonlinearity.test_far_away_it_is_the_identity_or_nothing, function="gelu_tanh", dtype=BF16),
+        ),
+        Mutation(
+            "1 - s has lost its digits", "_sigmoid_and_rest",
+            r"tl\.where\(t > 0, e, 1\.0\) \* reciprocal", "1.0 - tl.where(t > 0, 1.0, e) * reciprocal",
+            of(test_nonlinearity.test_near_the_limit_the_slope_is_right, function="silu"),
+        ),
+        Mutation(
+            "the row after a tile's is left out", "_forward_kernel",
+            r"column, inside = _tile_of_program\(rows, width, BLOCK_ROWS",
+            "column, inside = _tile_of_program(rows // BLOCK_ROWS * BLOCK_ROWS, width, BLOCK_ROWS",
+            of(test_nonlinearity.test_shapes, kind="bias", shape=(9, 9)),
         ),
     ],
     "softmax": [
@@ -264,6 +295,13 @@ TRITON_SIZES = {
             "results in 32 bits", "position_of",
             r"group\.to\(tl\.int64\), tl", "group, tl",
             of(test_far_memory.test_results_of_softmax, last=(4,), inner=(64,), dim=1, limit=None),
+        ),
+    ],
+    "nonlinearity": [
+        Mutation(
+            "rows in 32 bits", "_tile_of_program",
+            r"\(tl\.program_id\(0\) // columns\)\.to\(tl\.int64\)", "(tl.program_id(0) // columns)",
+            far("swiglu 61", 1, 0),
         ),
     ],
     "rotary": [
@@ -414,6 +452,33 @@ CUDA = {
             of(test_softmax_faults.test_columns_of_one_operand_are_not_aligned, which=0, dim=1),
         ),
     ],
+    "nonlinearity": [
+        Mutation(
+            "up is not asked for alignment", "void forward_of(const Tensor& x, const Tensor& up",
+            "whole_vectors<V>(call.up, call.rows) &&", "true &&",
+            of(test_nonlinearity_faults.test_one_operand_is_not_aligned, kind="pair", which=1),
+        ),
+        Mutation(
+            "dy is not asked for alignment", "void backward_of(const Tensors& of",
+            "whole = fits(call.dy) &&", "whole =",
+            of(test_nonlinearity_faults.test_one_operand_is_not_aligned, kind="bias", which=2),
+        ),
+        Mutation(
+            "the last of the partial sums are left out", "void backward_of(const Tensors& of",
+            "int(blocks), call.width", "int(blocks) - 1, call.width",
+            of(test_nonlinearity_faults.test_any_number_of_partial_sums_on_cuda, partials=5),
+        ),
+        Mutation(
+            "the slope of the tanh form has no limit", "Activated activated_with_slope(",
+            "fabsf(z) > SATURATED ? s : s +", "s +",
+            of(test_nonlinearity.test_far_away_it_is_the_identity_or_nothing, function="gelu_tanh", dtype=BF16),
+        ),
+        Mutation(
+            "up by the gate's stride", "void forward_of(const Tensor& x, const Tensor& up",
+            "call.y = walked", "call.up.stride = call.x.stride, call.y = walked",
+            of(test_nonlinearity_inputs.test_every_operand_has_strides_of_its_own, kind="pair", width=64),
+        ),
+    ],
     "rotary": [
         Mutation(
             "the angles' batches are not asked for alignment", "bool aligned(",
@@ -468,6 +533,13 @@ CUDA_SIZES = {
             "results in 32 bits", "Offsets offsets_of(",
             "int64_t(place) * dimension.out_stride", "int(place) * int(dimension.out_stride)",
             of(test_far_memory.test_results_of_softmax, last=(4,), inner=(64,), dim=1, limit=None),
+        ),
+    ],
+    "nonlinearity": [
+        Mutation(
+            "rows in 32 bits", "struct Walked {",
+            "(row * stride + column)", "(int(row * stride) + column)",
+            far("swiglu 61", 1, 0),
         ),
     ],
     "rotary": [

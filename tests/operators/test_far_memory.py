@@ -121,6 +121,27 @@ OPERANDS |= {
     for classes in (64, 61, 1100)
 }  # fmt: skip
 OPERANDS |= {
+    f"swiglu {width}": (
+        "nonlinearity", with_gradients(lambda gate, up, dy: ((G.swiglu(gate, up),), (dy,)), (0, 1)),
+        lambda width=width: [normal(4, width) for _ in range(3)], [(index, 0) for index in range(3)],
+    )
+    for width in (64, 61)
+}  # fmt: skip
+OPERANDS |= {
+    f"swiglu packed {width}": (
+        "nonlinearity", with_gradients(lambda packed, dy: ((G.swiglu(packed),), (dy,)), (0,)),
+        lambda width=width: (normal(4, 2 * width), normal(4, width)), [(0, 0), (1, 0)],
+    )
+    for width in (64, 61)
+}  # fmt: skip
+OPERANDS |= {
+    f"gelu with a bias {width}": (
+        "nonlinearity", with_gradients(lambda x, bias, dy: ((G.gelu(x, bias=bias),), (dy,)), (0, 1)),
+        lambda width=width: (normal(4, width), normal(width), normal(4, width)), [(0, 0), (2, 0)],
+    )
+    for width in (64, 61)
+}  # fmt: skip
+OPERANDS |= {
     f"softmax over dimension {dim}": (
         "softmax", with_gradients(functools.partial(softmax, dim=dim), (0,)),
         lambda: [normal(4, 4, 48) for _ in range(3)],
@@ -171,7 +192,8 @@ def check_operand(name: str, index: int, along: int) -> None:
 
 # One variant of each operator; the others take their time.
 SHARP = {
-    "layer_norm 64", "rms_norm 61", "cross_entropy of 61 classes", "softmax over dimension 1", "rotary",
+    "layer_norm 64", "rms_norm 61", "swiglu 61", "gelu with a bias 64",
+    "cross_entropy of 61 classes", "softmax over dimension 1", "rotary",
     "quantize_int8 over dimension 1",
 }  # fmt: skip
 
@@ -302,6 +324,25 @@ def test_results_of_rms_norm(kernel_backend, monkeypatch, every_row_a_program, w
     near = contract.Gradient(dy, ds, rstd, True, False), contract.Call(s, None, weight, 1e-5)
     far_gradient = near[0]._replace(grad_output=whole(dy), grad_summed=whole(ds), rstd=whole(rstd))
     check_results("rms_norm", kernel_backend, "backward", (far_gradient, near[1]._replace(input=whole(s))), near)
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("kind", ["plain", "pair", "packed", "bias"])
+@pytest.mark.parametrize("width", [64, 61])
+def test_results_of_nonlinearity(kernel_backend, width, kind):
+    contract = operators.contract("nonlinearity")
+    x, up, dy, bias = (*(normal(3, width) for _ in range(3)), normal(width))
+    whole = functools.partial(ending_with, rows=rows_past(width))
+    if kind == "packed":
+        x = normal(3, 2 * width)
+    up, bias = up if kind == "pair" else None, bias if kind == "bias" else None
+    near = contract.Call(x, up, bias, "gelu", kind == "packed")
+    last = near._replace(input=whole(x), up=None if up is None else whole(up))
+    check_results("nonlinearity", kernel_backend, "forward", [last], [near])
+    if kind != "bias":
+        gradient = contract.Gradient(dy, True, kind == "pair", None)
+        last = gradient._replace(grad_output=whole(dy)), last
+        check_results("nonlinearity", kernel_backend, "backward", last, (gradient, near))
 
 
 # (shape of what is outside of the values, shape of the values, dimension): the first one is made as long as it takes.
