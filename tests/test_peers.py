@@ -88,6 +88,10 @@ def test_a_library_that_cannot_be_imported(monkeypatch):
         (peers.cross_entropy, (LIGER, cell("cross_entropy", 4, 8, direction="both"), GPU), "over the logits"),
         (peers.cross_entropy, (QUACK, cell("cross_entropy", 4, 8, 3), GPU), "rows of logits and classes alone"),
         (peers.of_rows, (QUACK, cell("layer_norm", 4, 8, direction="backward"), GPU), "autograd"),
+        (peers.liger_gate, (cell("nonlinearity", 4, 8, "silu"), GPU), "no silu without a gate"),
+        (peers.liger_gate, (cell("nonlinearity", 4, 8, "silu", "packed"), GPU), "gate and up apart"),
+        (peers.liger_gate, (cell("nonlinearity", 4, 8, "gelu", "pair"), GPU), "no exact GELU"),
+        (peers.liger_gate, (cell("nonlinearity", 4, 8, "silu", "pair", direction="both"), GPU), "writes over gate"),
         (peers.int_mm, (linear("w8a16"), GPU), "no w8a16"),
         (peers.bitsandbytes, (linear("w8a16"), GPU), "no w8a16"),
     ],
@@ -159,6 +163,16 @@ def test_quacks_norm_gets_parameters_in_float32(monkeypatch):
     prepared = norm.prepare(x, weight, bias)
     assert prepared[0] is x
     torch.testing.assert_close(norm.call(*prepared), F.layer_norm(x, (8,), weight, bias, 1e-5))
+
+
+def test_liger_has_a_function_for_each_gate(monkeypatch):
+    gates = dict(liger_swiglu=lambda a, b: F.silu(a) * b, liger_geglu=lambda a, b: F.gelu(a, approximate="tanh") * b)
+    library(monkeypatch, "liger_kernel.transformers.functional", **gates)
+    gate, up = torch.randn(2, 4, 8)
+    for function in ("silu", "gelu_tanh"):
+        timed = cell("nonlinearity", 4, 8, function, "pair")
+        expected = operators.problem("nonlinearity").plain(timed.of)(gate, up)
+        torch.testing.assert_close(peers.liger_gate(timed, GPU).call(gate, up), expected)
 
 
 @pytest.mark.parametrize("divergence, beta", [("forward_kl", 0.0), ("jsd", 0.5), ("reverse_kl", 1.0)])

@@ -321,6 +321,22 @@ def cross_entropy(library: str, cell: Cell, kind: str) -> Implementation:
     return Implementation(lambda x, target: function(x, target, reduction=sizes.reduction, **options))
 
 
+# --- nonlinearity: (gate, up), (rows, width) each ---------------------------------------------------------------------
+
+
+@_adapter
+def liger_gate(cell: Cell, kind: str) -> Implementation:
+    """Liger-Kernel's gates, whose GELU is the tanh form."""
+    _need_gpu(kind)
+    sizes = cell.of
+    _need(sizes.gate is not None, f"has no {sizes.function} without a gate")
+    _need(sizes.gate == "pair", "takes gate and up apart: of a packed tensor it would copy both")
+    _need(sizes.function != "gelu", "has no exact GELU")
+    _need(cell.direction == "forward", "its backward writes over gate and up, which the others are timed on")
+    functions = _imported(_LIGER_FUNCTIONS)
+    return Implementation(functions.liger_swiglu if sizes.function == "silu" else functions.liger_geglu)
+
+
 # --- int8_linear: (input, weight, bias), weight (out_features, in_features) before quantisation, as the input ---------
 
 # What torch._int_mm asks of its operands on a GPU (cuBLASLt's int8 products).
@@ -505,6 +521,8 @@ def of_operator(plain: Callable | None, written_out: Callable | None, cell: Cell
         found |= {name: flash_attn(generation, cell, kind) for generation, name in FLASH_ATTN.items()}
     if cell.operator in ("distillation_loss", "linear_distillation_loss"):
         found[LIGER] = liger_distillation(cell, kind)
+    if cell.operator == "nonlinearity":
+        found[LIGER] = liger_gate(cell, kind)
     if cell.operator == "int8_linear":
         adapters = {COMPILE: compiled_int8, INT_MM: int_mm, TORCHAO: torchao, BITSANDBYTES: bitsandbytes}
         found |= {name: _of_float_weight(adapter(cell, kind), cell) for name, adapter in adapters.items()}
