@@ -9,8 +9,10 @@ from checking import check
 
 import gptkern.functional as G
 
-DTYPES = [torch.float16, torch.bfloat16, torch.float32]
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# float16 goes the way of bfloat16.
+dtypes = pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float16, marks=pytest.mark.deep), torch.bfloat16, torch.float32], ids=str
+)
 
 
 def random(*shape: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -67,6 +69,11 @@ CALLS = {
     ),
 }  # fmt: skip
 calls = pytest.mark.parametrize("name", CALLS)
+# Those of the table that differ most, where each takes its time.
+SHARP = ("each row", "everything", "probabilities, everything")
+slow_calls = pytest.mark.parametrize(
+    "name", [name if name in SHARP else pytest.param(name, marks=pytest.mark.deep) for name in CALLS]
+)
 
 
 def call_of(name: str, input: torch.Tensor) -> tuple:

@@ -37,6 +37,14 @@ def narrow_rows(triton_backend, monkeypatch):
     return triton_backend
 
 
+# Where the others go the same way.
+one_dtype = pytest.mark.parametrize(
+    "dtype",
+    [torch.bfloat16, *(pytest.param(dtype, marks=pytest.mark.deep) for dtype in (torch.float16, torch.float32))],
+    ids=str,
+)
+
+
 # --- Against the oracle ---------------------------------------------------------------------------------------------
 
 
@@ -91,7 +99,7 @@ def test_rows_that_begin_anywhere(narrow_rows, device, dtype, offset):
 
 def test_a_row_as_wide_as_its_edges(narrow_rows, device, monkeypatch):
     monkeypatch.setattr(dispatch.load(narrow_rows, "cross_entropy"), "WIDE_ROW", 1)
-    for classes in range(1, 20):
+    for classes in (1, 2, 7, 8, 9, 16, 17, 19):
         check_cross_entropy(guarded(random(4, classes, device=device, dtype=torch.bfloat16)), reduction="none")
 
 
@@ -297,7 +305,7 @@ def written_over(input, target, *, softcap=None, **options):
 
 @pytest.mark.parametrize("name", ["plain", "everything", "probabilities, everything"])
 @pytest.mark.parametrize("shape", [(6, 33), (6, 75), (3, 9, 5)], ids=str)
-@dtypes
+@one_dtype
 def test_in_place(plain_or_triton, device, dtype, shape, name, monkeypatch):
     if plain_or_triton == "triton":
         monkeypatch.setattr(dispatch.load("triton", "cross_entropy"), "WIDE_ROW", 64)
@@ -382,7 +390,7 @@ def test_a_second_derivative_of_what_was_written_over_is_refused(plain_or_triton
     "options", [{}, {"softcap": 1.0, "logit_scale": 2.0, "label_smoothing": 0.1}], ids=["plain", "all"]
 )
 @pytest.mark.parametrize("make", [classes_for, probabilities_for])
-@dtypes
+@one_dtype
 def test_stats(plain_or_triton, device, dtype, shape, options, make, monkeypatch):
     if plain_or_triton == "triton":
         monkeypatch.setattr(dispatch.load("triton", "cross_entropy"), "WIDE_ROW", 64)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checking import Watched, assert_compiles, raised_by, same_bits
-from cross_entropy_calls import CALLS, call_of, calls, classes_for, dtypes, probabilities_for, random, weights_for
+from cross_entropy_calls import CALLS, call_of, classes_for, dtypes, probabilities_for, random, slow_calls, weights_for
 
 import gptkern
 import gptkern.functional as G
@@ -31,7 +31,11 @@ def frozen(value):
     return value.detach() if isinstance(value, torch.Tensor) else value
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.bfloat16, *(pytest.param(d, marks=pytest.mark.deep) for d in (torch.float16, torch.float64))],
+    ids=str,
+)
 def test_pytorchs_own_samples(plain_or_triton, device, dtype):
     if plain_or_triton == "triton" and dtype == torch.float64:
         with pytest.raises(gptkern.BackendError, match="float64"):
@@ -306,8 +310,15 @@ def registered(name: str, input: torch.Tensor, stats: bool) -> tuple:
     return input, target, weight, *numbers, stats, False
 
 
-@pytest.mark.parametrize("name", ["plain", "each row", "everything", "probabilities, everything"])
-@pytest.mark.parametrize("name_of_backend", ["torch", "triton"])
+@pytest.mark.parametrize(
+    ("name", "name_of_backend"),
+    [
+        ("plain", "triton"), ("everything", "torch"),
+        *(pytest.param(name, backend, marks=pytest.mark.deep) for name, backend in (
+            ("plain", "torch"), ("each row", "torch"), ("each row", "triton"), ("everything", "triton"),
+            ("probabilities, everything", "torch"), ("probabilities, everything", "triton"))),
+    ],
+)  # fmt: skip
 def test_the_registered_ops(triton_backend, device, name, name_of_backend):
     forward, backward = (getattr(torch.ops.gptkern, f"cross_entropy_{way}").default for way in ("forward", "backward"))
     for input in (random(5, 9, device=device), random(2, 7, 5, device=device).transpose(1, 2).half()):
@@ -320,7 +331,7 @@ def test_the_registered_ops(triton_backend, device, name, name_of_backend):
         torch.library.opcheck(backward, (*gradient, input.clone(), *call, name_of_backend))
 
 
-@calls
+@slow_calls
 def test_compiled_as_eager(plain_or_triton, device, name):
     input = random(7, 9, device=device)
     target, weight, options = call_of(name, input)

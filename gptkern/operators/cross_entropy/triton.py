@@ -36,8 +36,8 @@ class Tile(NamedTuple):
 # under Triton 3.7.1; not measured.
 WIDE_ROW, _ROW_STEP, _ROW_WARPS = 1024, 4096, 8
 # Elements of a tile; where neighbouring threads read neighbouring positions, of which a warp reads whole sectors.
-_TILE, _TILE_WARPS = 4096, 8
-_POSITIONS_TILE, _POSITIONS_STEP, _POSITIONS_WARPS = 2048, 32, 4
+_TILE, _TILE_WARPS = 2048, 8
+_POSITIONS_TILE, _POSITIONS_STEP, _POSITIONS_WARPS = 2048, 32, 8
 # A row's classes are counted in 32 bits, and run over by less than a step.
 _MAX_COUNT = 2**31 - 2**20
 _VECTOR_BYTES = 16
