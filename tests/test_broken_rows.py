@@ -21,6 +21,7 @@ if DEVICE != "cpu":
     pytest.skip("there is a GPU: kernels are changed where they are interpreted and emulated", allow_module_level=True)
 
 import emulation
+import test_adamw
 import test_cross_entropy_cuda
 import test_far_memory
 import test_int8_linear_faults
@@ -38,7 +39,7 @@ import test_rotary_faults
 import test_rotary_inputs
 import test_softmax_faults
 
-BACKENDS = ("kernel_backend", "triton_backend", "cuda_backend", "backend")
+BACKENDS = ("kernel_backend", "triton_backend", "cuda_backend", "backend", "kernels")
 
 
 def of(test, **arguments):
@@ -330,6 +331,53 @@ TRITON_SIZES = {
 
 CE_FORWARD, CE_BACKWARD = "cross_entropy_forward_kernel(const", "cross_entropy_backward_kernel(const"
 CUDA = {
+    "adamw": [
+        Mutation(
+            "a tensor's last chunk is a whole one", "adamw_update_kernel(const",
+            "min(row[COUNT] - first, int64_t(call.chunk))", "int64_t(call.chunk)",
+            of(test_adamw.test_an_update, dtype=torch.float32, options={}),
+        ),
+        Mutation(
+            "amsgrad keeps the last v", "adamw_update_kernel(const",
+            "if (!stays) largest[e] = v[e];", "largest[e] = v[e];",
+            of(test_adamw.test_an_update, dtype=torch.float32, options={"amsgrad": True}),
+        ),
+        Mutation(
+            "the correction is a difference of numbers near 1", "Update(const Hyper& hyper, const Row& row)",
+            "-expm1f(t * hyper.log_beta2)", "1.0f - expf(t * hyper.log_beta2)",
+            of(test_adamw.test_hyperparameters_at_their_ends, hyper=dict(betas=(0.999, 0.9999))),
+        ),
+        Mutation(
+            "an overflow of 2 is none", "bool overflowed()",
+            "!(load_global(found_inf) == 0.0f)", "load_global(found_inf) == 1.0f",
+            of(test_adamw.test_an_overflow_leaves_everything, state_dtype=None, rounding=False),
+        ),
+        Mutation(
+            "both halves of a counter's words are the first", "void round_at_random(",
+            "if (V < DRAWS && half)", "if (false && half)",
+            of(test_adamw.test_the_bits_of_the_rounding_are_pytorchs, shape=(2, 512), state_dtype=torch.float32),
+        ),
+        Mutation(
+            "the key does not move on", "PhiloxWords philox(",
+            "k1 += 0xBB67AE85u;", "k1 += 0xBB67AE84u;",
+            of(test_adamw.test_the_bits_of_the_rounding_are_pytorchs, shape=(2, 512), state_dtype=torch.float32),
+        ),
+        Mutation(
+            "the last chunk has no part in the norm", "adamw_squares_kernel(const",
+            "chunk >= call.chunks", "chunk >= call.chunks - 1",
+            of(test_adamw.test_the_norm, dtype=torch.float32),
+        ),
+        Mutation(
+            "blocks begin as if rows had no tail", "adamw_update_blocks_kernel(const",
+            "block / in_a_row * width +", "block / in_a_row * in_a_row * BLOCK +",
+            of(test_adamw.test_an_update_in_8_bits, shape=(2, 257), dtype=torch.float32),
+        ),
+        Mutation(
+            "a NaN does not show in its block", "float largest_of(",
+            "ballot(is_nan) ? __int_as_float(0x7fc00000) : value", "value",
+            of(test_adamw.test_numbers_that_are_none_stay_where_they_are),
+        ),
+    ],
     "cross_entropy": [
         Mutation(
             "what lies beyond the row is summed", CE_FORWARD,

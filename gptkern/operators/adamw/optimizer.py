@@ -78,7 +78,7 @@ class AdamW(torch.optim.AdamW):
             ones), a state of another shape; the message names it, and nothing has changed.
         RuntimeError: differentiable, or foreach and fused both.
 
-    Backends: torch; triton for parameters of float16, bfloat16 and float32.
+    Backends: torch; triton and cuda for parameters of float16, bfloat16 and float32.
 
     Sources: Loshchilov, Hutter, 2019 (arXiv:1711.05101); Reddi, Kale, Kumar, 2018 (amsgrad); Dettmers, Lewis, Shleifer,
     Zettlemoyer, 2022 (arXiv:2110.02861).

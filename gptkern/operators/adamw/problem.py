@@ -10,10 +10,12 @@ from gptkern.backends.problem import (
     BFLOAT16,
     BITS,
     ELEMENTS,
+    FLOAT16,
     FLOAT32,
     FORWARD,
     Check,
     Classes,
+    Counted,
     Inputs,
     Problem,
     Timed,
@@ -47,6 +49,11 @@ def _count(call) -> int | None:
 class AdamW(Problem):
     coverage = "float16, bfloat16, float32; states of the same dtype, float32 or 8 bits; any sizes"
     classes = Classes(dict(bits=BITS, elements=COUNTS), lambda call: (8 * call.grads[0].dtype.itemsize, _count(call)))
+
+    counted = tuple(
+        Counted(Sizes(rows, width), dtype, backward=False)
+        for rows, width, dtype in ((64, 1024, FLOAT32), (64, 1024, BFLOAT16), (33, 1000, FLOAT16))
+    )
 
     def inputs(self, sizes: Sizes, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
         rows, width, in_place = sizes
@@ -89,6 +96,10 @@ class AdamW(Problem):
     def bytes(self, sizes: Sizes, itemsize: int, direction: str) -> int:
         """Reads parameter, gradient and both averages; writes all but the gradient."""
         return 7 * sizes.rows * sizes.width * itemsize
+
+    def least(self, sizes: Sizes, itemsize: int, direction: str) -> int:
+        """All but the gradient is read and written."""
+        return self.bytes(sizes, itemsize, direction)
 
     def flops(self, sizes: Sizes, direction: str) -> float:
         """Source: our own count."""
