@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from gptkern.backends.problem import (
     BACKWARD,
+    BFLOAT16,
     BITS,
     BOTH,
     DIRECTIONS,
@@ -19,6 +20,7 @@ from gptkern.backends.problem import (
     Inputs,
     Problem,
     Timed,
+    Tuned,
     bits,
     least_size,
     normal,
@@ -157,6 +159,15 @@ class LinearDistillationLoss(Problem):
 
     def for_float64(self, sizes: Sizes) -> Sizes:
         return sizes._replace(rows=min(sizes.rows, CHECK_ROWS), classes=min(sizes.classes, CHECK_CLASSES))
+
+    def class_tasks(self) -> dict[tuple, Tuned]:
+        return {
+            (16, width, name): Tuned(
+                BOTH, BFLOAT16, Sizes(9, 16, 1003, 24, name), Sizes(2048, 1024, classes, 2048, name)
+            )
+            for width, classes in ((65536, 32000), (None, 128256))
+            for name in ("forward_kl", "jsd")
+        }
 
 
 PROBLEM = LinearDistillationLoss()
