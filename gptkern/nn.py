@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from gptkern import functional as F
+from gptkern.backends import dispatch
 from gptkern.operators.int8_linear.contract import check_options
 
 
@@ -69,20 +70,28 @@ class Softmax(torch.nn.Softmax):
 
 
 class GELU(torch.nn.GELU):
-    """`torch.nn.GELU` on gptkern.functional.gelu."""
+    """`torch.nn.GELU` on gptkern.functional.gelu.
+
+    While torch.compile compiles, and no backend is forced, on PyTorch's: Inductor writes it into the kernel of what
+    stands around it.
+    """
 
     __prepare_scriptable__ = _refuse_scripting
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if dispatch.is_left_to_compiler():
+            return super().forward(input)
         return F.gelu(input, approximate=self.approximate)
 
 
 class SiLU(torch.nn.SiLU):
-    """`torch.nn.SiLU` on gptkern.functional.silu."""
+    """`torch.nn.SiLU` on gptkern.functional.silu; while torch.compile compiles, as GELU."""
 
     __prepare_scriptable__ = _refuse_scripting
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if dispatch.is_left_to_compiler():
+            return super().forward(input)
         return F.silu(input, self.inplace)
 
 

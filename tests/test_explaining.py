@@ -38,7 +38,10 @@ def test_a_model_is_explained_module_by_module():
     model = gpt()
     gptkern.swap(model)
     calls = gptkern.explain(model, TOKENS).calls
-    block = [("attention_norm", "layer_norm"), ("attention", "attention"), ("perceptron_norm", "layer_norm")]
+    block = [
+        ("attention_norm", "layer_norm"), ("attention", "attention"), ("perceptron_norm", "layer_norm"),
+        ("perceptron.activation", "nonlinearity"),
+    ]  # fmt: skip
     blocks = [(f"blocks.{index}.{name}", operator) for index in range(2) for name, operator in block]
     assert [(call.name, call.operator) for call in calls] == [*blocks, ("final_norm", "layer_norm")]
     assert {call[3:] for call in calls} == {("torch", "the input is on the CPU")}
@@ -102,7 +105,7 @@ def test_a_compiled_model_is_explained_as_it_is_without_compilation():
     compiled = torch.compile(model, backend="eager")
     compiled(TOKENS)
     calls = gptkern.explain(compiled, TOKENS).calls
-    assert len(calls) == 7 and calls[0].operator == "layer_norm"
+    assert len(calls) == 9 and calls[0].operator == "layer_norm"
 
 
 def test_a_forced_backend_that_cannot_is_its_error(monkeypatch):
@@ -143,11 +146,12 @@ def test_unswap_reports_what_it_restored():
     model = gpt()
     gptkern.swap(model)
     report = gptkern.unswap(model)
-    assert repr(report) == "UnswapReport(9 restored)"
-    assert [tuple(entry) for entry in report.restored][:3] == [
-        ("blocks.0", "Block"), ("blocks.0.attention_norm", "LayerNorm"), ("blocks.0.attention", "Attention"),
+    assert repr(report) == "UnswapReport(12 restored)"
+    assert [tuple(entry) for entry in report.restored][:4] == [
+        ("(model)", "GPT"), ("blocks.0", "Block"),
+        ("blocks.0.attention_norm", "LayerNorm"), ("blocks.0.attention", "Attention"),
     ]  # fmt: skip
-    assert str(report).startswith("9 modules restored") and "blocks.{0-1}.attention" in str(report)
+    assert str(report).startswith("12 modules restored") and "blocks.{0-1}.attention" in str(report)
     assert str(gptkern.unswap(model)) == "0 modules restored"
 
 

@@ -44,12 +44,15 @@ class CallsNothing(torch.nn.Module):
         return x
 
 
+GPT_OPERATORS = ("attention", "cross_entropy", "layer_norm", "nonlinearity", "residual_norm")
+
+
 def test_swap_reports_each_module():
     report = gptkern.swap(gpt())
-    assert len(report.replaced) == 2 * 4 + 1
-    assert {entry.operator for entry in report.replaced} == {"attention", "layer_norm", "residual_norm"}
+    assert len(report.replaced) == 2 * 5 + 2
+    assert {entry.operator for entry in report.replaced} == set(GPT_OPERATORS)
     assert report.skipped == []
-    assert "9 modules replaced, 0 skipped" in str(report)
+    assert "12 modules replaced, 0 skipped" in str(report)
     assert "blocks.{0-1}.attention" in str(report)
 
 
@@ -284,7 +287,7 @@ def test_swapped_modules_call_the_operators(monkeypatch):
     model = gpt()
     assert calls_of_twins(monkeypatch, lambda: model(*batch())) == 0
     gptkern.swap(model)
-    assert calls_of_twins(monkeypatch, lambda: model(*batch())) == 7
+    assert calls_of_twins(monkeypatch, lambda: model(*batch())) == 10
     gptkern.unswap(model)
     assert calls_of_twins(monkeypatch, lambda: model(*batch())) == 0
 
@@ -328,7 +331,9 @@ def test_kernels_ends_with_an_exception_and_stays_in_its_thread(monkeypatch):
 
 
 def test_what_can_be_swapped():
-    assert SWAPPABLE == ("attention", "layer_norm", "rms_norm", "rotary", "softmax", "residual_norm")
+    assert SWAPPABLE == (
+        "attention", "layer_norm", "rms_norm", "rotary", "softmax", "nonlinearity", "cross_entropy", "residual_norm",
+    )  # fmt: skip
 
 
 class CallsTwo(torch.nn.Module):

@@ -335,6 +335,12 @@ def forced() -> str | None:
     return _forced()
 
 
+def is_left_to_compiler() -> bool:
+    """Whether torch.compile compiles what runs, and nobody forces a backend: an operator that Inductor writes into the
+    kernel of what stands around it may then stay PyTorch's."""
+    return torch.compiler.is_compiling() and _forced_while_compiling is None
+
+
 def _forced() -> str | None:
     if torch.compiler.is_compiling():
         return _forced_while_compiling

@@ -18,9 +18,10 @@ import functools
 import inspect
 import itertools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from gptkern.swapping import residual_code, residual_norms
+from gptkern.swapping.edited_code import Edit
 from gptkern.swapping.reading import Chain, contents, followed, instructions, is_method, method
 from gptkern.swapping.rerouting_code import CannotReroute, cell_names, rerouted, sum_cell_names
 
@@ -39,6 +40,7 @@ class Rerouted:
     Args:
         find: a function that is called -> its Replacement, or None.
         sums: whether a sum that is normalised next is computed together with its norm.
+        edits: a function -> other code that it has, before names in it are replaced.
 
     Attributes:
         methods: name -> function (or staticmethod), for a subclass's dictionary; without those that change nothing.
@@ -49,16 +51,23 @@ class Rerouted:
         CannotReroute: one of the functions has to keep its code.
     """
 
-    def __init__(self, cls: type, find: Callable, sums: bool = False):
+    def __init__(
+        self,
+        cls: type,
+        find: Callable,
+        sums: bool = False,
+        edits: Mapping[types.FunctionType, Edit] | None = None,
+    ):
         self._cls, self._find = cls, find
         self._links = followed(cls, find)
-        self._sums = {function: residual_code.sums(function.__code__) if sums else [] for function in self._links}
+        self._edits = {function: edit for function, edit in (edits or {}).items() if function in self._links}
+        self._sums = {f: residual_code.sums(self._code_of(f)) if sums else [] for f in self._links}
         self._made: dict[types.FunctionType, types.FunctionType] = {}
         # The globals that a replaced chain begins with: whose, the name, what it was.
         self._globals: list[tuple[dict[str, object], str, object]] = []
         # The cells that hold what is replaced, and those that hold nothing yet: what `contents` gave of each.
         self._cells = [(cell, None) for function in self._links for cell in _empty_cells(function)]
-        self._changed: set[Callable] = {function for function, found in self._sums.items() if found}
+        self._changed: set[Callable] = {*self._edits, *(function for function, found in self._sums.items() if found)}
         self.readers: tuple[Callable, ...] = ()
         while more := {f for f in self._links if f not in self._changed and self._replaced_in(f)}:
             self._changed |= more
@@ -106,11 +115,13 @@ class Rerouted:
         """The function made anew; in a circle of functions, the one that is being made."""
         if function in self._made:
             return self._made[function]
-        code = function.__code__
+        code = self._code_of(function)
         replaced = self._replaced_in(function)
         # All cells are shared with the function's own code, and with its decorators'.
-        old_cells = dict(zip(code.co_freevars, function.__closure__ or ()))
-        cells = dict(old_cells)
+        old_cells = dict(zip(function.__code__.co_freevars, function.__closure__ or ()))
+        edit = self._edits.get(function)
+        new_cells = {name: types.CellType(value) for name, value in edit.cells.items()} if edit else {}
+        cells = {name: (old_cells | new_cells)[name] for name in code.co_freevars}
         # torch.compile knows its own wrappers by their code; that they close over something else, its guards see.
         keeps_code = _is_torchs(function) and all(len(chain) == 1 and chain[0] in cells for chain in replaced)
         if keeps_code:
@@ -141,11 +152,15 @@ class Rerouted:
                 self.readers = (*self.readers, _reader(chain, function.__globals__, old_cells.get(first)))
         return made
 
+    def _code_of(self, function: types.FunctionType) -> types.CodeType:
+        return self._edits[function].code if function in self._edits else function.__code__
+
     def _code_again(self, function: types.FunctionType, chains: dict[Chain, Callable]) -> types.CodeType:
-        for instruction in instructions(function.__code__):
+        code = self._code_of(function)
+        for instruction in instructions(code):
             if instruction.opname == "LOAD_GLOBAL" and instruction.argval in _LOOKS_AT_ITSELF:
                 raise CannotReroute(f"{function.__qualname__} uses {instruction.argval}")
-        return own_code(rerouted(function.__code__, chains, self._sums[function]))
+        return own_code(rerouted(code, chains, self._sums[function]))
 
     def _take_attributes(self, made: types.FunctionType, function: types.FunctionType) -> None:
         """The attributes of the function, for the one that was made of it.

@@ -23,7 +23,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
 from gptkern.backends import recomputation, tracing
-from gptkern.swapping import encoders, reading, residual_code, twins
+from gptkern.swapping import edits, encoders, reading, residual_code, twins
 from gptkern.swapping.reading import Calls
 from gptkern.swapping.rerouting import CannotReroute, Rerouted, with_own_code
 from gptkern.swapping.residual_norms import NORMALISES_SUM
@@ -98,7 +98,7 @@ def calls(cls: type) -> Calls:
     """The operators that the class's forward runs on, as far as it can be rerouted."""
     if cls in twins.ROUTED_MODULES:
         return Calls(frozenset(twins.ROUTED_MODULES[cls]))
-    if cls.__module__.startswith("torch.nn.") or issubclass(cls, torch.jit.ScriptModule):
+    if _is_left_as_it_is(cls):
         return Calls(frozenset())
     found = reading.calls(cls, _find_for(cls, twins.SWAPPABLE))
     if takes_attention_by_name(cls):
@@ -133,9 +133,14 @@ def is_swapped_norm(cls: type) -> bool:
     return NORMALISES_SUM in vars(cls)
 
 
+def _is_left_as_it_is(cls: type) -> bool:
+    is_torchs, is_ours = cls.__module__.startswith("torch.nn."), cls.__module__ == twins.nn.__name__
+    return is_torchs or is_ours or issubclass(cls, torch.jit.ScriptModule)
+
+
 def calls_by_super(cls: type) -> dict[tuple[type, str], frozenset[str]]:
     """Of each method that the class's forward calls by `super()`, where it is one: the operators that it runs on."""
-    if cls.__module__.startswith("torch.nn.") or issubclass(cls, torch.jit.ScriptModule):
+    if _is_left_as_it_is(cls):
         return {}
     found, find = {}, _find_for(cls, twins.SWAPPABLE)
     for parent, name in reading.inherited(cls, find):
@@ -265,19 +270,22 @@ class _RoutedCode:
         cls = self.cls
         try:
             find = _find_for(cls, self.operators)
-            self.rerouted = Rerouted(cls, find, sums=twins.RESIDUAL_NORM in self.operators)
+            changed = edits.edits(cls, self.operators)
+            self.rerouted = Rerouted(cls, find, twins.RESIDUAL_NORM in self.operators, changed)
             methods = self.rerouted.methods
             if cls in twins.ROUTED_MODULES:
                 return {**methods, "forward": encoders.with_fast_path(cls, methods["forward"], find)}
             return methods
         except CannotReroute as reason:
             _logger.debug("swap: %s: a TorchFunctionMode routes its calls", reason)
-        routing = Routing(self.operators)
+        routing, inner = Routing(self.operators), cls.forward
+        if changed:
+            inner = Rerouted(cls, lambda function: None, edits=changed).methods["forward"]
 
         @with_own_code
         def routed_forward(*args, **kwargs):
             with routing if torch.compiler.is_compiling() else Routing(self.operators):
-                return cls.forward(*args, **kwargs)
+                return inner(*args, **kwargs)
 
         return {"forward": routed_forward}
 

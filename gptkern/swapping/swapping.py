@@ -22,10 +22,20 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from gptkern.backends import dispatch
-from gptkern.swapping import reading, routed_classes
+from gptkern.swapping import edits, reading, routed_classes
 from gptkern.swapping.reading import Calls
 from gptkern.swapping.report import Replaced, Restored, Skipped, SwapReport, UnswapReport
-from gptkern.swapping.twins import MODULES, RESIDUAL_NORM, RMS_NORM, ROUTED_MODULES, SWAPPABLE, written_out
+from gptkern.swapping.twins import (
+    ACTIVATION,
+    ALL,
+    LOSS,
+    MODULES,
+    RESIDUAL_NORM,
+    RMS_NORM,
+    ROUTED_MODULES,
+    SWAPPABLE,
+    written_out,
+)
 
 _logger = logging.getLogger("gptkern")
 
@@ -34,7 +44,9 @@ _ORIGINAL = "_gptkern_original"
 _CONFIGS = "_gptkern_configs"
 
 
-def swap(model: torch.nn.Module, ops: Iterable[str] | None = None, strict: bool = False) -> SwapReport:
+def swap(
+    model: torch.nn.Module, ops: Iterable[str] | None = None, strict: bool = False, *, fused_loss: bool = False
+) -> SwapReport:
     """Put gptkern's operators into a model, in place.
 
     Replaced are modules of exactly the type `torch.nn.LayerNorm`, `RMSNorm` or `Softmax`; modules whose forward calls
@@ -71,11 +83,15 @@ def swap(model: torch.nn.Module, ops: Iterable[str] | None = None, strict: bool 
         RuntimeError: strict, and something was skipped; the model is then unchanged.
     """
     operators = _checked_operators(ops)
+    if not isinstance(fused_loss, bool):
+        raise TypeError(f"swap: fused_loss is {fused_loss!r}; it needs True or False")
+    operators = (*operators, LOSS) if fused_loss else operators
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"swap: model is a {type(model).__name__}; it needs a torch.nn.Module")
     plan = _Plan(model, operators)
     for name, module in model.named_modules():
         plan.decide(name or "(model)", module)
+    plan.name_missing_loss()
     report = plan.report
     if strict:
         plan.refuse_to_skip()
@@ -158,6 +174,10 @@ def _checked_operators(ops: Iterable[str] | None) -> tuple[str, ...]:
 # --- The plan ---------------------------------------------------------------------------------------------------------
 
 
+# An activation by itself, which Inductor writes into another kernel.
+_LEFT_TO_COMPILER = " (PyTorch's while torch.compile compiles)"
+
+
 class _Plan:
     """What to do with each module of a model; nothing is changed before `carry_out`."""
 
@@ -172,6 +192,9 @@ class _Plan:
         self.norms: dict[type, list[str]] = {}
         self.inherited: dict[type, dict[tuple[type, str], frozenset[str]]] = {}
         self.made: dict[tuple[type, tuple[str, ...]], type | str] = {}
+        self.edits: dict[type, edits.Found] = {}
+        # Whether a forward takes a loss, which is fused or of which the report says why not.
+        self.has_loss = False
         # The names of modules whose attention was eager's, which alone gives a call's output_attentions.
         self.was_eager: set[str] = set()
         transformers = routed_classes.transformers()
@@ -184,17 +207,22 @@ class _Plan:
             self.skip(name, type(module), "its class was changed after it was swapped")
             return
         by_name, refused = self.decide_attention(name, module, original)
+        reason = edits.reason_against_activation(original, module) if ACTIVATION in self.operators else None
+        if reason is not None:
+            self.skip(name, original, reason)
+            refused = (*refused, ACTIVATION)
         eager = ' (was "eager": no output_attentions)' if name in self.was_eager else ""
         twin, operator = MODULES.get(original, (None, ""))
         norms: dict[str, str] = {}
         if twin is not None:
             replacement, wanted = twin, (operator,) if operator in self.operators else ()
-            shown = f"gptkern.nn.{twin.__name__}"
+            shown = f"gptkern.nn.{twin.__name__}{_LEFT_TO_COMPILER * (operator == ACTIVATION)}"
         else:
             # What an earlier call routed stays routed.
             before = routed_classes.routed_operators(current)
-            asked_for = tuple(o for o in SWAPPABLE if o in self.operators or o in before)
-            wanted = tuple(o for o in asked_for if o in self.calls_of(original).operators and o not in refused)
+            asked_for = tuple(o for o in ALL if o in self.operators or o in before)
+            calls = self.calls_of(original).operators | self.decide_edits(name, module, original, before)
+            wanted = tuple(o for o in asked_for if o in calls and o not in refused)
             norms = self.norms_of_sums(name, module, original) if RESIDUAL_NORM in wanted else {}
             if not norms:
                 wanted = tuple(o for o in wanted if o != RESIDUAL_NORM)
@@ -218,7 +246,7 @@ class _Plan:
         elif wanted:
             if current is not replacement:
                 self.classes.append((name, module, replacement, by_name, by_its_name))
-            wanted = tuple(o for o in SWAPPABLE if o in wanted or o in by_name)
+            wanted = tuple(o for o in ALL if o in wanted or o in by_name)
             shown = f"{shown}, {by_its_name}" if by_name else shown
             self.replaced(name, module, original, shown, wanted, norms)
         elif by_name:
@@ -257,6 +285,26 @@ class _Plan:
             elif RMS_NORM in self.operators and RMS_NORM in written_out(self.calls_of(cls)):
                 self.skip(name, original, f"{attribute} of its sum is a {cls.__name__}, which is left alone")
         return found
+
+    def decide_edits(self, name: str, module: torch.nn.Module, original: type, before: tuple) -> frozenset[str]:
+        """The operators that the source of the module's forward is changed for."""
+        if original not in self.edits:
+            self.edits[original] = edits.found(original)
+        found, operators = self.edits[original], set()
+        if edits.activates(found, module):
+            operators.add(ACTIVATION)
+        if LOSS in self.operators or LOSS in before:
+            reason = edits.reason_against_loss(found, module)
+            if reason is not None and LOSS in self.operators:
+                self.skip(name, original, reason)
+            if LOSS in before or (reason is None and found.site is not None):
+                operators.add(LOSS)
+            self.has_loss |= reason is not None or LOSS in operators
+        return frozenset(operators)
+
+    def name_missing_loss(self) -> None:
+        if LOSS in self.operators and not self.has_loss:
+            self.skip("(model)", _original_class(self.model), "its loss: no forward in it takes one of its own logits")
 
     def routed(self, cls: type, operators: tuple[str, ...]) -> type | str:
         """The routed class, or why there can be none."""

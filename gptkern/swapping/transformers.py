@@ -53,11 +53,11 @@ from transformers.utils import logging
 
 from gptkern import functional as F
 from gptkern.backends import dispatch, tracing
-from gptkern.swapping import attention_functions, attention_names, known_code
+from gptkern.swapping import activations, attention_functions, attention_names, known_code
 from gptkern.swapping.attention_names import Question
 from gptkern.swapping.known_code import ROTARY_NAME
 from gptkern.swapping.reading import followed, names_in
-from gptkern.swapping.twins import ATTENTION, RMS_NORM, ROTARY, Replacement
+from gptkern.swapping.twins import ACTIVATION, ATTENTION, RMS_NORM, ROTARY, Replacement
 
 # Without the word "flash", by which transformers tells kernels that build their masks themselves.
 NAME = "gptkern"
@@ -240,6 +240,9 @@ def overrides(cls: type) -> dict[str, Replacement]:
     gptj = sys.modules.get("transformers.models.gptj.modeling_gptj")
     if gptj is not None and cls is gptj.GPTJAttention:
         return {"_attn": Replacement(ATTENTION, _gptj_attention)}
+    activation = activations.replaced(cls)
+    if activation is not None:
+        return {"forward": Replacement(ACTIVATION, activation)}
     if {"rsqrt", "variance_epsilon"} <= names_in(cls):
         from transformers.models.llama.modeling_llama import LlamaRMSNorm
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from gptkern import nn
 from gptkern.backends.dispatch import TWINS
+from gptkern.swapping import activations
 from gptkern.swapping.reading import Calls
 
 
@@ -27,6 +28,8 @@ class Replacement(NamedTuple):
 ATTENTION, RMS_NORM, ROTARY = "attention", "rms_norm", "rotary"
 # No operator of its own: a sum and the norm of it in one call, of layer_norm or rms_norm.
 RESIDUAL_NORM = "residual_norm"
+# These are found in a forward's source, too (gptkern.swapping.edits).
+ACTIVATION, LOSS = "nonlinearity", "linear_cross_entropy"
 
 # Operator -> the PyTorch functions whose calls are routed to their twins. PyTorch has none for the rotary embedding.
 FUNCTIONS: dict[str, tuple[Callable, ...]] = {
@@ -35,15 +38,21 @@ FUNCTIONS: dict[str, tuple[Callable, ...]] = {
     RMS_NORM: (F.rms_norm, torch.rms_norm),
     ROTARY: (),
     "softmax": (F.softmax, torch.softmax, torch.Tensor.softmax),
+    ACTIVATION: tuple(activations.FUNCTIONS),
+    "cross_entropy": (F.cross_entropy,),
     RESIDUAL_NORM: (),
 }
 SWAPPABLE = tuple(FUNCTIONS)
+# The loss of a model's own forward is swapped where that is asked for alone: the logits are then not there.
+ALL = (*SWAPPABLE, LOSS)
 
 # Exact type -> (its twin, the operator that the twin runs on).
 MODULES: dict[type, tuple[type, str]] = {
     torch.nn.LayerNorm: (nn.LayerNorm, "layer_norm"),
     torch.nn.RMSNorm: (nn.RMSNorm, RMS_NORM),
     torch.nn.Softmax: (nn.Softmax, "softmax"),
+    torch.nn.GELU: (nn.GELU, ACTIVATION),
+    torch.nn.SiLU: (nn.SiLU, ACTIVATION),
 }
 # PyTorch's own modules whose forward is rerouted as that of a model's is, and what they run on. In eval mode the two
 # encoders bypass their submodules, LayerNorms included.
@@ -54,7 +63,7 @@ ROUTED_MODULES: dict[type, tuple[str, ...]] = {
 }
 
 _REPLACEMENTS = {
-    function: Replacement(operator, TWINS[function])
+    function: Replacement(operator, activations.FUNCTIONS.get(function) or TWINS[function])
     for operator, functions in FUNCTIONS.items()
     for function in functions
 }
