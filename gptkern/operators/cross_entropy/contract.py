@@ -36,15 +36,16 @@ from gptkern.backends.losses import (
     reduced,
     row_losses,
     scores,
-    slopes,
     stats_of,
 )
 from gptkern.backends.registration import KernelFunction, Operator, Written, needs_gradient, once_differentiable
 from gptkern.backends.unseen import is_unseen
 
+# The torch backend: bare launchers in plain PyTorch.
+from gptkern.operators.cross_entropy.pytorch import backward, forward, row_shape, unsupported
+
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
-# Rows of the statistics that a forward keeps.
-MAXIMUM, LOG_TOTAL, LOG_OTHERS, REST = range(4)
+__all__ = ["CrossEntropyFunction", "backward", "cross_entropy", "forward", "row_shape", "unsupported"]
 
 
 class Call(NamedTuple):
@@ -385,127 +386,6 @@ class _WrittenOver(torch.autograd.Function):
 
 
 _REMEDY = "The logits that it would need were written over."
-
-
-# --- The torch backend: bare launchers in plain PyTorch -------------------------------------------------------------
-
-
-def unsupported(call: Call) -> str | None:
-    for name, tensor in (("weight", call.weight), ("target", call.target)):
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            return f"the {name} requires a gradient, which the backward does not compute"
-    return None
-
-
-def as_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """(N, C, d1, …) -> (rows, C)."""
-    return tensor.movedim(1, -1).reshape(-1, tensor.shape[1])
-
-
-def row_shape(call: Call) -> tuple[int, ...]:
-    """(N, d1, …)"""
-    return *call.input.shape[:1], *call.input.shape[2:]
-
-
-def forward(call: Call):
-    """-> loss, statistics (4, rows), denominator, and where they are needed lse, entropy, correct (N, d1, …).
-
-    What a call does not have is None: the denominator of sums and of probabilities, stats.
-    """
-    input, target, weight = call.input, call.target, call.weight
-    probabilities, shape = target.is_floating_point(), row_shape(call)
-    s = scores(as_rows(input), call.logit_scale, call.softcap)  # (rows, C)
-    rows, classes = s.shape
-    w = None if weight is None else weight.to(s.dtype)
-    # Of a row without classes, as PyTorch has it: everything is summed over nothing.
-    m = s.amax(1) if classes else s.new_full((rows,), -math.inf)
-    exponentials = torch.exp(s - m[:, None])
-    smoothing = call.label_smoothing
-    if probabilities:
-        t = as_rows(target).to(s.dtype) * (1.0 - smoothing) + smoothing / max(classes, 1)
-        t = t if w is None else t * w
-        total = exponentials.sum(1)
-        log_others = log_total = torch.log(total)
-        rest, own = t.sum(1), None
-        # sum_c t_c * w_c * (lse - s_c)
-        losses = (t * (log_total[:, None] - (s - m[:, None]))).sum(1)
-        counts = torch.ones_like(m, dtype=torch.bool)
-    else:
-        y = target.reshape(-1).long()
-        counts = y != call.ignore_index
-        known = (y >= 0) & (y < classes)
-        at = torch.where(known, y, 0)[:, None]
-        # sum_{c != y} exp(s_c - m): p_y - 1 and a loss near 0 have their digits from it
-        others = exponentials.scatter(1, at, 0.0).sum(1)
-        distance = m - torch.where(known, s.gather(1, at)[:, 0], math.nan)
-        log_others = torch.log(others)
-        log_total = torch.where(distance == 0.0, torch.log1p(others), torch.log(others + torch.exp(-distance)))
-        own = torch.where(known, 1.0 if w is None else w[at[:, 0]], math.nan)
-        own = torch.where(counts, own, 0.0).to(s.dtype)
-        # (1 - e) * w_y * (lse - s_y) + e / C * sum_c w_c * (lse - s_c)
-        losses = (1.0 - smoothing) * own * (distance + log_total)
-        rest = torch.zeros_like(m)
-        if smoothing:
-            each = (log_total + m)[:, None] - s
-            losses = losses + smoothing / classes * (each if w is None else each * w).sum(1)
-            rest = rest + (smoothing if w is None else smoothing / classes * w.sum())
-    if call.z_loss:
-        # z_loss * lse² * own
-        losses = losses + call.z_loss * (m + log_total).square() * (1.0 if own is None else own)
-    losses = torch.where(counts, losses, 0.0)
-    statistics = torch.where(counts, torch.stack((m, log_total, log_others, rest)), 0.0)
-    denominator = None
-    if call.reduction == "mean" and not probabilities:
-        denominator = own.sum()
-    divided_by = denominator if denominator is not None else float(rows) if rows else math.nan
-    loss = reduced(losses, divided_by, call.reduction).to(call.dtype)
-    loss = loss.view(shape) if call.reduction == "none" else loss
-    if not call.need_stats:
-        return loss, statistics, denominator, None, None, None
-    stats = stats_of(input, target, call.ignore_index, call.logit_scale, call.softcap)
-    return loss, statistics, denominator, *stats
-
-
-def backward(gradient: Gradient, call: Call):
-    """-> dinput (N, C, d1, …) in the input's strides, or None where it was written over the logits."""
-    grad_output, statistics, denominator, written = gradient
-    input, target, weight = call.input, call.target, call.weight
-    m, log_total, log_others, rest = statistics.unbind()
-    x = as_rows(input)
-    s = scores(x, call.logit_scale, call.softcap)
-    rows, classes = s.shape
-    w, smoothing = None if weight is None else weight.to(s.dtype), call.label_smoothing
-    g = grad_output.to(s.dtype).reshape(-1, 1)  # (rows, 1) or (1, 1)
-    if call.reduction == "mean":
-        g = g / (max(rows, 1) if denominator is None else denominator)
-    p = torch.exp((s - m[:, None]) - log_total[:, None])
-    lse = m + log_total
-    if target.is_floating_point():
-        t = as_rows(target).to(s.dtype) * (1.0 - smoothing) + smoothing / max(classes, 1)
-        # p_j * (rest + 2 * z_loss * lse) - t_j * w_j
-        ds = p * (rest + 2.0 * call.z_loss * lse)[:, None] - (t if w is None else t * w)
-    else:
-        y = target.reshape(-1).long()
-        counts, known = y != call.ignore_index, (y >= 0) & (y < classes)
-        at = torch.where(known, y, 0)[:, None]
-        own = torch.ones_like(m) if w is None else w[at[:, 0]]
-        # (1 - e) * w_y * (p_j - [j = y])
-        ds = p if not classes else p.scatter(1, at, -torch.exp(log_others - log_total)[:, None])
-        ds = ds * ((1.0 - smoothing) * own)[:, None]
-        # + p_j * (rest + 2 * z_loss * lse * own) - rest_j
-        ds = ds + p * (rest + 2.0 * call.z_loss * lse * own)[:, None]
-        if smoothing:
-            ds = ds - smoothing / classes * (1.0 if w is None else w)
-        ds = torch.where(known[:, None], ds, math.nan)
-    dx = g * slopes(x, call.logit_scale, call.softcap) * ds
-    if not target.is_floating_point():
-        dx = torch.where(counts[:, None], dx, 0.0)
-    dx = dx.view(*row_shape(call), classes).movedim(-1, 1)
-    if written is not None:
-        # Past the version counter, which is moved on where the launcher was started.
-        written.data.copy_(dx)
-        return None
-    return torch.empty_like(input).copy_(dx)
 
 
 # --- Registration and autograd --------------------------------------------------------------------------------------
