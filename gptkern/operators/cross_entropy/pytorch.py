@@ -16,8 +16,8 @@ from gptkern.backends.losses import scores, slopes, stats_of
 if TYPE_CHECKING:
     from gptkern.operators.cross_entropy.contract import Call, Gradient
 
-# Elements of a block: 2 MB of float32. Of 2^14 to 2^22 the fastest are 2^18 to 2^20 (bfloat16, 1024 x 4096: 57 ms for 72
-# of 2^17 and 74 of 2^22; seen on one core of an AMD EPYC, others working beside).
+# Elements of a block: 2 MB of float32. Of 2^14 to 2^22 the fastest are 2^18 to 2^20 (bfloat16, 1024 x 4096: 57 ms, with
+# 2^17 72 and with 2^22 74; seen on one core of an AMD EPYC, others working beside).
 BLOCK = 2**19
 
 
