@@ -287,6 +287,13 @@ def test_states_become_what_the_optimizer_holds(of, to):
         assert ("exp_avg_codes" in second.state[y]) == coded
         expected = {None: torch.bfloat16}.get(to, torch.float32)
         assert coded or second.state[y]["exp_avg"].dtype == expected
+    # The averages themselves, in float32: apart by no more than 8 bits or bfloat16 round.
+    floats = [optimizer.to_float_state_dict()["state"] for optimizer in (first, second)]
+    for key, state in floats[0].items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            x, y = state[name].float(), floats[1][key][name].float()
+            assert x.numel() == 0 or x.abs().mean() > 1e-4
+            assert torch.allclose(x, y, rtol=0.05, atol=0.02 * x.abs().max().item() if x.numel() else 0), (key, name)
     give(a, b, seed=9)
     first.step()
     second.step()

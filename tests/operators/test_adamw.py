@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import sys
 
 import pytest
 import torch
@@ -103,17 +104,20 @@ def test_averages_in_float32(kernels, device):
     assert {state["exp_avg"].dtype for state in optimizer.state.values()} == {torch.float32}
 
 
-def test_every_layout(kernels, device):
+@pytest.mark.parametrize("gaps", [False, True])
+def test_every_layout(kernels, gaps, device):
     """Transposed, with gaps, off by one element; gradients and averages in an order of their own."""
 
     def made(seed):
         g = torch.Generator().manual_seed(seed)
-        return [
-            torch.randn(70, 66, generator=g).to(device).t(), torch.randn(300, generator=g).to(device)[::3],
-            torch.randn(CHUNK + 3, generator=g).to(device)[1:],
-            torch.randn(2, 3, 4, 5, generator=g).to(device)[:, :, 1:],
+        dense = [
+            torch.randn(70, 66, generator=g).to(device).t(), torch.randn(CHUNK + 3, generator=g).to(device)[1:],
             torch.randn(2, 6, 4, generator=g).to(device).permute(2, 0, 1),
         ]  # fmt: skip
+        with_gaps = [
+            torch.randn(300, generator=g).to(device)[::3], torch.randn(2, 3, 4, 5, generator=g).to(device)[:, :, 1:],
+        ]  # fmt: skip
+        return dense + with_gaps if gaps else dense
 
     params = [torch.nn.Parameter(tensor) for tensor in made(0)]
     optimizer = AdamW(params, **HYPER)
@@ -275,6 +279,27 @@ def test_tensors_and_seeds_draw_their_own(kernels, device):
     assert torch.equal(one, rounded(1, 0))
     for other in (rounded(1, 1), rounded(2, 0), rounded(1 + 2**32, 0)):
         assert 0.4 < (one != other).float().mean() < 0.6
+
+
+def test_every_nan_stays_one_when_it_is_rounded(triton_backend):
+    """A GPU's own NaN has all bits but the sign, to which nothing can be added."""
+    triton = pytest.importorskip("triton")
+    import triton.language as tl
+
+    elements = sys.modules["gptkern.operators.adamw.triton_elements"]
+
+    @triton.jit
+    def kernel(x_ptr, draws_ptr, y_ptr, ROUNDED: tl.constexpr):
+        e = tl.arange(0, 8)
+        tl.store(y_ptr + e, ROUNDED(tl.load(x_ptr + e), tl.load(draws_ptr + e)))
+
+    bits = torch.tensor(
+        [0x7FFFFFFF, -1, 0x7FC00000, 0x7F800000, -0x800000, 0x7F7FFFFF, 0x3F808000, 0], dtype=torch.int32
+    )
+    y = torch.zeros(8)
+    kernel[(1,)](bits.view(torch.float32), torch.full((8,), 0xFFFF, dtype=torch.int32), y, elements.rounded_at_random)
+    assert y[:3].isnan().all()
+    assert y[3:].tolist() == [math.inf, -math.inf, math.inf, 1 + 2.0**-7, 0.0]
 
 
 def test_an_update_too_small_for_bfloat16_is_not_lost(kernels, device):

@@ -44,7 +44,7 @@ def blocks_of(shape) -> tuple[int, int]:
 
 def is_coded(shape) -> bool:
     """Whether a (whole) tensor's averages are held in 8 bits, where its group asks for it."""
-    return len(shape) >= 2 and width_of(shape) >= LEAST_ROW
+    return width_of(shape) >= LEAST_ROW
 
 
 def _in_blocks(x: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,7 @@ from gptkern.operators.adamw.triton_elements import (
     correction,
     draws,
     load,
-    moved,
+    moved_parameter,
     pointer,
     rounded_at_random,
     scaled,
@@ -86,7 +86,7 @@ def _update_chunk(
         # NaN stays, as torch.maximum has it.
         largest = tl.maximum(before, v, propagate_nan=tl.PropagateNan.ALL)
         store(largest_at, largest, inside, MASKED)
-    p = moved(p, m, largest, correction1, correction2, lr, eps, weight_decay)
+    p = moved_parameter(p, m, largest, correction1, correction2, lr, eps, weight_decay)
     if PLACES != 0:
         p = rounded_at_random(p, draws(row_ptr, t, e, first, PLACES, CHUNK))
     store(p_at, p, inside, MASKED)

@@ -30,7 +30,7 @@ from gptkern.operators.adamw.triton_elements import (
     at,
     correction,
     draws,
-    moved,
+    moved_parameter,
     pointer,
     rounded_at_random,
     scaled,
@@ -152,7 +152,7 @@ def _update_blocks_kernel(
     m = m + one_less_beta1 * (g - m)
     # v = β₂ v + (1 − β₂) g²
     v = beta2 * (root * root) + one_less_beta2 * g * g
-    p = moved(p, m, v, correction1, correction2, lr, eps, weight_decay)
+    p = moved_parameter(p, m, v, correction1, correction2, lr, eps, weight_decay)
     if PLACES != 0:
         if WHOLE:
             bits = tl.reshape(draws(row_ptr, t, e, first * _BLOCK, PLACES, TILE * _BLOCK), (TILE, _BLOCK))

@@ -78,7 +78,7 @@ def scaled(g, grad_scale_ptr, clip_ptr, MAXIMIZE: tl.constexpr):
 
 
 @triton.jit
-def moved(p, m, largest, correction1, correction2, lr, eps, weight_decay):
+def moved_parameter(p, m, largest, correction1, correction2, lr, eps, weight_decay):
     # θ = θ − lr · weight_decay · θ
     p = p - lr * weight_decay * p
     # θ = θ − lr / (1 − β₁ᵗ) · m / (√(v / (1 − β₂ᵗ)) + eps)
