@@ -95,6 +95,15 @@ BY_HAND = {
         ((10, 4, 8, 6), "flops", "forward", 1600),
         ((10, 4, 8, 6), "flops", "backward", 1280),
     ],
+    "linear_cross_entropy": [
+        # 10 rows and 20 classes of 8: 160 and 320 bytes, 80 of targets, 120 of statistics. A product 3200 operations.
+        ((10, 8, 20), "bytes 2", "forward", 560),
+        ((10, 8, 20), "bytes 2", "backward", 1160),
+        ((10, 8, 20), "bytes 4", "both", 3280),
+        ((10, 8, 20, True), "bytes 2", "forward", 600),
+        ((10, 8, 20), "flops", "forward", 3200),
+        ((10, 8, 20), "flops", "both", 9600),
+    ],
     "cross_entropy": [
         # 10 rows of 8 classes: the logits 160 bytes, targets 80, four statistics a row 160. Operations: 4 and 4.
         ((10, 8), "bytes 2", "forward", 240),

@@ -232,6 +232,36 @@ def test_cross_entropies_get_the_cells_options(monkeypatch, peer, module, name):
         assert "has no softcap" in extended.reason
 
 
+@pytest.mark.parametrize(
+    ("peer", "module", "name"),
+    [
+        (LIGER, "liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"),
+        (QUACK, "quack.linear_cross_entropy", "chunked_linear_cross_entropy"),
+        (peers.CHUNKED, None, None),
+    ],
+)
+def test_linear_cross_entropies_get_the_cells_options(monkeypatch, peer, module, name):
+    if module is None and not hasattr(F, "linear_cross_entropy"):
+        assert "2.13" in peers.linear_cross_entropy(peer, cell("linear_cross_entropy", 8, 16, 24), GPU).reason
+        return
+    if module is not None:
+
+        def function(x, w, target, reduction):
+            return F.cross_entropy(x @ w.T, target, reduction=reduction)
+
+        library(monkeypatch, module, **{name: function})
+    x, w, target = torch.randn(8, 16), torch.randn(24, 16), torch.tensor([0, 7, -100, 2, 23, 5, -100, 1])
+    for reduction in ("mean", "sum"):
+        of = cell("linear_cross_entropy", 8, 16, 24, False, False, reduction)
+        right = F.cross_entropy(x @ w.T, target, reduction=reduction)
+        torch.testing.assert_close(peers.linear_cross_entropy(peer, of, GPU).call(x, w, target), right)
+    capped = cell("linear_cross_entropy", 8, 16, 24, False, False, "mean", 0.0, 0.0, 3.0)
+    assert "classes alone" in peers.linear_cross_entropy(peer, capped, GPU).reason
+    if peer == QUACK:
+        odd = cell("linear_cross_entropy", 8, 16, 23)
+        assert "multiples of 8" in peers.linear_cross_entropy(peer, odd, GPU).reason
+
+
 # --- int8 -----------------------------------------------------------------------------------------------------------
 
 # The products of values that are rounded to 1 / 127 of a row's largest differ by about 1 %.

@@ -42,9 +42,10 @@ INT_MM = "int_mm + dequantise"
 TORCHAO = "torchao int8"
 BITSANDBYTES = "bitsandbytes int8"
 DEQUANTISED = "dequantise + linear"
+CHUNKED = "PyTorch chunked"
 NAMES = (
     EAGER, COMPILE, COMPILE_MAX, *SDPA.values(), FLEX, LIGER, *FLASH_ATTN.values(), QUACK, BF16_LINEAR, INT_MM, TORCHAO,
-    BITSANDBYTES, DEQUANTISED,
+    BITSANDBYTES, DEQUANTISED, CHUNKED,
 )  # fmt: skip
 
 # The distributions whose versions a measurement depends on, beside torch and triton.
@@ -321,6 +322,32 @@ def cross_entropy(library: str, cell: Cell, kind: str) -> Implementation:
     return Implementation(lambda x, target: function(x, target, reduction=sizes.reduction, **options))
 
 
+# --- linear_cross_entropy: (x, weight, target); x (rows, width), weight (classes, width) ------------------------------
+
+
+@_adapter
+def linear_cross_entropy(library: str, cell: Cell, kind: str) -> Implementation:
+    """PyTorch's own in chunks of rows (2.13), Liger-Kernel's and quack's: gradients are computed in their forwards."""
+    sizes = cell.of
+    plain = not (sizes.bias or sizes.weight or sizes.z_loss or sizes.softcap or sizes.logit_scale != 1.0)
+    _need(plain and not sizes.label_smoothing, "is compared on rows, a weight and classes alone")
+    if library == CHUNKED:
+        _need(hasattr(F, "linear_cross_entropy"), "is new in PyTorch 2.13")
+        options = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True)
+        return Implementation(
+            lambda x, w, target: F.linear_cross_entropy(x, w, target, reduction=sizes.reduction, options=options)
+        )
+    _need_gpu(kind)
+    if library == LIGER:
+        fused = _imported(_LIGER_FUNCTIONS).liger_fused_linear_cross_entropy
+        # It asks for the number of rows that count: the host waits.
+        return Implementation(lambda x, w, target: fused(x, w, target, reduction=sizes.reduction), graph=False)
+    _need(sizes.reduction != "none", "has no loss of each row")
+    _need(not (sizes.rows % 8 or sizes.width % 8 or sizes.classes % 8), "needs sizes that are multiples of 8")
+    chunked = _imported("quack.linear_cross_entropy").chunked_linear_cross_entropy
+    return Implementation(lambda x, w, target: chunked(x, w, target, reduction=sizes.reduction))
+
+
 # --- nonlinearity: (gate, up), (rows, width) each ---------------------------------------------------------------------
 
 
@@ -529,6 +556,8 @@ def of_operator(plain: Callable | None, written_out: Callable | None, cell: Cell
         found[DEQUANTISED] = _of_float_weight(dequantised(kind), cell)
     if cell.operator == "cross_entropy":
         found |= {library: cross_entropy(library, cell, kind) for library in (LIGER, QUACK)}
+    if cell.operator == "linear_cross_entropy":
+        found |= {library: linear_cross_entropy(library, cell, kind) for library in (CHUNKED, LIGER, QUACK)}
     return found | {lib: of_rows(lib, cell, kind) for lib, operator in _OF_ROWS if operator == cell.operator}
 
 
