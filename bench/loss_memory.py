@@ -96,7 +96,7 @@ def main() -> int:
     about["least"] = (args.rows + args.classes) * args.width * dtype.itemsize
     found = {}
     for name in (args.only,) if args.only else NAMES:
-        if name == "pytorch" and not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        if name == "pytorch" and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
             print(json.dumps(about | {"implementation": name, "missing": "PyTorch before 2.13 has none"}), flush=True)
             continue
         # The last --only counts.
