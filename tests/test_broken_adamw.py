@@ -405,8 +405,9 @@ PYTHON = [
 ]
 
 SHARP = {
-    "no decay", "a correction by the difference", "the last chunk is left out", "infinities are taken", "high halves first",
-    "a step behind", "a block over the end of a row", "NaN is forgotten", "counters of whole blocks", "not clipped",
+    "no decay", "a correction by the difference", "the last chunk is left out", "infinities are taken",
+    "high halves first", "a step behind", "a block over the end of a row", "NaN is forgotten",
+    "counters of whole blocks", "not clipped",
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -14,6 +15,8 @@ from gptkern import operators
 from gptkern.backends.cuda import emulated
 
 PROGRAM = Path(__file__).with_name("remembered_calls.py")
+# Operators whose twins remember: losses look at more than a signature says, and an optimizer's call is new each time.
+REMEMBERING = {name for name in operators.NAMES if "dispatch.remember(" in inspect.getsource(operators.contract(name))}
 
 
 @pytest.mark.parametrize("by", ["compiled", "python"])
@@ -24,7 +27,7 @@ def test_a_call_is_what_it_is_whatever_came_before(by):
     done = subprocess.run([sys.executable, "-W", "ignore", str(PROGRAM), by], capture_output=True, text=True, env=clean)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout)
-    assert set(report) == set(operators.NAMES)
+    assert set(report) == REMEMBERING
     for name, found in report.items():
         assert found["wrong"] == [], (name, found["wrong"])
         # Else nothing would show whether it is remembered at all.
