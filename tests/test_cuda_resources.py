@@ -32,6 +32,8 @@ FROM_SHARED = ("LDSM.16",)
 EXPECTED = [
     (r"layer_norm_(forward|backward)_kernel\b", [WIDE_LOAD]),
     (r"rms_norm_(forward|backward)\w*_kernel\b", [WIDE_LOAD]),
+    (r"cross_entropy_(forward|backward)_kernel\b", [WIDE_LOAD]),
+    (r"adamw_(update|squares)_kernel\b", [WIDE_LOAD]),
     (r"rotary_kernel<(b?float16, 8|float, 4), ", [WIDE_LOAD]),
     (r"softmax_\w+_kernel\b", [WIDE_LOAD]),
     (r"attention_forward\w*\b", [PRODUCT_16, FROM_SHARED, WIDE_COPY]),

@@ -125,8 +125,8 @@ GPTKERN_DEVICE void round_at_random(float (&p)[V], const Row& row, float t, int6
 #pragma unroll
         for (int i = 0; i < V; ++i) {
             // Of V = 4 the vector is the first half of the words, or the second.
-            uint32_t word = drawn.words[i / 2];
-            if (V < DRAWS && half) word = drawn.words[(i + V) / 2 % 4];
+            uint32_t word = drawn[i / 2];
+            if (V < DRAWS && half) word = drawn[(i + V) / 2 % 4];
             p[i] = rounded_at_random(p[i], word >> 16 * (i % 2) & 0xffffu);
         }
         return;
@@ -142,10 +142,7 @@ GPTKERN_DEVICE void round_at_random(float (&p)[V], const Row& row, float t, int6
             drawn = words_of(drawn_for);
         }
         const int half = int(place % DRAWS);
-        uint32_t word = drawn.words[0];
-#pragma unroll
-        for (int w = 1; w < 4; ++w)
-            if (half / 2 == w) word = drawn.words[w];
+        const uint32_t word = drawn[half / 2];
         // An index that changes would put the vector into local memory.
 #pragma unroll
         for (int k = 0; k < V; ++k)

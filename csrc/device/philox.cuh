@@ -7,7 +7,10 @@
 namespace gptkern {
 
 struct PhiloxWords {
-    uint32_t words[4];
+    uint32_t w0, w1, w2, w3;
+
+    // Not an array: with an index that changes it would lie in local memory.
+    GPTKERN_DEVICE uint32_t operator[](int i) const { return i < 2 ? (i == 0 ? w0 : w1) : (i == 2 ? w2 : w3); }
 };
 
 GPTKERN_DEVICE PhiloxWords philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
@@ -22,7 +25,7 @@ GPTKERN_DEVICE PhiloxWords philox(uint64_t key, uint32_t c0, uint32_t c1, uint32
         k0 += 0x9E3779B9u;
         k1 += 0xBB67AE85u;
     }
-    return {{c0, c1, c2, c3}};
+    return {c0, c1, c2, c3};
 }
 
 }  // namespace gptkern
