@@ -7,6 +7,10 @@ rerouting.py       a class's forward again, with some of the functions that it c
 rerouting_code.py  the code that this needs: some of its names lead to cells
 routed_classes.py  the subclass of a module's class that has such a forward
 encoders.py        what torch.nn's encoders give on their fast path, in those that are rerouted
+edits.py           what of a forward is changed in its source
+activations.py     activations, and products with them
+fused_loss.py      the loss of a model's own forward, without its logits
+edited_code.py     a function's code again, changed in its source
 transformers.py    attention by name in Hugging Face's models; imported only where transformers is in use
 known_code.py      norms and rotary embeddings that these write out, known by their code
 attention_names.py which code of such a model asks for the name of its attention

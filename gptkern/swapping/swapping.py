@@ -1,12 +1,15 @@
 """swap(model), unswap(model), kernels(): gptkern's operators in a model that was written without them.
 
-    torch.nn.LayerNorm, RMSNorm, Softmax    change their class to the twin in gptkern.nn
+    torch.nn.LayerNorm, RMSNorm, Softmax, GELU, SiLU
+                                            change their class to the twin in gptkern.nn
     a module whose forward calls F.scaled_dot_product_attention, F.layer_norm, F.rms_norm or F.softmax inline
                                             changes its class to a subclass of its own, whose forward is the
                                             original one with those calls rerouted (gptkern.swapping.rerouting)
     a module of transformers (gptkern.swapping.transformers)
                                             gets its attention by the name "gptkern"; a rotary embedding or a norm in
                                             code that is known is rerouted as above
+    a forward that multiplies with an activation, or takes its own loss (gptkern.swapping.edits)
+                                            changes its class likewise; its code is changed by its source
 
 A swapped module is the same object with the same parameters, buffers, hooks and state_dict keys; its original class
 and config are noted in its `__dict__`, from where `unswap` takes them back. No global is touched.
@@ -54,7 +57,11 @@ def swap(
     a function of its own package; `torch.nn.MultiheadAttention` and `torch.nn.TransformerEncoder`, which then keep to
     Python in eval mode; a block's `x = x + f(x)` for which one of its norms is called next (`self.norm(x)`), which
     becomes one call of that norm's operator with `residual=` ("residual_norm" in `ops`); and of transformers' models
-    the attention, the rotary embedding and Llama's norm. A call that cannot be read off the code (a function looked up
+    the attention, the rotary embedding and Llama's norm. `F.gelu`, `F.silu`, their modules and transformers' classes
+    for them run on "nonlinearity" (while torch.compile compiles, and no backend is forced, on PyTorch, since Inductor
+    writes them into other kernels); a product `act(gate) * up` with one of them, found in the forward's source, is
+    swiglu or geglu in one call, of the packed tensor where gate and up are its halves. `F.cross_entropy` is
+    gptkern's. A call that cannot be read off the code (a function looked up
     in a table, a tensor's method) is not found: `gptkern.kernels()` reaches it. Attention or a norm that is written out
     in Python is named as skipped, as is a method called by `super()` that makes such calls, and the generated code of a
     torch.fx.GraphModule.
@@ -73,12 +80,18 @@ def swap(
         model: any module; shared submodules are swapped once.
         ops: the operators to put in, of `gptkern.swapping.SWAPPABLE`; all by default.
         strict: raise where anything asked for has to be skipped.
+        fused_loss: the loss that the model's own forward takes of the logits of its head (transformers' causal models
+            with `labels`, the reference GPT with `targets`, and others whose source shows no more between head and
+            loss than a factor, a softcap and a flattening) runs on `linear_cross_entropy`, which makes no logits: a
+            call with targets then returns the loss, and None for the logits. A call without them is unchanged. Where
+            it is not known what a forward does with its logits it is left alone, and the report says why. Where a
+            head or a loss function is another one by the time of a call, the logits are made, and a warning says so.
 
     Returns:
         The report: what was replaced, and what was left alone and why.
 
     Raises:
-        TypeError: model is no torch.nn.Module, or ops is a string.
+        TypeError: model is no torch.nn.Module, ops is a string, or fused_loss is no bool.
         ValueError: ops names an unknown operator.
         RuntimeError: strict, and something was skipped; the model is then unchanged.
     """
@@ -144,8 +157,8 @@ def unswap(model: torch.nn.Module) -> UnswapReport:
 def kernels(ops: Iterable[str] | None = None) -> TorchFunctionMode:
     """`with gptkern.kernels():` routes the calls of PyTorch's functions made inside it to gptkern's operators.
 
-    Routed are F.scaled_dot_product_attention, F.layer_norm, F.rms_norm, F.softmax, torch.softmax and Tensor.softmax
-    (what PyTorch's own modules call inside their C++ or composite functions, as torch.nn.MultiheadAttention does, is
+    Routed are F.scaled_dot_product_attention, F.layer_norm, F.rms_norm, F.softmax, torch.softmax and Tensor.softmax,
+    F.gelu, F.silu and F.cross_entropy (what PyTorch's own modules call inside their C++ or composite functions, as torch.nn.MultiheadAttention does, is
     not seen; nor is a rotary embedding, for which PyTorch has no function). It holds in the thread that enters it, and
     nests.
 
