@@ -157,10 +157,10 @@ def unswap(model: torch.nn.Module) -> UnswapReport:
 def kernels(ops: Iterable[str] | None = None) -> TorchFunctionMode:
     """`with gptkern.kernels():` routes the calls of PyTorch's functions made inside it to gptkern's operators.
 
-    Routed are F.scaled_dot_product_attention, F.layer_norm, F.rms_norm, F.softmax, torch.softmax and Tensor.softmax,
-    F.gelu, F.silu and F.cross_entropy (what PyTorch's own modules call inside their C++ or composite functions, as torch.nn.MultiheadAttention does, is
-    not seen; nor is a rotary embedding, for which PyTorch has no function). It holds in the thread that enters it, and
-    nests.
+    Routed are F.scaled_dot_product_attention, F.layer_norm, F.rms_norm, F.softmax, torch.softmax and
+    Tensor.softmax, F.gelu, F.silu and F.cross_entropy (what PyTorch's own modules call inside their C++ or
+    composite functions, as torch.nn.MultiheadAttention does, is not seen; nor is a rotary embedding, for which
+    PyTorch has no function). It holds in the thread that enters it, and nests.
 
     Args:
         ops: the operators to route, of `gptkern.swapping.SWAPPABLE`; all by default.
