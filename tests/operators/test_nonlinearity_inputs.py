@@ -12,11 +12,15 @@ import torch.nn.functional as F
 from checking import Watched, assert_compiles, raised_by, same_bits
 from layouts import LAYOUTS, guarded, of_own_strides
 from nonlinearity_calls import KINDS, call, check, combinations, tensors_of
+from simulated_gpus import H200, simulate
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.common_methods_invocations import op_db
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gptkern
 import gptkern.functional as G
 from gptkern import nn
+from gptkern.operators.nonlinearity import contract
 
 all_calls = pytest.mark.parametrize(("function", "kind"), combinations())
 
@@ -421,3 +425,78 @@ def test_a_product_under_torch_func(device):
     for mine, others in zip(ours, theirs):
         torch.testing.assert_close(mine, others)
     assert math.isfinite(float(ours[0].sum()))
+
+
+# --- linear on a GPU: tensors without memory --------------------------------------------------------------------------
+
+
+class Called(TorchDispatchMode):
+    """Records the names of the operators that run inside the `with` block."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.names.append(op._schema.name.partition("::")[2])
+        return op(*args, **(kwargs or {}))
+
+
+def operands_on_a_gpu(dtypes=(torch.bfloat16,) * 3, shape=(2, 5)):
+    sizes = ((*shape, 24), (17, 24), (17,))
+    return [torch.empty(size, dtype=dtype, device="cuda") for size, dtype in zip(sizes, dtypes)]
+
+
+def called_on_a_gpu(activation="gelu_tanh", shape=(2, 5)):
+    """What a product calls on a simulated GPU, where fake tensors count as plain ones."""
+    operands = operands_on_a_gpu(shape=shape)
+    with Called() as called:
+        output = G.linear(*operands, activation=activation)
+    assert output.shape == (*shape, 17) and output.dtype == torch.bfloat16
+    return called.names
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    simulate(monkeypatch, (H200.name, (9, 0)))
+    monkeypatch.setattr(gptkern.backends.dispatch, "_uncovered", lambda *call: None)
+    monkeypatch.setattr(contract, "_PLAIN", (*contract._PLAIN, FakeTensor))
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    with FakeTensorMode(), gptkern.backend(None):
+        yield
+
+
+def test_without_gradients_the_product_computes_its_gelu(a_gpu):
+    names = called_on_a_gpu()
+    assert "_addmm_activation" in names and not {"gelu", "nonlinearity_forward", "addmm"} & set(names)
+
+
+@pytest.mark.parametrize("options", [dict(activation="gelu"), dict(shape=(0,))], ids=str)
+def test_where_it_cannot_a_kernel_follows(a_gpu, options):
+    assert "_addmm_activation" not in called_on_a_gpu(**options)
+
+
+def test_what_the_epilogue_does_not_take(a_gpu):
+    x, w, b = operands = operands_on_a_gpu()
+    assert contract._has_epilogue(*operands, "gelu_tanh")
+
+    def other(*shape, dtype=torch.bfloat16, requires_grad=False):
+        return torch.empty(shape, dtype=dtype, device="cuda", requires_grad=requires_grad)
+
+    others = [
+        (x, w, None), (x, w, other(17, requires_grad=True)), (x, other(17, 24, requires_grad=True), b),
+        (x, w, other(17, dtype=torch.float32)), (other(2, 5), w, b), (x, w, other(5)), (other(), w, b), (x, b, b),
+        tuple(other(*operand.shape, dtype=torch.int32) for operand in operands),
+    ]  # fmt: skip
+    assert [contract._has_epilogue(*operands, "gelu_tanh") for operands in others] == [False] * len(others)
+    with torch.no_grad():
+        assert contract._has_epilogue(x, w, other(17, requires_grad=True), "gelu_tanh")
+
+
+def test_a_kernel_that_is_forced_runs(a_gpu):
+    pytest.importorskip("triton")
+    with gptkern.backend("triton"):
+        names = called_on_a_gpu()
+    assert "nonlinearity_forward" in names and "_addmm_activation" not in names
+    with gptkern.backend("torch"):
+        assert "_addmm_activation" in called_on_a_gpu()

@@ -44,6 +44,7 @@ FUNCTIONS = tuple(_PYTORCHS)
 # What `linear` applies -> F.gelu's name of its approximation
 _APPROXIMATIONS = {function: name for name, function in _OF_APPROXIMATIONS.items()}
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 class Call(NamedTuple):
@@ -269,7 +270,7 @@ def _has_epilogue(input, weight, bias, activation) -> bool:
     if dispatch.forced() not in (None, "torch") or tracing.is_transformed() or torch.is_autocast_enabled("cuda"):
         return False
     for operand in (input, weight, bias):
-        if type(operand) not in (torch.Tensor, torch.nn.Parameter) or not is_dense(operand):
+        if type(operand) not in _PLAIN or not is_dense(operand):
             return False
         if operand.dtype != input.dtype or operand.device != input.device or operand.numel() == 0:
             return False
