@@ -32,7 +32,7 @@ def of(test, **arguments):
     """A test as the check of a mutation; of its arguments those that no fixture gives."""
 
     def check(backend, monkeypatch):
-        named = dict(kernels=backend, device=DEVICE, monkeypatch=monkeypatch, triton_backend=backend) | arguments
+        named = dict(backend=backend, device=DEVICE, monkeypatch=monkeypatch, triton_backend=backend) | arguments
         torch.manual_seed(0)
         test(**{name: named[name] for name in inspect.signature(test).parameters})
 

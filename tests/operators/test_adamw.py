@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 import sys
 
@@ -22,14 +21,6 @@ FACTOR = 2  # of results (docs/design.md, section 5)
 HYPER = dict(lr=0.03, betas=(0.8, 0.97), eps=1e-6, weight_decay=0.2)
 THREE = torch.float32, torch.bfloat16, torch.float16
 CHUNK = 4096
-
-
-@pytest.fixture
-def kernels(backend):
-    """A backend that adamw has, forced."""
-    if backend == "cuda" and importlib.util.find_spec("gptkern.operators.adamw.cuda") is None:
-        pytest.skip("adamw has no CUDA C++ kernels")
-    return backend
 
 
 def parameters(shapes, dtype=torch.float32, device="cpu"):
@@ -86,26 +77,26 @@ SHAPES = [(CHUNK - 1,), (CHUNK,), (CHUNK + 1,), (1,), (3, 5, 7), (0, 4), (2, CHU
 
 @pytest.mark.parametrize("dtype", THREE)
 @pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"maximize": True}], ids=str)
-def test_an_update(kernels, dtype, options, device):
+def test_an_update(backend, dtype, options, device):
     stepped(AdamW(parameters(SHAPES, dtype, device), **HYPER, **options))
 
 
 @pytest.mark.parametrize(
     "hyper", [dict(betas=(0.0, 0.0)), dict(weight_decay=0.0, eps=1e-3), dict(betas=(0.999, 0.9999))]
 )
-def test_hyperparameters_at_their_ends(kernels, hyper, device):
+def test_hyperparameters_at_their_ends(backend, hyper, device):
     """With β near 1 the first corrections are differences of numbers near 1."""
     stepped(AdamW(parameters([(33,), (5, 9)], device=device), **{**HYPER, **hyper}))
 
 
-def test_averages_in_float32(kernels, device):
+def test_averages_in_float32(backend, device):
     optimizer = AdamW(parameters(SHAPES, torch.bfloat16, device), state_dtype=torch.float32, **HYPER)
     stepped(optimizer)
     assert {state["exp_avg"].dtype for state in optimizer.state.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("gaps", [False, True])
-def test_every_layout(kernels, gaps, device):
+def test_every_layout(backend, gaps, device):
     """Transposed, with gaps, off by one element; gradients and averages in an order of their own."""
 
     def made(seed):
@@ -133,14 +124,14 @@ def test_every_layout(kernels, gaps, device):
         judged(before, optimizer, optimizer.param_groups[0])
 
 
-def test_a_thousand_small_tensors_of_two_dtypes(kernels, device):
+def test_a_thousand_small_tensors_of_two_dtypes(backend, device):
     params = parameters([(index % 7 + 1,) for index in range(1003)], device=device)
     for param in params[::3]:
         param.data = param.data.to(torch.bfloat16)
     stepped(AdamW(params, **HYPER), steps=1)
 
 
-def test_clipping_and_unscaling(kernels, device):
+def test_clipping_and_unscaling(backend, device):
     """The norm is of unscaled gradients; both factors reach the update."""
     params = parameters(SHAPES, device=device)
     optimizer = AdamW(params, max_norm=2.0, **HYPER)
@@ -154,7 +145,7 @@ def test_clipping_and_unscaling(kernels, device):
     assert abs(optimizer.grad_norm.item() / norm - 1) < 1e-6
 
 
-def test_a_norm_below_the_limit_changes_nothing(kernels, device):
+def test_a_norm_below_the_limit_changes_nothing(backend, device):
     a, b = (parameters(SHAPES, device=device) for _ in range(2))
     for params, limit in ((a, None), (b, math.inf)):
         give_gradients(params)
@@ -169,7 +160,7 @@ def test_a_norm_below_the_limit_changes_nothing(kernels, device):
 
 
 @pytest.mark.parametrize("dtype", THREE)
-def test_the_norm(kernels, dtype, device):
+def test_the_norm(backend, dtype, device):
     """Of tensors with gaps, of one that does not begin at 16 bytes, and in the same bits again."""
     grads = [p.detach() for p in parameters([(9 * CHUNK + 5,), (7,), (3, 4), (0,)], dtype, device)]
     grads += [grads[0][1:], grads[0][::2], grads[0][: 4 * 16].view(16, 4).t()]
@@ -183,7 +174,7 @@ def test_the_norm(kernels, dtype, device):
 
 @pytest.mark.parametrize("state_dtype", [None, torch.float32, "int8"])
 @pytest.mark.parametrize("rounding", [False, True])
-def test_an_overflow_leaves_everything(kernels, state_dtype, rounding, device):
+def test_an_overflow_leaves_everything(backend, state_dtype, rounding, device):
     params = parameters([(CHUNK + 1,), (3, 300)], torch.bfloat16, device)
     optimizer = AdamW(params, state_dtype=state_dtype, stochastic_rounding=rounding, max_norm=1.0, **HYPER)
     give_gradients(params)
@@ -203,7 +194,7 @@ def test_an_overflow_leaves_everything(kernels, state_dtype, rounding, device):
     assert not torch.equal(params[0], before[0]) and optimizer.state[params[0]]["step"] == 2
 
 
-def test_numbers_that_are_none_stay_where_they_are(kernels, device):
+def test_numbers_that_are_none_stay_where_they_are(backend, device):
     """NaN and infinities of a gradient reach its own element alone; in 8 bits, its block."""
     for state_dtype in (None, "int8"):
         params = parameters([(2, 512)], torch.bfloat16, device)
@@ -224,10 +215,10 @@ def test_numbers_that_are_none_stay_where_they_are(kernels, device):
 
 @pytest.mark.parametrize("shape", [(1,), (8 * 515 + 3,), (3, 5, 7), (2, 512), (3, 300)])
 @pytest.mark.parametrize("state_dtype", [torch.float32, "int8"])
-def test_the_bits_of_the_rounding_are_pytorchs(kernels, shape, state_dtype, device):
+def test_the_bits_of_the_rounding_are_pytorchs(backend, shape, state_dtype, device):
     """Where both compute the same number before it is rounded: with β = 0 of both that is ± lr, and the decay."""
     found = []
-    for name in (kernels, "torch"):
+    for name in (backend, "torch"):
         params = parameters([(4,), shape], torch.bfloat16, device)
         optimizer = AdamW(
             params, lr=2.0**-9, betas=(0.0, 0.0), eps=0.0, weight_decay=0.0, state_dtype=state_dtype,
@@ -241,10 +232,11 @@ def test_the_bits_of_the_rounding_are_pytorchs(kernels, shape, state_dtype, devi
     assert torch.equal(*found)
 
 
-def test_rounding_at_random_is_without_bias(kernels, device):
+def test_rounding_at_random_is_without_bias(backend, device):
     """A million draws of one number between two neighbours: the part that went up, within five standard deviations."""
-    n, lr = 2**20, 2.0**-10
-    # 1 − lr/… lies a quarter of the way from 1 down to the neighbour below, 1 − 2⁻⁸.
+    # Of kernels, whose bits are PyTorch's, fewer.
+    n, lr = 2**20 if backend == "torch" else 2**17, 2.0**-10
+    # 1 − lr lies a quarter of the way from 1 down to the neighbour below, 1 − 2⁻⁸.
     param = torch.nn.Parameter(torch.ones(n, dtype=torch.bfloat16, device=device))
     param.grad = torch.ones_like(param)
     optimizer = AdamW(
@@ -266,7 +258,7 @@ def test_rounding_at_random_is_without_bias(kernels, device):
     assert abs(both - n * p**2) < 5 * math.sqrt(n * p**2)
 
 
-def test_tensors_and_seeds_draw_their_own(kernels, device):
+def test_tensors_and_seeds_draw_their_own(backend, device):
     def rounded(seed, number):
         params = [torch.nn.Parameter(torch.ones(4000, dtype=torch.bfloat16, device=device)) for _ in range(number + 1)]
         params[number].grad = torch.ones_like(params[number])
@@ -302,7 +294,7 @@ def test_every_nan_stays_one_when_it_is_rounded(triton_backend):
     assert y[3:].tolist() == [math.inf, -math.inf, math.inf, 1 + 2.0**-7, 0.0]
 
 
-def test_an_update_too_small_for_bfloat16_is_not_lost(kernels, device):
+def test_an_update_too_small_for_bfloat16_is_not_lost(backend, device):
     """Steps of a tenth of half a unit in the last place: to the nearest nothing ever moves."""
     ends = []
     for rounding in (False, True):
@@ -362,7 +354,7 @@ def test_no_root_is_coded_as_zero_beside_others():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 64), (2, 255), (5, 256), (2, 257), (33, 512), (2, 3, 100)])
-def test_an_update_in_8_bits(kernels, shape, dtype, device):
+def test_an_update_in_8_bits(backend, shape, dtype, device):
     """The parameter moves by what the decoded averages say; the codes are those of the new ones."""
     (param,) = parameters([shape], dtype, device)
     optimizer = AdamW([param], state_dtype="int8", **HYPER)
@@ -425,7 +417,7 @@ def test_float64_is_left_to_pytorch_and_named(triton_backend):
         AdamW(params).step()
 
 
-def test_what_was_written_is_known_to_autograd(kernels, device):
+def test_what_was_written_is_known_to_autograd(backend, device):
     param = torch.nn.Parameter(torch.ones(3, device=device))
     loss = (param * param).sum()
     param.grad = torch.ones_like(param)
