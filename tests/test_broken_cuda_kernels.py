@@ -182,17 +182,17 @@ MUTATIONS = [
         Case("rms_norm", "Llama", "grad weight"),
     ),
     Mutation(
-        "up's gradient is of the slope", "nonlinearity", "nonlinearity_backward_kernel(const",
+        "up's gradient is of the slope", "nonlinearity", "nonlinearity_backward_kernel(const __grid",
         "of_y * value", "of_y * slope",
         Case("nonlinearity", "swiglu", "grad up"),
     ),
     Mutation(
         "a row's last vector is written whole", "nonlinearity", "void store_part(",
-        "V == 1 || count >= V", "V >= 1",
+        "if (count < V) {", "if (count < 0) {",
         Case("nonlinearity", "swiglu tail", refused=OUTSIDE),
     ),
     Mutation(
-        "a block sums the rows of seven of its warps", "nonlinearity", "nonlinearity_bias_kernel(const",
+        "a block sums the rows of seven of its warps", "nonlinearity", "nonlinearity_bias_kernel(const __grid",
         "WARPS, min(range", "WARPS - 1, min(range",
         Case("nonlinearity", "bias", "grad bias", torch.float32),
     ),

@@ -16,8 +16,9 @@
 namespace gptkern {
 namespace {
 
-// Vectors of each operand that a thread has under way.
-constexpr int ROWS = 2, BIAS_ROWS = 4;
+// Vectors of each operand that a thread has under way, and blocks of a multiprocessor (forward.cu). Not measured.
+constexpr int ROWS = 2, BLOCKS = 3;
+constexpr int BIAS_ROWS = 2, BIAS_BLOCKS = 2;  // gptkern/operators/nonlinearity/cuda.py, _BLOCKS
 constexpr int WARPS = BLOCK / WARP;
 
 template <class T>
@@ -38,7 +39,8 @@ struct Backward {
 };
 
 template <class T, int V>
-__global__ void __launch_bounds__(BLOCK) nonlinearity_backward_kernel(const __grid_constant__ Backward<T> call) {
+__global__ void __launch_bounds__(BLOCK, BLOCKS)
+    nonlinearity_backward_kernel(const __grid_constant__ Backward<T> call) {
     const int groups = int(blockDim.x) / call.lanes;
     const int column = (int(blockIdx.x % call.chunks) * call.lanes + int(threadIdx.x) % call.lanes) * V;
     const int64_t first = int64_t(blockIdx.x / call.chunks) * (groups * ROWS) + int(threadIdx.x) / call.lanes;
@@ -54,7 +56,8 @@ __global__ void __launch_bounds__(BLOCK) nonlinearity_backward_kernel(const __gr
         x[k] = load_part<T, V>(call.x.at(row, column), count);
         if (call.up.start) up[k] = load_part<T, V>(call.up.at(row, column), count);
     }
-    for_activation(call.activation, [&](auto activation) {
+    for_activation(call.activation, [&](auto constant) {
+        constexpr int ACTIVATION = decltype(constant)::value;
 #pragma unroll
         for (int k = 0; k < ROWS; ++k) {
             const int64_t row = first + k * groups;
@@ -63,7 +66,7 @@ __global__ void __launch_bounds__(BLOCK) nonlinearity_backward_kernel(const __gr
 #pragma unroll
             for (int e = 0; e < V; ++e) {
                 const float of_y = to_float(dy[k][e]);
-                const auto [value, slope] = activated_with_slope(to_float(x[k][e]), activation);
+                const auto [value, slope] = activated_with_slope(to_float(x[k][e]), ACTIVATION);
                 // dup = dy * f(x)
                 dup[e] = of_y * value;
                 // dx = dy * f'(x), or dy * up * f'(x)
@@ -77,14 +80,16 @@ __global__ void __launch_bounds__(BLOCK) nonlinearity_backward_kernel(const __gr
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(BLOCK) nonlinearity_bias_kernel(const __grid_constant__ Backward<T> call) {
+__global__ void __launch_bounds__(BLOCK, BIAS_BLOCKS)
+    nonlinearity_bias_kernel(const __grid_constant__ Backward<T> call) {
     const int range = WARP * V, begin = int(blockIdx.y) * range, lanes = WARP;
     const int column = begin + lane_of_thread() * V, count = call.width - column;
     const int64_t step = int64_t(gridDim.x) * WARPS, first = int64_t(blockIdx.x) * WARPS + warp_of_thread();
 
     float bias[V], sums[1][V] = {};
     if (call.bias.values && count > 0) load_bias<T>(bias, call.bias, column, call.width);
-    for_activation(call.activation, [&](auto activation) {
+    for_activation(call.activation, [&](auto constant) {
+        constexpr int ACTIVATION = decltype(constant)::value;
 #pragma unroll 1
         for (int64_t start = first; count > 0 && start < call.rows; start += step * BIAS_ROWS) {
             Vector<T, V> dy[BIAS_ROWS], x[BIAS_ROWS];
@@ -104,7 +109,7 @@ __global__ void __launch_bounds__(BLOCK) nonlinearity_bias_kernel(const __grid_c
                 for (int e = 0; e < V; ++e) {
                     const float z = to_float(x[k][e]);
                     // dx = dy * f'(x + bias)
-                    dx[e] = to_float(dy[k][e]) * activation_slope(call.bias.values ? z + bias[e] : z, activation);
+                    dx[e] = to_float(dy[k][e]) * activation_slope(call.bias.values ? z + bias[e] : z, ACTIVATION);
                     sums[0][e] += dx[e];
                 }
                 if (call.dx.start) store_part(call.dx.at(row, column), rounded<T>(dx), count);

@@ -28,20 +28,29 @@ struct Walked {
 // V elements, or as many of them as the row still has.
 template <class T, int V>
 GPTKERN_DEVICE Vector<T, V> load_part(const T* address, int count) {
-    if (V == 1 || count >= V) return load_global_once(reinterpret_cast<const Vector<T, V>*>(address));
-    Vector<T, V> values{};
+    if constexpr (V > 1) {
+        if (count < V) {
+            Vector<T, V> values{};
 #pragma unroll
-    for (int e = 0; e < V; ++e)
-        if (e < count) values[e] = load_global_once(address + e);
-    return values;
+            for (int e = 0; e < V; ++e)
+                if (e < count) values[e] = load_global_once(address + e);
+            return values;
+        }
+    }
+    return load_global_once(reinterpret_cast<const Vector<T, V>*>(address));
 }
 
 template <class T, int V>
 GPTKERN_DEVICE void store_part(T* address, const Vector<T, V>& values, int count) {
-    if (V == 1 || count >= V) return store_global(reinterpret_cast<Vector<T, V>*>(address), values);
+    if constexpr (V > 1) {
+        if (count < V) {
 #pragma unroll
-    for (int e = 0; e < V; ++e)
-        if (e < count) store_global(address + e, values[e]);
+            for (int e = 0; e < V; ++e)
+                if (e < count) store_global(address + e, values[e]);
+            return;
+        }
+    }
+    store_global(reinterpret_cast<Vector<T, V>*>(address), values);
 }
 
 template <class T, int V>
@@ -63,15 +72,20 @@ GPTKERN_DEVICE void load_bias(float (&values)[V], const Parameter& bias, int col
         values[0] = to_float(load_global(static_cast<const T*>(bias.values) + column));
 }
 
-// body(integral_constant of the activation): one loop for each, without a question inside.
+template <int ACTIVATION>
+struct Constant {
+    static constexpr int value = ACTIVATION;
+};
+
+// body(Constant of the activation): one loop for each, without a question inside.
 template <class Body>
 GPTKERN_DEVICE void for_activation(int activation, Body body) {
     if (activation == GELU)
-        body(std::integral_constant<int, GELU>{});
+        body(Constant<GELU>{});
     else if (activation == GELU_TANH)
-        body(std::integral_constant<int, GELU_TANH>{});
+        body(Constant<GELU_TANH>{});
     else
-        body(std::integral_constant<int, SILU>{});
+        body(Constant<SILU>{});
 }
 
 // --- The host's part ------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ WIDEST = 2**30
 WIDEST_OF_BIAS = 2**20
 # A bias's gradient: rows of a block at a time, columns of a block (16 bytes of 16 bits a lane, or one element of rows
 # that are not aligned), and blocks of 256 threads that a multiprocessor has at a time.
-_ROWS, _COLUMNS, _BLOCKS = 8, 256, 4
+_ROWS, _COLUMNS, _BLOCKS = 8, 256, 2
 
 
 def unsupported(call: Call) -> str | None:
