@@ -18,6 +18,8 @@ import torch
 # Elements of the logits that a chunk has at least: 8192 tokens of 4096 classes are 1024 tiles of 128 x 256, some eight
 # waves of a large GPU (reasoned, not measured).
 LEAST_ELEMENTS = 2**25
+# Logits up to this many are whole, and PyTorch's own, on the torch backend: 16 MiB in float32.
+FEW_LOGITS = 2**22
 # Rows of the weight in a chunk are a multiple of this many, where there are as many: tiles are whole, lines aligned.
 MULTIPLE = 256
 

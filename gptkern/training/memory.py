@@ -21,6 +21,8 @@ What autograd keeps of a piece of R rows, T = R·length tokens, with c bytes an 
     attention's     on a CPU PyTorch writes down the probabilities, in float32: themselves, their mask and their product
     dropout         with it, 3·R·heads·length²·4, and query, key and value, 3·T·w·4
     the loss        log-probabilities T·V·4; with the z-loss the logits, too; their gradients T·V·4 twice
+    many logits     in chunks (on a CPU from 2²² on): a chunk of them in float32, and their gradient's in 16 bits. On a
+                    CPU in float32 the forward keeps the gradients of input and weight, T·w·4 and V·w·4, and no more
 
 A block that is recomputed keeps its input, T·w·4, until its own moment. So a test of `tests/test_training_memory.py`
 counts them; others hold the total against the peak of processes that train.
@@ -36,6 +38,7 @@ from typing import NamedTuple
 import torch
 
 from gptkern import formatting
+from gptkern.backends import vocabulary
 from gptkern.models.gpt import GPTConfig
 from gptkern.training.errors import UserError
 from gptkern.training.free_memory import available, resident
@@ -213,6 +216,31 @@ class _Sizes:
     def every(self) -> int | None:
         return self.recipe.recompute_every
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether linear_cross_entropy computes the logits in chunks."""
+        return self.cuts(self.tokens)
+
+    def cuts(self, tokens: int) -> bool:
+        return not self.on_cpu or tokens * self.config.vocab_size > vocabulary.FEW_LOGITS
+
+    def chunk(self) -> int:
+        """Logits of a chunk."""
+        tokens, vocab_size = self.tokens, self.config.vocab_size
+        if self.is_ahead:
+            # Whole rows.
+            return min(max(vocabulary.LEAST_ELEMENTS // vocab_size, 1), tokens) * vocab_size
+        return self.chunk_of(tokens)
+
+    def chunk_of(self, tokens: int) -> int:
+        dtype = torch.float32 if self.element == FLOAT32 else torch.bfloat16
+        return tokens * vocabulary.at_a_time(tokens, self.config.width, self.config.vocab_size, dtype)
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the forward of the loss computes its gradients."""
+        return self.is_cut and self.on_cpu and self.element == FLOAT32
+
     # --- What a forward leaves behind ---------------------------------------------------------------------------------
 
     def attention(self) -> list[int]:
@@ -281,10 +309,10 @@ class _Sizes:
         yield from self.loss(before)
         yield self.validation()
         # The logits' gradient goes into two products; the weight's gradient is widened to float32.
-        logits = self.tokens * self.config.vocab_size
+        logits = [] if self.is_cut else [self.tokens * self.config.vocab_size * self.element]
         of_table = [table] if self.element == FLOAT32 else [table, self.table * self.element]
         yield _Moment(
-            "backward of the output", self.up_to(layers) + self.ends() + [self.narrow], [logits * self.element],
+            "backward of the output", self.up_to(layers) + self.ends() + [self.narrow], logits,
             before + of_table, self.casts_up_to(layers) + self.head_casts(),
         )  # fmt: skip
         for index in reversed(range(layers)):
@@ -308,12 +336,31 @@ class _Sizes:
         kept = self.up_to(layers) + self.ends()
         # In the forward autocast still has all that it cast.
         casts = layers * self.casts() + self.head_casts()
+        if self.is_cut:
+            yield from self.cut_loss(before, kept, casts)
+            return
         forward = [narrow, wide] if self.element == FLOAT32 else [narrow, wide, wide]
         yield _Moment("loss", kept, forward, before, casts)
         # The log-probabilities and two gradients. Before those, with the z-loss: the log-probabilities, the logits, and
         # three of exp(logits - lse) on its way to a gradient.
         backward = (5 if recipe.z_loss else 3) * [wide]
         yield _Moment("loss", kept, backward, before, self.casts_up_to(layers) + self.head_casts())
+
+    def cut_loss(self, before: list[int], kept: list[int], casts: list[int]):
+        table, z = self.table * FLOAT32, self.chunk() * FLOAT32
+        if self.is_ahead:
+            yield _Moment("loss", [*kept, self.wide], [z], [*before, table], casts)
+            return
+        # 16 bits: on a CPU the operands are widened, a chunk of the weight too, on a GPU the gradient stands beside z.
+        width = self.config.width
+        of_chunk = [self.chunk() // self.tokens * width * FLOAT32]
+        widened = [self.wide, *of_chunk] if self.on_cpu else []
+        yield _Moment("loss", kept + widened, [z], before, casts)
+        g = [] if self.on_cpu or self.element == FLOAT32 else [self.chunk() * self.element]
+        yield _Moment(
+            "loss", [*kept, *widened, self.wide, *(of_chunk if self.on_cpu else [])], [z, *g],
+            [*before, self.table * self.element], self.casts_up_to(self.config.layers) + self.head_casts(),
+        )  # fmt: skip
 
     def on_the_way(self):
         """Pairs (tensors that a block's backward holds, those of its gradients), where they are the most."""
@@ -332,9 +379,12 @@ class _Sizes:
     def validation(self) -> _Moment:
         """Its rows are no more than a piece's."""
         rows = min(EVALUATION_ROWS, self.rows)
-        logits = rows * self.recipe.length * self.config.vocab_size
-        hidden = rows * self.recipe.length * self.config.width
-        found = [logits * FLOAT32] * (2 if self.element == FLOAT32 else 3)
+        tokens = rows * self.recipe.length
+        hidden = tokens * self.config.width
+        if self.cuts(tokens):
+            found = [self.chunk_of(tokens) * FLOAT32]
+        else:
+            found = [tokens * self.config.vocab_size * FLOAT32] * (2 if self.element == FLOAT32 else 3)
         casts = self.config.layers * self.casts() + self.head_casts()
         return _Moment("validation", [hidden * FLOAT32, hidden * self.element], found, [], casts)
 

@@ -25,14 +25,13 @@ import torch.nn.functional as F
 from gptkern.backends import dispatch, tracing
 from gptkern.backends.losses import CrossEntropyStats, LossOptions, checked_options
 from gptkern.backends.registration import KernelFunction, Operator, autocast, needs_gradient, once_differentiable
-from gptkern.backends.vocabulary import compute_dtype
+from gptkern.backends.vocabulary import FEW_LOGITS, compute_dtype
 from gptkern.operators.linear_cross_entropy import checks, chunks, reference, rows
 from gptkern.operators.linear_cross_entropy.call import Call, Gradient
 
 __all__ = ["Call", "Gradient", "LinearCrossEntropyFunction", "linear_cross_entropy"]
 
-# Logits up to this many are PyTorch's own on the torch backend: 16 MiB in float32.
-SMALL = 2**22
+SMALL = FEW_LOGITS
 
 
 def linear_cross_entropy(
