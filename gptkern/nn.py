@@ -14,8 +14,12 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from gptkern import functional as F
-from gptkern.backends import dispatch
+from gptkern.backends import dispatch, handing
 from gptkern.operators.int8_linear.contract import check_options
+
+# What torch.compile traces has nothing waiting.
+_is_traced = torch.compiler.is_dynamo_compiling
+_waiting = handing.thread
 
 
 def _refuse_scripting(module: torch.nn.Module) -> None:
@@ -37,6 +41,8 @@ class LayerNorm(torch.nn.LayerNorm):
     __prepare_scriptable__ = _refuse_scripting
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not _is_traced() and _waiting.handed is not None and (taken := handing.take(self, input)) is not None:
+            return taken
         return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
     def _gptkern_normalise_sum(self, input, residual):
@@ -52,6 +58,8 @@ class RMSNorm(torch.nn.RMSNorm):
     __prepare_scriptable__ = _refuse_scripting
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not _is_traced() and _waiting.handed is not None and (taken := handing.take(self, x)) is not None:
+            return taken
         return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
     def _gptkern_normalise_sum(self, input, residual):

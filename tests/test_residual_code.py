@@ -122,14 +122,43 @@ def adding_alone(norm):
 def adding_and_normalising(norm):
     def add(holder, operands, *conditions):
         total = operands[0] + operands[1]
-        return (getattr(holder, norm)(total) if False not in conditions else None), total
+        return (getattr(holder, norm)(total) if norm and False not in conditions else None), total
 
     return add
 
 
 @pytest.mark.parametrize("body, norms", FOUND.values(), ids=FOUND)
 def test_sums_are_found(body, norms):
-    assert [place.norm for place in residual_code.sums(function(body).__code__)] == norms
+    assert [place.norm for place in residual_code.sums(function(body).__code__) if place.norm] == norms
+
+
+@pytest.mark.parametrize(
+    "body, count",
+    [
+        ("return x + self.a(x)", 1),
+        ("r = x\nx = self.a(x)\nx = r + x\nreturn x", 1),
+        ("if other is None:\n    x = x + self.a(x)\nelse:\n    x = self.b(x) + self.a(x) + x\nreturn x", 2),
+        ("return x + self.a(x), x", 0),
+        ("return (x + self.a(x)) * 2", 0),
+        ("return x - self.a(x)", 0),
+        ("x += self.a(x)\nreturn x", 0),
+        ("s = x + self.a(x)\nreturn x", 0),
+        ("s = x + self.a(x)\nself.b(x)\nreturn s", 0),
+    ],
+)
+def test_sums_that_are_returned(body, count):
+    code = function(body).__code__
+    assert [place.norm for place in residual_code.sums(code)].count("") == count
+    assert residual_code.border([function(body)]).returns_sum == (count > 0)
+    for add in (adding_alone, adding_and_normalising):
+        assert again(function(body), add)(Log(), 2.0, 3.0) == function(body)(Log(), 2.0, 3.0)
+
+
+def test_what_a_forward_calls_its_first_argument_for():
+    found = residual_code.border([function("r = self.n(x)\nx = self.m(r)\ny = self.b(x)\nreturn y")])
+    assert found.entry == ("n",) and found.last == ("n", "m", "b") and not found.has_loop
+    found = residual_code.border([function("for layer in self.layers:\n    x = layer(x)\nreturn self.n(x)")])
+    assert found.has_loop and "layers" in found.lists and found.entry == () and found.last == ("n",)
 
 
 @pytest.mark.parametrize("body", [pytest.param(body, id=name) for name, (body, norms) in FOUND.items() if norms])

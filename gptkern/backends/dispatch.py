@@ -232,6 +232,12 @@ def settled(tensor: Any) -> Choice | None:
     return None
 
 
+def is_pytorchs(tensor: torch.Tensor) -> bool:
+    """Whether PyTorch runs each call on the tensor, so that nothing is gained by computing more in one of them."""
+    forced = _forced_while_compiling if torch.compiler.is_compiling() else _state.forced
+    return tensor.is_cpu if forced is None else forced == "torch"
+
+
 def _while_traced(forced: str | None) -> Choice:
     if forced is not None:
         raise BackendError(f"backend {forced!r} was asked for and cannot run: {_TRACED.reason}")

@@ -18,9 +18,13 @@ import inspect
 import types
 from collections.abc import Callable
 
+import torch
+
 from gptkern import functional as F
+from gptkern.backends import handing
 
 ROTARY_NAME = "apply_rotary_pos_emb"
+_is_traced = torch.compiler.is_dynamo_compiling
 
 
 def same_code(function: Callable, other: Callable) -> bool:
@@ -99,6 +103,10 @@ _FORMS = {
 
 def rms_norm(self, hidden_states):
     """LlamaRMSNorm.forward: (…, width) -> (…, width)."""
+    if not _is_traced() and handing.thread.handed is not None:
+        taken = handing.take(self, hidden_states)
+        if taken is not None:
+            return taken
     weight = self.weight
     if weight.dtype != hidden_states.dtype:
         return weight * F.rms_norm(hidden_states, weight.shape, None, self.variance_epsilon)

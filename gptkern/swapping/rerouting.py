@@ -82,6 +82,11 @@ class Rerouted:
                 is_static = isinstance(inspect.getattr_static(cls, name), staticmethod)
                 self.methods[name] = staticmethod(made) if is_static else made
 
+    @property
+    def functions(self) -> list[types.FunctionType]:
+        """Those that were followed, as they were."""
+        return list(self._links)
+
     def made_of(self, function: types.FunctionType) -> types.FunctionType:
         """What was made of a function; the function itself where nothing in it changes."""
         return self._made.get(function, function)
@@ -129,8 +134,9 @@ class Rerouted:
         else:
             code = self._code_again(function, replaced)
             cells |= {name: types.CellType() for name in cell_names(replaced)}
-            for name, found in zip(sum_cell_names(self._sums[function]), residual_code.norms([function])):
-                cells[name] = types.CellType(residual_norms.adding(found))
+            sums = self._sums[function]
+            for name, norm in zip(sum_cell_names(sums), dict.fromkeys(found.norm for found in sums)):
+                cells[name] = types.CellType(residual_norms.adding(norm))
         made = types.FunctionType(
             code, function.__globals__, function.__name__, function.__defaults__, tuple(cells.values())
         )

@@ -49,7 +49,7 @@ class Sum(NamedTuple):
 
     Attributes:
         add, load, call: which of the code's instructions; `load` takes NAME from `self`.
-        norm: NAME.
+        norm: NAME; "" where the sum is returned, and there is no call.
         conditions: (an argument, whether it has to be None) for the call to be what comes next.
     """
 
@@ -172,7 +172,7 @@ class _Rewriting:
             steps[start] += self.assigned_none()
             for found in self.sums:
                 self.add_and_normalise(steps, found)
-            for load, call in {(found.load, found.call) for found in self.sums}:
+            for load, call in {(found.load, found.call) for found in self.sums if found.norm}:
                 self.leave_out(steps, load, call)
         if code.co_freevars:
             place = next(place for place, read in enumerate(self.read) if read.name == "COPY_FREE_VARS")

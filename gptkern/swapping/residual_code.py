@@ -13,12 +13,14 @@ What the norm is, the call itself finds out (gptkern.swapping.residual_norms).
 
 from __future__ import annotations
 
+import dis
 import inspect
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from gptkern.swapping.rerouting_code import Instruction, Sum, instructions_of
+from gptkern.swapping.residual_norms import Border
 
 _ADD = 0  # BINARY_OP's argument; += has another, since it may write into its operand
 _LOADS = {"LOAD_FAST", "LOAD_FAST_CHECK", "LOAD_FAST_BORROW"}
@@ -38,6 +40,9 @@ class _Condition(NamedTuple):
 
 def sums(code: types.CodeType) -> list[Sum]:
     """The places of a function, in the order of its code."""
+    # Most functions add nothing; to read their instructions takes longer than all the rest of a swap.
+    if (dis.opmap["BINARY_OP"], _ADD) not in zip(code.co_code[::2], code.co_code[1::2]):
+        return []
     if code.co_flags & _GENERATOR or not code.co_argcount or code.co_varnames[0] in code.co_cellvars:
         return []
     read = instructions_of(code)
@@ -104,6 +109,11 @@ class _Walk:
                 norm = stack[-3] if argument == 1 and len(stack) >= 3 and stack[-1] is _SUM else None
                 is_norm = stack[-2:-1] == [_NULL] and isinstance(norm, tuple) and len(norm) == 3
                 return (norm[2], place, norm[1], conditions) if is_norm and holders else None
+            elif name == "RETURN_VALUE":
+                return (0, 0, "", conditions) if stack[-1:] == [_SUM] else None
+            elif name == "JUMP_FORWARD":
+                place = self.at[self.read[place].target]
+                continue
             elif name in _JUMPS_IF_NONE and stack and isinstance(stack[-1], _Condition):
                 condition = stack.pop()
                 jumps = condition._replace(is_none=_JUMPS_IF_NONE[name])
@@ -127,6 +137,33 @@ class _Walk:
         return _OTHER
 
 
-def norms(functions: Iterator[types.FunctionType]) -> list[str]:
-    """The attributes of `self` that are called for a sum, in these functions."""
+def norms(functions: Iterable[types.FunctionType]) -> list[str]:
+    """The attributes of `self` that are called for a sum, in these functions; "" where the sum is returned."""
     return list(dict.fromkeys(found.norm for function in functions for found in sums(function.__code__)))
+
+
+def border(functions: Iterable[types.FunctionType]) -> Border:
+    """What the functions that a forward consists of say of its border."""
+    entry, last, lists, has_loop, returns_sum = [], [], [], False, False
+    for function in functions:
+        code = function.__code__
+        # Methods alone: a function of the package has nothing that the module calls.
+        if not code.co_argcount or code.co_varnames[0] != "self":
+            continue
+        read = [one for one in instructions_of(code) if one.name not in _NOTHING]
+        this, argument = code.co_varnames[0], code.co_varnames[1] if code.co_argcount > 1 else None
+        is_as_it_came = True
+        for place, one in enumerate(read):
+            before = _names(read[place - 1])[-1:] if place else ()
+            if one.name in ("LOAD_ATTR", "LOAD_METHOD") and before == (this,):
+                lists.append(one.value)
+                variable = _names(read[place + 1])[0] if read[place + 1].name in _LOADS else None
+                if variable and one.is_method and (read[place + 2].name, read[place + 2].argument) == ("CALL", 1):
+                    last.append(one.value)
+                    if variable == argument and is_as_it_came:
+                        entry.append(one.value)
+            is_as_it_came = is_as_it_came and not _writes(one, argument)
+            has_loop = has_loop or one.name == "FOR_ITER"
+        returns_sum = returns_sum or "" in norms([function])
+    has_loop = has_loop and bool(last)
+    return Border(*(tuple(dict.fromkeys(names)) for names in (entry, last, lists)), has_loop, returns_sum)

@@ -26,7 +26,7 @@ from gptkern.backends import recomputation, tracing
 from gptkern.swapping import edits, encoders, reading, residual_code, twins
 from gptkern.swapping.reading import Calls
 from gptkern.swapping.rerouting import CannotReroute, Rerouted, with_own_code
-from gptkern.swapping.residual_norms import NORMALISES_SUM
+from gptkern.swapping.residual_norms import BORDER, NORMALISES_SUM, Border, running
 from gptkern.swapping.twins import Replacement
 
 _logger = logging.getLogger("gptkern")
@@ -107,14 +107,18 @@ def calls(cls: type) -> Calls:
     after = becomes(cls)
     later = frozenset() if after in (None, cls) else _operators_of(after)
     operators = found.operators | {r.operator for r in _overrides(cls).values()} | later
-    return found._replace(operators=operators | ({twins.RESIDUAL_NORM} if norms_of_sums(cls) else frozenset()))
+    norms, border = sums(cls)
+    adds = norms or border.returns_sum or border.has_loop
+    return found._replace(operators=operators | ({twins.RESIDUAL_NORM} if adds else frozenset()))
 
 
-def norms_of_sums(cls: type) -> list[str]:
-    """The attributes of a module of the class that its forward calls for a sum that it has added before."""
+def sums(cls: type) -> tuple[list[str], Border]:
+    """The attributes of a module of the class that its forward calls for a sum that it has added before; and what its
+    code says of the sums that it takes and gives."""
     if cls.__module__.startswith("torch.nn.") or issubclass(cls, torch.jit.ScriptModule):
-        return []
-    return residual_code.norms(reading.followed(cls, _find_for(cls, twins.SWAPPABLE)))
+        return [], Border()
+    functions = list(reading.followed(cls, _find_for(cls, twins.SWAPPABLE)))
+    return [norm for norm in residual_code.norms(functions) if norm], residual_code.border(functions)
 
 
 def normalises_sums(cls: type) -> str | None:
@@ -244,6 +248,7 @@ class _RoutedCode:
         cls = self.cls
         methods = {name: r.function for name, r in _overrides(cls).items() if r.operator in self.operators}
         self.rerouted: Rerouted | None = None
+        self.border: Border | None = None
         if "forward" not in methods:
             methods = {**self.rerouted_methods(), **methods}
         names = {"forward", *methods, *(self.rerouted.names if self.rerouted else ())}
@@ -257,6 +262,8 @@ class _RoutedCode:
         else:
             forward = self.forward(self.rerouted.made_of(bare))
             members = {**methods, "forward": known.with_checkpoints(forward)}
+        if self.border is not None:
+            members[BORDER] = self.border
         if self.inner in self.of_sums():
             members[NORMALISES_SUM] = self.normalise_sum(self.of_sums()[self.inner])
         for name in self.members.keys() - members.keys():
@@ -272,6 +279,8 @@ class _RoutedCode:
             find = _find_for(cls, self.operators)
             changed = edits.edits(cls, self.operators)
             self.rerouted = Rerouted(cls, find, twins.RESIDUAL_NORM in self.operators, changed)
+            if twins.RESIDUAL_NORM in self.operators:
+                self.border = residual_code.border(self.rerouted.functions)
             methods = self.rerouted.methods
             if cls in twins.ROUTED_MODULES:
                 return {**methods, "forward": encoders.with_fast_path(cls, methods["forward"], find)}
@@ -294,6 +303,9 @@ class _RoutedCode:
         cls, routed = self.cls, self.routed
         is_static = isinstance(inspect.getattr_static(cls, "forward"), staticmethod)
         inner = self.inner = inner.__func__ if isinstance(inner, staticmethod) else inner
+        run = inner
+        if self.border is not None and self.border.has_loop:
+            run = with_own_code(running(self.border, inner))
         watch = self.watcher()
 
         # At each eager call, and at each trace: the class and the globals may have changed.
@@ -310,7 +322,7 @@ class _RoutedCode:
                 return routed.forward(*args, **kwargs)
             if _is_traced():
                 watch()
-            return inner(*args, **kwargs)
+            return run(*args, **kwargs)
 
         # By these torch.compile would take it for a wrapper of its own, around the original forward.
         for attribute in [name for name in vars(forward) if name.startswith("_torchdynamo_")]:

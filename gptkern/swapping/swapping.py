@@ -28,6 +28,7 @@ from gptkern.backends import dispatch
 from gptkern.swapping import edits, reading, routed_classes
 from gptkern.swapping.reading import Calls
 from gptkern.swapping.report import Replaced, Restored, Skipped, SwapReport, UnswapReport
+from gptkern.swapping.residual_norms import Border, links
 from gptkern.swapping.twins import (
     ACTIVATION,
     ALL,
@@ -55,9 +56,9 @@ def swap(
     Replaced are modules of exactly the type `torch.nn.LayerNorm`, `RMSNorm` or `Softmax`; modules whose forward calls
     `F.scaled_dot_product_attention`, `F.layer_norm`, `F.rms_norm` or `F.softmax`, itself, in a method of its own, or in
     a function of its own package; `torch.nn.MultiheadAttention` and `torch.nn.TransformerEncoder`, which then keep to
-    Python in eval mode; a block's `x = x + f(x)` for which one of its norms is called next (`self.norm(x)`), which
-    becomes one call of that norm's operator with `residual=` ("residual_norm" in `ops`); and of transformers' models
-    the attention, the rotary embedding and Llama's norm. `F.gelu`, `F.silu`, their modules and transformers' classes
+    Python in eval mode; a block's `x = x + f(x)` for which a norm is called next, which becomes one call of that norm's
+    operator with `residual=` ("residual_norm" in `ops`); and of transformers' models the attention, the rotary
+    embedding and Llama's norm. `F.gelu`, `F.silu`, their modules and transformers' classes
     for them run on "nonlinearity" (while torch.compile compiles, and no backend is forced, on PyTorch, since Inductor
     writes them into other kernels); a product `act(gate) * up` with one of them, found in the forward's source, is
     swiglu or geglu in one call, of the packed tensor where gate and up are its halves. `F.cross_entropy` is
@@ -65,6 +66,11 @@ def swap(
     in a table, a tensor's method) is not found: `gptkern.kernels()` reaches it. Attention or a norm that is written out
     in Python is named as skipped, as is a method called by `super()` that makes such calls, and the generated code of a
     torch.fx.GraphModule.
+
+    A sum and its norm are computed together at the calls at which nobody can see it: not where the norm has hooks, a
+    forward or a class of its own, nor where PyTorch runs both (a CPU). The norm may be one of the block, or, in a model
+    whose blocks stand in a torch.nn.ModuleList and return such a sum, the first of the next block or the model's last:
+    these not inside torch.compile, inference mode or activation checkpoints, nor where one of the blocks has hooks.
 
     A rerouted module gets a subclass of its class, so a class's own `__init_subclass__` runs; where that raises, where
     the module refuses another class, or its own code asks for its exact class, it is skipped. Other code that knows a
@@ -202,7 +208,7 @@ class _Plan:
         self.classes: list[tuple[str, torch.nn.Module, type, tuple[str, ...], str]] = []
         # Found out once per swap, and not kept: a class's methods may be patched at any time.
         self.found: dict[type, Calls] = {}
-        self.norms: dict[type, list[str]] = {}
+        self.sums: dict[type, tuple[list[str], Border]] = {}
         self.inherited: dict[type, dict[tuple[type, str], frozenset[str]]] = {}
         self.made: dict[tuple[type, tuple[str, ...]], type | str] = {}
         self.edits: dict[type, edits.Found] = {}
@@ -211,6 +217,10 @@ class _Plan:
         # The names of modules whose attention was eager's, which alone gives a call's output_attentions.
         self.was_eager: set[str] = set()
         transformers = routed_classes.transformers()
+        # Of a block whose sum passes its border, and of the model around: what the report calls the norm -> operator.
+        self.beyond: dict[torch.nn.Module, dict[str, str]] = {}
+        if RESIDUAL_NORM in operators:
+            self.follow_sums()
         self.attention = transformers.Attention(model, _original_class, _noted_configs) if transformers else None
 
     def decide(self, name: str, module: torch.nn.Module) -> None:
@@ -280,16 +290,14 @@ class _Plan:
         Returns:
             attribute -> operator.
         """
-        if original not in self.norms:
-            self.norms[original] = routed_classes.norms_of_sums(original)
         found = {}
-        for attribute in self.norms[original]:
+        for attribute in self.sums_of(module)[0]:
             norm = module._modules.get(attribute)
             if norm is None:
                 continue
             cls = _original_class(norm)
             operator = routed_classes.normalises_sums(cls)
-            if operator in self.operators or routed_classes.is_swapped_norm(_bare(type(norm))):
+            if self.will_be_ours(norm):
                 found[attribute] = operator
             elif RESIDUAL_NORM not in self.operators:
                 continue
@@ -297,7 +305,34 @@ class _Plan:
                 self.skip(name, original, f"{attribute} of its sum stays as it is: {operator!r} is not among ops")
             elif RMS_NORM in self.operators and RMS_NORM in written_out(self.calls_of(cls)):
                 self.skip(name, original, f"{attribute} of its sum is a {cls.__name__}, which is left alone")
-        return found
+        return found | self.beyond.get(module, {})
+
+    def sums_of(self, module: torch.nn.Module) -> tuple[list[str], Border]:
+        cls = _original_class(module)
+        if cls not in self.sums:
+            self.sums[cls] = routed_classes.sums(cls)
+        return self.sums[cls]
+
+    def will_be_ours(self, norm: torch.nn.Module | None) -> bool:
+        """Whether a module is, after this swap, a norm that is computed together with the sum before it."""
+        operator = None if norm is None else routed_classes.normalises_sums(_original_class(norm))
+        return operator is not None and (
+            operator in self.operators or routed_classes.is_swapped_norm(_bare(type(norm)))
+        )
+
+    def follow_sums(self) -> None:
+        """Finds the blocks whose sums go to a norm of the next block, or of the model around them."""
+        for module in self.model.modules():
+            border = self.sums_of(module)[1]
+            if not border.has_loop:
+                continue
+            for block, norm, after in links(module, border, lambda m: self.sums_of(m)[1], self.will_be_ours):
+                holder = module if after is None else after
+                attribute = next(name for name, child in holder._modules.items() if child is norm)
+                operator = routed_classes.normalises_sums(_original_class(norm))
+                owner = "the next" if after is not None else "the model's"
+                self.beyond[block] = {f"{owner} {attribute}": operator}
+                self.beyond.setdefault(module, {})["the norms after its blocks"] = operator
 
     def decide_edits(self, name: str, module: torch.nn.Module, original: type, before: tuple) -> frozenset[str]:
         """The operators that the source of the module's forward is changed for."""
