@@ -14,6 +14,7 @@ PAIRS = {
     "rms_norm": (F.rms_norm, G.rms_norm),
     "softmax": (F.softmax, G.softmax),
     "nonlinearity": (F.gelu, G.gelu),
+    "cross_entropy": (F.cross_entropy, G.cross_entropy),
 }
 
 
@@ -26,6 +27,8 @@ def a_call(operator: str, device: str = "cpu", backend: str | None = None) -> tu
     x = torch.randn(3, 8, device=device)
     if operator == "nonlinearity":
         return (x,)
+    if operator == "cross_entropy":
+        return x, torch.tensor([0, 7, 3], device=device)
     return (x, (8,)) if operator in ("layer_norm", "rms_norm") else (x, -1)
 
 

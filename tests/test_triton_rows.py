@@ -130,7 +130,8 @@ def _norm(operator, rows, width, dtype=torch.bfloat16):
     if operator == "layer_norm":
         call = contract.Call(x, x, weight, weight, 1e-5)
         return call, contract.Gradient(x, x, meta(2, rows, dtype=torch.float32), True, True, True)
-    return contract.Call(x, weight, 1e-5), contract.Gradient(x, meta(rows, dtype=torch.float32), True, True)
+    gradient = contract.Gradient(x, x, meta(rows, dtype=torch.float32), True, True)
+    return contract.Call(x, x, weight, 1e-5), gradient
 
 
 def _softmax(shape, dim):
