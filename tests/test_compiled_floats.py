@@ -22,6 +22,11 @@ CALLS = {
     "layer_norm": (lambda x, eps: F.layer_norm(x, x.shape[-1:], eps=eps), ("eps",), 0.1),
     "rms_norm": (lambda x, eps: F.rms_norm(x, x.shape[-1:], eps=eps), ("eps",), 0.1),
     "softmax": (lambda x, scale: F.softmax(x, -1, scale=scale), ("scale",), 0.3),
+    "cross_entropy": (
+        lambda x, z: F.cross_entropy(x, x[:, 0].long().clamp(0), label_smoothing=z, z_loss=z, softcap=z, logit_scale=z),
+        ("label_smoothing", "z_loss", "softcap", "logit_scale"),
+        0.1,
+    ),
     "attention": (
         lambda x, p: F.scaled_dot_product_attention(x, x, x, dropout_p=p, scale=p / 3),
         ("scale", "dropout_p"),

@@ -40,6 +40,14 @@ CALLS = {
     "softmax additive": (lambda x: F.softmax(x, -1, mask=x.masked_fill(x < 0.8, -torch.inf)), (3, 5, 5), (4, 6, 7)),
     "softmax of -inf": (lambda x: F.softmax(x.masked_fill(x < 0.8, -torch.inf), 1, mask=x[:1] > 0), (3, 5), (4, 7)),
     "softmax scale of a size": (lambda x: F.softmax(x, -1, scale=x.shape[-1] ** -0.5, is_causal=True), (5, 5), (7, 7)),
+    "cross_entropy": (lambda x: F.cross_entropy(x, x.argmax(1), label_smoothing=0.1), (3, 5), (4, 7)),
+    "cross_entropy extended": (
+        lambda x: F.cross_entropy(x, x.argmin(1), ignore_index=1, softcap=3.0, z_loss=0.1), (3, 5, 2), (4, 7, 3),
+    ),
+    "cross_entropy probabilities": (lambda x: F.cross_entropy(x, x.softmax(1), z_loss=0.1), (3, 5), (4, 7)),
+    "cross_entropy stats": (
+        lambda x: sum(F.cross_entropy(x, x.argmax(1), logit_scale=0.5, return_stats=True)[1]), (3, 5), (4, 7),
+    ),
     "layer_norm": (lambda x: F.layer_norm(x, (8,), WEIGHT, BIAS), (3, 8), (2, 5, 8)),
     "layer_norm shape": (lambda x: F.layer_norm(x, x.shape[-2:]), (3, 4, 8), (5, 2, 9)),
     "layer_norm residual": (lambda x: F.layer_norm(x, x.shape[-1:], residual=x * 2)[0], (3, 8), (5, 9)),

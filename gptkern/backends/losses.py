@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from gptkern.backends import tracing
 from gptkern.backends.numbers import as_float, as_int
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -165,7 +166,7 @@ def row_losses(
 
 def is_probabilities(input: torch.Tensor, target: torch.Tensor) -> bool:
     """Whether the target holds class probabilities: PyTorch goes by its shape."""
-    return input.shape == target.shape
+    return tracing.sizes(input) == tracing.sizes(target)
 
 
 def own_weights(
@@ -220,7 +221,7 @@ def first_largest(values: torch.Tensor, dim: int) -> torch.Tensor:
 
     The likeliest class is asked of logit_scale * x: a softcap keeps the order, and its rounding must not make ties.
     """
-    if values.shape[dim] == 0:
+    if tracing.sizes(values)[dim] == 0:
         return torch.zeros(values.sum(dim).shape, dtype=torch.int64, device=values.device)
     largest = values.amax(dim, keepdim=True)
     is_largest = (values == largest) | values.isnan()

@@ -74,7 +74,8 @@ class Operator:
         results: how many tensors the forward returns; 0 for an operator that only writes in place.
         fake: fake(call) -> the forward's results, allocated and not computed.
         gradient: the NamedTuple class of what the backward gets besides the call: gradients of results, what the
-            forward kept, which gradients are needed.
+            forward kept, which gradients are needed. What is `Written | None` in it is None in the op
+            `…_backward`, and stands in another one, `…_in_place_backward`, which returns nothing.
         gradients: how many tensors the backward returns.
         gradient_fake: gradient_fake(gradient, call) -> the backward's results.
         room: of the launchers, where the operator is the second of a room: it then has a name of its own.
@@ -104,8 +105,18 @@ class Operator:
         self.name, self.room, self._launcher = name, room or name, launcher
         arguments = list(schema_of([call]))
         self._forward = self._registered("forward", arguments, results, (call,), fake)
+        # Fields of the gradient that a backward writes where they are there.
+        self._written: tuple[str, ...] = ()
         if gradient is not None:
             arguments = list(schema_of([gradient, call], read_only=call))
+            written = [argument for argument in arguments if "!" in argument.split()[0]]
+            self._written = tuple(argument.split()[-1] for argument in written)
+            if written:
+                self._in_place = self._registered(
+                    "in_place_backward", arguments, 0, (gradient, call), lambda gradient, call: None
+                )
+            # An op that may write is none to compilers and batches of gradients: without these fields it does not.
+            arguments = [argument for argument in arguments if argument not in written]
             self._backward = self._registered("backward", arguments, gradients, (gradient, call), gradient_fake)
 
     def forward(self, call, backend: str, unseen: bool | None = None):
@@ -126,7 +137,13 @@ class Operator:
             RuntimeError: a tensor that the forward has saved came back on another device.
         """
         op, start = self._backward
-        given = (*gradient, *call)
+        given = passed = (*gradient, *call)
+        if self._written:
+            if any(getattr(gradient, name) is not None for name in self._written):
+                op, start = self._in_place
+            else:
+                passed = [value for name, value in zip(gradient._fields, gradient) if name not in self._written]
+                passed += call
         device = dispatch.first_tensor(given).device
         if is_unseen(given, device):
             return start(backend, gradient, call)
@@ -137,7 +154,7 @@ class Operator:
                     f"{self.name}: in the backward {name} is on {argument.device}; it needs to be on {device}, where "
                     "the forward ran: a hook on saved tensors has to put it back"
                 )
-        return op(*gradient, *call, backend)
+        return op(*passed, backend)
 
     def _registered(self, direction: str, arguments: list[str], results: int, records: tuple, fake: Callable):
         """Registers an op; returns it, and what it does: start(backend, *records).
@@ -157,6 +174,10 @@ class Operator:
         def split(given: tuple) -> list:
             if len(records) == 1:
                 return [records[0]._make(given)]
+            if direction == "backward" and self._written:
+                values = iter(given)
+                gradient = [None if name in self._written else next(values) for name in records[0]._fields]
+                return [records[0]._make(gradient), records[1]._make(values)]
             return [records[0]._make(given[: sizes[0]]), records[1]._make(given[sizes[0] :])]
 
         is_forward = direction == "forward"

@@ -360,11 +360,11 @@ def _plain(input, target, weight, options):
     if not z_loss:
         return F.cross_entropy(s, target, weight, None, ignore_index, None, reduction, label_smoothing).to(dtype)
     losses = row_losses(s, target, weight, ignore_index, label_smoothing, z_loss)
-    denominator = losses.numel()
-    if not is_probabilities(s, target):
+    if reduction == "mean" and is_probabilities(s, target):
+        return losses.mean().to(dtype)
+    denominator = None
+    if reduction == "mean":
         denominator = own_weights(target, weight, ignore_index, losses.dtype).sum()
-    elif denominator == 0:
-        denominator = math.nan
     return reduced(losses, denominator, reduction).to(dtype)
 
 
@@ -432,6 +432,8 @@ class CrossEntropyFunction(KernelFunction):
         ctx, input, target, weight, reduction, ignore_index, label_smoothing, z_loss, softcap, logit_scale, dtype,
         need_stats, in_place_gradient, backend, unseen=None,
     ):  # fmt: skip
+        # Kernels walk it in steps of one element.
+        weight = None if weight is None else weight.contiguous()
         options = reduction, ignore_index, label_smoothing, z_loss, softcap, logit_scale, dtype
         call = Call(input, target, weight, *options, need_stats, in_place_gradient)
         loss, statistics, denominator, *stats = OPERATOR.forward(call, backend, unseen)
@@ -456,6 +458,7 @@ class CrossEntropyFunction(KernelFunction):
         with torch.no_grad():
             # As the forward made them: saved_tensors_hooks may hand back other strides.
             statistics = statistics.contiguous()
+            weight = None if weight is None else weight.contiguous()
             written = input.detach() if ctx.in_place and not torch.compiler.is_compiling() else None
             call = Call(input, target, weight, *ctx.options, False, ctx.in_place)
             dx = OPERATOR.backward(Gradient(grad_output, statistics, denominator, written), call, ctx.backend)
