@@ -61,6 +61,12 @@ def operators() -> dict[str, tuple]:
     softmax = dict(input=x, dim=-1, dtype=None, scale=1.0, mask=None, is_causal=False)
     dtypes = dict(dtype=[None, torch.float32, torch.bfloat16, torch.int32, "float32"], dim=[None, 1, 0, 5, 1.0, True])
     scaled = dict(scale=NUMBERS, mask=[None, torch.ones(4, 64).bool(), torch.ones(4, 64).bool()], is_causal=FLAGS)
+    loss = dict(input=x, target=torch.zeros(4, dtype=torch.long), weight=None, size_average=None, ignore_index=-100)
+    loss |= dict(reduce=None, reduction="mean", label_smoothing=0.0, z_loss=0.0, softcap=None, logit_scale=1.0)
+    targets = [*tensors(4, dtype=torch.long), torch.zeros(4, dtype=torch.uint8), *tensors(4, 64), [0, 1, 2, 3]]
+    reductions = dict(reduction=["mean", "sum", "none", "no", None], ignore_index=[-100, 0, 0.0, True, None, "0"])
+    scores = dict(label_smoothing=NUMBERS, z_loss=NUMBERS, softcap=NUMBERS, logit_scale=NUMBERS)
+    kept = dict(return_stats=FLAGS, in_place_gradient=FLAGS, size_average=[None, False], reduce=[None, False])
     turned = dict(interleaved=FLAGS, rotary_dim=[None, 64, 32, 64.0, True])
     return {
         "attention": (
@@ -75,6 +81,11 @@ def operators() -> dict[str, tuple]:
         ),
         "rms_norm": (G.rms_norm, norm | dict(eps=None), others),
         "softmax": (G.softmax, softmax, dict(input=rows) | dtypes | scaled),
+        "cross_entropy": (
+            G.cross_entropy,
+            loss | dict(return_stats=False, in_place_gradient=False),
+            dict(input=rows, target=targets, weight=few) | reductions | scores | kept,
+        ),
         "nonlinearity": (
             activation,
             dict(input=x, up=None, function="gelu", bias=None, packed=False),
