@@ -175,6 +175,37 @@ def test_liger_has_a_function_for_each_gate(monkeypatch):
         torch.testing.assert_close(peers.liger_gate(timed, GPU).call(gate, up), expected)
 
 
+@pytest.mark.parametrize("peer", ["foreach_adamw", "apex_adamw"])
+def test_optimizers_take_the_step_of_the_cell(monkeypatch, peer):
+    """In place, the averages included: what PyTorch's fused step leaves."""
+
+    class FusedAdam(torch.optim.AdamW):
+        def __init__(self, params, lr, betas, eps, weight_decay, adam_w_mode=True):
+            assert adam_w_mode
+            super().__init__(params, lr, betas, eps, weight_decay)
+            self.state.default_factory = dict
+
+        def step(self):
+            for state in self.state.values():
+                # apex counts in the group.
+                state.setdefault("step", torch.tensor(float(STEP)))
+            super().step()
+
+    from gptkern.operators.adamw.problem import STEP
+
+    library(monkeypatch, "apex.optimizers", FusedAdam=FusedAdam)
+    timed = cell("adamw", 4, 8, True, dtype="float32")
+    problem = operators.problem("adamw")
+    runs = [problem.inputs(timed.of, torch.float32, torch.Generator().manual_seed(0)).arguments for _ in range(2)]
+    problem.plain(timed.of)(*runs[0])
+    found = getattr(peers, peer)(timed, GPU if peer == "apex_adamw" else "cpu")
+    prepared = found.prepare(*runs[1]) if found.prepare else runs[1]
+    torch.testing.assert_close(found.call(*prepared).detach(), runs[0][0])
+    for mine, theirs in zip(runs[0][2:4], runs[1][2:4]):
+        torch.testing.assert_close(mine, theirs)
+    assert getattr(peers, peer)(cell("adamw", 4, 8), GPU) == Missing("is compared in place alone")
+
+
 @pytest.mark.parametrize("divergence, beta", [("forward_kl", 0.0), ("jsd", 0.5), ("reverse_kl", 1.0)])
 def test_liger_gets_the_divergence_as_its_beta(monkeypatch, divergence, beta):
     """What it documents: the sum over classes, divided by the rows that count, beta the teacher's part in m."""

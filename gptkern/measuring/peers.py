@@ -43,15 +43,17 @@ TORCHAO = "torchao int8"
 BITSANDBYTES = "bitsandbytes int8"
 DEQUANTISED = "dequantise + linear"
 CHUNKED = "PyTorch chunked"
+FOREACH = "PyTorch foreach"
+APEX = "apex FusedAdam"
 NAMES = (
     EAGER, COMPILE, COMPILE_MAX, *SDPA.values(), FLEX, LIGER, *FLASH_ATTN.values(), QUACK, BF16_LINEAR, INT_MM, TORCHAO,
-    BITSANDBYTES, DEQUANTISED, CHUNKED,
+    BITSANDBYTES, DEQUANTISED, CHUNKED, FOREACH, APEX,
 )  # fmt: skip
 
 # The distributions whose versions a measurement depends on, beside torch and triton.
 DISTRIBUTIONS = (
     "liger-kernel", "flash-attn", "flash-attn-3", "flash-attn-4", "quack-kernels", "nvidia-cutlass-dsl", "torchao",
-    "bitsandbytes", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "nvidia-cublas", "nvidia-cublas-cu12",
+    "bitsandbytes", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "nvidia-cublas", "nvidia-cublas-cu12", "apex",
 )  # fmt: skip
 
 Found = dict[str, Implementation | Missing]
@@ -485,6 +487,51 @@ def bitsandbytes(cell: Cell, kind: str) -> Implementation:
     return Implementation(lambda input, layer: layer(input), prepare)
 
 
+# --- adamw ----------------------------------------------------------------------------------------------------------
+
+
+@_adapter
+def foreach_adamw(cell: Cell, kind: str) -> Implementation:
+    """torch.optim.AdamW's own default on a GPU, a launch for each operation."""
+    from gptkern.operators.adamw.problem import BETAS, EPS, WEIGHT_DECAY
+
+    _need(cell.of.in_place, "is compared in place alone")
+    adamw = _imported("torch.optim.adamw").adamw
+
+    def call(param, grad, exp_avg, exp_avg_sq, step):
+        adamw(
+            [param], [grad], [exp_avg], [exp_avg_sq], [], [step], foreach=True, capturable=kind == "cuda",
+            amsgrad=False, beta1=BETAS[0], beta2=BETAS[1], lr=0.0, weight_decay=WEIGHT_DECAY, eps=EPS, maximize=False,
+        )  # fmt: skip
+        return param
+
+    return Implementation(torch.no_grad()(call))
+
+
+@_adapter
+def apex_adamw(cell: Cell, kind: str) -> Implementation:
+    """apex's multi-tensor Adam with decoupled decay, the optimizer's step."""
+    from gptkern.operators.adamw.problem import BETAS, EPS, WEIGHT_DECAY
+
+    _need_gpu(kind)
+    _need(cell.of.in_place, "is compared in place alone")
+    library = _imported("apex.optimizers")
+
+    def prepare(param, grad, exp_avg, exp_avg_sq, step):
+        param = torch.nn.Parameter(param)
+        param.grad = grad
+        options = dict(lr=0.0, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, adam_w_mode=True)
+        optimizer = library.FusedAdam([param], **options)
+        optimizer.state[param] = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+        return optimizer, param
+
+    def call(optimizer, param):
+        optimizer.step()
+        return param
+
+    return Implementation(call, prepare)
+
+
 # --- model ----------------------------------------------------------------------------------------------------------
 
 
@@ -556,6 +603,8 @@ def of_operator(plain: Callable | None, written_out: Callable | None, cell: Cell
         found[DEQUANTISED] = _of_float_weight(dequantised(kind), cell)
     if cell.operator == "cross_entropy":
         found |= {library: cross_entropy(library, cell, kind) for library in (LIGER, QUACK)}
+    if cell.operator == "adamw":
+        found |= {FOREACH: foreach_adamw(cell, kind), APEX: apex_adamw(cell, kind)}
     if cell.operator == "linear_cross_entropy":
         found |= {library: linear_cross_entropy(library, cell, kind) for library in (CHUNKED, LIGER, QUACK)}
     return found | {lib: of_rows(lib, cell, kind) for lib, operator in _OF_ROWS if operator == cell.operator}
