@@ -115,6 +115,10 @@ def bind(start, grid, grid_0, grid_1, grid_2, known_active, known_device, launch
 """
 
 
+def _given(name: str) -> str:
+    return f"{name}_given"
+
+
 class Kernel(triton.JITFunction):
     """A Triton function that is started without Triton's own way to it where that was taken before."""
 
@@ -129,8 +133,9 @@ class Kernel(triton.JITFunction):
             raise TypeError(f"{self.__name__}: its arguments are {got}; it needs {needs}")
         self._kinds: dict[tuple, _Kept] = {}
         self._fixed = [index for index, name in enumerate(names) if name in numbers and name not in do_not_specialize]
-        self._pointers, self._numbers, self._constants = pointers, numbers, constants
-        self._start, self._found = self._compiled(do_not_specialize)
+        # Called by position, so that the sources below may give numbers names that are none of their own.
+        self._pointers, self._numbers, self._constants = pointers, [_given(name) for name in numbers], constants
+        self._start, self._found = self._compiled([_given(name) for name in do_not_specialize])
         # which pointers are None -> bind, of _BOUND_SOURCE
         self._binds: dict[tuple[bool, ...], Callable] = {}
 
