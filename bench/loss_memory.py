@@ -3,13 +3,13 @@
     python bench/loss_memory.py [--rows 8192] [--width 768] [--classes 128000] [--dtype float32] [--threads N]
                                 [--repeats 1] [--only gptkern] [--limit 0.1]
 
-A JSON object a line, of each implementation, in a process of its own: `forward` and `forward_and_backward`, seconds
-(medians of the repeats), and `peak`, bytes that the process had at most above what it had with input, weight and target
+A JSON object a line, of each implementation, in a process of its own: `forward` and `forward_and_backward`, seconds of
+wall time, `processor`, those of all its threads for both (medians of the repeats), and `peak`, bytes that the process had at most above what it had with input, weight and target
 made (VmHWM): gradients included. Then one of the ratios to eager's. `least` is what the gradients alone take.
 
     gptkern     gptkern.functional.linear_cross_entropy
-    pytorch     torch.nn.functional.linear_cross_entropy with LinearCrossEntropyOptions() (PyTorch 2.13)
     eager       F.cross_entropy(F.linear(input, weight), target)
+    pytorch     torch.nn.functional.linear_cross_entropy with LinearCrossEntropyOptions() (PyTorch 2.13)
 
 Exit status: 1 where gptkern's peak is above the limit, a share of eager's.
 """
@@ -29,7 +29,7 @@ import torch.nn.functional
 
 from gptkern.training import free_memory
 
-NAMES = ("gptkern", "pytorch", "eager")
+NAMES = ("gptkern", "eager", "pytorch")
 
 
 def _implementation(name: str):
@@ -53,20 +53,22 @@ def measured(name: str, rows: int, width: int, classes: int, dtype: torch.dtype,
     input = torch.randn(rows, width, generator=generator).to(dtype).requires_grad_()
     weight = (torch.randn(classes, width, generator=generator) / width**0.5).to(dtype).requires_grad_()
     target = torch.randint(classes, (rows,), generator=generator)
-    forward, both = [], []
+    forward, both, processor = [], [], []
     free_memory.forget_peak()
     before = free_memory.resident()
     for _ in range(repeats):
         input.grad = weight.grad = None
-        start = time.perf_counter()
+        start, begun = time.perf_counter(), time.process_time()
         loss = loss_of(input, weight, target)
         forward.append(time.perf_counter() - start)
         loss.backward()
         both.append(time.perf_counter() - start)
+        processor.append(time.process_time() - begun)
     return {
         "implementation": name,
         "forward": statistics.median(forward),
         "forward_and_backward": statistics.median(both),
+        "processor": statistics.median(processor),
         "peak": free_memory.peak() - before,
         "loss": loss.item(),
         "gradient": weight.grad.double().norm().item(),
@@ -112,7 +114,7 @@ def main() -> int:
         return 0
     eager = found["eager"]
     ratios = {
-        name: {what: one[what] / eager[what] for what in ("forward_and_backward", "peak")}
+        name: {what: one[what] / eager[what] for what in ("forward_and_backward", "processor", "peak")}
         for name, one in found.items()
     }
     print(json.dumps({"ratios_to_eager": ratios}), flush=True)
