@@ -4,8 +4,9 @@
                                 [--repeats 1] [--only gptkern] [--limit 0.1]
 
 A JSON object a line, of each implementation, in a process of its own: `forward` and `forward_and_backward`, seconds of
-wall time, `processor`, those of all its threads for both (medians of the repeats), and `peak`, bytes that the process had at most above what it had with input, weight and target
-made (VmHWM): gradients included. Then one of the ratios to eager's. `least` is what the gradients alone take.
+wall time, `processor`, those of all its threads for both (medians of the repeats), and `peak`, bytes that the process
+had at most above what it had with input, weight and target made (VmHWM): gradients included. Then one of the ratios to
+eager's. `least` is what the gradients alone take.
 
     gptkern     gptkern.functional.linear_cross_entropy
     eager       F.cross_entropy(F.linear(input, weight), target)
@@ -94,7 +95,7 @@ def main() -> int:
         print(json.dumps(measured(args.only, args.rows, args.width, args.classes, dtype, args.repeats)))
         return 0
     about = {name: getattr(args, name) for name in ("rows", "width", "classes", "dtype", "repeats")}
-    about |= dict(threads=torch.get_num_threads(), torch=torch.__version__, processor=platform.processor())
+    about |= dict(threads=torch.get_num_threads(), torch=torch.__version__, machine=platform.machine())
     about["least"] = (args.rows + args.classes) * args.width * dtype.itemsize
     found = {}
     for name in (args.only,) if args.only else NAMES:
