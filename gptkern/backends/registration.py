@@ -142,8 +142,8 @@ class Operator:
             if any(getattr(gradient, name) is not None for name in self._written):
                 op, start = self._in_place
             else:
-                passed = [value for name, value in zip(gradient._fields, gradient) if name not in self._written]
-                passed += call
+                read = [value for name, value in zip(gradient._fields, gradient) if name not in self._written]
+                passed = (*read, *call)
         device = dispatch.first_tensor(given).device
         if is_unseen(given, device):
             return start(backend, gradient, call)
