@@ -84,7 +84,7 @@ def test_a_swapped_step_is_held_against_stock(monkeypatch, clock):
     clock.process_time = clock.perf_counter
     swap = gptkern.swap
 
-    def slower(model):
+    def slower(model, **options):
         swap(model)
         monkeypatch.setattr(model, "forward", clock.taking(3e-3, model.forward))
 

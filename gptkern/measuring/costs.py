@@ -183,14 +183,18 @@ def _without_launches(module):
 
 
 def swapped_step(rounds: int) -> dict[str, Any]:
-    """zero_grad, forward with the loss, backward, AdamW; a second stock model shows what the machine adds."""
+    """zero_grad, forward with the loss, backward, AdamW: with all that gptkern has for it, and with PyTorch's; a second
+    stock model shows what the machine adds."""
     stock = GPT(GPTConfig(vocab_size=256, context=64, layers=4, width=128, heads=4)).train()
     swapped, again = copy.deepcopy(stock), copy.deepcopy(stock)
-    gptkern.swap(swapped)
+    gptkern.swap(swapped, fused_loss=True)
     ids, targets = torch.randint(256, (2, 8, 64)).unbind()
 
     def sampler(model):
         optimizer = optimizer_of(model, lr=0.0)
+        if model is not swapped:
+            groups = [{name: group[name] for name in ("params", "weight_decay")} for group in optimizer.param_groups]
+            optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optimizer.defaults["betas"], fused=True)
 
         def sample():
             # CPU time, which other processes disturb less than the clock.
