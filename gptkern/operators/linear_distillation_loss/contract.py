@@ -245,6 +245,14 @@ def forward_on(rows: ModuleType, call: Call):
     """Args: rows: a backend's `walk`, `walk_again`, `gradient` and `rest_gradient`."""
     if call.student.shape[0] == 0:
         return _forward_fake(call)
+    if (some := _counting_rows(call)) is not None:
+        losses, statistics, at_top = _forward_fake(call)
+        of_some = forward_on(rows, _only(call, some))
+        losses.zero_()[some] = of_some[0]
+        statistics.zero_()[:, some] = of_some[1]
+        if at_top is not None:
+            at_top.zero_()[some] = of_some[2]
+        return losses, statistics, at_top
     _, _, of, asked = _chunked(call)
     return distillation_sweep.forward(of, asked, rows)
 
@@ -254,6 +262,15 @@ def backward_on(rows: ModuleType, gradient: Gradient, call: Call):
     if call.student.shape[0] == 0:
         dstudent, dweight, dbias = _backward_fake(gradient, call)
         return torch.zeros_like(dstudent), torch.zeros_like(dweight), torch.zeros_like(dbias)
+    if (some := _counting_rows(call)) is not None:
+        grad_losses, statistics, at_top, *needs = gradient
+        of_some = Gradient(grad_losses[some], statistics[:, some], None if at_top is None else at_top[some], *needs)
+        dx, dweight, dbias = backward_on(rows, of_some, _only(call, some))
+        if need_student:
+            dstudent = torch.zeros_like(call.student, memory_format=torch.contiguous_format)
+            dstudent[some] = dx
+            dx = dstudent
+        return dx, dweight, dbias
     # The student's is not made before it is known: it and its sums are large.
     dstudent, dweight, dbias = _backward_fake(gradient._replace(need_student=False), call)
     chunks, student, of, asked = _chunked(call)
@@ -281,6 +298,25 @@ def backward_on(rows: ModuleType, gradient: Gradient, call: Call):
     if need_student:
         dstudent = _times(dx, unit).to(call.student.dtype)
     return dstudent, dweight, dbias
+
+
+# Fewer rows that count than this part of all: the others are left out of the products, for copies of those that count.
+_WORTH_COPIES = 0.9
+
+
+def _counting_rows(call: Call) -> torch.Tensor | None:
+    """Indices of the rows that count, where that is known and there are fewer: of a CPU's alone."""
+    # A launcher is given plain tensors, or fake ones, which have no values.
+    if type(call.target) is not torch.Tensor or not call.target.is_cpu:
+        return None
+    counts = call.target != call.ignore_index
+    return counts.nonzero()[:, 0] if counts.sum() < _WORTH_COPIES * counts.numel() else None
+
+
+def _only(call: Call, rows: torch.Tensor) -> Call:
+    of_rows = "student", "teacher", "teacher_logits", "teacher_log_probabilities", "teacher_indices", "target"
+    tensors = {name: getattr(call, name) for name in of_rows}
+    return call._replace(**{name: None if x is None else x[rows] for name, x in tensors.items()})
 
 
 # A gradient in float16 that was divided by the number of tokens is lost among the subnormals, class by class. So the
