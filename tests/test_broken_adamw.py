@@ -290,7 +290,7 @@ PYTHON = [
     (
         optimizer,
         "torch",
-        Mutation("numbers of what has a gradient", "step", r"\n                number \+= 1", "", DRAWS),
+        Mutation("numbers of what has a gradient", "_items", r"\n                number \+= 1", "", DRAWS),
     ),
     (
         optimizer,
@@ -298,8 +298,8 @@ PYTHON = [
         Mutation(
             "groups have the first one's rate",
             "_call",
-            r'lr = group\["lr"\]',
-            'lr = self.param_groups[0]["lr"]',
+            r'lr, on_device = group\["lr"\]',
+            'lr, on_device = self.param_groups[0]["lr"]',
             TORCHS,
         ),
     ),
@@ -322,7 +322,11 @@ PYTHON = [
         optimizer,
         "torch",
         Mutation(
-            "sparse gradients", "_gradients", r"grad\.is_sparse or grad\.layout != torch\.strided", "False", SPARSE
+            "sparse gradients",
+            "_checked_gradient",
+            r"grad\.layout != torch\.strided",
+            "False",
+            SPARSE,
         ),
     ),
     (optimizer, "torch", Mutation("hooks twice", "load_state_dict", r"OrderedDict\(\)", "hooks", HOOKED)),

@@ -230,6 +230,25 @@ def test_distributed_checkpoints_know_it():
         assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
+def test_a_step_that_is_compiled_is_the_step():
+    nets = [torch.nn.Linear(8, 4) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    optimizers = [AdamW(net.parameters(), lr=1e-2, max_norm=1.0) for net in nets]
+
+    @torch.compile(backend="aot_eager")
+    def step():
+        optimizers[0].step()
+
+    x = torch.randn(3, 8)
+    for _ in range(2):
+        for net, optimizer, act in zip(nets, optimizers, (step, optimizers[1].step)):
+            optimizer.zero_grad()
+            net(x).square().sum().backward()
+            act()
+    assert same(nets[0].parameters(), nets[1].parameters())
+    assert torch.equal(optimizers[0].grad_norm, optimizers[1].grad_norm)
+
+
 # --- GradScaler -------------------------------------------------------------------------------------------------------
 
 

@@ -36,6 +36,7 @@ import torch
 from gptkern.backends import dispatch
 from gptkern.backends.philox import philox
 from gptkern.backends.registration import Operator, Written
+from gptkern.backends.unseen import is_unseen
 from gptkern.operators.adamw import blockwise
 
 # Of Call.places: what is said of each tensor.
@@ -89,24 +90,33 @@ def start(call: Call) -> None:
     Raises:
         BackendError: a backend is forced that does not cover it.
     """
-    choice = dispatch.settled(call.params[0])
-    if choice is None:
-        choice, unseen = dispatch.chosen("adamw", call)
-        if choice.backend != "torch":
-            OPERATOR.forward(call, choice.backend, unseen)
-            return
-    OPERATOR.forward(call, "torch")
+    backend = _chosen(call)
+    if backend == "torch":
+        # PyTorch's own operators, which whoever looks on sees. Its fused one tells autograd nothing of what it writes.
+        forward(call)
+        torch.autograd.graph.increment_version([*call.params, *call.exp_avgs, *call.exp_avg_sqs])
+    else:
+        OPERATOR.forward(call, backend, _is_unseen(call))
 
 
 def norm_of(grads: list[torch.Tensor]) -> torch.Tensor:
     """0-d float32 (float64 of float64): √(Σ g²), summed in a fixed order."""
     call = Norm(grads)
-    choice = dispatch.settled(grads[0])
-    if choice is None:
-        choice, unseen = dispatch.chosen("adamw", call)
-        if choice.backend != "torch":
-            return NORM.forward(call, choice.backend, unseen)
-    return NORM.forward(call, "torch")
+    backend = _chosen(call)
+    return norm(call) if backend == "torch" else NORM.forward(call, backend, _is_unseen(call))
+
+
+def _chosen(call: Call | Norm) -> str:
+    choice = dispatch.settled(call[0][0])
+    return dispatch.chosen("adamw", call)[0].backend if choice is None else choice.backend
+
+
+def _is_unseen(call: Call | Norm) -> bool:
+    """Of what is in the call's lists too, into which the question of a call does not look."""
+    flat: list = []
+    for value in call:
+        flat += value if isinstance(value, list) else (value,)
+    return is_unseen(tuple(flat))
 
 
 # --- The torch backend: bare launchers in plain PyTorch -------------------------------------------------------------
@@ -245,7 +255,8 @@ def is_dense(tensor: torch.Tensor) -> bool:
 
 def laid_out_as(tensor: torch.Tensor, like: torch.Tensor, copy: bool = False) -> torch.Tensor:
     """The same numbers with the strides of `like`."""
-    if not copy and (tensor.stride() == like.stride() or (tensor.is_contiguous() and like.is_contiguous())):
+    # Strides are what takes long.
+    if not copy and ((tensor.is_contiguous() and like.is_contiguous()) or tensor.stride() == like.stride()):
         return tensor
     return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
 

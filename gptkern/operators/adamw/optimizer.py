@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -146,6 +146,8 @@ class AdamW(torch.optim.AdamW):
 
     # --- The step -----------------------------------------------------------------------------------------------------
 
+    # While something compiles it is left as it is: one launch, of which nothing could be fused.
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure=None):
         """One update of every parameter that has a gradient.
@@ -158,46 +160,44 @@ class AdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grads = self._gradients()
-        clip = self._clip(grads)
-        number, calls = 0, []
-        for group in self.param_groups:
-            kinds: dict[tuple, list[tuple]] = {}
-            for param in group["params"]:
-                if param in grads:
-                    item = self._item(param, grads[param], group, number)
-                    kinds.setdefault(_kind(item, group), []).append(item)
-                number += 1
-            calls += [self._call(items, group, clip) for items in kinds.values()]
+        # All gradients are looked at before anything changes.
+        items = self._items()
+        clip = self._clip([item[1:] for of_group in items for item in of_group])
+        calls = [
+            self._call(kind, group, clip)
+            for group, of_group in zip(self.param_groups, items)
+            for kind in self._kinds(of_group, group)
+        ]
         for call in calls:
             start(call)
         return loss
 
-    def _gradients(self) -> dict[torch.Tensor, torch.Tensor]:
-        """{parameter: its gradient}, all of them checked before anything changes."""
-        for name, param, group in _named(self.param_groups):
-            grad = param.grad
-            if grad is None:
-                continue
-            if grad.is_sparse or grad.layout != torch.strided:
-                raise RuntimeError(f"AdamW: the gradient of {name} is sparse; it needs to be dense")
-            if sharding.is_sharded(grad) != sharding.is_sharded(param):
-                raise ValueError(f"AdamW: of {name} one of parameter and gradient is a DTensor; both need to be")
-            betas = [beta for beta in group["betas"] if isinstance(beta, torch.Tensor)]
-            if any(not beta.is_cpu for beta in betas):
+    def _items(self) -> list[list[tuple[int, torch.Tensor, torch.Tensor]]]:
+        """Of each group (number, parameter, gradient) of what has one: the parameter's place among all."""
+        number, items = 0, []
+        for group in self.param_groups:
+            if any(isinstance(beta, torch.Tensor) and not beta.is_cpu for beta in group["betas"]):
                 raise ValueError("AdamW: betas are on a GPU; they need to be numbers, or tensors on the CPU")
-        return {
-            param: sharding.gradient_of(param)
-            for group in self.param_groups
-            for param in group["params"]
-            if param.grad is not None
-        }
+            found = []
+            for index, param in enumerate(group["params"]):
+                grad = param.grad
+                if grad is not None:
+                    if type(grad) is not torch.Tensor or grad.layout != torch.strided or sharding.is_sharded(param):
+                        grad = _checked_gradient(_name(group, index, number), param, grad)
+                    found.append((number, param, grad))
+                number += 1
+            items.append(found)
+        return items
 
-    def _clip(self, grads: dict[torch.Tensor, torch.Tensor]) -> torch.Tensor | None:
-        """What gradients are multiplied by, 0-d on the device; keeps the norm."""
-        if self.max_norm is None or not grads:
+    def _clip(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor | None:
+        """What gradients are multiplied by, 0-d on the device; keeps the norm.
+
+        Args:
+            pairs: (parameter, gradient).
+        """
+        if self.max_norm is None or not pairs:
             return None
-        norms = sharding.norms_over_meshes(grads.keys(), grads.values(), norm_of)
+        norms = sharding.norms_over_meshes(pairs, norm_of)
         device = norms[0].device
         norm = norms[0]
         if len(norms) > 1:
@@ -210,35 +210,40 @@ class AdamW(torch.optim.AdamW):
             return None
         return (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
 
-    def _item(self, param: torch.Tensor, grad: torch.Tensor, group: dict[str, Any], number: int) -> tuple:
-        """(parameter, gradient, its state, where it lies), all of them this process's own tensors."""
-        state = self.state[param]
-        if not state:
-            state.update(states.first(param, group))
-        tensors = {key: sharding.local(value) for key, value in state.items() if isinstance(value, torch.Tensor)}
-        place = ()
-        if group["stochastic_rounding"] and param.dtype == torch.bfloat16:
-            if param not in self._places:
-                self._places[param] = sharding.place_of(param)
-            place = number, *self._places[param]
-        return sharding.local(param), sharding.local(grad), tensors, place
+    def _kinds(self, items: list[tuple], group: dict[str, Any]) -> Iterable[list[tuple]]:
+        """The group's items in lists that one call may take, as (parameter, gradient, state, where it lies), of this
+        process's own tensors."""
+        kinds: dict[tuple, list[tuple]] = {}
+        rounding = group["stochastic_rounding"]
+        for number, param, grad in items:
+            state = self.state[param]
+            if not state:
+                state.update(states.first(param, group))
+            place = ()
+            if rounding and param.dtype == torch.bfloat16:
+                if param not in self._places:
+                    self._places[param] = sharding.place_of(param)
+                place = number, *self._places[param]
+            if sharding.is_sharded(param):
+                state = {key: sharding.local(value) for key, value in state.items() if isinstance(value, torch.Tensor)}
+                param, grad = sharding.local(param), sharding.local(grad)
+            held = state["exp_avg"] if "exp_avg" in state else state["exp_avg_codes"]
+            kind = param.device, param.dtype, grad.dtype, held.dtype
+            kinds.setdefault(kind, []).append((param, grad, state, place))
+        return kinds.values()
 
     def _call(self, items: list[tuple], group: dict[str, Any], clip: torch.Tensor | None) -> Call:
         params, grads, held, places = zip(*items)
         device, dtype = params[0].device, statistics_dtype(params[0])
         coded = "exp_avg_codes" in held[0]
-        first, second, *scales = (
-            ("exp_avg_codes", "exp_avg_sq_codes", "exp_avg_absmax", "exp_avg_sq_absmax")
-            if coded
-            else ("exp_avg", "exp_avg_sq")
-        )
-        lists = [[state[key] for state in held] for key in (first, second)]
+        keys = ("exp_avg_codes", "exp_avg_sq_codes") if coded else ("exp_avg", "exp_avg_sq")
+        lists = [[state[key] for state in held] for key in keys]
         lists.append([state["max_exp_avg_sq"] for state in held] if group["amsgrad"] else [])
+        scales = ("exp_avg_absmax", "exp_avg_sq_absmax")
         lists += [[state[key] for state in held] for key in scales] if coded else [[], []]
-        lr = group["lr"]
-        on_device = lr.to(device, non_blocking=True) if isinstance(lr, torch.Tensor) and not lr.is_cpu else None
-        if isinstance(lr, torch.Tensor) and lr.is_cpu and device.type == "cpu":
-            on_device = lr.reshape(())
+        lr, on_device = group["lr"], None
+        if isinstance(lr, torch.Tensor) and lr.is_cpu == (device.type == "cpu"):
+            on_device = lr.to(device, non_blocking=True).reshape(())
         scale, found = (
             None if value is None else value.to(device, torch.float32, non_blocking=True).reshape(())
             for value in (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
@@ -353,6 +358,15 @@ def _name(group: dict[str, Any], index: int, number: int) -> str:
     return f"parameter {number}" if names is None else f"parameter {names[index]!r}"
 
 
+def _checked_gradient(name: str, param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """The gradient, spread as the parameter is."""
+    if grad.layout != torch.strided:
+        raise RuntimeError(f"AdamW: the gradient of {name} is sparse; it needs to be dense")
+    if sharding.is_sharded(grad) != sharding.is_sharded(param):
+        raise ValueError(f"AdamW: of {name} one of parameter and gradient is a DTensor; both need to be")
+    return sharding.spread_as(param, grad)
+
+
 def _check_implementation(foreach, differentiable, fused) -> None:
     if differentiable:
         raise RuntimeError(
@@ -406,10 +420,3 @@ def _check_group(group: dict[str, Any], params: list[torch.Tensor]) -> None:
                     f"AdamW: {_name(group, index, index)} of a group is spread over dimension {max(spread)}; "
                     'state_dtype "int8" needs whole rows of dimension 0'
                 )
-
-
-def _kind(item: tuple, group: dict[str, Any]) -> tuple:
-    """What tensors of one call have in common."""
-    param, grad, state, place = item
-    held = state.get("exp_avg_codes", state.get("exp_avg"))
-    return param.device, param.dtype, grad.dtype, held.dtype, bool(place)

@@ -34,9 +34,8 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor._local_tensor if is_sharded(tensor) else tensor
 
 
-def gradient_of(param: torch.Tensor) -> torch.Tensor:
-    """param.grad, spread as the parameter is: of a sum that is still to be made, the sum."""
-    grad = param.grad
+def spread_as(param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """The gradient, spread as the parameter is: of a sum that is still to be made, the sum."""
     if is_sharded(param) and grad.placements != param.placements:
         return grad.redistribute(param.device_mesh, param.placements)
     return grad
@@ -100,16 +99,16 @@ def _is_nested(param: torch.Tensor) -> bool:
     return True
 
 
-def norms_over_meshes(params: Iterable[torch.Tensor], grads: Iterable[torch.Tensor], norm_of) -> list[torch.Tensor]:
+def norms_over_meshes(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], norm_of) -> list[torch.Tensor]:
     """0-d norms, one for each way in which gradients are spread, dtype and device, of the whole tensors.
 
     Of each dimension of the mesh that a tensor is spread over the sums of squares are added; replicas count once.
 
     Args:
-        grads: as gradient_of gives them. norm_of: norm_of(list of plain tensors) -> 0-d.
+        pairs: (parameter, gradient), spread alike. norm_of: norm_of(list of plain tensors) -> 0-d.
     """
     kinds: dict[tuple, list[torch.Tensor]] = {}
-    for param, grad in zip(params, grads):
+    for param, grad in pairs:
         mesh, dimensions = None, ()
         if is_sharded(param):
             mesh = param.device_mesh
