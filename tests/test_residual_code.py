@@ -40,6 +40,8 @@ if other is None:
 else:
     x = self.b(x)
 return x""", ["b"]),
+    "or scaled": ("x = x + self.a(x)\nif other is None:\n    x = self.n(x)\n    return x\nreturn 5 * x", ["n"]),
+    "or returned": ("x = x + self.a(x)\nif other is None:\n    return x\nreturn self.n(x), x", ["n"]),
     "with a function inside": ("g = lambda: other\nx = x + self.a(x)\nx = self.n(x)\nreturn x, g()", ["n"]),
     "an exception in between": ("""
 try:
@@ -139,6 +141,7 @@ def test_sums_are_found(body, norms):
         ("r = x\nx = self.a(x)\nx = r + x\nreturn x", 1),
         ("if other is None:\n    x = x + self.a(x)\nelse:\n    x = self.b(x) + self.a(x) + x\nreturn x", 2),
         ("return x + self.a(x), x", 0),
+        ("g = lambda: self\nreturn x + g().a(x)", 0),
         ("return (x + self.a(x)) * 2", 0),
         ("return x - self.a(x)", 0),
         ("x += self.a(x)\nreturn x", 0),

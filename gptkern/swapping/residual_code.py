@@ -70,9 +70,8 @@ class _Walk:
         self.this, self.read = code.co_varnames[0], read
         self.at = {instruction.offset: place for place, instruction in enumerate(read)}
         arguments = code.co_argcount + code.co_kwonlyargcount
-        # A variable that a function inside shares may be written anywhere.
+        # What a function inside shares is loaded and stored by other instructions, at which a walk ends.
         self.arguments = {name: place for place, name in enumerate(code.co_varnames[:arguments])}
-        self.shared = set(code.co_cellvars)
 
     def from_sum(self, add: int) -> Sum | None:
         found = self.onwards(add + 1, [_SUM], frozenset(), frozenset(), ())
@@ -94,7 +93,7 @@ class _Walk:
             elif name == "STORE_FAST" or name == "STORE_FAST_STORE_FAST" or name == "STORE_FAST_LOAD_FAST":
                 variables = _names(self.read[place])
                 for variable in variables[:1] if name == "STORE_FAST_LOAD_FAST" else variables:
-                    if not stack or variable in self.shared:
+                    if not stack:
                         return None
                     holders = holders | {variable} if stack.pop() is _SUM else holders - {variable}
                     written |= {variable}
@@ -118,10 +117,13 @@ class _Walk:
                 condition = stack.pop()
                 jumps = condition._replace(is_none=_JUMPS_IF_NONE[name])
                 target = self.at[self.read[place].target]
-                there = self.onwards(target, stack, holders, written, (*conditions, jumps))
-                if there is not None or target <= place:
-                    return there
-                conditions = (*conditions, jumps._replace(is_none=not jumps.is_none))
+                passes = jumps._replace(is_none=not jumps.is_none)
+                ways = [self.onwards(place + 1, stack, holders, written, (*conditions, passes))]
+                if target > place:
+                    ways.insert(0, self.onwards(target, stack, holders, written, (*conditions, jumps)))
+                found = [way for way in ways if way is not None]
+                # Where one way returns the sum, the other may normalise it.
+                return next((way for way in found if way[2]), found[0] if found else None)
             elif name not in _NOTHING:
                 return None
             place += 1
@@ -132,7 +134,7 @@ class _Walk:
             return _SUM
         if variable == self.this:
             return (self.this,)
-        if variable in self.arguments and variable not in written | self.shared:
+        if variable in self.arguments and variable not in written:
             return _Condition(self.arguments[variable], True)
         return _OTHER
 
