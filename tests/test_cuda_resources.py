@@ -116,8 +116,6 @@ SPILLS_IN_LOOPS = {
     (r"gradient_kernel<", "sm_100"): 2,
     (r"layer_norm_input_gradient_kernel<", "sm_100"): 9,
     (r"layer_norm_input_gradient_kernel<", "sm_120"): 5,
-    (r"rms_norm_backward_kernel<2, 4>", "sm_100"): 1,
-    (r"rms_norm_backward_kernel<2, 4>", "sm_120"): 10,
     (r"softmax_forward_long_kernel<4, 2>", "sm_120"): 17,
 }
 

@@ -334,7 +334,7 @@ def test_registered_ops(cuda_backend, device):
         options = reduction, -100, 0.1, 0.01, None, 1.0, dtype, need_stats, False
         torch.library.opcheck(forward, (input, target, weight, *options, cuda_backend), **tests)
         loss, statistics, denominator, *_ = forward(input, target, weight, *options, cuda_backend)
-        kept = torch.ones_like(loss), statistics, denominator if reduction == "mean" else None, None
+        kept = torch.ones_like(loss), statistics, denominator if reduction == "mean" else None
         torch.library.opcheck(backward, (*kept, input, target, weight, *options, cuda_backend), **tests)
         tests = {"test_utils": ("test_schema", "test_faketensor")}
 
