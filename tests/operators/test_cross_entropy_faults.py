@@ -129,6 +129,18 @@ def test_lanes_beside_tiles(triton_backend, device, poisoned_memory, rows):
     check_cross_entropy(guarded(random(2, 40, rows, device=device)), reduction="none")
 
 
+@pytest.mark.parametrize(
+    ("shape", "reason"), [((1, 2_097_121), "2097121 classes"), ((2**31, 1), "rows"), ((3, 0), "no classes")]
+)
+def test_more_than_the_kernels_count(shape, reason):
+    # On meta tensors nothing is allocated.
+    input, target = torch.empty(shape, device="meta"), torch.empty(shape[:1], dtype=torch.int64, device="meta")
+    call = Call(input, target, None, "mean", -100, 0.0, 0.0, None, 1.0, torch.float32, False, False)
+    kernels = dispatch.load("triton", "cross_entropy")
+    assert reason in kernels.unsupported(call)
+    assert kernels.unsupported(call._replace(input=torch.empty(1, 2_097_120, device="meta"))) is None
+
+
 # --- Vectors --------------------------------------------------------------------------------------------------------
 
 

@@ -38,8 +38,9 @@ WIDE_ROW, _ROW_STEP, _ROW_WARPS = 1024, 4096, 8
 # Elements of a tile; where neighbouring threads read neighbouring positions, of which a warp reads whole sectors.
 _TILE, _TILE_WARPS = 2048, 8
 _POSITIONS_TILE, _POSITIONS_STEP, _POSITIONS_WARPS = 2048, 32, 8
-# A row's classes are counted in 32 bits, and run over by less than a step.
-_MAX_COUNT = 2**31 - 2**20
+# A grid's second dimension, which is a backward's steps along the classes, has 65,535 programs; rows are counted in 32
+# bits, and run over by less than a tile.
+_MAX_CLASSES, _MAX_ROWS = 65_535 * _POSITIONS_STEP, 2**31 - 2**20
 _VECTOR_BYTES = 16
 
 
@@ -104,8 +105,10 @@ def unsupported(call: Call) -> str | None:
     classes = input.shape[1]
     if classes == 0:
         return "there are no classes"
-    if classes > _MAX_COUNT or input.numel() > classes * _MAX_COUNT:
-        return f"the input has shape {tuple(input.shape)}; the kernels count its classes and its rows in 32 bits"
+    if classes > _MAX_CLASSES:
+        return f"there are {classes} classes; the kernels count up to {_MAX_CLASSES}"
+    if input.numel() > classes * _MAX_ROWS:
+        return f"the input has shape {tuple(input.shape)}; the kernels count up to {_MAX_ROWS} rows"
     return None
 
 
