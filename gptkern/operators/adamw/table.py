@@ -7,7 +7,7 @@ the pinned copy at every replay.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -23,8 +23,10 @@ _COLUMN = {name: column for column, name in enumerate(NAMES)}
 _MOST = 64
 
 _kept: dict[Hashable, torch.Tensor] = {}
-# (device, elements) -> a pinned buffer for a capture, which may allocate none.
-_spare: dict[tuple[torch.device, int], torch.Tensor] = {}
+# (device, bytes) -> pinned buffers for captures, which may allocate none: as many as there were tables of that size.
+_spare: dict[tuple[torch.device, int], list[torch.Tensor]] = {}
+# What captures have taken of these since the last step outside of one, which puts others in their place.
+_taken: list[tuple[torch.device, int]] = []
 # What captured graphs read at their replays, for good.
 _owned: list[torch.Tensor] = []
 
@@ -66,56 +68,76 @@ class Rows:
     def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """-> the table (tensors, COLUMNS) int64, the tensor of each chunk (chunks,) int32."""
         where = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
-        table = _found((*where, tuple(self._rows)), device, self._rows, lambda: torch.tensor(self._rows))
+        table = _found((*where, tuple(self._rows)), device, lambda: torch.tensor(self._rows).view(-1, COLUMNS))
         counts = self._counts
 
         def of_chunks():
             tensors = torch.arange(len(counts), dtype=torch.int32)
             return torch.repeat_interleave(tensors, torch.tensor(counts), output_size=self.chunks)
 
-        chunk_map = _found((*where, "chunks", tuple(counts)), device, counts, of_chunks)
+        chunk_map = _found((*where, "chunks", tuple(counts)), device, of_chunks)
         if device.type == "cpu":
             # Interpreted: tests look addresses up among the tensors that a launch may reach.
             table.reached = self.held
         return table, chunk_map
 
 
-def _found(key: Hashable, device: torch.device, values: Sequence[int], make) -> torch.Tensor:
+def _found(key: Hashable, device: torch.device, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     found = _kept.get(key)
+    if capturing:
+        if found is None:
+            # It lies in the graph's memory: nobody else may read it before a replay.
+            return _captured(make(), device)
+        _owned.append(found)
+        return found
+    if _taken:
+        for size in _taken:
+            _spare[size].append(_pinned(size[1]))
+        _taken.clear()
     if found is None:
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        found = _copied(make(), device, capturing)
-        if not capturing:
-            if len(_kept) >= _MOST:
-                _kept.pop(next(iter(_kept)))
-            _kept[key] = found
+        found = _copied(make(), device)
+        if len(_kept) >= _MOST:
+            _kept.pop(next(iter(_kept)))
+        _kept[key] = found
     return found
 
 
-def _copied(host: torch.Tensor, device: torch.device, capturing: bool) -> torch.Tensor:
+def _pinned(size: int) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+def _copied(host: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type != "cuda":
         return host
     size = device, host.numel() * host.element_size()
-    if capturing:
-        pinned = _spare.pop(size, None)
-        if pinned is None:
-            raise RuntimeError(
-                "AdamW: the step is captured in a CUDA graph before its first; run one step, then capture"
-            )
-        _owned.append(pinned)
-    else:
-        pinned = torch.empty(size[1], dtype=torch.uint8, pin_memory=True)
-        if size not in _spare:
-            _spare[size] = torch.empty(size[1], dtype=torch.uint8, pin_memory=True)
-    pinned.view(host.dtype).copy_(host)
-    found = torch.empty(host.shape, dtype=host.dtype, device=device)
-    return found.copy_(pinned.view(host.dtype).view(host.shape), non_blocking=True)
+    spares = _spare.setdefault(size, [])
+    if len(spares) < _MOST:
+        spares.append(_pinned(size[1]))
+    return _sent(host, _pinned(size[1]), device)
+
+
+def _captured(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    size = device, host.numel() * host.element_size()
+    if not _spare.get(size):
+        raise RuntimeError("AdamW: the step is captured in a CUDA graph before its first; run one step, then capture")
+    pinned = _spare[size].pop()
+    _taken.append(size)
+    _owned.append(pinned)
+    return _sent(host, pinned, device)
+
+
+def _sent(host: torch.Tensor, pinned: torch.Tensor, device: torch.device) -> torch.Tensor:
+    values = pinned.view(host.dtype).view(host.shape)
+    values.copy_(host)
+    return torch.empty(host.shape, dtype=host.dtype, device=device).copy_(values, non_blocking=True)
 
 
 def forget() -> None:
     """Drop what is kept: of tests."""
     _kept.clear()
     _spare.clear()
+    _taken.clear()
 
 
 def is_aligned(tensors: Sequence[Any]) -> bool:
