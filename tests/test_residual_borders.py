@@ -188,6 +188,15 @@ def test_what_a_models_own_code_does_in_between_counts(between, mode):
     assert handing.thread.handed is None
 
 
+def test_another_norm_without_parameters_has_another_eps():
+    model = Model(lambda width: torch.nn.LayerNorm(width, elementwise_affine=False))
+    model.last_norm.eps = 1.0
+    together, apart, _ = pair(model.eval())
+    together.between = apart.between = through_another_norm
+    with torch.no_grad():
+        assert torch.equal(together(hidden()), apart(hidden()))
+
+
 def test_gradients_that_end_in_between():
     together, apart, _ = pair()
     found = []
