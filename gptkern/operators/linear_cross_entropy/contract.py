@@ -377,7 +377,9 @@ class LinearCrossEntropyFunction(KernelFunction):
                 found = _scaled(found, grad_output)
             else:
                 call = Call(input, linear_weight, target, linear_bias, weight, *ctx.options)
-                gradient = Gradient(grad_output, *kept, need_input, need_weight, need_bias)
+                # saved_tensors_hooks may hand back other strides.
+                statistics = (one.contiguous() for one in kept)
+                gradient = Gradient(grad_output, *statistics, need_input, need_weight, need_bias)
                 found = OPERATOR.backward(gradient, call, ctx.backend)
                 found = [one if need else None for one, need in zip(found, (need_input, need_weight, need_bias))]
         dx, dweight, dbias = once_differentiable(
