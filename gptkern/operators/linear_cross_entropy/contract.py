@@ -108,8 +108,8 @@ def linear_cross_entropy(
     Where the logits are whole, and everything is F.cross_entropy of F.linear: on the torch backend up to 2^22 of them,
     16 bits on a CPU apart, whose products would round them; probabilities and K dimensions (with `options` a warning
     says so), a `weight` that requires a gradient; under torch.func, forward mode and torch.jit.trace; of tensor
-    subclasses. On a CPU in float32 and float64 with "mean" or "sum" the forward computes the gradients, which takes 3 products; elsewhere the backward does, which
-    computes the logits again: 4.
+    subclasses. On a CPU in float32 and float64 with "mean" or "sum" the forward computes the gradients, which takes 3
+    products; elsewhere the backward does, which computes the logits again: 4.
 
     Backends: torch, also for float64; triton for float16, bfloat16 and float32.
 
