@@ -161,7 +161,7 @@ TRITON = {
             "the row after a tile's is left out", "_forward_kernel",
             r"column, inside = _tile_of_program\(rows, width, BLOCK_ROWS",
             "column, inside = _tile_of_program(rows // BLOCK_ROWS * BLOCK_ROWS, width, BLOCK_ROWS",
-            of(test_nonlinearity.test_shapes, kind="bias", shape=(9, 9)),
+            of(test_nonlinearity.test_shapes, kind="bias", shape=(9, 9), dtype=BF16),
         ),
     ],
     "softmax": [

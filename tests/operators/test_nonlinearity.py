@@ -39,9 +39,9 @@ def test_forward_and_gradients(backend, device, dtype, function, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_shapes(kernel_backend, device, poisoned_memory, kind, shape):
-    check("gelu_tanh", kind, tensors_of(kind, *shape, dtype=torch.bfloat16, device=device))
-    check("gelu_tanh", kind, tensors_of(kind, *shape, dtype=torch.float32, device=device))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.deep)], ids=str)
+def test_shapes(kernel_backend, device, poisoned_memory, kind, shape, dtype):
+    check("gelu_tanh", kind, tensors_of(kind, *shape, dtype=dtype, device=device))
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (2, 3, 10), (2, 1, 3, 8)], ids=str)
@@ -51,7 +51,7 @@ def test_any_number_of_dimensions(backend, device, kind, shape):
         check("gelu", kind, tensors_of(kind, *shape, dtype=torch.float32, device=device))
 
 
-@pytest.mark.parametrize("rows", [1, 7, 8, 9, 65, 300])
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 65, pytest.param(300, marks=pytest.mark.deep)])
 def test_rows_of_a_bias_beside_those_of_a_block(kernel_backend, device, poisoned_memory, rows):
     for width in (24, 261):
         check("gelu", "bias", tensors_of("bias", rows, width, dtype=torch.bfloat16, device=device))

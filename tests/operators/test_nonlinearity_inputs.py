@@ -29,14 +29,16 @@ all_calls = pytest.mark.parametrize(("function", "kind"), combinations())
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_strides(backend, device, layout, kind):
-    for dtype, width in ((torch.float16, 33), (torch.float32, 16)):
-        tensors = tensors_of(kind, 3, 5, width, dtype=dtype, device=device)
-        grad = guarded(torch.randn(3, 5, width, device=device).to(dtype))
-        check("gelu", kind, [layout(tensors[0]), *tensors[1:]], grad=grad)
-        check("gelu", kind, tensors, grad=layout(grad))
-        if kind == "pair":
-            check("gelu", kind, [tensors[0], layout(tensors[1])], grad=grad)
+@pytest.mark.parametrize(
+    ("dtype", "width"), [(torch.float16, 33), pytest.param(torch.float32, 16, marks=pytest.mark.deep)]
+)
+def test_strides(backend, device, layout, kind, dtype, width):
+    tensors = tensors_of(kind, 3, 5, width, dtype=dtype, device=device)
+    grad = guarded(torch.randn(3, 5, width, device=device).to(dtype))
+    check("gelu", kind, [layout(tensors[0]), *tensors[1:]], grad=grad)
+    check("gelu", kind, tensors, grad=layout(grad))
+    if kind == "pair":
+        check("gelu", kind, [tensors[0], layout(tensors[1])], grad=grad)
 
 
 @pytest.mark.parametrize("width", [33, 64])
@@ -288,13 +290,19 @@ def test_registered_ops(backend, device):
             tests = {"test_utils": ("test_schema", "test_faketensor")}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# Compiling takes its time: what has most to go wrong is in `make test`.
+compiled_kinds = pytest.mark.parametrize(
+    "kind", [kind if kind == "packed" else pytest.param(kind, marks=pytest.mark.deep) for kind in KINDS]
+)
+
+
+@compiled_kinds
 def test_compiles_to_one_graph(backend, device, kind):
     tensors = tensors_of(kind, 5, 16, dtype=torch.float32, device=device)
     assert_compiles(lambda *given: call("gelu_tanh", kind, *given), *tensors)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@compiled_kinds
 def test_a_call_is_one_node_of_a_compiled_graph(kernel_backend, device, kind):
     graphs = []
 
