@@ -274,5 +274,6 @@ def test_transformers_activations(key, name, product, monkeypatch):
 
 def test_a_patched_class_of_transformers_keeps_its_own_forward(monkeypatch):
     act = ACT2FN["gelu_new"]
+    assert len(gptkern.swap(nn.Sequential(ACT2FN["gelu_new"])).replaced) == 1
     monkeypatch.setattr(type(act), "forward", lambda self, input: input + 1)
     assert gptkern.swap(nn.Sequential(act)).replaced == []
