@@ -39,7 +39,19 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.int64)
 # Around what Triton asks: 1, 16's multiples, and the ends of 32 and 64 bits.
 INTEGERS = (0, 1, 2, 8, 15, 16, 17, 48, 1000, 4096, 2**31 - 16, 2**31 - 1, 2**31, 2**31 + 1, 2**40, 2**63 - 16)
 NEGATIVE = (-1, -16, -(2**31), -(2**31) - 1)
-FLOATS = {"eps", "scale", "score_scale", "keep_scale"}
+FLOATS = {
+    "beta2",
+    "eps",
+    "keep_scale",
+    "log_beta1",
+    "log_beta2",
+    "lr",
+    "one_less_beta1",
+    "one_less_beta2",
+    "scale",
+    "score_scale",
+    "weight_decay",
+}
 MODULES = [f"gptkern.operators.{path.parent.name}.{path.stem}" for path in ROOT.glob("gptkern/operators/*/triton*.py")]
 MODULES += ["gptkern.backends.triton.norms", "gptkern.backends.triton.quantize"]
 MEMORY = {dtype: torch.zeros(256, dtype=torch.uint8).view(dtype) for dtype in DTYPES}
