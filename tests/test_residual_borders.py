@@ -248,6 +248,13 @@ def test_without_versions_nothing_waits(monkeypatch):
     assert fused(together, hidden(), monkeypatch) == 2 * LAYERS
 
 
+def test_parameters_that_were_made_in_inference_mode():
+    with torch.inference_mode():
+        together, apart, _ = pair(Model().eval())
+    with torch.no_grad():
+        assert torch.equal(together(hidden()), apart(hidden()))
+
+
 class Dropped(Model):
     def forward(self, x):
         for index, layer in enumerate(self.layers):
