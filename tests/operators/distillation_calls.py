@@ -12,7 +12,7 @@ from layouts import guarded
 import gptkern.functional as G
 from gptkern.backends import distillation, vocabulary
 
-DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+DTYPES = [pytest.param(torch.float16, marks=pytest.mark.deep), torch.bfloat16, torch.float32]
 # name -> options of both losses
 OPTIONS = {
     "forward_kl": {},
@@ -23,6 +23,11 @@ OPTIONS = {
     "jsd, T 0.7, mixed": dict(divergence="jsd", temperature=0.7, beta=0.9, mix=0.75),
     "target alone": dict(mix=1.0),
 }
+# The sharpest of them; the others are left to `make test-deep`.
+_SHARP = ("reverse_kl", "forward_kl mixed", "jsd, T 0.7, mixed")
+some_options = pytest.mark.parametrize(
+    "name", [name if name in _SHARP else pytest.param(name, marks=pytest.mark.deep) for name in OPTIONS]
+)
 AT_TEMPERATURE_1 = [name for name in OPTIONS if "T " not in name]
 # None of it is written in CUDA C++; PyTorch's launchers are what runs on a CPU, beyond small logits.
 on_every_backend = pytest.mark.parametrize(

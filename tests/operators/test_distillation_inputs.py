@@ -69,7 +69,7 @@ def test_a_linear_call_has_strides_of_its_own(backend, device, monkeypatch):
 
 
 @on_every_backend
-@pytest.mark.parametrize("classes", [1, 15, 16, 17, 63, 64, 65])
+@pytest.mark.parametrize("classes", [1, *(pytest.param(n, marks=pytest.mark.deep) for n in (15, 16, 63, 64, 65)), 17])
 def test_classes_beside_tiles(backend, device, monkeypatch, poisoned_memory, classes):
     if backend == "triton":
         from gptkern.backends.triton import distillation as kernels
@@ -92,6 +92,7 @@ def test_one_row_without_a_batch(backend, device):
 # --- dtypes, gradients ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.deep
 @on_every_backend
 @pytest.mark.parametrize("of_teacher", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("of_student", [torch.float16, torch.bfloat16, torch.float32], ids=str)

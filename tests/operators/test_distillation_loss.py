@@ -10,6 +10,7 @@ from distillation_calls import (
     check_logits,
     logits_of,
     on_every_backend,
+    some_options,
     target_of,
     top_of,
     use_small_chunks,
@@ -23,7 +24,7 @@ def _small_chunks(monkeypatch):
 
 @on_every_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", OPTIONS)
+@some_options
 def test_every_divergence(backend, device, name, dtype):
     student, teacher = (logits_of(7, 37, dtype=dtype, device=device) for _ in range(2))
     for reduction in ("none", "mean"):
@@ -31,7 +32,7 @@ def test_every_divergence(backend, device, name, dtype):
 
 
 @on_every_backend
-@pytest.mark.parametrize("n", [1, 5, 37])
+@pytest.mark.parametrize("n", [pytest.param(1, marks=pytest.mark.deep), 5, pytest.param(37, marks=pytest.mark.deep)])
 @pytest.mark.parametrize("name", AT_TEMPERATURE_1)
 def test_the_likeliest_classes(backend, device, name, n):
     student, teacher = (logits_of(7, 37, device=device) for _ in range(2))

@@ -14,6 +14,7 @@ from distillation_calls import (
     linear_of,
     logits_of,
     on_every_backend,
+    some_options,
     target_of,
     top_of,
     use_small_chunks,
@@ -38,7 +39,7 @@ def _small(monkeypatch):
 
 
 @on_every_backend
-@pytest.mark.parametrize("name", OPTIONS)
+@some_options
 def test_classes_that_both_models_hide(backend, device, name):
     # Whole chunks of the vocabulary too, the first one among them.
     student, teacher = (logits_of(6, 50, device=device) for _ in range(2))
@@ -78,7 +79,7 @@ def test_a_class_that_one_model_hides(backend, device):
 
 @on_every_backend
 @divergences
-@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("poison", [math.nan, pytest.param(math.inf, marks=pytest.mark.deep)])
 def test_what_is_no_number_stays_in_its_row(backend, device, divergence, poison):
     student, teacher = (logits_of(4, 40, device=device) for _ in range(2))
     clean = G.distillation_loss(student, teacher, divergence=divergence, reduction="none")
@@ -140,7 +141,7 @@ def test_no_rows(backend, device):
 
 
 @on_every_backend
-@pytest.mark.parametrize("name", OPTIONS)
+@some_options
 def test_logits_far_from_zero(backend, device, name):
     # The logarithms of the sums would have lost the digits that the maxima keep.
     student, teacher = logits_of(4, 37, device=device) + 5000, logits_of(4, 37, device=device) - 3000

@@ -12,6 +12,7 @@ from distillation_calls import (
     linear_of,
     logits_of,
     on_every_backend,
+    some_options,
     target_of,
     top_of,
     use_small_chunks,
@@ -25,7 +26,7 @@ def _small_chunks(monkeypatch):
 
 @on_every_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", OPTIONS)
+@some_options
 def test_every_divergence(backend, device, name, dtype):
     student = linear_of(9, width=5, classes=37, dtype=dtype, device=device)
     teacher = linear_of(9, width=8, classes=37, dtype=dtype, device=device)
@@ -43,7 +44,7 @@ def test_a_teacher_of_logits(backend, device, name):
 
 
 @on_every_backend
-@pytest.mark.parametrize("n", [1, 5, 37])
+@pytest.mark.parametrize("n", [pytest.param(1, marks=pytest.mark.deep), 5, pytest.param(37, marks=pytest.mark.deep)])
 @pytest.mark.parametrize("name", AT_TEMPERATURE_1)
 def test_the_likeliest_classes(backend, device, name, n):
     student = linear_of(9, width=5, classes=37, device=device)
