@@ -109,7 +109,8 @@ class AdamW(Problem):
         if extent == "smoke":
             return [Timed(FORWARD, "float32", Sizes(16, 64, True))]
         if kind == "cpu":
-            return [Timed(FORWARD, "float32", Sizes(768, 3072, True))]
+            shapes = [(768, 3072)] + ([(50257, 768)] if extent == "full" else [])
+            return [Timed(FORWARD, "float32", Sizes(rows, width, True)) for rows, width in shapes]
         # GPT-2 124M's and Llama 8B's largest.
         shapes = [("float32", 50257, 768)]
         if extent == "full":

@@ -167,7 +167,7 @@ class LinearCrossEntropy(Problem):
         return ("rows", sizes.rows), ("width", sizes.width), ("classes", sizes.classes)
 
     def panel(self, sizes: Sizes, dtype: str) -> str:
-        return f"linear_cross_entropy, {sizes.rows} rows, {dtype}"
+        return f"linear_cross_entropy, {sizes.rows} rows, width {sizes.width}, {dtype}"
 
     def x(self, sizes: Sizes) -> str:
         return "classes"

@@ -196,7 +196,12 @@ def geglu(gate: torch.Tensor, up: torch.Tensor | None = None, approximate: str =
         gate, up: as those of swiglu; without `up` the gate is packed.
         approximate: "none" or "tanh", as gelu's.
 
-    Returns, backends, source: as swiglu's. Raises: what swiglu and gelu do.
+    Returns:
+        y, of the gate's shape and dtype; without `up` the last dimension is half the gate's.
+
+    Raises: what swiglu and gelu do.
+
+    Backends: as swiglu's, and its source.
     """
     arguments = gate, up, None, "geglu", approximate
     if (found := dispatch.recalled("nonlinearity", arguments)) is not None:
