@@ -7,13 +7,16 @@ import importlib.util
 import subprocess
 
 import pytest
+import torch
 import torch.nn.functional as F
 
 import gptkern
 from gptkern.backends import dispatch
 from gptkern.measuring import costs, runner, timing
 
-FUNCTIONS_OF_PYTORCH = ("attention", "layer_norm", "rms_norm", "softmax")
+FUNCTIONS_OF_PYTORCH = ["attention", "cross_entropy", "layer_norm", "nonlinearity", "rms_norm", "softmax"]
+if hasattr(torch.nn.functional, "linear_cross_entropy"):  # from 2.13 on
+    FUNCTIONS_OF_PYTORCH.append("linear_cross_entropy")
 
 
 class Clock:

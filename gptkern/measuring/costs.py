@@ -70,7 +70,10 @@ def listed(extent: str) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
     found: dict[str, Callable] = {f"host time, {name}": functools.partial(host_time, name, rounds) for name in names}
     backends = ["triton"] if dispatch.unavailable("cuda", torch.device("cpu")) else ["triton", "cuda"]
     found |= {
-        PATH_KEY.format(name, b): functools.partial(kernels_path, name, b, rounds) for b in backends for name in names
+        PATH_KEY.format(name, backend): functools.partial(kernels_path, name, backend, rounds)
+        for backend in backends
+        for name in names
+        if importlib.util.find_spec(f"gptkern.operators.{name}.{backend}")  # a room may have no kernels of a language
     }
     if extent != "smoke":
         found |= {"host time, swapped step": lambda: swapped_step(rounds)}
