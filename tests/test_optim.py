@@ -72,6 +72,18 @@ def test_two_hundred_steps_are_torchs_bits(options, dtype):
         assert all(torch.equal(ours.state[x][key], value) for key, value in theirs.state[y].items())
 
 
+def test_clipping_of_float64_keeps_its_digits():
+    a, b = model(dtype=torch.float64), model(dtype=torch.float64)
+    ours, theirs = AdamW(a, lr=1e-2, max_norm=3.0), torch.optim.AdamW(b, lr=1e-2)
+    for step in range(3):
+        give(a, b, seed=step)
+        ours.step()
+        torch.nn.utils.clip_grad_norm_(b, 3.0)
+        theirs.step()
+    for x, y in zip(a, b):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-14)
+
+
 def test_clipping_is_torchs_within_rounding():
     a, b = model(), model()
     ours, theirs = AdamW(groups(a), lr=1e-2, max_norm=3.0), torch.optim.AdamW(groups(b), lr=1e-2, fused=True)

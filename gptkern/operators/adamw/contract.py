@@ -136,6 +136,8 @@ def norm(call: Norm) -> torch.Tensor:
 def forward(call: Call) -> None:
     """PyTorch's own fused AdamW where it does the same; else its formula, tensor by tensor."""
     is_plain = not call.exp_avg_scales and call.seed is None and call.exp_avgs[0].dtype == call.params[0].dtype
+    # Its grad_scale, into which a clip goes, is float32.
+    is_plain = is_plain and (call.clip is None or call.clip.dtype == torch.float32)
     if is_plain and call.grads[0].dtype == call.params[0].dtype and all(map(is_dense, call.params)):
         return _fused(call)
     for index in range(len(call.params)):
