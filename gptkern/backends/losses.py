@@ -173,7 +173,8 @@ def own_weights(
     target: torch.Tensor, weight: torch.Tensor | None, ignore_index: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """w_y of each target that is a class, 0 of an ignored one: (…) of `dtype`."""
-    counts = target != ignore_index
+    # As long: of uint8, -100 would be class 156.
+    counts = target.long() != ignore_index
     if weight is None:
         return counts.to(dtype)
     last = max(weight.shape[0] - 1, 0)
@@ -208,7 +209,7 @@ def stats_of(
         likeliest = first_largest(scores(x, logit_scale), dim)
         if is_probabilities(x, target):
             return CrossEntropyStats(lse, entropy, likeliest == first_largest(target, dim))
-        target = target.view(lse.shape)
+        target = target.view(lse.shape).long()
         ignored = target == ignore_index
         zero = torch.zeros((), dtype=lse.dtype, device=lse.device)
         return CrossEntropyStats(

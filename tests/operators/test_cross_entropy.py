@@ -165,6 +165,20 @@ def test_ignore_index(plain_or_triton, device, dtype, ignored):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_class_of_uint8_is_no_negative_ignore_index(plain_or_triton, device, dtype):
+    """PyTorch compares uint8 with -100 as if that were 156."""
+    input, target = random(3, 200, device=device).to(dtype), torch.tensor([156, 5, 7], device=device)
+    options = dict(z_loss=0.1, return_stats=True)
+    (loss, stats), (wanted, of_long) = (
+        G.cross_entropy(input, classes, **options) for classes in (target.to(torch.uint8), target)
+    )
+    assert torch.equal(loss, wanted) and all(map(torch.equal, stats, of_long))
+    if input.is_cpu and plain_or_triton == "torch":
+        with pytest.raises(IndexError):
+            G.cross_entropy(input[:, :100], target.to(torch.uint8))
+
+
 # --- What is ignored, wrong or not finite ---------------------------------------------------------------------------
 
 

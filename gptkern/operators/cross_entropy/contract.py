@@ -340,7 +340,7 @@ def _check_range(input, target, ignore_index):
     """PyTorch's IndexError of a class that there is none of, on a CPU."""
     if target.is_floating_point() or not tracing.has_values(target):
         return
-    classes = input.shape[0 if input.dim() == 1 else 1]
+    classes, target = input.shape[0 if input.dim() == 1 else 1], target.long()
     outside = ((target < 0) | (target >= classes)) & (target != ignore_index)
     if bool(outside.any()):
         raise IndexError(
