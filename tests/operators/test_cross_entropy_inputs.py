@@ -408,9 +408,13 @@ def test_compiled_with_stats_and_in_place(plain_or_triton, device):
     assert_compiles(step, input)
 
 
-def test_compiled_for_sizes_that_vary(triton_backend, device):
+@pytest.mark.parametrize("in_place", [False, True])
+def test_compiled_for_sizes_that_vary(triton_backend, device, in_place):
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x, y: G.cross_entropy(x, y), fullgraph=True, backend="aot_eager", dynamic=True)
+    options = dict(in_place_gradient=in_place)
+    compiled = torch.compile(
+        lambda x, y: G.cross_entropy(x, y, **options), fullgraph=True, backend="aot_eager", dynamic=True
+    )
     for rows, classes in ((5, 9), (7, 33), (12, 17)):
         input = random(rows, classes, device=device)
         target = classes_for(input)
