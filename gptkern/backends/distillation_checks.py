@@ -11,6 +11,10 @@ from gptkern.backends.distillation import DIVERGENCES, JSD
 from gptkern.backends.numbers import as_float, as_int
 
 REDUCTIONS = ("none", "mean", "sum")
+# What no rounding makes of logarithms of probabilities: logits - lse in bfloat16, both below 16, is off by 2^-4, and
+# bfloat16 moves a logarithm by 2^-8 of itself, which makes Σ p^(1 - 2^-8) <= n^(2^-8) of 1, 1.05 of 2^18 classes.
+_MOST_LOG_PROBABILITY = 2**-4
+_MOST_SUM = 1.125
 
 
 def check_tensor(name: str, what: str, tensor, device: torch.device | None = None, floating: bool = True) -> None:
@@ -123,6 +127,33 @@ def check_top(name: str, teacher_top, student: torch.Tensor, classes) -> tuple[t
         if n > 1 and (indices.sort(1).values.diff(dim=1) == 0).any():
             raise ValueError(f"{name}: teacher_top[1] holds a class twice in a row; it needs each once")
     return log_probabilities, indices
+
+
+def check_log_probabilities(name: str, log_probabilities: torch.Tensor, target, ignore_index: int) -> None:
+    """Raises where no rounding makes (rows, n) logarithms of probabilities: logits, probabilities.
+
+    Reads values on a CPU alone; not of rows that do not count.
+    """
+    if not (log_probabilities.is_cpu and tracing.has_values(log_probabilities)):
+        return
+    found = log_probabilities.float()
+    if target is not None:
+        if not tracing.has_values(target):
+            return
+        found = found[(target != ignore_index).reshape(-1)]
+    sums = found.exp().sum(1)
+    above = found > _MOST_LOG_PROBABILITY
+    # NaN, which is not above anything, stays in its row.
+    if above.any():
+        got = f"teacher_top[0] holds {found[above].max().item():.6g}"
+    elif (sums > _MOST_SUM).any():
+        got = f"the exponentials of a row of teacher_top[0] sum to {sums[sums > _MOST_SUM].max().item():.6g}"
+    else:
+        return
+    raise ValueError(
+        f"{name}: {got}; teacher_top needs logarithms of probabilities, at most 0, whose exponentials sum to at most 1 "
+        "in each row, not logits or probabilities: pass torch.log_softmax(teacher_logits, -1).topk(n)"
+    )
 
 
 def reduced(losses: torch.Tensor, target, ignore_index: int, reduction: str, shape, dtype: torch.dtype) -> torch.Tensor:

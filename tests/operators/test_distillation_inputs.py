@@ -288,6 +288,47 @@ def test_errors(name, automatic_choice):
     assert type(raised.value) is kind
 
 
+@pytest.mark.parametrize("of_hidden", [False, True])
+@pytest.mark.parametrize(
+    "stored, message",
+    [
+        (lambda logits: logits, r"teacher_top\[0\] holds \d"),
+        (lambda logits: logits - 100.0, None),
+        (lambda logits: logits.softmax(-1), r"teacher_top\[0\] holds 0\.\d"),
+        # Below 0, but not normalised.
+        (lambda logits: logits - logits.max(), r"the exponentials of a row of teacher_top\[0\] sum to [12]\."),
+    ],
+    ids=["logits", "rest", "probabilities", "sums"],
+)
+def test_what_is_no_logarithm_of_probabilities(device, automatic_choice, of_hidden, stored, message):
+    hidden, weight, _ = linear_of(6, width=5, classes=7, device=device, bias=False)
+    values = torch.tensor([2.0, 1.9, -1.0, 0.5, 1.8, 0.1, -2.0]).expand(6, 7)
+    top = tuple(stored(values).topk(3))
+
+    def loss(target=None):
+        given = dict(target=target, teacher_top=top)
+        if of_hidden:
+            return G.linear_distillation_loss(hidden, weight, **given)
+        return G.distillation_loss(values, **given)
+
+    if message is None:
+        loss()
+        return
+    with pytest.raises(ValueError, match=f"{message}.*teacher_top needs .*log_softmax.*topk"):
+        loss()
+    # Of rows that do not count nothing is asked.
+    loss(torch.full((6,), -100))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rounded_logarithms_are_taken(device, automatic_choice, dtype):
+    for classes, size in ((1, 1.0), (4096, 1e-2), (4096, 30.0)):
+        logits = size * torch.randn(4, classes, device=device)
+        top = torch.log_softmax(logits, -1).topk(classes)
+        G.distillation_loss(logits, teacher_top=(top[0].to(dtype).float(), top[1]))
+        G.distillation_loss(logits, teacher_top=(top[0].to(dtype), top[1]))
+
+
 def test_a_class_that_is_none_is_nan_where_nobody_looks(triton_backend, device, monkeypatch):
     # As on a GPU, whose values are not looked at.
     from gptkern.backends import distillation_checks

@@ -15,6 +15,7 @@ import torch
 from gptkern.backends import dispatch, distillation, distillation_sweep, tracing, vocabulary
 from gptkern.backends.distillation_checks import (
     check_classes,
+    check_log_probabilities,
     check_options,
     check_rows,
     check_target,
@@ -84,7 +85,9 @@ def distillation_loss(
         teacher_logits: (…, classes), of any floating-point dtype.
         target: (…), int64: indices of classes. Rows with `ignore_index` count nowhere, whatever the mix.
         teacher_top: in place of teacher_logits what was stored of a teacher: (log_probabilities, indices), each (…, n):
-            its n likeliest classes, each once, with their logarithms under the softmax of all classes at temperature 1.
+            its n likeliest classes, each once, with their logarithms under the softmax of all classes at temperature 1,
+            torch.log_softmax(teacher_logits, -1).topk(n). Logits or probabilities in their place are refused on a CPU,
+            where values above 0 or sums above 1 show them; a GPU's values are not looked at, and the loss is wrong.
             All other classes are one in both distributions, the rest, with p_rest = 1 - Σ p_i, of n + 1 classes; where
             rounding makes the p_i more than 1 together, all are divided by their sum.
         divergence: "forward_kl", "reverse_kl" or "jsd".
@@ -99,7 +102,8 @@ def distillation_loss(
 
     Raises:
         ValueError: both or none of the teachers are given; the vocabularies differ; an option has no such value;
-            a mix without a target; a temperature other than 1 with teacher_top.
+            a mix without a target; a temperature other than 1 with teacher_top; on a CPU, a teacher_top whose
+            log_probabilities are above 0, or their exponentials above 1 together, by more than rounding.
         RuntimeError: shapes, dtypes or devices do not fit.
         IndexError: on a CPU, a target or an index of teacher_top is no class; on a GPU the row's loss is NaN where
             its cross-entropy is asked for.
@@ -134,6 +138,8 @@ def distillation_loss(
     if target is not None:
         check_target(_NAME, target, student, classes, terms[-1])
         target = target.reshape(-1)
+    if log_probabilities is not None:
+        check_log_probabilities(_NAME, log_probabilities, target, terms[-1])
     rows = student.reshape(-1, classes)
     call = Call(rows, teacher_logits, log_probabilities, indices, target, *terms)
     losses = _losses(call)

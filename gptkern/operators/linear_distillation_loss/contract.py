@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from gptkern.backends import dispatch, distillation, distillation_sweep, tracing, vocabulary
 from gptkern.backends.distillation_checks import (
     check_classes,
+    check_log_probabilities,
     check_options,
     check_rows,
     check_target,
@@ -107,7 +108,7 @@ def linear_distillation_loss(
         target: (…), int64: indices of classes. Rows with `ignore_index` count nowhere, whatever the mix.
         teacher_logits: (…, classes), in place of teacher and teacher_weight.
         teacher_top: (log_probabilities, indices), each (…, n), in place of them: a teacher's n likeliest classes as
-            they were stored, as in distillation_loss.
+            they were stored, as in distillation_loss, torch.log_softmax(teacher_logits, -1).topk(n).
         divergence, beta, temperature, mix, ignore_index, reduction: as in distillation_loss.
 
     Returns:
@@ -115,7 +116,8 @@ def linear_distillation_loss(
 
     Raises:
         ValueError: not exactly one of the three teachers is given; the vocabularies differ; an option has no such
-            value; a mix without a target; a temperature other than 1 with teacher_top.
+            value; a mix without a target; a temperature other than 1 with teacher_top; on a CPU, a teacher_top whose
+            log_probabilities are none, as in distillation_loss (a GPU's values are not looked at: the loss is wrong).
         RuntimeError: shapes, dtypes or devices do not fit.
         IndexError: on a CPU, a target or an index of teacher_top is no class; on a GPU the row's loss is NaN where
             its cross-entropy is asked for.
@@ -168,6 +170,8 @@ def linear_distillation_loss(
     if target is not None:
         check_target(_NAME, target, student, classes, terms[-1])
         target = target.reshape(-1)
+    if log_probabilities is not None:
+        check_log_probabilities(_NAME, log_probabilities, target, terms[-1])
     multiplied = student.reshape(-1, student.shape[-1]), student_weight, student_bias, teacher, teacher_weight
     call = Call(
         *autocast("lower", *multiplied, teacher_bias), teacher_logits, log_probabilities, indices, target, *terms
