@@ -238,7 +238,14 @@ def errors():
             lambda: linear_loss(x, w, teacher_logits=t, teacher_bias=w[:, 0]), ValueError,
             "teacher_bias is given without",
         ),
-        "a teacher without a weight": (lambda: linear_loss(x, w, x), TypeError, "teacher_weight is a NoneType"),
+        "a teacher without a weight": (
+            lambda: linear_loss(x, w, x), TypeError,
+            "teacher_weight is a NoneType and teacher is given; .* teacher and teacher_weight go together",
+        ),
+        "a weight without a teacher": (
+            lambda: linear_loss(x, w, teacher_weight=w), TypeError,
+            "teacher is a NoneType and teacher_weight is given; .* teacher and teacher_weight go together",
+        ),
         "divergence": (lambda: loss(s, t, divergence="kl"), ValueError, "divergence is 'kl'; it needs one of"),
         "reduction": (lambda: loss(s, t, reduction="batchmean"), ValueError, "reduction is 'batchmean'"),
         "beta": (lambda: loss(s, t, divergence="jsd", beta=1.0), ValueError, "beta is 1.0; .* forward_kl and rev"),

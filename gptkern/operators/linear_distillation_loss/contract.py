@@ -121,7 +121,8 @@ def linear_distillation_loss(
         RuntimeError: shapes, dtypes or devices do not fit.
         IndexError: on a CPU, a target or an index of teacher_top is no class; on a GPU the row's loss is NaN where
             its cross-entropy is asked for.
-        TypeError: an argument that must be a tensor or a number is none.
+        TypeError: an argument that must be a tensor or a number is none; teacher without teacher_weight, or the other
+            way.
 
     Backends: torch, which walks in chunks too; triton for float16, bfloat16 and float32 (no second derivative on
     either). Under torch.func, forward mode and torch.jit.trace the logits are whole.
@@ -145,6 +146,12 @@ def linear_distillation_loss(
         got = " and ".join(given) + " are given" if given else "none is given"
         raise ValueError(
             f"{_NAME}: of the teachers (teacher and teacher_weight, teacher_logits, teacher_top) {got}; it needs one"
+        )
+    if (teacher is None) != (teacher_weight is None):
+        got, missing = ("teacher", "teacher_weight") if teacher_weight is None else ("teacher_weight", "teacher")
+        raise TypeError(
+            f"{_NAME}: {missing} is a NoneType and {got} is given; it needs to be a Tensor: teacher and teacher_weight "
+            "go together"
         )
     if teacher_bias is not None and teacher is None:
         raise ValueError(f"{_NAME}: teacher_bias is given without a teacher and its teacher_weight")
