@@ -39,8 +39,8 @@ def check_options(name: str, divergence, beta, temperature, mix, ignore_index, r
     if index is None:
         raise TypeError(f"{name}: ignore_index is a {type(ignore_index).__name__}; it needs an int")
     if divergence == JSD and not 0.0 < beta < 1.0:
-        limit = " (its limits for 0 and 1 are forward_kl and reverse_kl)" if beta in (0, 1) else ""
-        raise ValueError(f"{name}: beta is {beta}; it needs to be between 0 and 1{limit}")
+        limit = " (at 0 and 1 jsd is 0 whatever the models; for its limits take forward_kl and reverse_kl)"
+        raise ValueError(f"{name}: beta is {beta}; it needs to be above 0 and below 1{limit if beta in (0, 1) else ''}")
     if not (temperature > 0.0 and math.isfinite(temperature)):
         raise ValueError(f"{name}: temperature is {temperature}; it needs to be finite and above 0")
     if not 0.0 <= mix <= 1.0:

@@ -249,6 +249,7 @@ def errors():
         "divergence": (lambda: loss(s, t, divergence="kl"), ValueError, "divergence is 'kl'; it needs one of"),
         "reduction": (lambda: loss(s, t, reduction="batchmean"), ValueError, "reduction is 'batchmean'"),
         "beta": (lambda: loss(s, t, divergence="jsd", beta=1.0), ValueError, "beta is 1.0; .* forward_kl and rev"),
+        "beta of 0": (lambda: loss(s, t, divergence="jsd", beta=0), ValueError, "above 0 and below 1 .at 0 and 1 jsd"),
         "beta above": (lambda: loss(s, t, divergence="jsd", beta=1.5), ValueError, "beta is 1.5"),
         "temperature": (lambda: loss(s, t, temperature=0.0), ValueError, "temperature is 0.0"),
         "no temperature": (lambda: loss(s, t, temperature=math.nan), ValueError, "temperature is nan"),

@@ -91,8 +91,8 @@ def distillation_loss(
             All other classes are one in both distributions, the rest, with p_rest = 1 - Σ p_i, of n + 1 classes; where
             rounding makes the p_i more than 1 together, all are divided by their sum.
         divergence: "forward_kl", "reverse_kl" or "jsd".
-        beta: the teacher's part in m, between 0 and 1. D / beta goes to KL(p ‖ q) as beta goes to 0, and
-            D / (1 - beta) to KL(q ‖ p) as it goes to 1. Read by "jsd" alone.
+        beta: the teacher's part in m, above 0 and below 1 (at both D is 0). D / beta goes to KL(p ‖ q), forward_kl, as
+            beta goes to 0, and D / (1 - beta) to KL(q ‖ p), reverse_kl, as it goes to 1. Read by "jsd" alone.
         temperature: above 0; 1 with teacher_top.
         mix: from 0, the teacher alone, to 1, the target alone.
         reduction: "mean" over the rows that count (NaN if none does), "sum", or "none".
