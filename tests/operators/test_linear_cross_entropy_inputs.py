@@ -105,6 +105,7 @@ def test_mistakes_raise_what_pytorch_raises(mistake, chunks, monkeypatch):
         (dict(ignore_index=1.5), TypeError, "ignore_index"),
         (dict(loss_dtype=torch.int64), TypeError, "loss_dtype"),
         (dict(loss_dtype="float32"), TypeError, "loss_dtype"),
+        (dict(group="x"), TypeError, "group is a str; it needs to be a torch.distributed process group"),
         (dict(options=3), TypeError, "options is a int without allow_retain_graph"),
     ],
     ids=str,

@@ -54,6 +54,12 @@ def loss_dtype(dtype: Any) -> None:
         raise _error(TypeError, f"loss_dtype is {dtype!r}; it needs to be a floating-point torch.dtype or None")
 
 
+def process_group(group: Any) -> None:
+    if group is not None and not (hasattr(group, "size") and hasattr(group, "group_name")):
+        raise _error(TypeError, f"group is a {type(group).__name__}; it needs to be a torch.distributed process group "
+                     "or None")  # fmt: skip
+
+
 def of_chunks(input, linear_weight, target, linear_bias, weight, all_classes: int) -> None:
     """What F.linear and F.cross_entropy say of these tensors, before any work; class indices, rows of one vocabulary.
 

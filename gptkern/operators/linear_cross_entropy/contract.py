@@ -101,7 +101,7 @@ def linear_cross_entropy(
         ValueError: another reduction; z_loss below 0; targets of another number than rows; softcap is not above
             0; options that PyTorch's class refuses; ranks with parts of several sizes.
         IndexError: on a CPU, a target that is no class. On a GPU its row's loss is NaN.
-        TypeError: an argument that must be a tensor or a number is none.
+        TypeError: an argument that must be a tensor, a number or a process group is none.
         NotImplementedError: group with probabilities, K dimensions, a tensor subclass or under a transform; and a
             second derivative where logits were cut.
 
@@ -118,6 +118,7 @@ def linear_cross_entropy(
     """
     logits_shape = checks.shapes(input, linear_weight, target, linear_bias, weight, ignore_index)
     checks.loss_dtype(loss_dtype)
+    checks.process_group(group)
     loss_options = checked_options(
         "linear_cross_entropy", reduction, -100 if ignore_index is None else ignore_index, label_smoothing, z_loss,
         softcap, logit_scale,
