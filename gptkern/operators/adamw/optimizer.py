@@ -52,10 +52,10 @@ class AdamW(torch.optim.AdamW):
             parameter, the parameter's number among all of the optimizer's, and the step: the same bits on every
             sharding and in a resumed run. Parameters of float32 and float64 are rounded to the nearest. What is
             a shard without being a DTensor counts as a whole.
-        state_dtype: of the averages. None: the parameter's, as torch's. torch.float32: at least that. "int8": 8 bits in
-            blocks of 256 elements that never cross a row of dimension 0, by the dynamic map of Dettmers et al.
-            (gptkern/operators/adamw/blockwise.py); of parameters with fewer than two dimensions or rows of less than
-            64 elements float32.
+        state_dtype: of the averages. None is the parameter's, as torch's; torch.float32 is at least that; "int8" is 8
+            bits in blocks of 256 elements that never cross a row of dimension 0, by the dynamic map of Dettmers et al.
+            (gptkern/operators/adamw/blockwise.py), and float32 of parameters with fewer than two dimensions or rows of
+            less than 64 elements. With "int8" hand torch.optim.AdamW `to_float_state_dict()`, not `state_dict()`.
         seed: of the rounding at random, a whole number from 0 to 2⁶³ − 1.
 
     `stochastic_rounding`, `state_dtype` and `seed` may differ from group to group. `grad_norm` is the norm before it
@@ -69,7 +69,8 @@ class AdamW(torch.optim.AdamW):
     state_dict and load_state_dict exchange with torch.optim.AdamW's both ways, with `step`, `exp_avg`, `exp_avg_sq` and
     `max_exp_avg_sq`; steps are float32 on the device. What is loaded is brought into `state_dtype`: averages in 8 bits
     have keys of their own (`exp_avg_codes`, `exp_avg_absmax`, `exp_avg_sq_codes`, `exp_avg_sq_absmax`), are made from
-    floating ones, and the other way round; `to_float_state_dict` gives what torch.optim.AdamW loads.
+    floating ones, and the other way round. torch.optim.AdamW knows none of these keys: of states in 8 bits it needs
+    `to_float_state_dict()`.
 
     Raises:
         TypeError: params holds what is no tensor.
