@@ -419,3 +419,14 @@ def test_compiled_for_sizes_that_vary(triton_backend, device, in_place):
         input = random(rows, classes, device=device)
         target = classes_for(input)
         same_bits("compiled", compiled(input, target), G.cross_entropy(input, target))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_rows_without_a_class_are_all_ignored(dtype, reduction):
+    logits, target = torch.zeros(2, 0, dtype=dtype, requires_grad=True), torch.full((2,), -100)
+    loss = G.cross_entropy(logits, target, reduction=reduction)
+    expected = F.cross_entropy(logits.detach().float(), target, reduction=reduction)
+    torch.testing.assert_close(loss.float(), expected, equal_nan=True)
+    loss.sum().backward()
+    assert logits.grad.shape == (2, 0)

@@ -400,3 +400,14 @@ def test_a_loss_of_all_rows_ignored_is_nan_and_its_gradient_zero(loss_backend):
     leaf = input.requires_grad_()
     loss = F.linear_cross_entropy(leaf, weight, torch.full_like(target, IGNORED), options=cut(2))
     assert math.isnan(loss.item()) and not gradients(loss, [leaf])[0].any()
+
+
+def test_gradients_of_a_graph_that_is_kept_are_the_callers_own(monkeypatch):
+    monkeypatch.setattr(contract, "SMALL", 0)
+    x, w = torch.randn(6, 4), torch.randn(9, 4, requires_grad=True)
+    loss = F.linear_cross_entropy(x, w, torch.arange(6), reduction="sum")
+    (first,) = torch.autograd.grad(loss, w, retain_graph=True)
+    expected = first.clone()
+    first.data.mul_(3.0)
+    (second,) = torch.autograd.grad(loss, w)
+    assert torch.equal(second, expected)

@@ -35,7 +35,9 @@ def row_shape(call: Call) -> tuple[int, ...]:
 
 def _as_rows(tensor: torch.Tensor) -> torch.Tensor:
     """(N, C, d1, …) -> (rows, C)."""
-    return tensor.movedim(1, -1).reshape(-1, tensor.shape[1])
+    moved = tensor.movedim(1, -1)
+    # Of no classes a reshape to (-1, 0) does not know the rows.
+    return moved.reshape(math.prod(moved.shape[:-1]), moved.shape[-1])
 
 
 def _blocks(x: torch.Tensor) -> list[slice]:

@@ -393,10 +393,10 @@ class LinearCrossEntropyFunction(KernelFunction):
 def _scaled(gradients: list[torch.Tensor | None], grad_output: torch.Tensor) -> list[torch.Tensor | None]:
     """The gradients of a forward that took grad_output for 1, with as little new memory as may be."""
     if tracing.has_values(grad_output):
-        if grad_output == 1.0:
-            return gradients
-        # What autograd will not use again may be written over.
+        # What autograd will not use again may be given away and written over; what it keeps is never the caller's.
         keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
+        if not keeps and grad_output == 1.0:
+            return gradients
         if not keeps:
             return [None if one is None else one.mul_(grad_output) for one in gradients]
     return [None if one is None else one * grad_output for one in gradients]
