@@ -75,6 +75,23 @@ class ByName(Tiny):
         return logits, F.cross_entropy(target=targets.flatten(), input=logits.flatten(0, 1), ignore_index=-1)
 
 
+class Prepares(Tiny):
+    """The targets are made ready between the head and the loss, which writes nothing."""
+
+    def forward(self, ids, targets, *, unused=None, **kwargs):
+        logits = self.head(self.tokens(ids))
+        "the next tokens"
+        targets = kwargs.pop("shifted", targets)
+        loss: torch.Tensor | None = None
+        if self.training:
+            wanted = F.pad(targets, (0, 1), value=-1)[:, 1:]
+        else:
+            wanted = targets.roll(-1, 1)
+        wanted = wanted.contiguous().view(-1)
+        loss = F.cross_entropy(logits.flatten(0, 1), wanted, ignore_index=-1)
+        return logits, loss
+
+
 def ids_and_targets():
     ids, targets = batch(rows=2, length=9)
     return ids, targets.masked_fill(torch.arange(9) % 4 == 1, -1)
@@ -132,7 +149,7 @@ def test_the_reference_gpt():
     assert "linear_cross_entropy" in names
 
 
-@pytest.mark.parametrize("cls", [InTwoBranches, Scaled, Always, ByName])
+@pytest.mark.parametrize("cls", [InTwoBranches, Scaled, Always, ByName, Prepares])
 @pytest.mark.parametrize("bias", [True, False])
 def test_other_forwards_of_the_kind(cls, bias):
     model, arguments = cls(bias), ids_and_targets()
@@ -318,6 +335,65 @@ class WritesIntoItsInput(Tiny):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
+class WritesByIndex(Tiny):
+    def forward(self, ids, targets):
+        x = self.tokens(ids)
+        logits = self.head(x)
+        x[:, 0] = 0
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+class WritesByAnotherName(Tiny):
+    def forward(self, ids, targets):
+        x = self.tokens(ids)
+        logits = self.head(x)
+        y = x
+        y *= 2
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+class WritesByAFunction(Tiny):
+    def forward(self, ids, targets):
+        y = x = self.tokens(ids)
+        logits = self.head(x)
+        y = torch.relu_(y)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+class WritesUnderACondition(Tiny):
+    def forward(self, ids, targets=None):
+        y = x = self.tokens(ids)
+        logits = self.head(x)
+        loss = None
+        if targets is not None:
+            if self.training:
+                y = F.relu(y, True)
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits, loss
+
+
+class WritesInTheLoss(Tiny):
+    def forward(self, ids, targets):
+        x = self.tokens(ids)
+        logits = self.head(x)
+        return logits, x.mul_(2).sum() + F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+class WritesIntoItsHead(Tiny):
+    def forward(self, ids, targets):
+        logits = self.head(self.tokens(ids))
+        self.head.weight.data.mul_(2)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+class WritesWithoutGradients(Tiny):
+    def forward(self, ids, targets):
+        logits = self.head(self.tokens(ids))
+        with torch.no_grad():
+            self.head.weight.mul_(2)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
 class LearnsItsScale(Tiny):
     def __init__(self):
         super().__init__()
@@ -374,6 +450,28 @@ def test_another_forward_is_left_alone_with_the_reason(cls, says):
     with pytest.raises(RuntimeError, match="its loss"):
         gptkern.swap(model, ops=[], strict=True, fused_loss=True)
     gptkern.swap(model, ops=[], strict=True)
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [
+        WritesByIndex,
+        WritesByAnotherName,
+        WritesByAFunction,
+        WritesUnderACondition,
+        WritesInTheLoss,
+        WritesIntoItsHead,
+        WritesWithoutGradients,
+    ],
+)
+def test_what_may_write_between_head_and_loss_keeps_the_logits(cls):
+    stock, swapped, (ids, targets) = cls(), cls(), batch(rows=2, length=9)
+    with torch.no_grad():
+        expected = stock(ids, targets)
+        assert "may write into what the head is given, or into the head" in reason(
+            gptkern.swap(swapped, ops=[], fused_loss=True)
+        )
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(swapped(ids, targets), expected, strict=True))
 
 
 def test_a_source_that_is_not_the_code_is_not_believed():

@@ -8,7 +8,8 @@
 
 The forward is known by its source (edited_code.py): what comes between the head and the loss may be a factor
 (`logits * self.scale`, `logits / self.config.scaling`), a softcap, a `.float()` and a `.contiguous()`; the logits may
-then be returned, and nothing else may be done with them. The loss is transformers' `self.loss_function`, or a call of
+then be returned, and nothing else may be done with them; other statements there must be known to write nothing
+(harmless_code.py). The loss is transformers' `self.loss_function`, or a call of
 F.cross_entropy with the logits, flattened; it is taken where an argument is not None. Any other forward is left
 alone, with the reason.
 
@@ -20,6 +21,7 @@ and a warning says why, once.
 from __future__ import annotations
 
 import ast
+import itertools
 import sys
 import types
 import warnings
@@ -29,7 +31,7 @@ from typing import NamedTuple
 import torch
 
 from gptkern import functional as F
-from gptkern.swapping import edited_code
+from gptkern.swapping import edited_code, harmless_code
 from gptkern.swapping.activations import is_bare
 from gptkern.swapping.edited_code import OWN
 
@@ -105,10 +107,7 @@ class _Changing:
         known: set[int] = set()  # the ids of the names that are read in a way that is known
         skipped: list[tuple[int, ast.stmt]] = []
         last = next(at for at, statement in enumerate(block) if statement in path or _holds(statement, loss))
-        inputs = {n.id for n in ast.walk(hidden) if isinstance(n, ast.Name)} - {self.this}
         for at in range(place + 1, last):
-            if _writes_into(block[at], inputs):
-                raise NotKnown(f"line {block[at].lineno} may write into what the head is given")
             changed = self.scaled(block[at], logits, site)
             if changed is not None:
                 site = changed
@@ -127,6 +126,7 @@ class _Changing:
                     raise NotKnown(f"line {one.lineno} does something else with the logits")
             if logits in edited_code.stores(statement) and not any(statement is s for _, s in skipped):
                 raise NotKnown(f"line {statement.lineno} makes other logits")
+        self.writes_nothing(path, block[place + 1 : last], block[last], loss, hidden, site, [s for _, s in skipped])
         self.change(block, place, head, hidden, skipped, loss, logits, site, condition, after)
         return site
 
@@ -249,6 +249,21 @@ class _Changing:
             raise NotKnown(f"line {loss.lineno} takes the loss under a condition of its own")
         return found
 
+    def writes_nothing(self, path, between, last: ast.stmt, loss: ast.Call, hidden, site: Site, skipped) -> None:
+        """Raises where what runs from the head to the loss may change what the head is given, or the head."""
+        names = {n.id for n in ast.walk(hidden) if isinstance(n, ast.Name)} - {self.this}
+        # What leaves does so where no loss is taken: `condition` has looked.
+        run = [one for one in between if not any(one is s for s in skipped) and not _leaves(one)]
+        inner = path[path.index(last) :] if last in path else [last]
+        for outer, inside in itertools.pairwise(inner):
+            around = outer.body if inside in outer.body else outer.orelse
+            run += around[: around.index(inside)]
+        for one in run:
+            if not harmless_code.is_harmless(one, self.function, names, (self.this, site.head)):
+                raise NotKnown(f"line {one.lineno} may write into what the head is given, or into the head")
+        if harmless_code.writes(inner[-1]):
+            raise NotKnown(f"line {loss.lineno} may write into what the head is given, or into the head")
+
     def read_by_loss(self, loss: ast.Call, logits: str) -> set[int]:
         """The ids of the names of the logits in the loss's arguments, where each stays right with the hidden states."""
         argument = self.logits_of(loss)
@@ -340,17 +355,6 @@ def _holds(node: ast.AST, searched: ast.AST) -> bool:
 
 def _leaves(statement: ast.stmt) -> bool:
     return any(isinstance(n, ast.Return | ast.Break | ast.Continue) for n in ast.walk(statement))
-
-
-def _writes_into(statement: ast.stmt, names: set[str]) -> bool:
-    """Whether it holds `name += …`, or `name.add_(…)`."""
-    for node in ast.walk(statement):
-        target = node.target if isinstance(node, ast.AugAssign) else None
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr.endswith("_"):
-            target = node.func.value
-        if isinstance(target, ast.Name) and target.id in names:
-            return True
-    return False
 
 
 def _none_test(test: ast.expr, operation: type) -> str | None:

@@ -61,8 +61,8 @@ def swap(
     embedding and Llama's norm. `F.gelu`, `F.silu`, their modules and transformers' classes
     for them run on "nonlinearity" (while torch.compile compiles, and no backend is forced, on PyTorch, since Inductor
     writes them into other kernels); a product `act(gate) * up` with one of them, found in the forward's source, is
-    swiglu or geglu in one call, of the packed tensor where gate and up are its halves. `F.cross_entropy` is
-    gptkern's. A call that cannot be read off the code (a function looked up
+    swiglu or geglu in one call, of the packed tensor where gate and up are its halves and nothing else reads them.
+    `F.cross_entropy` is gptkern's. A call that cannot be read off the code (a function looked up
     in a table, a tensor's method) is not found: `gptkern.kernels()` reaches it. Attention or a norm that is written out
     in Python is named as skipped, as is a method called by `super()` that makes such calls, and the generated code of a
     torch.fx.GraphModule.
@@ -71,6 +71,9 @@ def swap(
     forward or a class of its own, nor where PyTorch runs both (a CPU). The norm may be one of the block, or, in a model
     whose blocks stand in a torch.nn.ModuleList and return such a sum, the first of the next block or the model's last:
     these not inside torch.compile, inference mode or activation checkpoints, nor where one of the blocks has hooks.
+    What is not the stock model's is the gradient of the sum itself, for who asks for it (`retain_grad`, a hook on the
+    tensor, `torch.autograd.grad` with respect to it): it is only the part that goes past the norm. `ops` without
+    "residual_norm" gives the whole; the gradients of parameters and of the model's inputs are whole in any case.
 
     A rerouted module gets a subclass of its class, so a class's own `__init_subclass__` runs; where that raises, where
     the module refuses another class, or its own code asks for its exact class, it is skipped. Other code that knows a
@@ -89,8 +92,10 @@ def swap(
         fused_loss: the loss that the model's own forward takes of the logits of its head (transformers' causal models
             with `labels`, the reference GPT with `targets`, and others whose source shows no more between head and
             loss than a factor, a softcap and a flattening) runs on `linear_cross_entropy`, which makes no logits: a
-            call with targets then returns the loss, and None for the logits. A call without them is unchanged. Where
-            it is not known what a forward does with its logits it is left alone, and the report says why. Where a
+            call with targets then returns the loss, and None for the logits. transformers' tuples
+            (`return_dict=False`, an output's `[…]`) leave them out: `[1]` is then what came behind them, as a rule
+            the cache. A call without targets is unchanged. Where it is not known what a forward does with its logits,
+            or that nothing is written between its head and its loss, it is left alone, and the report says why. Where a
             head or a loss function is another one by the time of a call, the logits are made, and a warning says so.
 
     Returns:
