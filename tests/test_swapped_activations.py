@@ -74,6 +74,51 @@ class InALoop(Gated):
         return sum(self.act(gate) * up for gate, up in [(x, x)])
 
 
+class Hooked(Gated):
+    """What a half's gradient is can be changed, or seen: it has to reach the half."""
+
+    def forward(self, x):
+        gate, up = self.both(x).chunk(2, -1)
+        up.register_hook(lambda gradient: gradient * 2)
+        return self.down(self.act(gate) * up)
+
+
+class Kept(Gated):
+    def forward(self, x):
+        gate, up = self.both(x).chunk(2, -1)
+        hidden = self.act(gate) * up
+        if gate.requires_grad:
+            gate.register_hook(lambda gradient: gradient * 3)
+        return self.down(hidden)
+
+
+class Captured(Gated):
+    def forward(self, x):
+        def tripled():
+            up.register_hook(lambda gradient: gradient * 3)
+
+        gate, up = self.both(x).chunk(2, -1)
+        tripled()
+        return self.down(self.act(gate) * up)
+
+
+class ReadInTheNextRound(Gated):
+    def forward(self, x):
+        up = x * 1
+        for _ in range(2):
+            up.register_hook(lambda gradient: gradient * 2)
+            gate, up = self.both(x).chunk(2, dim=-1)
+            x = self.act(gate) * up
+        return x
+
+
+class NamedBefore(Gated):
+    def forward(self, x):
+        x = self.both(x)
+        gate, x = x.chunk(2, -1)
+        return self.down(self.act(gate) * x)
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """The function, packed or not, of each call of the operator."""
@@ -106,6 +151,11 @@ def results(model, x):
         (Scaled, [("swiglu", False)]),
         (WithFunctions, [("swiglu", False), ("geglu", False), ("geglu", False)]),
         (InALoop, [("swiglu", True)] * 2),
+        (Hooked, [("swiglu", False)]),
+        (Kept, [("swiglu", False)]),
+        (Captured, [("swiglu", False)]),
+        (ReadInTheNextRound, [("swiglu", False)] * 2),
+        (NamedBefore, [("swiglu", True)]),
     ],
 )
 def test_products(cls, expected, calls):

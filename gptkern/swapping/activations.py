@@ -2,7 +2,8 @@
 
     act(gate(x)) * up(x)                    swiglu(gate(x), up(x)) where act is SiLU, geglu where it is GELU
     gate, up = packed.chunk(2, -1)
-    up * act(gate)                          swiglu(packed), geglu(packed): no copy, and one gradient for both
+    up * act(gate)                          swiglu(packed), geglu(packed): no copy, and one gradient for both; where
+                                            a half is read anywhere else (a hook, retain_grad), of the two halves
 
 The product is found in a forward's source, whatever the model; what `act` is, is asked when it runs: the module may be
 another one by then, or have hooks, which want it called. The linear layers around stay calls of their modules, so they
@@ -147,7 +148,7 @@ def may_hold_products(function: types.FunctionType) -> bool:
 
 def change_products(function: types.FunctionType, found: ast.FunctionDef) -> Products:
     """Changes the tree: `act(gate) * up` and `up * act(gate)` become calls of what CELLS gives."""
-    changing = _Changing(function)
+    changing = _Changing(function, found)
     changing.generic_visit(found)
     return Products(frozenset(changing.modules), changing.functions)
 
@@ -159,13 +160,17 @@ def are_known(products: Products, module: torch.nn.Module) -> bool:
 
 
 class _Changing(ast.NodeTransformer):
-    def __init__(self, function: types.FunctionType):
+    def __init__(self, function: types.FunctionType, found: ast.FunctionDef):
         self.function = function
         self.this = function.__code__.co_varnames[0] if function.__code__.co_argcount else ""
         self.modules: list[str] = []
         self.functions = 0
         # The halves of a packed tensor that still are what a chunk made them -> the statement, made anew where needed.
         self.halves: dict[tuple[str, str], _Chunk] = {}
+        self.statement: ast.stmt = found
+        self.reads = [*_reads(found)]
+        loops = [node for node in ast.walk(found) if isinstance(node, ast.For | ast.While)]
+        self.in_loops = {id(node) for loop in loops for node in ast.walk(loop)}
 
     def not_entered(self, node: ast.AST) -> ast.AST:
         # Names may be others in there.
@@ -225,8 +230,9 @@ class _Changing(ast.NodeTransformer):
         return node
 
     def block(self, statements: list[ast.stmt]) -> Iterator[ast.stmt]:
-        around, self.halves = self.halves, {}
+        around, self.halves = (self.halves, self.statement), {}
         for statement in statements:
+            self.statement = statement
             statement = self.visit(statement)
             for pair in [pair for pair in self.halves if set(pair) & set(edited_code.stores(statement))]:
                 del self.halves[pair]
@@ -235,14 +241,48 @@ class _Changing(ast.NodeTransformer):
                 self.halves[chunk.pair] = chunk
                 yield chunk.packed
             yield statement
-        self.halves = around
+        self.halves, self.statement = around
 
     def packed(self, gate: ast.expr, other: ast.expr) -> ast.expr | None:
         """The tensor of which these two are the first half and the second, where that is so."""
         if isinstance(gate, ast.Name) and isinstance(other, ast.Name):
             chunk = self.halves.get((gate.id, other.id))
-            return chunk and edited_code.name(chunk.name)
+            if chunk is not None and self.is_all(gate, chunk) and self.is_all(other, chunk):
+                return edited_code.name(chunk.name)
         return None
+
+    def is_all(self, half: ast.Name, chunk: _Chunk) -> bool:
+        """Whether the half is read here and nowhere else: with the whole in its place no gradient reaches it."""
+        code = self.function.__code__
+        if half.id not in code.co_varnames or half.id in code.co_cellvars:
+            return False
+        others = [_place(name) for name in self.reads if name.id == half.id and name is not half]
+        made, product = _end(chunk.packed), self.statement
+        if isinstance(product, ast.Assign) and any(edited_code.is_name(one, half.id) for one in product.targets):
+            # up = up * act(gate): what reads the name behind it reads the product.
+            return not any(made <= place < _end(product) for place in others)
+        is_in_a_loop = id(product) in self.in_loops
+        return not others if is_in_a_loop else all(place < made for place in others)
+
+
+def _reads(node: ast.AST) -> Iterator[ast.Name]:
+    """Where names of the function are read in it: those that a comprehension binds are its own."""
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+        yield node
+    own: set[str] = set()
+    if isinstance(node, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
+        yield from _reads(node.generators[0].iter)
+        own = {name for generator in node.generators for name in edited_code.stores(generator.target)}
+    for child in ast.iter_child_nodes(node):
+        yield from (name for name in _reads(child) if name.id not in own)
+
+
+def _place(node: ast.AST) -> tuple[int, int]:
+    return node.lineno, node.col_offset
+
+
+def _end(node: ast.AST) -> tuple[int, int]:
+    return node.end_lineno, node.end_col_offset
 
 
 class _Chunk(NamedTuple):
