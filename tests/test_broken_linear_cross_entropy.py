@@ -114,7 +114,7 @@ PYTHON = [
     (vocabulary, "torch", Mutation("all of the gradients' memory", "at_a_time", r"size // 2", "size", MEMORY)),
     (vocabulary, "torch", Mutation("G beside z in float32", "buffer_of_g",
                                    r"torch\.empty_like\(self\.z, dtype=dtype\)", "torch.empty_like(self.z)", MEMORY)),
-    (contract, "torch", Mutation("each gradient is 1", "_scaled", r"if grad_output == 1\.0", "if True", AGAIN)),
+    (contract, "torch", Mutation("each gradient is 1", "_scaled", r"and grad_output == 1\.0", "", AGAIN)),
     (contract, "torch", Mutation("ignored rows are not skipped", "_kept_rows",
                                  r"if ignored\.any\(\)", "if 0", SKIPPED)),
 ]  # fmt: skip

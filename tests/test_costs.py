@@ -80,7 +80,8 @@ def test_every_path_ends_at_a_kernel_that_is_not_launched(monkeypatch, operator)
         assert result.requires_grad is result.is_floating_point(), "gradients are on; int8 has none"
     with costs._without_launches(dispatch.load("triton", operator)), gptkern.backend("triton"):
         ours()
-    assert len(launched) == 1
+    # The loss sums its rows with a kernel of its own.
+    assert len(launched) == (2 if operator == "cross_entropy" else 1)
 
 
 def test_a_swapped_step_is_held_against_stock(monkeypatch, clock):

@@ -417,7 +417,7 @@ def test_a_class_is_timed_by_a_call_of_that_class(operator, monkeypatch):
     monkeypatch.setattr(dispatch, "chosen", chosen)
     monkeypatch.setattr(dispatch, "settled", lambda tensor: None)
     tasks = list(tuning_tasks.class_tasks(operator))
-    assert len(tasks) >= 4
+    assert len(tasks) >= 3
     for task in tasks:
         with FakeTensorMode(), torch.no_grad():
             made = problem.inputs(task.tuned.timed, task.tuned.dtype, torch.Generator())

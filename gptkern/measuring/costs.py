@@ -174,9 +174,13 @@ def _without_launches(module):
             emulator = emulated.load()
             emulator.skip_launches(True)
             stack.callback(emulator.skip_launches, False)
-        # Kernels that several operators have stand in a module of their own.
-        shared = [value for value in vars(module).values() if inspect.ismodule(value) and "gptkern." in value.__name__]
-        for place in (module, *shared):
+        # Kernels that several operators have stand in modules of their own: these, or their launchers, are here.
+        places = {module.__name__: module}
+        for value in vars(module).values():
+            home = value if inspect.ismodule(value) else inspect.isfunction(value) and inspect.getmodule(value)
+            if home and home.__name__.startswith("gptkern."):
+                places[home.__name__] = home
+        for place in places.values():
             for name in vars(place).copy():
                 if name.endswith("_kernel"):
                     stack.enter_context(mock.patch.object(place, name, _NotLaunched()))
