@@ -31,7 +31,7 @@ from torch.nn.modules import module as torch_module
 
 from gptkern import functional as F
 from gptkern import nn
-from gptkern.backends import dispatch
+from gptkern.backends import dispatch, tracing
 from gptkern.swapping import edited_code
 from gptkern.swapping.edited_code import OWN
 
@@ -330,7 +330,7 @@ def _product_behind(act, up, gate, packed=None, *approximate):
 
 def _are_alike(gate: object, up: object) -> bool:
     are_tensors = isinstance(gate, torch.Tensor) and isinstance(up, torch.Tensor)
-    return are_tensors and gate.shape == up.shape and gate.dtype == up.dtype
+    return are_tensors and gate.dtype == up.dtype and tracing.sizes(gate) == tracing.sizes(up)
 
 
 # What the changed code calls.
