@@ -265,12 +265,19 @@ def test_demo_from_end_to_end(text_file, tmp_path, capsys):
     assert results["stock"]["losses"] == results["swapped"]["losses"]
     assert results["int8"]["layers"] == 16
     assert results["int8"]["linear_bytes"] / results["int8"]["linear_bytes_int8"] > 3.5
-    backends = {row["names"]: (row["count"], row["backend"]) for row in results["swapped_modules"]}
-    assert backends == {
-        "blocks.*.attention_norm": (4, "torch"), "blocks.*.attention": (4, "torch"),
-        "blocks.*.perceptron_norm": (4, "torch"), "final_norm": (1, "torch"),
-    }  # fmt: skip
+    rows = [(row["names"], row["count"], row["operator"], row["backend"]) for row in results["swapped_modules"]]
+    assert sorted(rows) == sorted([
+        ("(model)", 1, "cross_entropy, residual_norm", "torch"),
+        # of the last block the sum is the model's norm's; sums are computed in the norms' calls
+        ("blocks.*", 3, "residual_norm", "-"), ("blocks.*", 1, "residual_norm", "-"),
+        ("blocks.*.attention_norm", 4, "layer_norm", "torch"), ("blocks.*.attention", 4, "attention", "torch"),
+        ("blocks.*.perceptron_norm", 4, "layer_norm", "torch"),
+        ("blocks.*.perceptron.activation", 4, "nonlinearity", "torch"), ("final_norm", 1, "layer_norm", "torch"),
+    ])  # fmt: skip
+    reasons = {row["reason"] for row in results["swapped_modules"] if row["backend"] == "-"}
+    assert reasons == {"see its norms"}
     page = (out / "report.html").read_text()
+    assert "No kernels ran in the swapped model here" in page
     assert page.count("<svg") == 1
     # nothing is loaded from anywhere
     training = (out / "training.html").read_text()

@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 from gptkern.commands.kernel_check import KernelCheck
-from gptkern.commands.observing import SwappedModules
+from gptkern.commands.observing import NOT_CALLED, SwappedModules
 
 # The largest difference of a loss, stock against swapped, in nats per byte. Kernels round otherwise than PyTorch, and
 # a training makes a rounding grow: layer_norm and attention written out in other float32 operations moved the nano
@@ -110,7 +110,7 @@ class Findings:
 
     @property
     def backends(self) -> list[str]:
-        return sorted({row.backend for row in self.swapped_modules})
+        return sorted({row.backend for row in self.swapped_modules} - {NOT_CALLED})
 
     @property
     def speed_up(self) -> float | None:

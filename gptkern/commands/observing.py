@@ -10,6 +10,10 @@ import torch
 import gptkern
 from gptkern.swapping import SwapReport
 from gptkern.swapping.explaining import Explained
+from gptkern.swapping.twins import RESIDUAL_NORM
+
+# The backend of a module that calls no operator itself.
+NOT_CALLED = "-"
 
 
 @dataclasses.dataclass
@@ -33,8 +37,10 @@ def observed(model: torch.nn.Module, report: SwapReport, *inputs: torch.Tensor) 
     rows: dict[tuple, SwappedModules] = {}
     for entry in report.replaced:
         seen = calls.get(entry.name, [])
-        backend = ", ".join(dict.fromkeys(call.backend for call in seen)) or "-"
-        reason = "; ".join(dict.fromkeys(call.reason for call in seen)) or "not reached"
+        backend = ", ".join(dict.fromkeys(call.backend for call in seen)) or NOT_CALLED
+        # A sum is computed with the norm that it is for, and that norm's call.
+        otherwise = "see its norms" if entry.operator == RESIDUAL_NORM else "not reached"
+        reason = "; ".join(dict.fromkeys(call.reason for call in seen)) or otherwise
         names = re.sub(r"\b\d+\b", "*", entry.name)
         row = SwappedModules(names, 0, entry.original, entry.replacement, entry.operator, backend, reason)
         rows.setdefault(dataclasses.astuple(row), row).count += 1

@@ -185,7 +185,7 @@ class Demo:
         rows = Rows(self.data.train, self.recipe.length, self.recipe.seed)
         batch = Batches(rows, self.recipe.batch, device=self.recipe.device, prefetch=0).next()
         with self._autocast():
-            self.findings.swapped_modules = observed(self.swapped, report, batch.ids)
+            self.findings.swapped_modules = observed(self.swapped, report, batch.ids, batch.targets)
         self.findings.skipped_modules = [tuple(entry) for entry in report.skipped]
         table = Table(box=None, padding=(0, 2, 0, 0))
         for heading in ("module", "class", "operator", "backend", "why"):
