@@ -6,12 +6,13 @@ import oracle_cross_entropy
 import pytest
 import torch
 from checking import check
+from sharp import sharp
 
 import gptkern.functional as G
 
-# float16 goes the way of bfloat16.
+# float16 goes the way of bfloat16; what has no dtypes of its own is called in float32.
 dtypes = pytest.mark.parametrize(
-    "dtype", [pytest.param(torch.float16, marks=pytest.mark.deep), torch.bfloat16, torch.float32], ids=str
+    "dtype", sharp((torch.float16, torch.bfloat16, torch.float32), torch.bfloat16), ids=str
 )
 
 
@@ -71,9 +72,7 @@ CALLS = {
 calls = pytest.mark.parametrize("name", CALLS)
 # Those of the table that differ most, where each takes its time.
 SHARP = ("each row", "everything", "probabilities, everything")
-slow_calls = pytest.mark.parametrize(
-    "name", [name if name in SHARP else pytest.param(name, marks=pytest.mark.deep) for name in CALLS]
-)
+slow_calls = pytest.mark.parametrize("name", sharp(CALLS, *SHARP))
 
 
 def call_of(name: str, input: torch.Tensor) -> tuple:

@@ -18,9 +18,11 @@ from cross_entropy_calls import (
     dtypes,
     probabilities_for,
     random,
+    slow_calls,
     weights_for,
 )
 from layouts import guarded, of_own_strides
+from sharp import deep
 
 import gptkern
 import gptkern.functional as G
@@ -49,7 +51,7 @@ one_dtype = pytest.mark.parametrize(
 
 
 @dtypes
-@pytest.mark.parametrize("classes", [1, 2, 17, 64, 65, 129])
+@pytest.mark.parametrize("classes", [1, 64, 65, *deep(2, 17, 129)])
 def test_classes(plain_or_triton, device, dtype, classes):
     output = check_cross_entropy(random(9, classes, device=device, dtype=dtype))
     assert output.dtype == dtype and output.shape == ()
@@ -63,8 +65,8 @@ def test_options(plain_or_triton, device, dtype, name):
     check_cross_entropy(input, target, weight, **options)
 
 
-@pytest.mark.parametrize("shape", [(33,), (2, 9, 5), (3, 7, 2, 3), (2, 3, 2, 2, 2, 2), (1, 40, 70)], ids=str)
-@pytest.mark.parametrize("name", ["plain", "each row", "everything", "probabilities, everything"])
+@pytest.mark.parametrize("shape", [(33,), (2, 9, 5), (3, 7, 2, 3), *deep((2, 3, 2, 2, 2, 2), (1, 40, 70))], ids=str)
+@pytest.mark.parametrize("name", ["everything", "probabilities, everything", *deep("plain", "each row")])
 def test_positions(plain_or_triton, device, shape, name):
     input = random(*shape, device=device)
     target, weight, options = call_of(name, input)
@@ -74,12 +76,12 @@ def test_positions(plain_or_triton, device, shape, name):
 
 
 @dtypes
-@pytest.mark.parametrize("classes", [16, 17, 63, 64, 65, 127, 128, 130, 200])
+@pytest.mark.parametrize("classes", [16, 63, 64, 65, *deep(17, 127, 128, 130, 200)])
 def test_rows_in_steps(narrow_rows, device, dtype, poisoned_memory, classes):
     check_cross_entropy(guarded(random(5, classes, device=device, dtype=dtype)), reduction="none")
 
 
-@calls
+@slow_calls
 def test_rows_in_steps_with_options(narrow_rows, device, poisoned_memory, name):
     for classes in (64, 75):
         input = guarded(random(5, classes, device=device, dtype=torch.bfloat16))
@@ -88,7 +90,7 @@ def test_rows_in_steps_with_options(narrow_rows, device, poisoned_memory, name):
 
 
 @dtypes
-@pytest.mark.parametrize("offset", [0, 1, 3, 4, 7])
+@pytest.mark.parametrize("offset", [1, 4, *deep(0, 3, 7)])
 def test_rows_that_begin_anywhere(narrow_rows, device, dtype, offset):
     # What lies between the rows and around them is NaN.
     whole = torch.full((6, 101), math.nan, device=device).to(dtype)
@@ -103,7 +105,7 @@ def test_a_row_as_wide_as_its_edges(narrow_rows, device, monkeypatch):
         check_cross_entropy(guarded(random(4, classes, device=device, dtype=torch.bfloat16)), reduction="none")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *deep(torch.float32)], ids=str)
 def test_gpt2s_odd_rows(plain_or_triton, device, dtype):
     check_cross_entropy(random(3, 50257, device=device, dtype=dtype), torch.tensor([50256, -100, 0], device=device))
 
@@ -274,7 +276,7 @@ def test_a_class_that_there_is_none_of_on_a_cpu(dtype, extended):
 
 
 @pytest.mark.parametrize("classes", [9, 80])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *deep(torch.bfloat16, torch.float16)], ids=str)
 @pytest.mark.parametrize("rest", [1e-3, 1e-6, 1e-9])
 def test_the_true_classs_gradient_where_its_probability_is_near_1(
     plain_or_triton, device, dtype, rest, classes, monkeypatch
@@ -317,7 +319,7 @@ def written_over(input, target, *, softcap=None, **options):
     return logits, loss.detach(), leaf.grad, logits._version - before
 
 
-@pytest.mark.parametrize("name", ["plain", "everything", "probabilities, everything"])
+@pytest.mark.parametrize("name", ["everything", "probabilities, everything", *deep("plain")])
 @pytest.mark.parametrize("shape", [(6, 33), (6, 75), (3, 9, 5)], ids=str)
 @one_dtype
 def test_in_place(plain_or_triton, device, dtype, shape, name, monkeypatch):
@@ -399,9 +401,9 @@ def test_a_second_derivative_of_what_was_written_over_is_refused(plain_or_triton
 # --- Stats ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(7, 33), (7, 75), (3, 9, 5)], ids=str)
+@pytest.mark.parametrize("shape", [*deep((7, 33)), (7, 75), (3, 9, 5)], ids=str)
 @pytest.mark.parametrize(
-    "options", [{}, {"softcap": 1.0, "logit_scale": 2.0, "label_smoothing": 0.1}], ids=["plain", "all"]
+    "options", [*deep({}), {"softcap": 1.0, "logit_scale": 2.0, "label_smoothing": 0.1}], ids=["plain", "all"]
 )
 @pytest.mark.parametrize("make", [classes_for, probabilities_for])
 @one_dtype
@@ -461,8 +463,8 @@ def test_two_runs_give_the_same_bits(triton_backend, device, dtype):
     same_bits("gradient", runs[0][1], runs[1][1])
 
 
-@pytest.mark.parametrize("rows", [7, 8, 9, 16, 17, 33, 100])
-@pytest.mark.parametrize("name", ["plain", "sum", "weights", "probabilities"])
+@pytest.mark.parametrize("rows", [8, 9, 33, *deep(7, 16, 17, 100)])
+@pytest.mark.parametrize("name", ["weights", "probabilities", *deep("plain", "sum")])
 def test_more_rows_than_one_program_sums(triton_backend, device, monkeypatch, poisoned_memory, rows, name):
     from gptkern.backends.triton import row_sums
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from checking import same_bits
 from cross_entropy_calls import CALLS, call_of, check_cross_entropy, classes_for, dtypes, random, weights_for
 from layouts import guarded, of_own_strides
+from sharp import deep
 
 import gptkern
 import gptkern.functional as G
@@ -24,8 +25,8 @@ calls = pytest.mark.parametrize("name", NAMES)
 
 # By vectors of 16 bytes: threads a row, several warps, steps of a thread. Rows that begin aligned, and one class less.
 @pytest.mark.parametrize("odd", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("vectors", [1, 2, 5, 31, 32, 33, 65, 129, 257, 1025])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *deep(torch.float32)], ids=str)
+@pytest.mark.parametrize("vectors", [1, 32, 33, 257, 1025, *deep(2, 5, 31, 65, 129)])
 def test_variants(cuda_backend, device, poisoned_memory, dtype, vectors, odd):
     classes = vectors * 16 // dtype.itemsize - odd
     rows = max(2, min(19, 2000 // vectors))
@@ -33,7 +34,7 @@ def test_variants(cuda_backend, device, poisoned_memory, dtype, vectors, odd):
 
 
 # From 1024 rows on a row has 256 threads at most, and of few classes a block has many rows.
-@pytest.mark.parametrize("classes", [1, 2, 9, 64, 65])
+@pytest.mark.parametrize("classes", [9, 64, 65, *deep(1, 2)])
 def test_many_rows(cuda_backend, device, poisoned_memory, classes):
     check_cross_entropy(guarded(random(1030, classes, device=device, dtype=torch.bfloat16)))
 
@@ -50,15 +51,15 @@ def test_many_rows_of_several_steps(cuda_backend, device, monkeypatch):
 
 @calls
 @dtypes
-@pytest.mark.parametrize("classes", [33, 64])
+@pytest.mark.parametrize("classes", [*deep(33), 64])
 def test_options(cuda_backend, device, poisoned_memory, dtype, name, classes):
     input = guarded(random(7, classes, device=device, dtype=dtype))
     target, weight, options = call_of(name, input)
     check_cross_entropy(input, target, weight, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("name", ["plain", "everything"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *deep(torch.float32)], ids=str)
+@pytest.mark.parametrize("name", ["everything", *deep("plain")])
 def test_gpt2s_odd_rows(cuda_backend, device, poisoned_memory, dtype, name):
     input = guarded(random(3, 50257, device=device, dtype=dtype))
     _, weight, options = call_of(name, input)
@@ -339,6 +340,7 @@ def test_registered_ops(cuda_backend, device):
         tests = {"test_utils": ("test_schema", "test_faketensor")}
 
 
+@pytest.mark.deep
 def test_compiles_to_one_graph(cuda_backend, device):
     input, target = random(5, 33, device=device), torch.tensor([1, -100, 32, 0, 7], device=device)
     torch._dynamo.reset()

@@ -12,6 +12,7 @@ from conftest import DEVICE
 from cross_entropy_calls import call_of, check_cross_entropy, classes_for, probabilities_for, random, weights_for
 from far_memory import ending_with, far, last_programs, sparse
 from layouts import guarded
+from sharp import deep, sharp
 
 import gptkern.functional as G
 from gptkern.backends import dispatch
@@ -28,6 +29,7 @@ def narrow(monkeypatch, step: int = 64) -> None:
 # The kernels of rows, aligned and not, of tiles, and of tiles of positions.
 KERNELS = {"rows": (5, 80), "odd rows": (5, 75), "tiles": (5, 9), "positions": (2, 7, 5)}
 kernels = pytest.mark.parametrize("kernel", KERNELS)
+some_kernels = pytest.mark.parametrize("kernel", sharp(KERNELS, "odd rows", "positions"))
 
 
 def an_input(kernel: str, device: str, monkeypatch, dtype=torch.float32) -> torch.Tensor:
@@ -36,19 +38,19 @@ def an_input(kernel: str, device: str, monkeypatch, dtype=torch.float32) -> torc
 
 
 @kernels
-@pytest.mark.parametrize("name", ["z-loss", "everything", "smoothed, weights", "probabilities, everything"])
+@pytest.mark.parametrize("name", ["everything", "probabilities, everything", *deep("z-loss", "smoothed, weights")])
 def test_every_kernel(triton_backend, device, monkeypatch, poisoned_memory, kernel, name):
     input = an_input(kernel, device, monkeypatch)
     target, weight, options = call_of(name, input)
     check_cross_entropy(input, target, weight, **options)
 
 
-@kernels
+@some_kernels
 def test_each_row_by_its_own_gradient(triton_backend, device, monkeypatch, kernel):
     check_cross_entropy(an_input(kernel, device, monkeypatch), reduction="none")
 
 
-@kernels
+@some_kernels
 def test_ignored_rows_are_zeros(triton_backend, device, monkeypatch, poisoned_memory, kernel):
     input = an_input(kernel, device, monkeypatch)
     target = classes_for(input)
@@ -66,7 +68,7 @@ def test_a_class_behind_the_last_is_not_read(triton_backend, device, monkeypatch
     assert G.cross_entropy(input, target, weights_for(input), reduction="none").isnan().all()
 
 
-@kernels
+@some_kernels
 def test_a_first_step_of_minus_infinity(triton_backend, device, monkeypatch, kernel):
     input = an_input(kernel, device, monkeypatch)
     with torch.no_grad():
@@ -79,7 +81,7 @@ def test_a_first_step_of_minus_infinity(triton_backend, device, monkeypatch, ker
     torch.testing.assert_close(stats.entropy, entropy.float(), rtol=1e-5, atol=1e-6)
 
 
-@kernels
+@some_kernels
 def test_the_first_of_equal_ones(triton_backend, device, monkeypatch, kernel):
     input = an_input(kernel, device, monkeypatch).clamp(-5, 5)
     classes = input.shape[1]
@@ -97,7 +99,7 @@ def test_the_first_of_equal_ones(triton_backend, device, monkeypatch, kernel):
             assert (G.cross_entropy(logits, wanted, return_stats=True)[1].correct == correct).all()
 
 
-@kernels
+@some_kernels
 @pytest.mark.parametrize("dim", [0, 1])
 def test_expanded_probabilities(triton_backend, device, monkeypatch, kernel, dim):
     input = an_input(kernel, device, monkeypatch)

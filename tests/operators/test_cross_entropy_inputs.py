@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checking import Watched, assert_compiles, raised_by, same_bits
-from cross_entropy_calls import CALLS, call_of, classes_for, dtypes, probabilities_for, random, slow_calls, weights_for
+from cross_entropy_calls import CALLS, call_of, classes_for, dtypes, probabilities_for, random, weights_for
+from sharp import deep, sharp
 
 import gptkern
 import gptkern.functional as G
@@ -33,7 +34,7 @@ def frozen(value):
 
 @pytest.mark.parametrize(
     "dtype",
-    [torch.float32, torch.bfloat16, *(pytest.param(d, marks=pytest.mark.deep) for d in (torch.float16, torch.float64))],
+    [torch.bfloat16, *deep(torch.float16, torch.float32, torch.float64)],
     ids=str,
 )
 def test_pytorchs_own_samples(plain_or_triton, device, dtype):
@@ -153,7 +154,7 @@ BAD_CALLS = {
 
 
 @pytest.mark.parametrize("name", BAD_CALLS)
-@pytest.mark.parametrize("extended", [False, True])
+@pytest.mark.parametrize("extended", [False, *deep(True)])
 def test_bad_calls_raise_as_in_pytorch(plain_or_triton, device, name, extended):
     call, expected, words = BAD_CALLS[name]
     input, target = random(4, 5, device=device), torch.tensor([0, 1, 4, 2], device=device)
@@ -196,8 +197,8 @@ def test_tensors_on_several_devices(plain_or_triton, device):
             G.cross_entropy(input, target, weight)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["plain", "each row", "probabilities", "everything"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, *deep(torch.float16)], ids=str)
+@pytest.mark.parametrize("name", ["probabilities", "everything", *deep("plain", "each row")])
 def test_autocast_as_in_pytorch(plain_or_triton, device, dtype, name):
     input = random(4, 9, device=device, dtype=dtype)
     target, weight, options = call_of(name, input)
@@ -290,7 +291,7 @@ SAVED = {
 
 
 @pytest.mark.parametrize("layout", SAVED)
-@pytest.mark.parametrize("name", ["weights", "everything", "probabilities, everything"])
+@pytest.mark.parametrize("name", ["everything", *deep("weights", "probabilities, everything")])
 def test_saved_tensors_may_come_back_in_another_layout(plain_or_triton, device, layout, name):
     input = random(5, 24, device=device, dtype=torch.bfloat16)
     target, weight, options = call_of(name, input)
@@ -345,9 +346,10 @@ def registered(name: str, input: torch.Tensor, stats: bool) -> tuple:
 @pytest.mark.parametrize(
     ("name", "name_of_backend"),
     [
-        ("plain", "triton"), ("everything", "torch"),
+        ("plain", "triton"),
         *(pytest.param(name, backend, marks=pytest.mark.deep) for name, backend in (
-            ("plain", "torch"), ("each row", "torch"), ("each row", "triton"), ("everything", "triton"),
+            ("everything", "torch"), ("plain", "torch"),
+            ("each row", "torch"), ("each row", "triton"), ("everything", "triton"),
             ("probabilities, everything", "torch"), ("probabilities, everything", "triton"))),
     ],
 )  # fmt: skip
@@ -364,7 +366,7 @@ def test_the_registered_ops(triton_backend, device, name, name_of_backend):
         torch.library.opcheck(in_place, (*gradient, input.clone(), *call, name_of_backend))
 
 
-@slow_calls
+@pytest.mark.parametrize("name", sharp(CALLS, "everything"))
 def test_compiled_as_eager(plain_or_triton, device, name):
     input = random(7, 9, device=device)
     target, weight, options = call_of(name, input)
@@ -408,7 +410,7 @@ def test_compiled_with_stats_and_in_place(plain_or_triton, device):
     assert_compiles(step, input)
 
 
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("in_place", [*deep(False), True])
 def test_compiled_for_sizes_that_vary(triton_backend, device, in_place):
     torch._dynamo.reset()
     options = dict(in_place_gradient=in_place)
