@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 from residual_models import WIDTH, Block, noted_calls
+from sharp import deep
 from torch.utils.checkpoint import checkpoint
 
 import gptkern
@@ -334,9 +335,9 @@ class Checkpointed(Model):
         return self.head(self.last_norm(x))
 
 
-@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize("every", [*deep(1), 2, *deep(3)])
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("backend", ["torch", "torch:launchers", "triton"])
+@pytest.mark.parametrize("backend", [*deep("torch"), "torch:launchers", "triton"])
 @pytest.mark.parametrize("training", [False, True])
 def test_activation_checkpoints(every, reentrant, backend, training):
     together, apart, _ = pair(Checkpointed().train(training))
@@ -400,6 +401,7 @@ def test_unswap_brings_the_classes_back():
     assert [type(module) for module in model.modules()] == classes
 
 
+@pytest.mark.deep
 def test_compiled_in_one_graph():
     together, apart, _ = pair()
     graphs = []

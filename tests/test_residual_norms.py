@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from residual_models import WIDTH, Block, noted_calls, sums_in
+from sharp import deep
 from swapped_models import SMALL, batch, class_names, gpt
 from torch.utils.checkpoint import checkpoint
 
@@ -398,7 +399,7 @@ def test_torch_func_and_jit_trace(monkeypatch):
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("backend", [None, "torch:launchers", "triton"])
+@pytest.mark.parametrize("backend", [*deep(None, "torch:launchers"), "triton"])
 def test_compiled_in_one_graph(backend):
     torch.manual_seed(1)
     together, apart, _ = pair(Chain(Block(), Block(torch.nn.RMSNorm)))

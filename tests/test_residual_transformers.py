@@ -11,6 +11,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 import causal_models
 from residual_models import noted_calls
+from sharp import deep, sharp
 from test_causal_models import WAYS, batch
 
 import gptkern
@@ -32,9 +33,8 @@ KNOWN = {
     "gpt_bigcode": ("layer_norm", 4, 5),
 }
 FAST = ("gpt2", "llama", "gpt_neox")
-kinds = pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[] if kind in FAST else pytest.mark.deep) for kind in KNOWN]
-)
+kinds = pytest.mark.parametrize("kind", sharp(KNOWN, *FAST))
+one_kind = pytest.mark.parametrize("kind", sharp(KNOWN, "llama"))
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,7 @@ def fused(model, monkeypatch, **arguments) -> list[tuple[str, bool]]:
     return found
 
 
-@kinds
+@pytest.mark.parametrize("kind", sharp(KNOWN, "llama", "gpt_neox"))
 def test_what_is_computed_together(kind, monkeypatch):
     together, apart = pair(kind)
     name, count, norms = KNOWN[kind]
@@ -68,15 +68,15 @@ def test_what_is_computed_together(kind, monkeypatch):
         assert len(found) == norms and found.count((name, True)) == expected
 
 
-@kinds
-@pytest.mark.parametrize("way", WAYS)
+@one_kind
+@pytest.mark.parametrize("way", [*WAYS[:3], *deep(*WAYS[3:])])
 def test_all_ways_give_the_same(kind, way):
     together, apart = pair(kind)
     with torch.no_grad():
         assert torch.equal(way(together), way(apart))
 
 
-@kinds
+@one_kind
 def test_hidden_states_are_sums(kind, monkeypatch):
     together, apart = pair(kind)
     ids, mask = batch()
@@ -111,7 +111,7 @@ class Saved:
         return tensor
 
 
-@kinds
+@one_kind
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(kind, reentrant):
     """As without the swap: the blocks are computed again, and keep nothing but their input in the meantime."""
@@ -141,7 +141,7 @@ def test_gradient_checkpointing(kind, reentrant):
     assert our_bytes[1] < 0.6 * our_bytes[0] and our_bytes == their_bytes
 
 
-@kinds
+@one_kind
 def test_unswap_brings_the_classes_back(kind):
     model = causal_models.build(kind)
     classes = [type(module) for module in model.modules()]
@@ -150,6 +150,7 @@ def test_unswap_brings_the_classes_back(kind):
     assert [type(module) for module in model.modules()] == classes
 
 
+@pytest.mark.deep
 def test_a_model_is_compiled_in_one_graph():
     together, apart = pair("llama")
     graphs = []

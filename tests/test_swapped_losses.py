@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from sharp import deep
 from swapped_models import batch, class_names, gpt
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -180,7 +181,7 @@ def test_the_logits_are_nowhere_whole():
     assert max(sizes) <= ids.numel() * 32768 // 4, "a quarter of the logits are held at once"
 
 
-@pytest.mark.parametrize("compiled", ["gpt", "branches"])
+@pytest.mark.parametrize("compiled", [*deep("gpt"), "branches"])
 def test_compiles_without_a_graph_break(compiled):
     model = gpt(layers=1) if compiled == "gpt" else InTwoBranches()
     gptkern.swap(model, fused_loss=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sharp import sharp
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -31,7 +32,7 @@ def call(model, **keywords):
     return model(input_ids=IDS, use_cache=False, **keywords)
 
 
-@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("kind", sharp(HEADS, "gpt2", "gemma2"))
 def test_loss_and_gradients(kind):
     model = causal_models.build(kind, **HEADS[kind])
     ways = [
@@ -93,6 +94,7 @@ def test_a_loss_function_of_ones_own_gets_its_logits():
     assert reason(gptkern.swap(causal_models.build("bert"), fused_loss=True)).startswith("its cls is a BertOnlyMLMHead")
 
 
+@pytest.mark.deep
 def test_compiles_without_a_graph_break():
     model = causal_models.build("llama")
     gptkern.swap(model, fused_loss=True)

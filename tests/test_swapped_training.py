@@ -81,6 +81,7 @@ def test_frozen_parameters_get_no_gradient(backend, device):
     assert model.blocks[0].attention_norm.bias.grad is not None
 
 
+@pytest.mark.deep
 def test_compiles_without_a_graph_break(triton_backend, device):
     model = gpt(layers=1).to(device)
     gptkern.swap(model)

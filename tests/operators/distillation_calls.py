@@ -8,11 +8,12 @@ import pytest
 import torch
 from checking import check
 from layouts import guarded
+from sharp import deep, sharp
 
 import gptkern.functional as G
 from gptkern.backends import distillation, vocabulary
 
-DTYPES = [pytest.param(torch.float16, marks=pytest.mark.deep), torch.bfloat16, torch.float32]
+DTYPES = [torch.bfloat16, *deep(torch.float16, torch.float32)]
 # name -> options of both losses
 OPTIONS = {
     "forward_kl": {},
@@ -25,9 +26,7 @@ OPTIONS = {
 }
 # The sharpest of them; the others are left to `make test-deep`.
 _SHARP = ("reverse_kl", "forward_kl mixed", "jsd, T 0.7, mixed")
-some_options = pytest.mark.parametrize(
-    "name", [name if name in _SHARP else pytest.param(name, marks=pytest.mark.deep) for name in OPTIONS]
-)
+some_options = pytest.mark.parametrize("name", sharp(OPTIONS, *_SHARP))
 AT_TEMPERATURE_1 = [name for name in OPTIONS if "T " not in name]
 # None of it is written in CUDA C++; PyTorch's launchers are what runs on a CPU, beyond small logits.
 on_every_backend = pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from oracle_adamw import adamw, levels
 from oracles import YARDSTICK
+from sharp import deep
 
 import gptkern
 from gptkern.measuring.rounding import noise
@@ -19,7 +20,7 @@ from gptkern.optim import AdamW
 
 FACTOR = 2  # of results (docs/design.md, section 5)
 HYPER = dict(lr=0.03, betas=(0.8, 0.97), eps=1e-6, weight_decay=0.2)
-THREE = torch.float32, torch.bfloat16, torch.float16
+THREE = [torch.float32, torch.bfloat16, *deep(torch.float16)]
 CHUNK = 4096
 
 
@@ -76,7 +77,7 @@ SHAPES = [(CHUNK - 1,), (CHUNK,), (CHUNK + 1,), (1,), (3, 5, 7), (0, 4), (2, CHU
 
 
 @pytest.mark.parametrize("dtype", THREE)
-@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"maximize": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, *deep({"maximize": True})], ids=str)
 def test_an_update(backend, dtype, options, device):
     stepped(AdamW(parameters(SHAPES, dtype, device), **HYPER, **options))
 
@@ -124,8 +125,9 @@ def test_every_layout(backend, gaps, device):
         judged(before, optimizer, optimizer.param_groups[0])
 
 
-def test_a_thousand_small_tensors_of_two_dtypes(backend, device):
-    params = parameters([(index % 7 + 1,) for index in range(1003)], device=device)
+@pytest.mark.parametrize("count", [103, *deep(1003)])
+def test_many_small_tensors_of_two_dtypes(backend, device, count):
+    params = parameters([(index % 7 + 1,) for index in range(count)], device=device)
     for param in params[::3]:
         param.data = param.data.to(torch.bfloat16)
     stepped(AdamW(params, **HYPER), steps=1)
@@ -172,8 +174,8 @@ def test_the_norm(backend, dtype, device):
     assert contract.norm_of(grads).isnan()
 
 
-@pytest.mark.parametrize("state_dtype", [None, torch.float32, "int8"])
-@pytest.mark.parametrize("rounding", [False, True])
+@pytest.mark.parametrize("state_dtype", [None, *deep(torch.float32), "int8"])
+@pytest.mark.parametrize("rounding", [*deep(False), True])
 def test_an_overflow_leaves_everything(backend, state_dtype, rounding, device):
     params = parameters([(CHUNK + 1,), (3, 300)], torch.bfloat16, device)
     optimizer = AdamW(params, state_dtype=state_dtype, stochastic_rounding=rounding, max_norm=1.0, **HYPER)
@@ -213,7 +215,7 @@ def test_numbers_that_are_none_stay_where_they_are(backend, device):
 # --- Rounding at random -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(1,), (8 * 515 + 3,), (3, 5, 7), (2, 512), (3, 300)])
+@pytest.mark.parametrize("shape", [(8 * 515 + 3,), (3, 300), *deep((1,), (3, 5, 7), (2, 512))])
 @pytest.mark.parametrize("state_dtype", [torch.float32, "int8"])
 def test_the_bits_of_the_rounding_are_pytorchs(backend, shape, state_dtype, device):
     """Where both compute the same number before it is rounded: with β = 0 of both that is ± lr, and the decay."""
@@ -294,6 +296,7 @@ def test_every_nan_stays_one_when_it_is_rounded(triton_backend):
     assert y[3:].tolist() == [math.inf, -math.inf, math.inf, 1 + 2.0**-7, 0.0]
 
 
+@pytest.mark.deep
 def test_an_update_too_small_for_bfloat16_is_not_lost(backend, device):
     """Steps of a tenth of half a unit in the last place: to the nearest nothing ever moves."""
     ends = []
@@ -352,8 +355,8 @@ def test_no_root_is_coded_as_zero_beside_others():
     assert blockwise.decoded_square(codes, scale)[1].eq(0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(3, 64), (2, 255), (5, 256), (2, 257), (33, 512), (2, 3, 100)])
+@pytest.mark.parametrize("dtype", [*deep(torch.float32), torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 255), (5, 256), (2, 257), *deep((3, 64), (33, 512), (2, 3, 100))])
 def test_an_update_in_8_bits(backend, shape, dtype, device):
     """The parameter moves by what the decoded averages say; the codes are those of the new ones."""
     (param,) = parameters([shape], dtype, device)

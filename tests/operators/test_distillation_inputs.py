@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import types
 
+import conftest
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from distillation_calls import (
     use_small_chunks,
 )
 from layouts import of_own_strides
+from sharp import deep, sharp
 from test_saved_tensors import LAYOUTS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -40,7 +42,7 @@ JSD = dict(divergence="jsd", beta=0.3, mix=0.5)
 
 
 @on_every_backend
-@pytest.mark.parametrize("classes", [33, 32])
+@pytest.mark.parametrize("classes", [33, *deep(32)])
 def test_every_operand_has_strides_of_its_own(backend, device, monkeypatch, classes):
     use_small_chunks(monkeypatch)
     student, teacher = of_own_strides(*(logits_of(2, 5, classes, device=device) for _ in range(2)))
@@ -372,7 +374,7 @@ def test_the_registered_ops(triton_backend, device, name_of_backend):
         torch.library.opcheck(ops.linear_distillation_loss_backward.default, given, **tests)
 
 
-@on_every_backend
+@pytest.mark.parametrize("backend", [*deep("torch", "torch:launchers"), conftest.KERNEL_BACKENDS[0]], indirect=True)
 def test_compiled_as_eager(backend, device):
     student, teacher = (linear_of(5, width=6, classes=33, device=device) for _ in range(2))
     target = target_of(5, classes=33, device=device)
@@ -474,8 +476,8 @@ def test_memory_and_products_of_a_large_step(given, divergence):
     assert backward.products == of_both + 2 * product
 
 
-@pytest.mark.parametrize("given", ["hidden", "logits", "top"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("given", ["hidden", *deep("logits", "top")])
+@pytest.mark.parametrize("dtype", [*deep(torch.float32), torch.bfloat16], ids=str)
 def test_a_cpu_never_holds_the_logits(device, monkeypatch, given, dtype):
     rows, classes = 64, 16_032
     monkeypatch.setattr(vocabulary, "LEAST_ELEMENTS", 2**15)
@@ -528,7 +530,7 @@ def test_a_cpu_multiplies_only_rows_that_count(device, given, counting):
 
 
 @on_every_backend
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", sharp(LAYOUTS, next(iter(LAYOUTS))))
 def test_saved_tensors_may_come_back_in_another_layout(backend, device, layout):
     student = [x.requires_grad_() for x in linear_of(5, width=6, classes=33, device=device)]
     teacher = linear_of(5, width=9, classes=33, device=device)

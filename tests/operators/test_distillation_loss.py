@@ -15,6 +15,7 @@ from distillation_calls import (
     top_of,
     use_small_chunks,
 )
+from sharp import sharp
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +34,7 @@ def test_every_divergence(backend, device, name, dtype):
 
 @on_every_backend
 @pytest.mark.parametrize("n", [pytest.param(1, marks=pytest.mark.deep), 5, pytest.param(37, marks=pytest.mark.deep)])
-@pytest.mark.parametrize("name", AT_TEMPERATURE_1)
+@pytest.mark.parametrize("name", sharp(AT_TEMPERATURE_1, "jsd", "forward_kl mixed"))
 def test_the_likeliest_classes(backend, device, name, n):
     student, teacher = (logits_of(7, 37, device=device) for _ in range(2))
     target = target_of(7, classes=37, device=device)

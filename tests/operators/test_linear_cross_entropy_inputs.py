@@ -11,6 +11,7 @@ import torch.nn.functional
 from checking import raised_by
 from layouts import of_own_strides
 from linear_cross_entropy_calls import IGNORED, _loss_backend, check, cut, gradients, tensors_of  # noqa: F401
+from sharp import deep
 
 import gptkern
 from gptkern import functional as F
@@ -30,7 +31,7 @@ def whole(input, linear_weight, target, *, linear_bias=None, ignore_index=None, 
 # --- Memory layouts -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("reduction", [*deep("sum"), "none"])
 def test_every_operand_has_strides_of_its_own(loss_backend, reduction):
     (input, weight, bias), target = tensors_of(9, 8, 33, torch.float32)
     of_class, grad = torch.rand(33) + 0.5, torch.randn(9)
@@ -295,7 +296,7 @@ def test_a_subclass_takes_pytorchs_way(monkeypatch):
     assert type(loss) is Named and torch.equal(loss.as_subclass(torch.Tensor), whole(input, weight, target))
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("reduction", ["mean", *deep("none")])
 def test_compiles_to_one_graph(loss_backend, reduction):
     tensors, target = tensors_of(9, 8, 40, torch.float32)
     options = dict(reduction=reduction, z_loss=0.1, options=cut(2), return_stats=True)
@@ -316,7 +317,7 @@ def test_compiles_to_one_graph(loss_backend, reduction):
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("reduction", ["mean", *deep("none")])
 def test_registered_ops(loss_backend, reduction):
     forward = torch.ops.gptkern.linear_cross_entropy_forward.default
     backward = torch.ops.gptkern.linear_cross_entropy_backward.default

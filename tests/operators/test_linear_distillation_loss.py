@@ -17,6 +17,7 @@ from distillation_calls import (
     top_of,
     use_small_chunks,
 )
+from sharp import sharp
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +46,7 @@ def test_a_teacher_of_logits(backend, device, name):
 
 @on_every_backend
 @pytest.mark.parametrize("n", [pytest.param(1, marks=pytest.mark.deep), 5, pytest.param(37, marks=pytest.mark.deep)])
-@pytest.mark.parametrize("name", AT_TEMPERATURE_1)
+@pytest.mark.parametrize("name", sharp(AT_TEMPERATURE_1, "jsd", "forward_kl mixed"))
 def test_the_likeliest_classes(backend, device, name, n):
     student = linear_of(9, width=5, classes=37, device=device)
     teacher = dict(teacher_top=top_of(logits_of(9, 37, device=device), n))

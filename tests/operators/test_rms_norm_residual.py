@@ -9,6 +9,7 @@ from checking import Watched, same_bits
 from conftest import KERNEL_BACKENDS
 from layouts import guarded, of_own_strides
 from rms_norm_calls import DTYPES, check_residual, tensors_with_residual, twin
+from sharp import deep
 
 import gptkern
 from gptkern import functional as F
@@ -73,7 +74,7 @@ def test_wide_rows_of_two_dtypes_on_cuda(cuda_backend, device, width, of_residua
 
 # Where the CUDA forward's groups change, by vectors of 16 bytes; rows that begin aligned, and one element less.
 @pytest.mark.parametrize("odd", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *deep(torch.float32)])
 @pytest.mark.parametrize("vectors", [1, 5, 33, 129, 1025, 4097])
 def test_cuda_variants(cuda_backend, device, dtype, vectors, odd):
     width = vectors * 16 // dtype.itemsize - odd
