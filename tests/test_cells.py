@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+from sharp import deep
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -64,13 +65,14 @@ def test_every_cell_has_gptkern_and_a_peer(operator, kind):
 
 
 @pytest.mark.parametrize("operator", [name for name in runner.OPERATORS if name not in ("model", "int8_linear")])
-def test_what_users_write_is_the_same_function(operator):
+@pytest.mark.parametrize("extent", ["smoke", *deep("full")])
+def test_what_users_write_is_the_same_function(operator, extent):
     """`plain` and `written_out`, which gptkern is timed against: a wrong one would be fast for nothing.
 
     int8_linear has none: its peers are given the weight that was quantised.
     """
     problem = operators.problem(operator)
-    small = {problem.for_float64(timed.sizes) for kind in KINDS for timed in problem.cells(kind, "full")}
+    small = {problem.for_float64(timed.sizes) for kind in KINDS for timed in problem.cells(kind, extent)}
     for sizes in small:
         made = problem.inputs(sizes, torch.float32, torch.Generator().manual_seed(0))
         expected = made.reference(*made.tensors.values())

@@ -9,6 +9,7 @@ import pickle
 
 import pytest
 import torch
+from sharp import deep
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 import gptkern
@@ -55,7 +56,7 @@ def test_the_signature_is_torchs_and_more():
     assert isinstance(AdamW(model()), torch.optim.AdamW)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, *deep(torch.float16, torch.float64)])
 @pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"maximize": True}], ids=str)
 def test_two_hundred_steps_are_torchs_bits(options, dtype):
     """Groups, a parameter without a gradient, others that have one now and then."""

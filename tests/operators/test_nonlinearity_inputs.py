@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from checking import Watched, assert_compiles, raised_by, same_bits
 from layouts import LAYOUTS, guarded, of_own_strides
 from nonlinearity_calls import KINDS, call, check, combinations, tensors_of
+from sharp import deep
 from simulated_gpus import H200, simulate
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.common_methods_invocations import op_db
@@ -154,7 +155,7 @@ def test_second_derivative_is_refused(kernel_backend, device, kind):
 
 
 @pytest.mark.parametrize("name", ["nn.functional.gelu", "nn.functional.silu"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [*deep(torch.float16), torch.bfloat16, *deep(torch.float32), torch.float64], ids=str)
 def test_pytorchs_own_samples(backend, device, name, dtype):
     ours = {"nn.functional.gelu": G.gelu, "nn.functional.silu": G.silu}[name]
     (info,) = [info for info in op_db if info.name == name and not info.variant_test_name]
