@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from sharp import deep
 
 from gptkern import operators
 from gptkern.backends.cuda import emulated
@@ -19,7 +20,7 @@ PROGRAM = Path(__file__).with_name("remembered_calls.py")
 REMEMBERING = {name for name in operators.NAMES if "dispatch.remember(" in inspect.getsource(operators.contract(name))}
 
 
-@pytest.mark.parametrize("by", ["compiled", "python"])
+@pytest.mark.parametrize("by", [*deep("compiled"), "python"])
 def test_a_call_is_what_it_is_whatever_came_before(by):
     if by == "compiled" and emulated.compiler() is None:
         pytest.skip("there is no C++ compiler for csrc/, whose launchers the calls start")

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from sharp import sharp
 from swapped_models import calls_of_twins
 
 import gptkern
@@ -70,7 +71,7 @@ SELF = {
 }
 
 
-@pytest.mark.parametrize("name", SELF)
+@pytest.mark.parametrize("name", sharp(SELF, "encoder", "attention"))
 def test_nested_tensors(name):
     """The fast path takes strided ones; jagged ones the stock modules refuse, and gradients for either."""
     make, arguments = SELF[name]

@@ -9,6 +9,7 @@ import warnings
 import model_zoo
 import pytest
 import torch
+from sharp import deep
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -287,7 +288,7 @@ def test_a_trace_of_another_device_is_pytorchs():
 
 
 @pytest.mark.parametrize("case", model_zoo.parameters(fast=("gpt2", "llama", "encoder")))
-@pytest.mark.parametrize("is_quantized", [False, True])
+@pytest.mark.parametrize("is_quantized", [*deep(False), True])
 def test_a_traced_model_is_for_other_sizes(case, is_quantized):
     class Logits(torch.nn.Module):
         def __init__(self, model):

@@ -9,7 +9,7 @@ from checking import Watched, same_bits
 from conftest import KERNEL_BACKENDS
 from layouts import guarded, of_own_strides
 from rms_norm_calls import DTYPES, check_residual, tensors_with_residual, twin
-from sharp import deep
+from sharp import deep, sharp
 
 import gptkern
 from gptkern import functional as F
@@ -42,7 +42,7 @@ def narrow(monkeypatch):
 # --- Against the oracle ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", sharp(DTYPES, torch.bfloat16, torch.float32))
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (257, 3), (16, 64), (17, 65), (2, 1025)])
 def test_both_results_and_every_gradient(backend, device, dtype, rows, width):
     check_residual(tensors_with_residual(rows, width, dtype, device))
