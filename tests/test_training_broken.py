@@ -64,7 +64,7 @@ FAULTS = {
     "held-out text": Fault("loop", "Rows(store.train", "Rows(store.validation", HELD_OUT),
     "the text's own loss": Fault("loop", "self.store.validation, self", "self.store.train, self", VALIDATION),
     "dropout in evaluation": Fault("loop", "model.eval()", "model.train()", VALIDATION),
-    "smoothed evaluation": Fault("loop", "(logits, batch.targets)", "(logits, batch.targets, 0.3)", VALIDATION),
+    "smoothed evaluation": Fault("loop", "weight, batch.targets)", "weight, batch.targets, 0.3)", VALIDATION),
     "eval mode for ever": Fault("loop", "model.train(was_training)", "model.eval()", VALIDATION),
     # Pieces.
     "mean of means": Fault("loop", "/ tokens\n", "/ (targets >= 0).sum().clamp(1) / self.recipe.accumulate\n", pieces),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from conftest import DEVICE
@@ -52,7 +50,8 @@ def test_the_norm_reads_gradients_once(cuda_backend, device):
     assert 1 <= moved(lambda: contract.norm_of(grads)) / grads[0].nbytes < 1.04
 
 
-@pytest.mark.parametrize(("dtype", "grad_dtype"), [pair for pair in itertools.product(THREE, THREE)])
+@pytest.mark.parametrize("dtype", THREE)
+@pytest.mark.parametrize("grad_dtype", THREE)
 @pytest.mark.parametrize("state_dtype", [None, torch.float32])
 def test_gradients_of_another_dtype(cuda_backend, device, dtype, grad_dtype, state_dtype):
     """torch.optim takes them of a parameter's own dtype alone: the launchers take any."""
