@@ -49,7 +49,9 @@ class LayerNorm(torch.nn.LayerNorm):
         # For gptkern.swap: forward(input + residual), and the sum. A subclass's forward may be another one.
         if type(self) is not LayerNorm:
             return None
-        return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, residual=residual)
+        return F.layer_norm(
+            input, self.normalized_shape, self.weight, self.bias, self.eps, residual=residual, _own_nodes=True
+        )
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -65,7 +67,7 @@ class RMSNorm(torch.nn.RMSNorm):
     def _gptkern_normalise_sum(self, input, residual):
         if type(self) is not RMSNorm:
             return None
-        return F.rms_norm(input, self.normalized_shape, self.weight, self.eps, residual=residual)
+        return F.rms_norm(input, self.normalized_shape, self.weight, self.eps, residual=residual, _own_nodes=True)
 
 
 class Softmax(torch.nn.Softmax):

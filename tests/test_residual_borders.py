@@ -421,3 +421,22 @@ def test_a_model_whose_blocks_have_another_norm_keeps_its_class():
     report = gptkern.swap(model)
     assert type(model) is Model and type(model.layers[0]) is Block
     assert not any("residual_norm" in entry.operator for entry in report.replaced)
+
+
+def test_whoever_keeps_a_sum_gets_its_whole_gradient(kernel_backend, device):
+    """Every block's result: of the last, and of those whose norm is another block's."""
+    model, kept = Model().to(device), []
+    model.between = lambda model, index, x: kept.append(x) or x
+    x, gradients = hidden().to(device), []
+    for swapped in (False, True):
+        if swapped:
+            gptkern.swap(model)
+        kept.clear()
+        with gptkern.backend(kernel_backend if swapped else "torch"):
+            output = model(x.clone().requires_grad_())
+            for tensor in kept:
+                tensor.retain_grad()
+            output.square().sum().backward()
+        gradients.append([tensor.grad for tensor in kept])
+    for ours, theirs in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -100,6 +100,33 @@ def test_gradients_of_kernels(kernel_backend, device):
         torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-4, atol=1e-5)
 
 
+class Seen(torch.nn.Module):
+    """The sum is hooked after its norm was computed."""
+
+    def __init__(self, norm, hook):
+        super().__init__()
+        self.norm, self.mix, self.hook = norm(WIDTH), torch.nn.Linear(WIDTH, WIDTH), hook
+
+    def forward(self, x):
+        x = x + self.mix(x)
+        y = self.norm(x)
+        x.register_hook(self.hook)
+        return x + y
+
+
+@pytest.mark.parametrize("norm", [torch.nn.LayerNorm, torch.nn.RMSNorm])
+def test_a_hook_on_a_sum_gets_its_whole_gradient_and_changes_it(kernel_backend, device, norm):
+    torch.manual_seed(1)
+    seen = []
+    model = Seen(norm, lambda g: seen.append(g) or g * torch.linspace(0, 2, WIDTH, device=device)).to(device)
+    expected = results(model, hidden().to(device))
+    gptkern.swap(model)
+    with gptkern.backend(kernel_backend):
+        actual = results(model, hidden().to(device))
+    for ours, theirs in zip([*actual, seen[1]], [*expected, seen[0]], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 class Residual(Block):
     def forward(self, x):
         residual = x

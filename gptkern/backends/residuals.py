@@ -1,4 +1,4 @@
-"""What the norms ask of a residual, the tensor that is added to their input in the same pass."""
+"""What the norms ask of a residual, which is added to their input in the same pass, and the sum's own node."""
 
 from __future__ import annotations
 
@@ -6,6 +6,28 @@ import torch
 
 from gptkern.backends import tracing
 from gptkern.backends.layouts import described, is_dense
+from gptkern.backends.registration import KernelFunction
+
+
+class SumFunction(KernelFunction):
+    """autograd's node of input + residual, which a kernel has computed.
+
+    A norm that takes its result as its input, and not as a second result of its own, gives it the gradients that the
+    sum has in PyTorch: all of them, for who keeps the sum, hooks it or asks for its gradient.
+
+    `apply(input, residual, [sum])` -> sum; in a list, as autograd takes no argument for a new result.
+    """
+
+    @staticmethod
+    def forward(ctx, input, residual, computed):
+        ctx.dtypes = input.dtype, residual.dtype
+        return computed.pop()
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return *(
+            grad_output.to(dtype) if needed else None for dtype, needed in zip(ctx.dtypes, ctx.needs_input_grad)
+        ), None
 
 
 def check(operator: str, input: torch.Tensor, residual: torch.Tensor) -> None:

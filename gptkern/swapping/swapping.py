@@ -71,9 +71,8 @@ def swap(
     forward or a class of its own, nor where PyTorch runs both (a CPU). The norm may be one of the block, or, in a model
     whose blocks stand in a torch.nn.ModuleList and return such a sum, the first of the next block or the model's last:
     these not inside torch.compile, inference mode or activation checkpoints, nor where one of the blocks has hooks.
-    What is not the stock model's is the gradient of the sum itself, for who asks for it (`retain_grad`, a hook on the
-    tensor, `torch.autograd.grad` with respect to it): it is only the part that goes past the norm. `ops` without
-    "residual_norm" gives the whole; the gradients of parameters and of the model's inputs are whole in any case.
+    Autograd sees a sum and its norm, as in the stock model: who keeps the sum, hooks it or asks for its gradient gets
+    the whole of it.
 
     A rerouted module gets a subclass of its class, so a class's own `__init_subclass__` runs; where that raises, where
     the module refuses another class, or its own code asks for its exact class, it is skipped. Other code that knows a

@@ -67,6 +67,7 @@ def layer_norm(
     eps: float = 1e-5,
     *,
     residual: torch.Tensor | None = None,
+    _own_nodes: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Layer normalisation over the last dimensions, the twin of `torch.nn.functional.layer_norm`.
 
@@ -120,7 +121,7 @@ def layer_norm(
         if choice.backend != "torch":
             if unseen and residual is None and len(normalized_shape) == 1:
                 dispatch.remember("layer_norm", arguments, (choice.backend, eps))
-            output, summed = _on_kernels(call, choice.backend, unseen)
+            output, summed = _on_kernels(call, choice.backend, unseen, _own_nodes)
             if len(normalized_shape) > 1:
                 output, summed = output.view(input.shape), summed.view(input.shape) if residual is not None else summed
             return output if residual is None else (output, summed)
@@ -390,8 +391,33 @@ class _LayerNormAloneFunction(KernelFunction):
         return dinput, dweight, dbias, None, None, None
 
 
-def _on_kernels(call: Call, backend: str, unseen: bool | None):
-    """-> output, and input + residual or None."""
+class _LayerNormOfSumFunction(KernelFunction):
+    """The norm of a sum whose kernel has run: `apply(summed, weight, bias, backend, [output, statistics])`."""
+
+    @staticmethod
+    def forward(ctx, summed, weight, bias, backend, computed):
+        output, statistics = computed
+        ctx.set_materialize_grads(False)
+        weight = weight if weight is None else weight.contiguous()
+        ctx.save_for_backward(summed, weight, statistics)
+        ctx.backend = backend
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (summed, None, weight, bias)]
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
+        needs = need_input, False, need_weight, need_bias
+        dsummed, _, dweight, dbias = _backward_of(ctx, grad_output, None, needs)
+        return dsummed, dweight, dbias, None, None
+
+
+def _on_kernels(call: Call, backend: str, unseen: bool | None, own_nodes: bool = False):
+    """-> output, and input + residual or None.
+
+    Args:
+        own_nodes: sum and norm are two nodes of autograd, as in PyTorch: one more addition in the backward.
+    """
     input, residual, weight, bias, eps = call
     if unseen is None:
         unseen = is_unseen(call)
@@ -400,6 +426,13 @@ def _on_kernels(call: Call, backend: str, unseen: bool | None):
     if residual is None:
         apply = _LayerNormAloneFunction.apply_unseen if unseen else _LayerNormAloneFunction.apply
         return apply(input, weight, bias, eps, backend, call if unseen else None), None
+    if own_nodes and not torch.compiler.is_compiling():
+        with torch.no_grad():
+            output, summed, statistics = OPERATOR.forward(_with_dense_parameters(call), backend, unseen)
+        of_sum, of_norm = residuals.SumFunction, _LayerNormOfSumFunction
+        summed = (of_sum.apply_unseen if unseen else of_sum.apply)(input, residual, [summed])
+        apply = of_norm.apply_unseen if unseen else of_norm.apply
+        return apply(summed, weight, bias, backend, [output, statistics]), summed
     apply = LayerNormFunction.apply_unseen if unseen else LayerNormFunction.apply
     return apply(*call, backend, unseen)
 

@@ -61,6 +61,7 @@ def rms_norm(
     eps: float | None = None,
     *,
     residual: torch.Tensor | None = None,
+    _own_nodes: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Normalisation by the root of the mean square over the last dimensions: `torch.nn.functional.rms_norm`'s twin.
 
@@ -113,7 +114,7 @@ def rms_norm(
         if choice.backend != "torch":
             if unseen and residual is None and len(normalized_shape) == 1:
                 dispatch.remember("rms_norm", arguments, (choice.backend, call.eps))
-            output, summed = _on_kernels(call, choice.backend, unseen)
+            output, summed = _on_kernels(call, choice.backend, unseen, _own_nodes)
             if len(normalized_shape) > 1:
                 output, summed = output.view(input.shape), summed.view(input.shape) if residual is not None else summed
             return output if residual is None else (output, summed)
@@ -326,8 +327,30 @@ class RMSNormResidualFunction(KernelFunction):
         return *_backward_of(ctx, grad_output, grad_summed, ctx.needs_input_grad[:3]), None, None, None
 
 
-def _on_kernels(call: Call, backend: str, unseen: bool | None):
-    """-> output, and input + residual or what stands for none."""
+class _RMSNormOfSumFunction(KernelFunction):
+    """The norm of a sum whose kernel has run: `apply(summed, weight, backend, [output, rstd])` -> output."""
+
+    @staticmethod
+    def forward(ctx, summed, weight, backend, computed):
+        output, rstd = computed
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(summed, None if weight is None else weight.contiguous(), rstd)
+        ctx.backend, ctx.dtypes = backend, None
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        need_input, need_weight, *_ = ctx.needs_input_grad
+        dsummed, _, dweight = _backward_of(ctx, grad_output, None, (need_input, False, need_weight))
+        return dsummed, dweight, None, None
+
+
+def _on_kernels(call: Call, backend: str, unseen: bool | None, own_nodes: bool = False):
+    """-> output, and input + residual or what stands for none.
+
+    Args:
+        own_nodes: sum and norm are two nodes of autograd, as in PyTorch: one more addition in the backward.
+    """
     input, residual, weight, eps = call
     if unseen is None:
         unseen = is_unseen(call)
@@ -336,6 +359,12 @@ def _on_kernels(call: Call, backend: str, unseen: bool | None):
     if residual is None:
         apply = RMSNormFunction.apply_unseen if unseen else RMSNormFunction.apply
         return apply(input, weight, eps, backend, unseen), None
+    if own_nodes and not torch.compiler.is_compiling():
+        with torch.no_grad():
+            output, summed, rstd = OPERATOR.forward(_with_dense_weight(call), backend, unseen)
+        of_sum, of_norm = residuals.SumFunction, _RMSNormOfSumFunction
+        summed = (of_sum.apply_unseen if unseen else of_sum.apply)(input, residual, [summed])
+        return (of_norm.apply_unseen if unseen else of_norm.apply)(summed, weight, backend, [output, rstd]), summed
     apply = RMSNormResidualFunction.apply_unseen if unseen else RMSNormResidualFunction.apply
     return apply(*call, backend, unseen)
 
