@@ -120,7 +120,7 @@ def run(way: str, rank: int, ranks: int) -> dict:
     ids, targets = (tensor.chunk(ranks)[rank] for tensor in data())
     losses = train(model, ids, targets)
     dist.all_reduce(losses)
-    calls = calls_in(lambda: model(ids))
+    calls = calls_in(lambda: model(ids, targets))
     named = dict(model.named_parameters())
     # collective: every rank asks for each
     parameters = {name.removeprefix("module."): whole(parameter) for name, parameter in named.items()}

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -40,10 +41,11 @@ def sanitized(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_the_operators_are_clean():
-    done = sanitized("operators", *operators.NAMES)
+    names = [name for name in operators.NAMES if find_spec(f"gptkern.operators.{name}.cuda")]
+    done = sanitized("operators", *names)
     assert done.returncode == 0, done.stderr[-6000:]
     ran = json.loads(done.stdout)
-    for name in operators.NAMES:
+    for name in names:
         # What the CUDA kernels leave to Triton's does not run; the first class of an operator is never among it.
         classes = list(operators.problem(name).checks()["small"])
         assert ran[name][0] == classes[0] and 2 * len(ran[name]) > len(classes), f"{name}: {ran[name]}"
