@@ -80,6 +80,18 @@ class Piece(NamedTuple):
     line: int
 
 
+class Line(NamedTuple):
+    """A line without its end.
+
+    Args:
+        data: what it holds. end: where in the decompressed file the next one begins. number: from 1 on.
+    """
+
+    data: bytes
+    end: int
+    number: int
+
+
 # Finding files --------------------------------------------------------------------------------------------------------
 
 
@@ -201,15 +213,15 @@ class Reader:
     """Reads one source.
 
     Args:
-        field: of a JSONL object, that holds its text.
+        field: of a JSONL object, that holds its text. option: what an error calls the source.
 
     Raises:
         UserError: it cannot be opened, or its beginning is neither text nor what is known here.
     """
 
-    def __init__(self, source: Source, field: str = FIELD):
+    def __init__(self, source: Source, field: str = FIELD, option: str = "TEXT"):
         self.source, self.field = source, field
-        self._called = f"TEXT {source.name}"
+        self._called = f"{option} {source.name}"
         try:
             self._file = open(source.path, "rb")  # noqa: SIM115
         except (OSError, ValueError) as error:
@@ -243,8 +255,28 @@ class Reader:
             UserError: it is cut off or damaged, binary, no UTF-8, or a line of it is none of JSONL.
             RunError: it has changed since it was found.
         """
-        chunks = self._chunks(offset)
-        yield from self._lines(chunks, offset, line) if self.is_lines else self._cut(chunks, offset)
+        if self.is_lines:
+            for each in self._lines(self._chunks(offset), offset, line):
+                yield from self._document(each)
+        else:
+            yield from self._cut(self._chunks(offset), offset)
+        self._check_unchanged()
+
+    def lines(self, blank: bool = True) -> Iterator[Line]:
+        """The lines as they are, whatever they hold; `blank`: also those that hold nothing, which JSONL passes over.
+
+        Raises:
+            UserError: it is cut off or damaged, or a line is longer than 16 MiB. RunError: as `pieces`.
+        """
+        yield from self._lines(self._chunks(0), 0, 0, blank)
+        self._check_unchanged()
+
+    def chunks(self) -> Iterator[bytes]:
+        """The decompressed content, 256 KiB of it at a time. Raises as `lines`."""
+        yield from self._chunks(0)
+        self._check_unchanged()
+
+    def _check_unchanged(self) -> None:
         found = os.fstat(self._file.fileno())
         if self.source.identity.count(" ") and self.source.identity != f"{found.st_size} {found.st_mtime_ns}":
             raise RunError(f"{self._called}: it was changed while it was read")
@@ -306,25 +338,25 @@ class Reader:
     def _of(self) -> str:
         return f" of what {self.compression} holds" if self.compression and not self.source.kept else ""
 
-    def _lines(self, chunks: Iterator[bytes], offset: int, line: int) -> Iterator[Piece]:
+    def _lines(self, chunks: Iterator[bytes], offset: int, line: int, blank: bool = False) -> Iterator[Line]:
         begun: list[bytes] = []
         length = 0
         for chunk in chunks:
-            if not length and chunk.isspace() and b"\n" in chunk:
+            if not blank and not length and chunk.isspace() and b"\n" in chunk:
                 # A small file can hold billions of empty lines.
-                blank = chunk.rfind(b"\n") + 1
-                line, offset, chunk = line + chunk.count(b"\n"), offset + blank, chunk[blank:]
+                skipped = chunk.rfind(b"\n") + 1
+                line, offset, chunk = line + chunk.count(b"\n"), offset + skipped, chunk[skipped:]
             first, *others = chunk.split(b"\n")
             begun.append(first)
             length += len(first)
             for other in others:
                 self._check_length(length, line)
                 line, offset = line + 1, offset + length + 1
-                yield from self._document(b"".join(begun), offset, line)
+                yield Line(b"".join(begun), offset, line)
                 begun, length = [other], len(other)
             self._check_length(length, line)
         if length:
-            yield from self._document(b"".join(begun), offset + length, line + 1)
+            yield Line(b"".join(begun), offset + length, line + 1)
 
     def _check_length(self, length: int, line: int) -> None:
         if length > LONGEST_LINE:
@@ -333,7 +365,8 @@ class Reader:
                 "or to be a text file"
             )
 
-    def _document(self, data: bytes, end: int, line: int) -> Iterator[Piece]:
+    def _document(self, each: Line) -> Iterator[Piece]:
+        data, end, line = each
         if line == 1:
             data = data.removeprefix(BYTE_ORDER_MARK)
         if not data.strip():
