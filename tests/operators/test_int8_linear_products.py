@@ -89,7 +89,7 @@ def test_int_mm_is_taken_where_it_is_exact_and_nowhere_else(environment):
 
 # --- The products themselves ----------------------------------------------------------------------------------------
 
-INTEGER = [products._product_of_floats, products._int_mm]
+INTEGER = [products._product_of_floats, products.integer_product_here]
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def found_by(steps):
 
 
 def exact_here(product):
-    if product is products._int_mm and products.INT_MM not in products.integer_trial(math.inf)[:2]:
+    if product is products.integer_product_here and products.INT_MM not in products.integer_trial(math.inf)[:2]:
         pytest.skip("torch._int_mm is not exact here, or slow: the trial refuses it")
 
 
@@ -167,7 +167,7 @@ def test_a_product_that_saturates_or_loses_a_term_is_not_taken(untried, monkeypa
 
     for wrong in (saturating, lambda q, weight: torch._int_mm(q[:, :64], weight[:, :64].t().contiguous())):
         untried.clear()
-        monkeypatch.setattr(products, "_int_mm", wrong)
+        monkeypatch.setattr(products, "integer_product_here", wrong)
         assert products.integer_trial(math.inf) == ("float32", "float32", "torch._int_mm is not exact here")
 
 

@@ -57,11 +57,25 @@ def integer_product(q, weight):
     # It has no rule for vmap, and a trace is for any number of rows.
     if fits and not tracing.is_transformed() and q.shape[0] > 16:
         return torch._int_mm(q, weight.contiguous().t())
-    if q.is_cpu and LEAST_TERMS <= terms <= INT32_TERMS and _is_plain(q, weight):
-        rows = q.shape[0]
-        if rows and out_features and integer_trial().chosen(rows) == INT_MM:
-            return _int_mm(q, weight)
-    return _product_of_floats(q, weight)
+    return integer_product_here(q, weight) if is_integer_product(q, weight) else _product_of_floats(q, weight)
+
+
+def is_integer_product(x, weight) -> bool:
+    """Whether `integer_product` of rows such as x's, (…, in_features), is `integer_product_here`."""
+    if not (x.is_cpu and _is_plain(x, weight)):
+        return False
+    out_features, terms = weight.shape
+    if not (LEAST_TERMS <= terms <= INT32_TERMS and out_features):
+        return False
+    rows = x.numel() // terms
+    return rows > 0 and integer_trial().chosen(rows) == INT_MM
+
+
+def integer_product_here(q, weight):
+    """The product of int8 with int8 that a CPU's trial found right and fast: (rows, out_features) int32."""
+    # The second operand may lie either way.
+    right = weight.t() if weight.stride() == (1, weight.shape[0]) else _rows(weight).t()
+    return torch._int_mm(_rows(q), right)
 
 
 def bfloat16_product(x, weight):
@@ -198,12 +212,6 @@ def _into_scratch(part, dtype):
 def _is_plain(x, weight) -> bool:
     """Whether the product may be one that no tracer, transform or tensor subclass has to know."""
     return tracing.has_values(x) and type(weight) in (torch.Tensor, torch.nn.Parameter)
-
-
-def _int_mm(q, weight):
-    # The second operand may lie either way.
-    right = weight.t() if weight.stride() == (1, weight.shape[0]) else _rows(weight).t()
-    return torch._int_mm(_rows(q), right)
 
 
 def _packed(x, weight):
@@ -366,12 +374,12 @@ def _try_integer() -> Steps:
             # float64 holds every sum: 2^53 is far.
             expected = q.double() @ weight.double().t()
             for laid in (weight, weight.t().contiguous().t()):
-                if not torch.equal(_int_mm(q, laid).double(), expected):
+                if not torch.equal(integer_product_here(q, laid).double(), expected):
                     return Trial(FLOATS, FLOATS, f"{INT_MM} is not exact here")
                 yield
     except RuntimeError as error:
         return Trial(FLOATS, FLOATS, f"{INT_MM} cannot run here ({_first_line(error)})")
-    return (yield from _fastest({FLOATS: _product_of_floats, INT_MM: _int_mm}, torch.int8))
+    return (yield from _fastest({FLOATS: _product_of_floats, INT_MM: integer_product_here}, torch.int8))
 
 
 def _try_bfloat16() -> Steps:
