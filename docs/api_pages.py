@@ -17,7 +17,10 @@ FOLDER = ROOT / "docs" / "api"
 INDEX = "README.md"
 
 # The modules whose names are public, in the order of the index.
-MODULES = ("gptkern", "gptkern.functional", "gptkern.nn", "gptkern.autograd", "gptkern.optim", "gptkern.training")
+MODULES = (
+    "gptkern", "gptkern.functional", "gptkern.nn", "gptkern.autograd", "gptkern.optim", "gptkern.training",
+    "gptkern.training.lora",
+)  # fmt: skip
 
 INTRODUCTION = """# Public names
 

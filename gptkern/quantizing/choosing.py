@@ -21,14 +21,14 @@ def planned(
     model: torch.nn.Module, held_in: list[list[Place]], skip: tuple[str, ...], filter: Callable | None
 ) -> tuple[list[list[Place]], list[Skipped]]:
     """(the layers to quantise, each by its places; those left alone)"""
-    holders, read = _holders(model), _read_by_modules(model)
+    holders, read = holders_in(model), read_by_modules(model)
     in_ddp = {m for ddp in model.modules() if isinstance(ddp, DistributedDataParallel) for m in ddp.modules()}
     chosen, skipped = [], []
     for held in held_in:
         module, name = held[0].module(), held[0].name
         if not looks_linear(module):
             continue
-        reason = _skip_named(held, skip) or _obstacle(held, module, holders)
+        reason = _skip_named(held, skip) or obstacle(held, module, holders)
         if reason is None and module in read:
             reason = "its parent reads its weight"
         if reason is None and module in in_ddp:
@@ -62,7 +62,7 @@ def _skip_named(held: list[Place], skip: tuple[str, ...]) -> str | None:
     return None
 
 
-def _obstacle(held: list[Place], module: torch.nn.Module, holders: _Holders) -> str | None:
+def obstacle(held: list[Place], module: torch.nn.Module, holders: Holders) -> str | None:
     """Why a layer cannot be quantised, or None."""
     cls = type(module)
     if isinstance(module, Int8Linear):
@@ -99,7 +99,7 @@ def _obstacle(held: list[Place], module: torch.nn.Module, holders: _Holders) -> 
     return None
 
 
-class _Holder(NamedTuple):
+class Holder(NamedTuple):
     """A tensor of the model in a storage."""
 
     name: str
@@ -109,7 +109,7 @@ class _Holder(NamedTuple):
 
 
 # A storage, known by its address in PyTorch (on the meta device, too, where data_ptr is 0) -> what lies in it.
-_Holders = dict[int, list[_Holder]]
+Holders = dict[int, list[Holder]]
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
@@ -119,18 +119,18 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     return start * tensor.element_size(), (start + count) * tensor.element_size()
 
 
-def _holders(model: torch.nn.Module) -> _Holders:
-    found: _Holders = {}
+def holders_in(model: torch.nn.Module) -> Holders:
+    found: Holders = {}
     for path, module in model.named_modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             # A tensor subclass (DTensor, say) may have no storage; such a layer is left alone anyway.
             if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided:
-                holder = _Holder(f"{path}.{name}" if path else name, id(module), *_extent(tensor))
+                holder = Holder(f"{path}.{name}" if path else name, id(module), *_extent(tensor))
                 found.setdefault(tensor.untyped_storage()._cdata, []).append(holder)
     return found
 
 
-def _read_by_modules(model: torch.nn.Module) -> set[torch.nn.Module]:
+def read_by_modules(model: torch.nn.Module) -> set[torch.nn.Module]:
     """The modules whose weight another one's forward reads: `self.fc.weight`, `self.mlp[0].weight`."""
     paths = {cls: weights_read(cls) for cls in set(map(type, model.modules()))}
     return {found for module in model.modules() for path in paths[type(module)] for found in modules_at(module, path)}
