@@ -93,6 +93,20 @@ def test_what_is_printed_and_stored(folder, capsys):
     assert tensors_of(newest("again")) == tensors_of(newest("run"))
 
 
+def test_sizes_other_than_the_presets(folder, capsys):
+    assert train("--out", "run", "--layers", "1", "--width", "64") == 0
+    assert {name: newest("run").about["config"][name] for name in ("layers", "width", "heads")} == {
+        "layers": 1, "width": 64, "heads": 2,
+    }  # fmt: skip
+    assert cli.main(["train", "--recipe", "run/recipe.toml", "--out", "again"]) == 0
+    assert tensors_of(newest("again")) == tensors_of(newest("run"))
+    capsys.readouterr()
+    assert train("--out", "other", "--width", "48") == 2
+    assert "width is 48; without heads it needs to be a multiple of 32, the size of nano's" in capsys.readouterr().err
+    assert train("--out", "other", "--width", "48", "--heads", "5") == 2
+    assert "width is 48; it needs to be a multiple of heads, 5" in capsys.readouterr().err
+
+
 # --- Going on ---------------------------------------------------------------------------------------------------------
 
 

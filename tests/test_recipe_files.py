@@ -112,6 +112,7 @@ def test_what_is_no_file(tmp_path):
     [
         ({"text": "a", "data": "b"}, "--text and --data: a training has one of them"),
         ({"preset": "nano", "from": "a"}, "--preset and --from: the sizes of the model are those"),
+        ({"width": 64, "from": "a"}, "--width and --from: the sizes of the model are those"),
         ({"decay": 0.1}, "--decay has no effect on the schedule cosine"),
         ({"decay": 0.1, "schedule": "constant"}, "--decay has no effect on the schedule constant"),
         ({"final_lr": 0.1, "schedule": "constant"}, "--final-lr has no effect on the schedule constant"),

@@ -88,18 +88,32 @@ def resolved_dtype(name: str, device: torch.device) -> str:
 
 
 def configured(
-    preset: str, context: int | None = None, dropout: float = 0.0, vocab_size: int | None = None
+    preset: str,
+    context: int | None = None,
+    dropout: float = 0.0,
+    vocab_size: int | None = None,
+    *,
+    layers: int | None = None,
+    width: int | None = None,
+    heads: int | None = None,
 ) -> GPTConfig:
-    """A preset, over bytes where no size of the vocabulary is given.
+    """A preset, over bytes where no size of the vocabulary is given; a width without heads keeps the size of a head.
 
     Raises:
         UserError: the sizes do not fit together.
     """
     from gptkern.models.gpt import BYTES, GPTConfig
 
-    changes = {"vocab_size": vocab_size or BYTES, "dropout": dropout}
-    if context is not None:
-        changes["context"] = context
+    given = {"context": context, "layers": layers, "width": width, "heads": heads}
+    changes = {name: value for name, value in given.items() if value is not None}
+    changes |= {"vocab_size": vocab_size or BYTES, "dropout": dropout}
+    if width is not None and heads is None:
+        head_dim = GPTConfig.preset(preset).head_dim
+        if width % head_dim:
+            raise UserError(
+                f"width is {width}; without heads it needs to be a multiple of {head_dim}, the size of {preset}'s heads"
+            )
+        changes["heads"] = width // head_dim
     try:
         return GPTConfig.preset(preset, **changes)
     except ValueError as error:

@@ -116,7 +116,8 @@ def _model(
     if values["preset"] is None and values["from"] is None:
         return None, None, values["context"]
     if values["from"] is None:
-        config = configured(values["preset"], values["context"], values["dropout"], store.tokenizer.vocab_size)
+        sizes = {name: values[name] for name in ("layers", "width", "heads")}
+        config = configured(values["preset"], values["context"], values["dropout"], store.tokenizer.vocab_size, **sizes)
         return config, None, config.context
 
     def found() -> tuple[GPTConfig, Callable[[], GPT]]:

@@ -34,8 +34,9 @@ PRESETS = (
 # Of which a training has one.
 RIVALS = (
     ("text", "data", "a training has one of them"),
-    ("preset", "from", "the sizes of the model are those of the folder that it starts from"),
-)
+    *((name, "from", "the sizes of the model are those of the folder that it starts from")
+      for name in ("preset", "layers", "width", "heads")),
+)  # fmt: skip
 
 MOST_BYTES = 1 << 20  # of a recipe file: what is larger is none
 
@@ -93,6 +94,10 @@ KEYS = {
         Key("from", Text("a folder", "FOLDER"), None, "start from this folder's model: a run's, or GPT-2's as "
             "transformers saves it"),
         Key("preset", Choice(PRESETS), None, f"sizes of the model: {', '.join(PRESETS)} (default: nano)"),
+        Key("layers", _positive, None, "blocks of the model (default: the preset's)"),
+        Key("width", _positive, None, "size of a token's vector (default: the preset's)"),
+        Key("heads", _positive, None, "attention heads, which divide the width (default: as many as leave the preset's "
+            "size of a head)"),
         Key("context", _positive, None, "tokens of a row, which the model sees at once (default: the model's)"),
         Key("dropout", KINDS["beta1"], 0.0, "of embeddings, attention and residual branches, while training"),
         Key("stock", Switch(), False, "leave the model on PyTorch's operators"),
