@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gptkern.models.gpt import GPT, GPTConfig
-from gptkern.training import losses, optimizers, trainer_state
+from gptkern.training import losses, mup, optimizers, trainer_state
 from gptkern.training.data.loader import Batch, Batches, windows
 from gptkern.training.data.rows import Rows
 from gptkern.training.data.store import Store, Tokens
@@ -77,11 +77,20 @@ class _Done(NamedTuple):
     next_scale: torch.Tensor | None
 
 
-def new_model(config: GPTConfig, seed: int, device: torch.device | str = "cpu") -> GPT:
-    """A model whose first weights depend on the seed alone: drawn on the CPU, then moved."""
+def new_model(
+    config: GPTConfig, seed: int, device: torch.device | str = "cpu", *, base_width: int | None = None
+) -> GPT:
+    """A model whose first weights depend on the seed alone: drawn on the CPU, then moved.
+
+    Args:
+        base_width: of µP, in which they are then; None for the standard parametrisation.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return GPT(config).to(device)
+        model = GPT(config)
+    if base_width is not None:
+        mup.initialise(model, base_width)
+    return model.to(device)
 
 
 class Trainer:
@@ -110,8 +119,9 @@ class Trainer:
         rows = Rows(store.train, recipe.length, recipe.seed)
         self.batches = Batches(rows, recipe.batch, rank=rank, world=world, device=self.device)
         self.optimizer = optimizers.optimizer_of(
-            model, recipe.lr, betas=(recipe.beta1, recipe.beta2), weight_decay=recipe.weight_decay
-        )
+            model, recipe.lr, betas=(recipe.beta1, recipe.beta2), weight_decay=recipe.weight_decay,
+            scales=None if recipe.mup is None else mup.scales(model, recipe.mup),
+        )  # fmt: skip
         optimizers.begin(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -160,8 +170,7 @@ class Trainer:
     def update(self) -> None:
         """One update. What ends it early, an error or a signal, leaves model, optimizer and generators as they were."""
         lr = lr_at(self.recipe, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        optimizers.set_lr(self.optimizer, lr)
         # An update that was ended early, or a state that was loaded, left them at another place.
         self.batches.update = self.step
         batch = self.batches.next()
@@ -330,6 +339,8 @@ def _check(model: GPT, store: Store, recipe: Recipe, world: int) -> None:
             f"batch is {recipe.batch}; it needs to be a multiple of {pieces}, {recipe.accumulate} pieces in each of "
             f"{world} process{'es' if world > 1 else ''}"
         )
+    if recipe.mup is not None:
+        mup.check(config, recipe.mup)
     if recipe.deterministic:
         check_deterministic(torch.device(recipe.device))
     places = {parameter.device for parameter in model.parameters()}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from gptkern.optim import AdamW
+from gptkern.training.mup import Scale
 
 BETAS = (0.9, 0.95)  # GPT-3, appendix B
 WEIGHT_DECAY = 0.1  # GPT-3, appendix B
@@ -17,19 +20,39 @@ def optimizer_of(
     betas: tuple[float, float] = BETAS,
     weight_decay: float = WEIGHT_DECAY,
     capturable: bool = False,
+    scales: Mapping[str, Scale] | None = None,
 ) -> AdamW:
     """AdamW that decays matrices only: biases and the parameters of LayerNorm keep their size.
+
+    A group's "lr_scale" is what its learning rate is multiplied by: `set_lr` does.
 
     Args:
         betas: of the averages of the gradient and of its square. weight_decay: of the matrices.
         capturable: a step can be captured in a CUDA graph; the parameters have to be on a GPU.
+        scales: of parameters, by name: mup.scales. What it does not name has a scale of 1.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    found: dict[tuple[Scale, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = (scales or {}).get(name, Scale()), parameter.dim() >= 2
+            found.setdefault(kind, []).append(parameter)
     groups = [
-        {"params": [parameter for parameter in parameters if parameter.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in parameters if parameter.dim() < 2], "weight_decay": 0.0},
+        {
+            "params": parameters,
+            "lr_scale": scale.lr,
+            "weight_decay": weight_decay * scale.weight_decay if is_matrix else 0.0,
+        }
+        for (scale, is_matrix), parameters in found.items()
     ]
-    return AdamW(groups, lr=lr, betas=betas, capturable=capturable)
+    optimizer = AdamW(groups, lr=lr, betas=betas, capturable=capturable)
+    set_lr(optimizer, lr)
+    return optimizer
+
+
+def set_lr(optimizer: torch.optim.AdamW, lr: float) -> None:
+    """Every group's learning rate, times its scale."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
 
 
 def begin(optimizer: torch.optim.AdamW) -> None:

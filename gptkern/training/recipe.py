@@ -12,11 +12,12 @@ SCHEDULES = ("cosine", "linear", "wsd", "constant")
 _at_least_0 = Real("of at least 0", lambda value: value >= 0)
 _share = Real("from 0 to 1", lambda value: 0 <= value <= 1)
 _below_1 = Real("of at least 0 and below 1", lambda value: 0 <= value < 1)
-# What each field may be; threads may be None too.
+# What each field may be; these may be None too.
+OPTIONAL = ("mup", "threads")
 KINDS: dict[str, Kind] = {
     "steps": Whole(1), "batch": Whole(1), "length": Whole(1), "lr": Real("above 0", lambda value: value > 0),
     "accumulate": Whole(1), "schedule": Choice(SCHEDULES), "warmup": _share, "decay": _share, "final_lr": _share,
-    "weight_decay": _at_least_0, "beta1": _below_1, "beta2": _below_1, "clip": _at_least_0,
+    "mup": Whole(1), "weight_decay": _at_least_0, "beta1": _below_1, "beta2": _below_1, "clip": _at_least_0,
     "label_smoothing": _below_1, "z_loss": _at_least_0, "precision": Choice(PRECISIONS),
     "recompute": WordOrWhole(("none", "full")), "compile": Switch(), "deterministic": Switch(),
     # What PyTorch's generators take.
@@ -34,6 +35,8 @@ class Recipe:
         lr: the peak learning rate. schedule: how it goes on from there. warmup: the part of the steps in which it rises
             to the peak. decay: the part of the steps, at the end, in which "wsd" lets it fall. final_lr: what it ends
             at, as a part of the peak.
+        mup: the width of the model for which lr was found, of which a wider one has µP's scales (mup.py); None for the
+            standard parametrisation.
         weight_decay: of matrices; biases and norms have none. beta1, beta2: AdamW's averages.
         clip: the most that the gradients' norm may be; 0 for no limit.
         label_smoothing: the part of a target's probability that is spread evenly over the vocabulary.
@@ -58,6 +61,7 @@ class Recipe:
     warmup: float = 0.1
     decay: float = 0.2
     final_lr: float = 0.1
+    mup: int | None = None
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -75,7 +79,7 @@ class Recipe:
     def __post_init__(self):
         for name, kind in KINDS.items():
             value = getattr(self, name)
-            if value is None and name == "threads":
+            if value is None and name in OPTIONAL:
                 continue
             try:
                 kind.checked(value)

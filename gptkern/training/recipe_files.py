@@ -38,6 +38,9 @@ RIVALS = (
       for name in ("preset", "layers", "width", "heads")),
 )  # fmt: skip
 
+# Which contradict each other wherever they stand.
+_APART = (("mup", "from", "µP is of a model's first weights too, and those of the folder are another's"),)
+
 MOST_BYTES = 1 << 20  # of a recipe file: what is larger is none
 
 # What --resume may do with a key that differs from the stored one.
@@ -110,6 +113,8 @@ KEYS = {
         _recipe_key("warmup", "the part of the steps in which the learning rate rises to its peak"),
         _recipe_key("decay", "the part of the steps in which wsd lets it fall, at the end"),
         _recipe_key("final_lr", "what the learning rate ends at, as a part of the peak"),
+        _recipe_key("mup", "width of the smaller model for which lr was found: µP's scales for this one (default: the "
+                    "standard parametrisation)"),
         _recipe_key("weight_decay", "AdamW's, of matrices alone"),
         _recipe_key("beta1", "AdamW's average of gradients"),
         _recipe_key("beta2", "AdamW's average of their squares"),
@@ -228,7 +233,7 @@ def completed(given: Given) -> dict[str, Any]:
 
 
 def _check_together(values: Mapping[str, Any], given: Given) -> None:
-    for first, second, why in RIVALS:
+    for first, second, why in RIVALS + _APART:
         if first in given.values and second in given.values:
             raise UserError(f"{given.names[first]} and {given.names[second]}: {why}")
     for name in ("text", "data", "from"):

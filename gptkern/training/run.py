@@ -27,7 +27,7 @@ import torch
 from gptkern import formatting
 from gptkern.formatting import shown
 from gptkern.models.gpt import GPT, GPTConfig
-from gptkern.training import board, memory, metrics, model_files, recipe_files
+from gptkern.training import board, memory, metrics, model_files, mup, recipe_files
 from gptkern.training.checkpoints import Checkpoint, Checkpoints
 from gptkern.training.data.loader import windows
 from gptkern.training.data.rows import Rows
@@ -100,6 +100,8 @@ def train(
                 if not _is_reported(folder, start):
                     report(folder, store, config, stored, finished(recipe.steps))
                 return outcome
+            if recipe.mup is not None:
+                _check_mup(config, recipe.mup, made)
             _check_rows(store, recipe)
             preset = stored.get("preset")
             need = memory.check(config, recipe, name=preset and f"--preset {preset}", swapped=swap)
@@ -111,7 +113,8 @@ def train(
             for line in _other_versions(start):
                 say(line)
             say(f"{_described(config, store, stored)}\n{need.described()}")
-            made = new_model(config, recipe.seed, recipe.device) if made is None else made
+            if made is None:
+                made = new_model(config, recipe.seed, recipe.device, base_width=recipe.mup)
             if swap:
                 from gptkern.swapping import swap as swapped
 
@@ -230,6 +233,12 @@ def _model(folder, config, model, start, resume) -> tuple[GPTConfig, Callable[[]
 def _config_of(start: Checkpoint) -> GPTConfig:
     with model_files.refused(shown(str(start.folder))):
         return model_files.sizes(start.about.get("config") or {}, "about.json")
+
+
+def _check_mup(config: GPTConfig, base_width: int, made: Any) -> None:
+    mup.check(config, base_width)
+    if made is not None:
+        raise UserError(f"mup is {base_width}; it needs config alone: µP is of a model's first weights too")
 
 
 def _check_rows(store: Store, recipe: Recipe) -> None:
