@@ -1,12 +1,15 @@
 """Time and memory of the loss at the end of a model, logits included: gptkern's, PyTorch's own, and eager.
 
     python bench/loss_memory.py [--rows 8192] [--width 768] [--classes 128000] [--dtype float32] [--threads N]
-                                [--repeats 1] [--only gptkern] [--limit 0.1]
+                                [--repeats 1] [--only gptkern] [--limit 0.1] [--out bench/results/DEVICE]
 
 A JSON object a line, of each implementation, in a process of its own: `forward` and `forward_and_backward`, seconds of
 wall time, `processor`, those of all its threads for both (medians of the repeats), and `peak`, bytes that the process
 had at most above what it had with input, weight and target made (VmHWM): gradients included. Then one of the ratios to
-eager's. `least` is what the gradients alone take.
+eager's. `least` is what the gradients alone take. With --out FOLDER all of it is kept in FOLDER/loss_memory.json, from
+which bench/publish.py makes a table of docs/performance.md:
+
+    {"format": 1, "machine": {...}, "sizes": {...}, "least": bytes, "implementations": [{...}, ...]}
 
     gptkern     gptkern.functional.linear_cross_entropy
     eager       F.cross_entropy(F.linear(input, weight), target)
@@ -24,13 +27,17 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional
 
+from gptkern.backends.tables import files
+from gptkern.measuring import machine
 from gptkern.training import free_memory
 
 NAMES = ("gptkern", "eager", "pytorch")
+FORMAT, FILE = 1, "loss_memory.json"
 
 
 def _implementation(name: str):
@@ -86,31 +93,42 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--only", choices=NAMES)
     parser.add_argument("--limit", type=float, default=0.1)
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"keeps what was measured in FOLDER/{FILE}")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.out is not None and not args.out.is_dir():
+        parser.error(f"--out is {args.out}; it needs to be a folder that is there")
     if args.threads:
         torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
     if args.here:
         print(json.dumps(measured(args.only, args.rows, args.width, args.classes, dtype, args.repeats)))
         return 0
-    about = {name: getattr(args, name) for name in ("rows", "width", "classes", "dtype", "repeats")}
-    about |= dict(threads=torch.get_num_threads(), torch=torch.__version__, machine=platform.machine())
+    sizes = {name: getattr(args, name) for name in ("rows", "width", "classes", "dtype", "repeats")}
+    about = sizes | dict(threads=torch.get_num_threads(), torch=torch.__version__, machine=platform.machine())
     about["least"] = (args.rows + args.classes) * args.width * dtype.itemsize
-    found = {}
+    # The sources as they are when the runs begin.
+    about_machine = machine.identify() if args.out is not None else None
+    found, missing = {}, []
     for name in (args.only,) if args.only else NAMES:
         if name == "pytorch" and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
-            print(json.dumps(about | {"implementation": name, "missing": "PyTorch before 2.13 has none"}), flush=True)
+            missing.append({"implementation": name, "missing": "PyTorch before 2.13 has none"})
+            print(json.dumps(about | missing[-1]), flush=True)
             continue
         # The last --only counts.
         command = [sys.executable, __file__, *sys.argv[1:], "--here", "--only", name]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             reason = next(iter(done.stderr.strip().splitlines()[-1:]), f"exit status {done.returncode}")
-            print(json.dumps(about | {"implementation": name, "missing": reason}), flush=True)
+            missing.append({"implementation": name, "missing": reason})
+            print(json.dumps(about | missing[-1]), flush=True)
             continue
         found[name] = json.loads(done.stdout)
         print(json.dumps(about | found[name]), flush=True)
+    if args.out is not None:
+        kept = {"format": FORMAT, "machine": about_machine, "sizes": sizes, "least": about["least"]}
+        kept["implementations"] = [*found.values(), *missing]
+        files.replace(args.out / FILE, json.dumps(kept, indent=1, allow_nan=False) + "\n")
     if not {"gptkern", "eager"} <= found.keys():
         return 0
     eager = found["eager"]

@@ -277,6 +277,38 @@ def test_publish_fills_the_page_and_leaves_the_rest_alone(tree, results):
     assert publish.NO_GPU + publish.ON_CPUS in (tree / publish.PAGE).read_text(encoding="utf-8")
 
 
+def test_publish_shows_the_memory_of_the_loss_beside_the_results(tree, results):
+    path = tree / publish.RESULTS / "sample-gpu" / publish.LOSS_MEMORY
+    machine = results["machine"] | {"date": "2031-02-03", "commit": "0123456789abcdef", "dirty": True, "threads": 7}
+    measured = [
+        {"implementation": "gptkern", "peak": 50e6, "processor": 30.0},
+        {"implementation": "eager", "peak": 1e9, "processor": 40.0},
+        {"implementation": "pytorch", "missing": "none | here"},
+    ]
+    sizes = {"rows": 4096, "width": 8, "classes": 50257, "dtype": "bfloat16", "repeats": 1}
+    found = {"format": 1, "machine": machine, "sizes": sizes, "least": 12_000_000, "implementations": measured}
+    path.write_text(json.dumps(found))
+    publish.stale(tree, write=True)
+    page = (tree / publish.PAGE).read_text(encoding="utf-8")
+    heading = "### The loss at the end of a model: 4,096 tokens, width 8, 50,257 classes, bfloat16"
+    assert page.index("sample-gpu") < page.index(heading) < page.index(publish.END)
+    section = page[page.index(heading) :]
+    lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| `")]
+    assert [line[1:] for line in lines] == [
+        ["50.0 MB", "1/20", "30.0 s", "0.75×"],
+        ["1.00 GB", "1.00×", "40.0 s", "1.00×"],
+        ["none \\| here", "–", "–", "–"],
+    ]
+    assert "12.0 MB" in section and "2031-02-03" in section and "0123456789ab, with changes" in section
+    # Without eager there is nothing to compare with.
+    path.write_text(json.dumps(found | {"implementations": measured[:1]}))
+    assert "| 50.0 MB | – | 30.0 s | – |" in publish.loss_memory(path)
+    for broken in ("{", "[]", json.dumps(found | {"format": 2}), json.dumps(found | {"sizes": {"rows": 1}})):
+        path.write_text(broken)
+        with pytest.raises(files.ResultsError, match=r"loss_memory\.json.*bench/loss_memory\.py"):
+            publish.stale(tree)
+
+
 def test_what_is_stale_is_named(tree, results, monkeypatch):
     publish.stale(tree, write=True)
     monkeypatch.setattr(publish, "ROOT", tree)
