@@ -199,35 +199,61 @@ def stats_of(
 ) -> CrossEntropyStats:
     """What is known of each row besides its loss, in plain PyTorch, from passes of its own."""
     with torch.no_grad():
-        dim = 0 if x.dim() == 1 else 1
+        blocks = _blocks(x)
+        if len(blocks) < 2:
+            return _stats_of_block(x, target, ignore_index, logit_scale, softcap)
+        found = [_stats_of_block(x[part], target[part], ignore_index, logit_scale, softcap) for part in blocks]
+        return CrossEntropyStats(*map(torch.cat, zip(*found)))
+
+
+# Elements of a block of rows: what a CPU's caches hold, and the system need not clear anew for each temporary tensor.
+_BLOCK = 2**17
+
+
+def _blocks(x: torch.Tensor) -> list[slice]:
+    """Parts of the first dimension: of a CPU's tensor, where nothing records or transforms what runs."""
+    if not x.is_cpu or x.dim() < 2 or x.numel() <= _BLOCK or not tracing.has_values(x.detach()):
+        return []
+    each = max(_BLOCK // (x.numel() // x.shape[0]), 1)
+    return [slice(start, start + each) for start in range(0, x.shape[0], each)]
+
+
+# exp of less is 0, of float64 too: 0 times it is 0, where 0 times -inf is NaN.
+_NOTHING = -1e3
+
+
+def _stats_of_block(x, target, ignore_index, logit_scale, softcap) -> CrossEntropyStats:
+    dim = 0 if x.dim() == 1 else 1
+    s = scores(x, logit_scale)
+    # Of what is not capped: a softcap keeps the order, and its rounding must not make ties.
+    likeliest = first_largest(s, dim)
+    if softcap is not None:
         s = scores(x, logit_scale, softcap)
-        log_p = torch.log_softmax(s, dim)
-        lse = torch.logsumexp(s, dim)
-        # -sum p log p, where 0 log 0 is 0
-        p = torch.exp(log_p)
-        entropy = -torch.where(p > 0.0, p * log_p, p).sum(dim)
-        likeliest = first_largest(scores(x, logit_scale), dim)
-        if is_probabilities(x, target):
-            return CrossEntropyStats(lse, entropy, likeliest == first_largest(target, dim))
-        target = target.view(lse.shape).long()
-        ignored = target == ignore_index
-        zero = torch.zeros((), dtype=lse.dtype, device=lse.device)
-        return CrossEntropyStats(
-            torch.where(ignored, zero, lse), torch.where(ignored, zero, entropy), (likeliest == target) & ~ignored
-        )
+    if tracing.sizes(s)[dim] == 0:
+        lse, entropy = torch.logsumexp(s, dim), s.sum(dim)
+    else:
+        m = s.amax(dim, keepdim=True)
+        # -inf is not subtracted from -inf
+        m = m.masked_fill(m.isinf(), 0.0)
+        # lse = m + log sum_c exp(s_c - m)
+        s = s - m
+        e = torch.exp(s)
+        total = e.sum(dim)
+        log_total = torch.log(total)
+        lse = m.squeeze(dim) + log_total
+        # -sum_c p_c log p_c = log_total - sum_c exp(s_c - m) (s_c - m) / total
+        entropy = log_total - s.clamp_min_(_NOTHING).mul_(e).sum(dim) / total
+    if is_probabilities(x, target):
+        return CrossEntropyStats(lse, entropy, likeliest == first_largest(target, dim))
+    target = target.view(likeliest.shape).long()
+    counts = target != ignore_index
+    correct = (likeliest == target).logical_and_(counts)
+    ignored = counts.logical_not_()
+    return CrossEntropyStats(lse.masked_fill_(ignored, 0.0), entropy.masked_fill_(ignored, 0.0), correct)
 
 
 def first_largest(values: torch.Tensor, dim: int) -> torch.Tensor:
-    """Where the largest value stands; of equal ones the first. NaN counts as the largest.
-
-    The likeliest class is asked of logit_scale * x: a softcap keeps the order, and its rounding must not make ties.
-    """
+    """Where the largest value stands; of equal ones the first. NaN counts as the largest."""
     if tracing.sizes(values)[dim] == 0:
         return torch.zeros(values.sum(dim).shape, dtype=torch.int64, device=values.device)
-    largest = values.amax(dim, keepdim=True)
-    is_largest = (values == largest) | values.isnan()
-    # Which of several equal ones torch.argmax returns is not defined.
-    shape = [1] * values.dim()
-    shape[dim] = -1
-    index = torch.arange(values.shape[dim], device=values.device).view(shape)
-    return torch.where(is_largest, index, values.shape[dim]).amin(dim)
+    return values.argmax(dim)
