@@ -60,9 +60,11 @@ FAULTS = {
     # Which rows are computed.
     "the next rows": Fault("loop", "batches.update = self.step", "batches.update = self.step + 1", default),
     "the same rows": Fault("loop", "batches.update = self.step", "batches.update = 0", default),
-    "another order": Fault("loop", "recipe.length, recipe.seed)", "recipe.length, 0)", default),
-    "held-out text": Fault("loop", "Rows(store.train", "Rows(store.validation", HELD_OUT),
-    "the text's own loss": Fault("loop", "self.store.validation, self", "self.store.train, self", VALIDATION),
+    "another order": Fault("loop", "recipe.length, recipe.seed, full", "recipe.length, 0, full", default),
+    "held-out text": Fault("loop", "rows = store.rows", "rows = store._replace(train=store.validation).rows", HELD_OUT),
+    "the text's own loss": Fault(
+        "loop", "store.held_out(", "store._replace(validation=store.train).held_out(", VALIDATION
+    ),
     "dropout in evaluation": Fault("loop", "model.eval()", "model.train()", VALIDATION),
     "smoothed evaluation": Fault("loop", "weight, batch.targets)", "weight, batch.targets, 0.3)", VALIDATION),
     "eval mode for ever": Fault("loop", "model.train(was_training)", "model.eval()", VALIDATION),

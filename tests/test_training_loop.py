@@ -165,7 +165,7 @@ class Uneven:
         ignored = torch.rand(32, LENGTH, generator=generator) < torch.linspace(0, 1, 32)[:, None] ** 0.5
         ignored[-1] = True
         targets[ignored] = -100
-        return Batch(ids, targets, int((targets != -100).sum()))
+        return Batch(ids, targets, int((targets != -100).sum()), ids.numel())
 
 
 @pytest.mark.parametrize("changes", [{}, {"z_loss": 0.01, "label_smoothing": 0.1}], ids=["plain", "z and smoothing"])
@@ -194,7 +194,7 @@ def test_an_update_without_a_target_changes_nothing_but_the_decay():
     trainer = a_trainer(weight_decay=0.0)
     trainer.batches = Uneven()
     ids = trainer.batches.next().ids[:BATCH]
-    trainer.batches.next = lambda: Batch(ids, torch.full_like(ids, -100), 0)
+    trainer.batches.next = lambda: Batch(ids, torch.full_like(ids, -100), 0, ids.numel())
     before = [parameter.clone() for parameter in trainer.model.parameters()]
     trainer.run(2)
     assert trainer.losses == [0.0, 0.0]

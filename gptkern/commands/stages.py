@@ -312,7 +312,7 @@ class Demo:
         self._begin("int8")
         self.int8 = copy.deepcopy(self.swapped).eval()
         report = gptkern.quantize(self.int8)
-        loss = validation_loss(self.int8, self.data.validation, self.recipe)
+        loss = validation_loss(self.int8, self.data, self.recipe)
         before, after = report.bytes_before, report.bytes_after
         int8 = self.findings.int8 = Int8(
             len(report.quantized), loss, self.findings.swapped.final, before, after,

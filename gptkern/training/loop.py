@@ -23,9 +23,8 @@ import torch
 
 from gptkern.models.gpt import GPT, GPTConfig
 from gptkern.training import losses, mup, optimizers, trainer_state
-from gptkern.training.data.loader import Batch, Batches, windows
-from gptkern.training.data.rows import Rows
-from gptkern.training.data.store import Store, Tokens
+from gptkern.training.data.loader import Batch, Batches
+from gptkern.training.data.store import Source
 from gptkern.training.errors import RunError, UserError
 from gptkern.training.interrupting import postponed
 from gptkern.training.precision import LEAST_SCALE, autocast, scaler_of
@@ -54,7 +53,7 @@ class Record(NamedTuple):
         grad_norm: before it was clipped. lr: the learning rate. tokens: targets that counted.
         skipped: a gradient overflowed float16 under this scale: the parameters stayed as they were. Of such an update
             loss and grad_norm may be no finite numbers.
-        scale: of the loss, None where there is none.
+        scale: of the loss, None where there is none. read: ids that the model was given, padding left out.
     """
 
     step: int
@@ -64,6 +63,7 @@ class Record(NamedTuple):
     tokens: int
     skipped: bool = False
     scale: float | None = None
+    read: int = 0
 
 
 class _Done(NamedTuple):
@@ -71,6 +71,7 @@ class _Done(NamedTuple):
 
     lr: float
     tokens: int
+    read: int
     loss: torch.Tensor
     grad_norm: torch.Tensor
     scale: torch.Tensor | None
@@ -104,19 +105,19 @@ class Trainer:
     them.
 
     Args:
-        model: on the recipe's device; it is put in training mode. store: the text, as tokens.
+        model: on the recipe's device; it is put in training mode. store: a text or examples, as tokens.
         rank, world: which of how many processes this is; they sum their gradients through torch.distributed.
 
     Raises:
         UserError: model, text and recipe do not fit together.
     """
 
-    def __init__(self, model: GPT, store: Store, recipe: Recipe, *, rank: int = 0, world: int = 1):
+    def __init__(self, model: GPT, store: Source, recipe: Recipe, *, rank: int = 0, world: int = 1):
         self.model, self.store, self.recipe = model, store, recipe
         self.rank, self.world = rank, world
         self.device = torch.device(recipe.device)
         _check(model, store, recipe, world)
-        rows = Rows(store.train, recipe.length, recipe.seed)
+        rows = store.rows(recipe.length, recipe.seed, full=recipe.compile)
         self.batches = Batches(rows, recipe.batch, rank=rank, world=world, device=self.device)
         self.optimizer = optimizers.optimizer_of(
             model, recipe.lr, betas=(recipe.beta1, recipe.beta2), weight_decay=recipe.weight_decay,
@@ -163,8 +164,9 @@ class Trainer:
         for _ in range(steps):
             self.update()
         self._fetch()  # waits for the device
-        self.speeds.append(steps * self.recipe.tokens_per_step / (time.perf_counter() - start))
-        for record in self._records[before:]:
+        done = self._records[before:]
+        self.speeds.append(sum(record.read for record in done) / (time.perf_counter() - start))
+        for record in done:
             check_finite(record)
 
     def update(self) -> None:
@@ -189,7 +191,7 @@ class Trainer:
                     else:
                         self.scaler.step(self.optimizer)
                         self.scaler.update()
-                    self._done.append(_Done(lr, batch.tokens, loss, grad_norm, scale, self._scale()))
+                    self._done.append(_Done(lr, batch.tokens, batch.read, loss, grad_norm, scale, self._scale()))
                     self.step += 1
         finally:
             if self.step == step:
@@ -240,14 +242,14 @@ class Trainer:
             return
         done, self._done = self._done, []
         first = self.step - len(done)
-        numbers = [tensor for one in done for tensor in one[2:] if tensor is not None]
+        numbers = [tensor for one in done for tensor in one[3:] if tensor is not None]
         values = iter(torch.stack([number.float() for number in numbers]).tolist())
         for step, one in enumerate(done, first + 1):
             loss, norm = next(values), next(values)
             scale, next_scale = (None, None) if one.scale is None else (next(values), next(values))
             skipped = scale is not None and next_scale < scale
             self._losses.append(loss)
-            self._records.append(Record(step, loss, norm, one.lr, one.tokens, skipped, scale))
+            self._records.append(Record(step, loss, norm, one.lr, one.tokens, skipped, scale, one.read))
 
     def records(self) -> list[Record]:
         """Of the updates done since this was asked last."""
@@ -267,7 +269,7 @@ class Trainer:
         Raises:
             Diverged: it is no finite number.
         """
-        loss = validation_loss(self.model, self.store.validation, self.recipe, windows)
+        loss = validation_loss(self.model, self.store, self.recipe, windows)
         self.validations.append((self.step, loss))
         if not math.isfinite(loss):
             raise Diverged(self.step, loss)
@@ -326,7 +328,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def _check(model: GPT, store: Store, recipe: Recipe, world: int) -> None:
+def _check(model: GPT, store: Source, recipe: Recipe, world: int) -> None:
     config, pieces = model.config, recipe.accumulate * world
     if recipe.length > config.context:
         raise UserError(f"length is {recipe.length}; the model's context is {config.context}")
@@ -372,11 +374,11 @@ def check_finite(record: Record) -> None:
 
 
 @torch.no_grad()
-def validation_loss(model: GPT, held_out: Tokens, recipe: Recipe, most: int | None = None) -> float:
-    """Mean cross-entropy of held-out text in eval mode, row by row in order; the mode is put back.
+def validation_loss(model: GPT, store: Source, recipe: Recipe, most: int | None = None) -> float:
+    """Mean cross-entropy of what is held out, in eval mode, row by row in order; the mode is put back.
 
     Args:
-        most: rows, evenly spread over the text; None for all of them.
+        most: rows, evenly spread over the held-out part; None for all of them.
     """
     device = torch.device(recipe.device)
     was_training = model.training
@@ -386,7 +388,7 @@ def validation_loss(model: GPT, held_out: Tokens, recipe: Recipe, most: int | No
         with computing(recipe.threads, recipe.deterministic):
             # No more of them than a piece of an update has: what can be trained can be evaluated.
             rows = min(EVALUATION_BATCH, recipe.batch // recipe.accumulate)
-            for batch in windows(held_out, recipe.length, most).batches(rows, device):
+            for batch in store.held_out(recipe.length, most).batches(rows, device):
                 with autocast(device, recipe.precision):
                     features, _ = model(batch.ids, head=False)
                     total += losses.objective(features, model.lm_head.weight, batch.targets).cpu().double()

@@ -29,9 +29,7 @@ from gptkern.formatting import shown
 from gptkern.models.gpt import GPT, GPTConfig
 from gptkern.training import board, memory, metrics, model_files, mup, recipe_files
 from gptkern.training.checkpoints import Checkpoint, Checkpoints
-from gptkern.training.data.loader import windows
-from gptkern.training.data.rows import Rows
-from gptkern.training.data.store import Store
+from gptkern.training.data.store import Source
 from gptkern.training.errors import UserError
 from gptkern.training.loop import Trainer, new_model
 from gptkern.training.recipe import Recipe
@@ -47,7 +45,7 @@ CHECKPOINT_BYTES = 12
 
 def train(
     recipe: Recipe,
-    store: Store,
+    store: Source,
     out: str | Path,
     *,
     config: GPTConfig | None = None,
@@ -160,7 +158,7 @@ def _checked(folder: RunFolder, recipe: Recipe, swap: bool, resume: bool, overwr
     return dataclasses.replace(recipe, threads=recipe.threads or stored["threads"] or torch.get_num_threads())
 
 
-def _start(folder: RunFolder, checkpoints: Checkpoints, store: Store, say: Callable[[str], None]) -> Checkpoint | None:
+def _start(folder: RunFolder, checkpoints: Checkpoints, store: Source, say: Callable[[str], None]) -> Checkpoint | None:
     """The checkpoint to go on from; None where the run has none yet."""
     start, damaged = checkpoints.newest()
     for line in damaged:
@@ -241,10 +239,10 @@ def _check_mup(config: GPTConfig, base_width: int, made: Any) -> None:
         raise UserError(f"mup is {base_width}; it needs config alone: µP is of a model's first weights too")
 
 
-def _check_rows(store: Store, recipe: Recipe) -> None:
+def _check_rows(store: Source, recipe: Recipe) -> None:
     """Whether each split has a row."""
-    Rows(store.train, recipe.length, recipe.seed)
-    windows(store.validation, recipe.length, 1)
+    store.rows(recipe.length, recipe.seed)
+    store.held_out(recipe.length, 1)
 
 
 def _check_room(folder: RunFolder, config: GPTConfig, stored: Mapping[str, Any], checkpoints: Checkpoints) -> None:
@@ -260,11 +258,11 @@ def _check_room(folder: RunFolder, config: GPTConfig, stored: Mapping[str, Any],
         )
 
 
-def _described(config: GPTConfig, store: Store, stored: Mapping[str, Any]) -> str:
+def _described(config: GPTConfig, store: Source, stored: Mapping[str, Any]) -> str:
     keys = ", ".join(recipe_files.text(stored).splitlines())
     return (
         f"{stored.get('preset') or 'model'}: {memory.parameter_count(config):,} parameters, {stored['precision']} on "
-        f"{stored['device']}; {len(store.train):,} tokens to train on, {len(store.validation):,} held out\n"
+        f"{stored['device']}; {store.amount}\n"
         f"recipe: {keys}"
     )
 

@@ -25,7 +25,7 @@ from gptkern.models.gpt import GPTConfig
 from gptkern.training import memory, metrics, recipe_files, reporting, speed
 from gptkern.training.board import Board
 from gptkern.training.checkpoints import Checkpoint, Checkpoints
-from gptkern.training.data.store import Store
+from gptkern.training.data.store import Source
 from gptkern.training.devices import synchronize
 from gptkern.training.errors import RunError, UserError, kept
 from gptkern.training.interrupting import postponed
@@ -124,6 +124,7 @@ class Run:
         self.save_every, self.evaluate_every = stored["save_every"], stored["evaluate_every"]
         self.losses: collections.deque[float] = collections.deque(maxlen=SPIKE_UPDATES)
         self.speeds: collections.deque[float] = collections.deque(maxlen=SPIKE_UPDATES)
+        self.paces: collections.deque[float] = collections.deque(maxlen=SPIKE_UPDATES)  # updates a second
         self.validation: float | None = None
         self.untrained: float | None = None
         self.lowest = math.inf  # of the evaluations
@@ -281,10 +282,10 @@ class Run:
         Raises Diverged where one is the last of this run.
         """
         records = self.trainer.records()
-        tokens = self.recipe.tokens_per_step * len(records)
-        each = tokens / seconds if seconds else None
+        each = sum(record.read for record in records) / seconds if seconds else None
         if each is not None:
             self.speeds.append(each)
+            self.paces.append(len(records) / seconds)
         for record in records:
             line = _line(record) | {"seconds": round(self.before + time.perf_counter() - self.began, 3)}
             if each is not None:
@@ -364,12 +365,12 @@ class Run:
     def _watch(self) -> None:
         done, steps = self.trainer.step, self.recipe.steps
         recent = [loss for loss in list(self.losses)[-SHOWN_UPDATES:] if math.isfinite(loss)]
-        rate = statistics.median(self.speeds) if self.speeds else 0.0
+        rate, pace = (statistics.median(each) if each else 0.0 for each in (self.speeds, self.paces))
         self.watch(
             Progress(
                 done, steps, math.fsum(recent) / len(recent) if recent else None, self.last.get("grad_norm"),
                 self.last.get("lr"), self.validation, rate, None if self.share is None else rate * self.share,
-                (steps - done) * self.recipe.tokens_per_step / rate if rate else None, self.saved,
+                (steps - done) / pace if pace else None, self.saved,
             )
         )  # fmt: skip
 
@@ -479,12 +480,12 @@ class Run:
 
 
 def report(
-    folder: RunFolder, store: Store, config: GPTConfig, stored: Mapping[str, Any], status: str, kind: str = "good"
+    folder: RunFolder, store: Source, config: GPTConfig, stored: Mapping[str, Any], status: str, kind: str = "good"
 ) -> None:
     """Write the run's report.html; `kind` as of `reporting.Report`."""
     parameters = f"{memory.parameter_count(config):,} parameters: {config.layers} layers, width {config.width}"
     facts = (
-        ("data", f"{store.name}: {len(store.train):,} tokens to train on, {len(store.validation):,} held out"),
+        ("data", f"{store.name}: {store.amount}"),
         ("tokens", store.tokenizer.name),
         ("model", f"{parameters}, {config.heads} heads, context {config.context}"),
         ("versions", f"gptkern {__version__}, PyTorch {torch.__version__}"),

@@ -114,21 +114,21 @@ def label_completion(label: str) -> str:
     return f" {label}"
 
 
-def objects(path: str, option: str = "--data") -> Iterator[tuple[str, int, dict[str, Any]]]:
+def objects(path: str, option: str = "--data", needs: str = _NEEDS) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """(what an error calls it, number, object) of each line of a JSONL file, or of each item of a list in JSON.
 
-    Empty lines are passed over. Raises as `read_examples`.
+    Empty lines are passed over. Raises as `read_examples`; `needs` ends the error of what is no object.
     """
     with Reader(_source(path, option), option=option) as reader:
         called = f"{option} {reader.source.name}"
         first, found = _first(reader.chunks()), 0
-        for where, number, content in _items(reader, called) if first == b"[" else _lines(reader, called):
+        for where, number, content in _items(reader, called, needs) if first == b"[" else _lines(reader, called):
             if not isinstance(content, dict):
-                raise UserError(f"{where} is no JSON object; {_NEEDS}")
+                raise UserError(f"{where} is no JSON object; {needs}")
             found += 1
             yield where, number, content
         if not found:
-            raise UserError(f"{called}: it has no example; {_NEEDS}")
+            raise UserError(f"{called}: it has no example; {needs}")
 
 
 def _first(chunks: Iterator[bytes]) -> bytes:
@@ -195,14 +195,14 @@ def _words(error: Exception) -> str:
     return error.msg if isinstance(error, json.JSONDecodeError) else str(error).partition(";")[0]
 
 
-def _items(reader: Reader, called: str) -> Iterator[tuple[str, int, Any]]:
+def _items(reader: Reader, called: str, needs: str) -> Iterator[tuple[str, int, Any]]:
     """The items of a list in JSON, of which no more is in memory than the one that is read."""
     text = _Text(reader, called)
     text.next_character()  # the bracket
     number, character = 1, text.next_character()
     while character != "]":
         where = f"{called}: object {number}"
-        yield where, number, text.value(character, where)
+        yield where, number, text.value(character, where, needs)
         number, character = number + 1, text.next_character()
         if character == ",":
             character = text.next_character()
@@ -236,10 +236,10 @@ class _Text:
                     raise UserError(f"{self._called}: it is cut off: its list has no end")
                 return at_end
 
-    def value(self, first: str, where: str) -> Any:
+    def value(self, first: str, where: str, needs: str) -> Any:
         """The value that begins with the character that was given out last."""
         if first != "{":
-            raise UserError(f"{where} is no JSON object; {_NEEDS}")
+            raise UserError(f"{where} is no JSON object; {needs}")
         while True:
             try:
                 found, end = self._json.raw_decode(self._text, self._place - 1)

@@ -20,24 +20,25 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from gptkern.training.data.rows import Rows, check_length
+from gptkern.training.data.rows import check_length
 from gptkern.training.errors import UserError
 
 if TYPE_CHECKING:
-    from gptkern.training.data.store import Tokens
+    from gptkern.training.data.store import Shuffled, Tokens
 
 
 class Batch(NamedTuple):
     """What a process computes of an update.
 
     Args:
-        ids, targets: (rows, length) int64; a target is the id behind the one at its place.
-        tokens: targets that count in the whole update, over all processes.
+        ids, targets: (rows, length) int64; a target is the id behind the one at its place, or -100, which is none.
+        tokens: targets that count in the whole update, over all processes. read: ids of it that are no padding.
     """
 
     ids: torch.Tensor
     targets: torch.Tensor
     tokens: int
+    read: int
 
 
 class Batches:
@@ -57,7 +58,7 @@ class Batches:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: Shuffled,
         batch: int,
         *,
         update: int = 0,
@@ -92,7 +93,7 @@ class Batches:
         # The copy of pinned memory does not wait; the next ones are read meanwhile.
         ids, targets = (part.to(self.device, non_blocking=True) for part in (batch.ids, batch.targets))
         self.update = update + 1
-        return Batch(ids, targets, batch.tokens)
+        return Batch(ids, targets, batch.tokens, batch.read)
 
     def _taken(self, update: int) -> Batch:
         if self._ahead is None or not self._ahead.reaches(update):
@@ -120,17 +121,17 @@ class Batches:
 class _Maker:
     """Makes the batch of an update, on the CPU."""
 
-    def __init__(self, rows: Rows, batch: int, rank: int, world: int, pinned: bool):
+    def __init__(self, rows: Shuffled, batch: int, rank: int, world: int, pinned: bool):
         self.rows, self.batch, self.pinned = rows, batch, pinned
         self.share = batch // world
         self.first = rank * self.share
 
     def __call__(self, update: int) -> Batch:
-        ids = torch.from_numpy(self.rows.rows(update * self.batch + self.first, self.share))
-        parts = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        part = self.rows.part(update, self.batch, self.first, self.share)
+        ids, targets = (torch.from_numpy(np.ascontiguousarray(each)) for each in (part.ids, part.targets))
         if self.pinned:
-            parts = tuple(part.pin_memory() for part in parts)
-        return Batch(*parts, self.batch * self.rows.length)
+            ids, targets = ids.pin_memory(), targets.pin_memory()
+        return Batch(ids, targets, part.tokens, part.read)
 
 
 class _Ahead:
@@ -263,7 +264,8 @@ class Windows:
         for first in range(0, self._rows, rows):
             ids = np.stack([self[index] for index in range(first, min(first + rows, self._rows))])
             ids = torch.from_numpy(ids).to(device)
-            yield Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), ids[:, 1:].numel())
+            targets = ids[:, 1:].contiguous()
+            yield Batch(ids[:, :-1].contiguous(), targets, targets.numel(), targets.numel())
 
 
 def windows(tokens: Tokens, length: int, most: int | None = None) -> Windows:

@@ -16,7 +16,7 @@ read before.
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,20 @@ if TYPE_CHECKING:
 
 ROUNDS = 8
 LEAST_BITS = 6  # of 2 to 16 rows: with fewer bits some orders came more often than chance allows
+
+
+class Part(NamedTuple):
+    """What one process computes of an update.
+
+    Args:
+        ids, targets: (rows, length) int64; -100 is no target.
+        tokens: targets that count in the whole update, over all processes. read: ids of it that are no padding.
+    """
+
+    ids: np.ndarray
+    targets: np.ndarray
+    tokens: int
+    read: int
 
 
 class Rows:
@@ -64,14 +78,28 @@ class Rows:
             row[:] = self.tokens.read(start, start + self.length + 1)
         return ids
 
+    def part(self, update: int, batch: int, first: int, rows: int) -> Part:
+        """Of an update of `batch` rows those from `first` on."""
+        ids, tokens = self.rows(update * batch + first, rows), batch * self.length
+        return Part(ids[:, :-1], ids[:, 1:], tokens, tokens)
+
     def row(self, number: int) -> np.ndarray:
         """One row, (length + 1,) int64."""
         return self.rows(number, 1)[0]
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, int]:
         """The keys of its permutation, and its offset."""
-        drawn = [hashlib.blake2b(f"{self.seed} {epoch} {purpose}".encode()).digest() for purpose in ("order", "offset")]
-        return np.frombuffer(drawn[0], "<u8", ROUNDS), int.from_bytes(drawn[1], "little") % self._offsets
+        drawn = int.from_bytes(_drawn(self.seed, epoch, "offset"), "little")
+        return order_keys(self.seed, epoch), drawn % self._offsets
+
+
+def order_keys(seed: int, epoch: int) -> np.ndarray:
+    """Of the permutation of an epoch, (ROUNDS,) uint64."""
+    return np.frombuffer(_drawn(seed, epoch, "order"), "<u8", ROUNDS)
+
+
+def _drawn(seed: int, epoch: int, purpose: str) -> bytes:
+    return hashlib.blake2b(f"{seed} {epoch} {purpose}".encode()).digest()
 
 
 def check_length(tokens: Tokens, length: int, split: str) -> None:

@@ -12,9 +12,15 @@ import numpy as np
 
 from gptkern.formatting import shown, size
 from gptkern.training.data.plain_files import is_plain, open_plain
+from gptkern.training.data.rows import Part, Rows
 from gptkern.training.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+    from gptkern.training.data.loader import Batch, Windows
     from gptkern.training.data.tokenizers import Tokenizer
 
 MANIFEST = "manifest.json"
@@ -32,6 +38,46 @@ class Tokens(Protocol):
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """The ids from start to stop, (stop - start,), of an integer type; not to be written to."""
+        ...
+
+
+class Shuffled(Protocol):
+    """The endless, shuffled sequence of rows that a training reads, each of which can be computed alone."""
+
+    def part(self, update: int, batch: int, first: int, rows: int) -> Part:
+        """Of an update of `batch` rows those from `first` on."""
+        ...
+
+
+class InOrder(Protocol):
+    """The rows of a held-out part, in their order."""
+
+    def batches(self, rows: int, device: str | torch.device = "cpu") -> Iterator[Batch]:
+        """All of them, at most so many rows at a time; `tokens` are those of the batch."""
+        ...
+
+
+class Source(Protocol):
+    """What a training reads: a `Store` of text, or one of examples (`example_rows.ExampleStore`).
+
+    Attributes:
+        tokenizer: of its ids. name: where they come from, for people. fingerprint: 64 hexadecimal digits, other ones
+            for other ids, another split or another vocabulary. amount: of both splits, in words.
+    """
+
+    tokenizer: Tokenizer
+    name: str
+    fingerprint: str
+
+    @property
+    def amount(self) -> str: ...
+
+    def rows(self, length: int, seed: int, full: bool = False) -> Shuffled:
+        """Of at most `length` ids; `full`: of as many, padded where there are fewer. UserError: there is no row."""
+        ...
+
+    def held_out(self, length: int, most: int | None = None) -> InOrder:
+        """At most so many rows, evenly spread. Raises UserError where there is none."""
         ...
 
 
@@ -94,6 +140,20 @@ class Store(NamedTuple):
         except UserError as error:
             raise UserError(f"{option} {shown(str(folder))}: {error}") from error
         return cls(*tokens.values(), tokenizer, manifest, folder.resolve().name, _fingerprint(manifest))
+
+    @property
+    def amount(self) -> str:
+        return f"{len(self.train):,} tokens to train on, {len(self.validation):,} held out"
+
+    def rows(self, length: int, seed: int, full: bool = False) -> Rows:
+        """The shuffled rows of the training split, every one of them of `length` ids. Raises as `Rows`."""
+        return Rows(self.train, length, seed)
+
+    def held_out(self, length: int, most: int | None = None) -> Windows:
+        """The rows of the held-out split in order. Raises as `loader.Windows`."""
+        from gptkern.training.data.loader import windows
+
+        return windows(self.validation, length, most)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
