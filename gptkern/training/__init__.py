@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from gptkern.training.data.preparing import prepare
     from gptkern.training.data.store import Store
     from gptkern.training.exporting import export
+    from gptkern.training.growing import grow
     from gptkern.training.loading import load_model
     from gptkern.training.loop import Trainer
     from gptkern.training.recipe import Recipe
@@ -24,12 +25,13 @@ _HOMES = {
     "Store": "data.store",
     "Trainer": "loop",
     "export": "exporting",
+    "grow": "growing",
     "load_model": "loading",
     "prepare": "data.preparing",
     "train": "run",
 }
 
-__all__ = ["Checkpoints", "Keeping", "Recipe", "Store", "Trainer", "export", "load_model", "prepare", "train"]
+__all__ = ["Checkpoints", "Keeping", "Recipe", "Store", "Trainer", "export", "grow", "load_model", "prepare", "train"]
 
 
 def __getattr__(name: str):

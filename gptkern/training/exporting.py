@@ -179,8 +179,7 @@ def _end_token(path: Path, end_of_text: int | None) -> str | None:
 
 def _history(loaded: Loaded) -> dict[str, Any]:
     """What is kept for people."""
-    step = loaded.about.get("step")
-    return {"version": __version__} | ({} if step is None else {"step": step})
+    return {"version": __version__} | {key: loaded.about[key] for key in ("step", "grown") if key in loaded.about}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -69,10 +69,18 @@ def load_model(
         UserError: the folder holds no such model, one that this GPT does not compute, that does not fit together or
             into memory, or a tokenizer that is not the model's. The message names the file and what it needs.
     """
+    _, load = opened(folder, device, option, dropout)
+    return load()
+
+
+def opened(
+    folder: str | Path, device: torch.device | str = "cpu", option: str = "FOLDER", dropout: float | None = None
+) -> tuple[GPTConfig, Callable[[], Loaded]]:
+    """(its sizes, a function that loads it): load_model in two steps; the first takes no memory for weights."""
     folder = Path(folder)
     name = f"{option} {shown(str(folder))}".lstrip()
     config, tensors, tokenizer, about = _checked(folder, name, dropout)
-    return Loaded(tensors(config, device).eval(), tokenizer, about)
+    return config, lambda: Loaded(tensors(config, device).eval(), tokenizer, about)
 
 
 def _checked(folder: Path, name: str, dropout: float | None):
