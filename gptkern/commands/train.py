@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "train the reference GPT on a text or on tokens, into a run's folder"
 
-KEEPING = ("save_every", "keep", "evaluate_every", "evaluate_rows", "spike", "tensorboard")
+KEEPING = ("save_every", "keep", "evaluate_every", "evaluate_rows", "spike", "tensorboard", "patience")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

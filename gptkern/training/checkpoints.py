@@ -80,7 +80,9 @@ class Checkpoints:
         self._ranks: _Ranks | None = None
         self._process = os.getpid()
 
-    def save(self, step: int, tensors: dict[str, torch.Tensor], about: dict, *, wait: bool = False) -> None:
+    def save(
+        self, step: int, tensors: dict[str, torch.Tensor], about: dict, *, best: int | None = None, wait: bool = False
+    ) -> None:
         """Saves the tensors as they are now, and `about`. Returns once they are copied; a thread writes them.
 
         The copies stay allocated for the next save. A save waits for the one before. A checkpoint of the same step that
@@ -89,7 +91,8 @@ class Checkpoints:
 
         Args:
             step: updates done, at least 0. tensors: flat names; whole tensors or DTensors, on any device.
-            about: what JSON can hold. wait: return once it is on the disk.
+            about: what JSON can hold. best: a step whose checkpoint stays, however old. wait: return once it is on the
+                disk.
 
         Raises:
             RunError: the save before, or this one with `wait`, could not be written; older ones are whole.
@@ -101,7 +104,7 @@ class Checkpoints:
         for name, tensor in tensors.items():
             _check(name, tensor)
         text = _text(about)
-        job = _Job(step, dict(tensors), self._copied(tensors), text)
+        job = _Job(step, dict(tensors), self._copied(tensors), text, best)
         if self._ranks is None:
             self._ranks = _Ranks()
         self._saving = True  # noted first: an interrupt between the two does not lose it
@@ -219,7 +222,7 @@ class Checkpoints:
                 shutil.rmtree(partial, ignore_errors=True)
             return RunError(f"{printable(self.folder / name)} was not saved: {_reason(error)}; {self._left()}")
         try:
-            ranks.together(lambda: self._remove(job.step) if ranks.rank == 0 else None)
+            ranks.together(lambda: self._remove(job) if ranks.rank == 0 else None)
         except BaseException as error:
             what = f"{name} is whole, and older checkpoints could not be removed"
             return RunError(f"{printable(self.folder)}: {what}: {_reason(error)}")
@@ -275,9 +278,9 @@ class Checkpoints:
         partial.rename(path)
         sync(self.folder)
 
-    def _remove(self, step: int) -> None:
+    def _remove(self, job: _Job) -> None:
         """What the checkpoint of a step makes superfluous. Those of later steps are not counted, and stay."""
-        for _, old in [each for each in self._found() if each[0] <= step][: -self.keep]:
+        for _, old in [each for each in self._found() if each[0] <= job.step and each[0] != job.best][: -self.keep]:
             # Renamed first: a half removed one would look like a damaged one.
             old.rename(self.folder / f".{old.name}{DELETED}")
         self._clear()
@@ -297,6 +300,7 @@ class _Job(NamedTuple):
     tensors: dict[str, torch.Tensor]  # for their shapes alone: training goes on in them
     copies: dict[str, torch.Tensor]
     about: bytes
+    best: int | None
 
 
 class _Ranks:

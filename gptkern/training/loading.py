@@ -28,6 +28,7 @@ from gptkern.training.checkpoints import Checkpoints
 from gptkern.training.data.plain_files import is_plain
 from gptkern.training.errors import UserError, reason
 from gptkern.training.model_files import CONFIG, PARAMETERS
+from gptkern.training.stopping import best_of
 from gptkern.training.tensor_files import Header, SafetensorsFiles, Tensors, json_object, said
 
 if TYPE_CHECKING:
@@ -199,6 +200,7 @@ def _found(folder: Path, name: str, dropout: float | None):
         if checkpoint is None:
             why = f": {'; '.join(passed_over)}" if passed_over else "; its run has saved none yet"
             raise UserError(f"{name} holds no whole checkpoint{why}")
+        checkpoint = _best(folder, checkpoint, passed_over)
         about = {"kind": "run", "passed_over": passed_over}
         return _of_checkpoint(checkpoint, folder, name, dropout, about)
     with model_files.refused(name):
@@ -206,6 +208,20 @@ def _found(folder: Path, name: str, dropout: float | None):
     if gpt2_layout.is_config(content):
         return _of_transformers(folder, content, name, dropout)
     return _of_gptkern(folder, name, dropout)
+
+
+def _best(folder: Path, newest: Checkpoint, passed_over: list[str]) -> Checkpoint:
+    """The checkpoint with the lowest held-out loss, of a run that kept it (`--patience`); else the newest."""
+    best = best_of(newest)
+    if best is None or best.step == newest.step:
+        return newest
+    found = Checkpoint(folder / CHECKPOINTS / f"step-{best.step:08}")
+    try:
+        found.verify()
+    except UserError as error:
+        passed_over.append(f"{error}: it is the best one, and the newest is taken")
+        return newest
+    return found
 
 
 class _naming:

@@ -137,6 +137,8 @@ KEYS = {
         Key("evaluate_rows", _positive, 64, "rows of the held-out part that an evaluation on the way looks at", FREE),
         Key("spike", KINDS["clip"], 3.0, "nats by which losses may be above the median of the last 100: above it "
             "nothing is saved, and 10 updates in a row, or the last one, end the run; 0 for no limit", FREE),
+        Key("patience", _positive, None, "evaluations without a lower held-out loss that end the run; its model is "
+            "the best one's (default: all of the steps, and the last one's)", FREE),
         Key("tensorboard", Choice(("auto", "on", "off")), "auto", "write TensorBoard's files too: auto, on, off; auto "
             "where it is installed", FREE),
     )

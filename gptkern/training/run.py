@@ -35,6 +35,7 @@ from gptkern.training.loop import Trainer, new_model
 from gptkern.training.recipe import Recipe
 from gptkern.training.run_folder import RunFolder
 from gptkern.training.running import Keeping, Outcome, Progress, Run, finished, report
+from gptkern.training.stopping import Waiting, best_of
 from gptkern.version import __version__
 
 __all__ = ["Keeping", "Outcome", "Progress", "train"]
@@ -94,9 +95,9 @@ def train(
             start = _start(folder, checkpoints, store, say) if resume else None
             config, made = _model(folder, config, model, start, resume)
             stored = _stored(keys or {}, recipe, keeping, config, swap)
-            if start is not None and (outcome := _finished(folder, start, recipe)) is not None:
+            if start is not None and (outcome := _finished(folder, start, recipe, keeping)) is not None:
                 if not _is_reported(folder, start):
-                    report(folder, store, config, stored, finished(recipe.steps))
+                    report(folder, store, config, stored, finished(recipe.steps, start.step, best_of(start)))
                 return outcome
             if recipe.mup is not None:
                 _check_mup(config, recipe.mup, made)
@@ -188,13 +189,17 @@ def _other_versions(start: Checkpoint | None) -> list[str]:
     return [f"{here}: the rest is not bit for bit what the run would have been"]
 
 
-def _finished(folder: RunFolder, start: Checkpoint, recipe: Recipe) -> Outcome | None:
-    """How a run ended that has done all of its updates, the last evaluation included."""
-    if start.step < recipe.steps:
+def _finished(folder: RunFolder, start: Checkpoint, recipe: Recipe, keeping: Keeping) -> Outcome | None:
+    """How a run ended that has done all of its updates, the last evaluation included, or waited long enough."""
+    waiting = Waiting(keeping.patience)
+    waiting.take_up(start, metrics.lines(folder.metrics))
+    if start.step < recipe.steps and not waiting.is_over:
         return None
     last = collections.deque(metrics.lines(folder.metrics), maxlen=1)
     if last and last[0]["step"] >= start.step and "validation_loss" not in last[0]:
         return None
+    if (best := waiting.best) is not None:
+        return Outcome(start.step, True, best.loss, folder.checkpoints / f"step-{best.step:08}")
     return Outcome(start.step, True, last[0].get("validation_loss") if last else None, start.folder)
 
 
@@ -248,7 +253,8 @@ def _check_rows(store: Source, recipe: Recipe) -> None:
 def _check_room(folder: RunFolder, config: GPTConfig, stored: Mapping[str, Any], checkpoints: Checkpoints) -> None:
     """A new checkpoint is written before the oldest goes."""
     saves = math.ceil(stored["steps"] / stored["save_every"])
-    more = max(1, min(saves, stored["keep"] + 1) - len(checkpoints.all()))
+    kept = stored["keep"] + 1 + (stored.get("patience") is not None)
+    more = max(1, min(saves, kept) - len(checkpoints.all()))
     needed = more * CHECKPOINT_BYTES * memory.parameter_count(config)
     free = shutil.disk_usage(folder.path).free
     if needed > free:

@@ -31,6 +31,7 @@ from gptkern.training.errors import RunError, UserError, kept
 from gptkern.training.interrupting import postponed
 from gptkern.training.loop import Diverged, Record, Trainer, check_finite
 from gptkern.training.run_folder import RunFolder
+from gptkern.training.stopping import Best, Waiting
 from gptkern.version import __version__
 
 # Updates between two looks at a GPU's numbers, for which it is waited; on a CPU each is there at once.
@@ -59,6 +60,9 @@ class Keeping:
             Above it nothing is saved, by a signal neither; after 10 such updates in a row, or with such a last one, the
             run ends as Diverged; 0 for no limit.
         tensorboard: "on", "off", or "auto": where it is installed.
+        patience: so many evaluations in a row that are no better than the best before them end the run. The checkpoint
+            of the best one stays, and is what `load_model` takes of the run; every evaluation then looks at the same
+            `evaluate_rows` rows. None for no end before the last step, whose checkpoint is taken.
     """
 
     save_every: int | None = None
@@ -67,6 +71,7 @@ class Keeping:
     evaluate_rows: int = 64
     spike: float = 3.0
     tensorboard: str = "auto"
+    patience: int | None = None
 
 
 class Progress(NamedTuple):
@@ -94,9 +99,10 @@ class Outcome(NamedTuple):
     """How a run ended that did not fail.
 
     Args:
-        step: updates done. finished: all of them. validation_loss: the last one.
-        checkpoint: the newest whole one, of this step; of an earlier one where a run was interrupted in a spike; None
-            where an interrupted run has none.
+        step: updates done. finished: all of them, or as many as `patience` allowed. validation_loss: the last one, or
+            with `patience` the best.
+        checkpoint: the newest whole one, of this step; of an earlier one where a run was interrupted in a spike, or
+            where with `patience` the best one is; None where an interrupted run has none.
     """
 
     step: int
@@ -132,6 +138,7 @@ class Run:
         self.doubtful = False  # the evaluation of this update is far above
         self.before_doubt = math.inf  # the lowest evaluation before this one
         self.due = False  # a checkpoint that waits for better losses
+        self.waiting_for = Waiting(keeping.patience)  # a better evaluation
         self.saved: int | None = None
         # Of this run, a damaged one that it passed over not among them: what is whole, and what is on its way.
         self.newest: Path | None = None
@@ -202,6 +209,8 @@ class Run:
             self.entry = trainer.store.tokenizer.save(folder.path)
         found = metrics.cut(folder.metrics, trainer.step)
         self._take_up(found)
+        if start is not None:
+            self.waiting_for.take_up(start, found)
         late = {}
         told = bool(found) and found[-1]["step"] == trainer.step
         if told and self._is_evaluated(trainer.step) and "validation_loss" not in found[-1]:
@@ -209,6 +218,7 @@ class Run:
             late = self._evaluated()
             metrics.replace_last(folder.metrics, found[-1] | late)
             self._know(found[-1] | late)
+            self.due = False  # of this step there is a checkpoint
         if self.has_board:
             self.board = Board(folder.tensorboard, trainer.step, self.say)
             if late:
@@ -242,21 +252,29 @@ class Run:
 
     def _loop(self) -> Outcome:
         trainer, steps = self.trainer, self.recipe.steps
-        while trainer.step < steps and not self.stop():
+        while trainer.step < steps and not self.waiting_for.is_over and not self.stop():
             self._advance()
             if trainer.step == steps:
                 self._check_end()
-            self.due |= trainer.step % self.save_every == 0
+            self.due |= trainer.step % self.save_every == 0 or self.waiting_for.is_over
             if trainer.step == steps or (self.due and not self._is_far_above()):
                 self._save(wait=trainer.step == steps)
             self._watch()
-        if trainer.step < steps:
+        if trainer.step < steps and not self.waiting_for.is_over:
             return self._interrupted()
-        self._check_end()
-        if self.saved != steps:
+        if trainer.step == steps:
+            self._check_end()
+        if self.saved != trainer.step and not (self.waiting_for.is_over and self._is_far_above()):
             self._save(wait=True)
-        self._report(finished(steps), "good")
-        return Outcome(steps, True, self.validation, self.newest)
+        self._settle()
+        self._report(finished(steps, trainer.step, self.waiting_for.best), "good")
+        return self._outcome()
+
+    def _outcome(self) -> Outcome:
+        best = self.waiting_for.best
+        if best is None:
+            return Outcome(self.trainer.step, True, self.validation, self.newest)
+        return Outcome(self.trainer.step, True, best.loss, self.checkpoints.folder / f"step-{best.step:08}")
 
     def _advance(self) -> None:
         """Updates up to the next look, and their lines."""
@@ -321,7 +339,8 @@ class Run:
 
     def _evaluated(self) -> dict[str, float]:
         """What the line of this update says of the held-out part."""
-        final = self.trainer.step == self.recipe.steps
+        # With a patience they are compared, and so have to be of the same rows.
+        final = self.trainer.step == self.recipe.steps and self.keeping.patience is None
         try:
             loss = self.trainer.validate(FINAL_ROWS if final else self.keeping.evaluate_rows)
         except Diverged:
@@ -329,6 +348,7 @@ class Run:
             raise
         lowest = self.lowest if self.untrained is None else min(self.lowest, self.untrained)
         self.doubtful, self.before_doubt = 0 < self.keeping.spike < loss - lowest, lowest
+        self.due |= self.waiting_for.note(self.trainer.step, loss, not self._is_far_above())
         return {"validation_loss": loss}
 
     def _is_far_above(self) -> bool:
@@ -388,8 +408,10 @@ class Run:
             "data": {"fingerprint": trainer.store.fingerprint, "name": trainer.store.name},
             "validation_loss": self.validation,
         }
+        about |= self.waiting_for.about()
+        best = self.waiting_for.best
         self._settle()
-        self.checkpoints.save(trainer.step, tensors, about)
+        self.checkpoints.save(trainer.step, tensors, about, best=best and best.step)
         self.begun = self.checkpoints.folder / f"step-{trainer.step:08}"
         if wait or self.replacing:
             self._settle()
@@ -495,8 +517,11 @@ def report(
     reporting.write(folder.report, reporting.Report("gptkern train", status, kind, lines, stored, facts, unit))
 
 
-def finished(steps: int) -> str:
-    return f"Finished: {steps:,} updates."
+def finished(steps: int, done: int, best: Best | None) -> str:
+    early = f"Finished: {steps:,} updates." if done == steps else f"Ended early: {done:,} of {steps:,} updates."
+    if best is None:
+        return early
+    return f"{early} The held-out loss was lowest at step {best.step:,}, {best.loss:.4f}: that model is the run's."
 
 
 def _above(step: int, what: str, loss: float, than: str, other: float) -> Diverged:
