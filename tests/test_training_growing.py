@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -164,12 +165,23 @@ def test_other_sizes_are_refused(sizes, message):
         grow(small(), **sizes)
 
 
-def test_a_model_with_other_parameters_is_refused():
-    for change in (gptkern.quantize, lambda model: lora.add(model, 2)):
-        other = small(torch.float32)
-        change(other)
-        with pytest.raises(ValueError, match="model's parameters are not those of the stock GPT"):
-            grow(other, 48)
+def with_head(model: GPT) -> None:
+    model.score = torch.nn.Linear(24, 3, bias=False)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (gptkern.quantize, r"the model has no blocks\.0\.attention\.project\.weight"),
+        (lambda model: lora.add(model, 2), r"the model has blocks\.0\.attention\.project\.lora_A of shape \(2, 24\)"),
+        (with_head, r"the model has score\.weight of shape \(3, 24\); it needs to be the stock GPT"),
+    ],
+)
+def test_a_model_with_other_parameters_is_refused(change, message):
+    other = small(torch.float32)
+    change(other)
+    with pytest.raises(ValueError, match=message):
+        grow(other, 48)
 
 
 # --- The command ------------------------------------------------------------------------------------------------------
@@ -245,6 +257,14 @@ def test_what_is_not_the_same_is_not_written(here, command, monkeypatch):
     status, _, errors = command("run", "--width", 64, "--out", "out")
     assert (status, errors.count("\n"), os.path.exists("out")) == (1, 1, False)
     assert "gptkern grow: the larger model's logits differ by " in errors and "nothing was written" in errors
+
+
+def test_a_full_disk_is_seen_before_any_work(here, command, monkeypatch):
+    free = shutil.disk_usage(here)._replace(free=10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    monkeypatch.setattr(growing, "grow", lambda *arguments: pytest.fail("it began"))
+    status, _, errors = command("run", "--width", 64, "--out", "out")
+    assert status == 2 and "on the disk and there are 10 kB" in errors and not os.path.exists("out")
 
 
 @pytest.mark.deep

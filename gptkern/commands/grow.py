@@ -8,6 +8,7 @@ import sys
 from gptkern.commands import RunError, UserError, places
 from gptkern.commands.interrupts import import_torch, uninterrupted
 from gptkern.commands.options import positive, seed
+from gptkern.formatting import shown
 
 SUMMARY = "widen and deepen a model so that it computes the same, to train it on"
 
@@ -45,9 +46,12 @@ def run(args: argparse.Namespace) -> int:
     growing.check_memory(config, larger)
     places.room("--out", out, memory.FLOAT32 * memory.parameter_count(larger))
     loaded = load()
-    model_files.check_finite(loaded.model, f"CHECKPOINT {args.model}")
+    model_files.check_finite(loaded.model, f"CHECKPOINT {shown(args.model)}")
     say_passed_over("grow", loaded)
-    made = growing.grow(loaded.model, args.width, args.layers, torch.Generator().manual_seed(args.seed))
+    try:
+        made = growing.grow(loaded.model, args.width, args.layers, torch.Generator().manual_seed(args.seed))
+    except ValueError as error:
+        raise UserError(f"CHECKPOINT {shown(args.model)}: {str(error).removeprefix('grow: ')}") from None
     apart, largest = growing.difference(loaded.model, made)
     if not apart <= WRONG * largest:
         raise RunError(f"the larger model's logits differ by {apart:g} of {largest:g}; nothing was written")

@@ -106,17 +106,18 @@ def grow(
         A stock GPT on the CPU, of that dtype, in eval mode.
 
     Raises:
-        ValueError: sizes as `grown` says; or the model's parameters are not the stock GPT's (int8, or with adapters).
+        ValueError: sizes as `grown` says; or the model's parameters are not the stock GPT's (int8, adapters, heads).
     """
     try:
         config = grown(model.config, width, layers)
     except ValueError as error:
         raise ValueError(f"grow: {error}") from None
     found = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    if {name: tuple(parameter.shape) for name, parameter in found.items()} != model_files.parameter_shapes(
-        model.config
-    ):
-        raise ValueError("grow: model's parameters are not those of the stock GPT; it needs to be float, no adapters")
+    shapes = {name: tuple(parameter.shape) for name, parameter in found.items()}
+    if other := sorted(shapes.items() ^ model_files.parameter_shapes(model.config).items()):
+        name, shape = other[0]
+        what = f"the model has {name} of shape {shape}" if name in shapes else f"the model has no {name}"
+        raise ValueError(f"grow: {what}; it needs to be the stock GPT, in floating point, without adapters or heads")
     made = model_files.empty_model(config).to(found["token_embedding.weight"].dtype).eval()
     wide = _Wide(model.config, config, generator)
     # Which block each one is of; the first of them is the block itself, the others are copies behind it.
@@ -140,7 +141,11 @@ def difference(small: GPT, large: GPT) -> tuple[float, float]:
     generator = torch.Generator().manual_seed(0)
     length = min(_TRIED, small.config.context)
     ids = torch.randint(small.config.vocab_size, (1, length), generator=generator)
-    logits = [model.eval()(ids.to(model.lm_head.weight.device))[0].cpu().double() for model in (small, large)]
+    logits = []
+    for model in (small, large):
+        was_training = model.training
+        logits.append(model.eval()(ids.to(model.lm_head.weight.device))[0].cpu().double())
+        model.train(was_training)
     return float((logits[0] - logits[1]).abs().max()), float(logits[0].abs().max())
 
 
