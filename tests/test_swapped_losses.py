@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import warnings
 
@@ -15,6 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gptkern
+from gptkern.models import GPT
 
 VOCABULARY, WIDTH = 61, 16
 # The sums of a loss, and of gradients of size 0.1 and below, in float32 and another order.
@@ -116,6 +118,12 @@ def assert_same(actual, expected):
     assert actual[1].keys() == expected[1].keys()
     for name, gradient in actual[1].items():
         torch.testing.assert_close(gradient, expected[1][name], **GRADIENTS, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def line_of(cls, text, file="test_swapped_losses.py"):
+    """`file.py:12`, of the line in a class's source that holds the text."""
+    lines, first = inspect.getsourcelines(cls)
+    return f"{file}:{first + next(at for at, line in enumerate(lines) if text in line)}"
 
 
 def fused(report):
@@ -249,7 +257,8 @@ def test_a_head_that_is_another_one_by_now_gets_its_logits():
     messages, logits = told_of(model, ids, targets)
     assert len(seen) == 1 and torch.equal(logits, expected[0])
     assert messages == [
-        "GPT computes its logits whole, and its loss of them: its lm_head has hooks, or a forward of its own"
+        f"GPT computes its logits whole, and its loss of them: {line_of(GPT, 'self.lm_head(hidden)', 'gpt.py')}: its "
+        "lm_head has hooks, or a forward of its own"
     ]
     # Once.
     assert told_of(model, ids, targets)[0] == []
@@ -261,15 +270,6 @@ def test_a_head_that_is_another_one_by_now_gets_its_logits():
 
 
 # --- What is left alone -----------------------------------------------------------------------------------------------
-
-
-class Sliced(Tiny):
-    def forward(self, ids, targets=None):
-        logits = self.head(self.tokens(ids))
-        loss = None
-        if targets is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
-        return logits, loss
 
 
 class Penalised(Tiny):
@@ -427,14 +427,13 @@ def with_loss(logits, targets):
 @pytest.mark.parametrize(
     ("cls", "says"),
     [
-        (Sliced, "does more with the logits than to flatten them"),
-        (Penalised, "does something else with the logits"),
-        (InADictionary, "does something else with the logits"),
-        (WhileTraining, "has another condition for the loss than an argument that is given"),
+        (Penalised, "does something else with the logits than to return them"),
+        (InADictionary, "does something else with the logits than to return them"),
+        (WhileTraining, "is another condition for the loss than an argument that is given"),
         (Twice, "2 losses are taken in its forward"),
         (Cut, "makes other logits"),
         (LeavesEarly, "may leave without the loss"),
-        (Rebound, "'targets', on which the loss hangs, is no argument, or is made anew"),
+        (Rebound, "hangs on 'targets', which is no argument, or is made anew"),
         (WritesIntoItsInput, "may write into what the head is given"),
         (LearnsItsScale, "its logits are scaled by a Parameter, not by a number"),
         (DeepHead, "its head is a Sequential, not a torch.nn.Linear"),
@@ -483,7 +482,7 @@ def test_a_source_that_is_not_the_code_is_not_believed():
         "        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())\n",
         namespace,
     )
-    assert reason(gptkern.swap(namespace["Typed"](), fused_loss=True)) == "its source is not to be had"
+    assert reason(gptkern.swap(namespace["Typed"](), fused_loss=True)) == "<string>:2: its source is not to be had"
 
 
 def test_fused_loss_is_true_or_false():

@@ -9,7 +9,10 @@ routed_classes.py  the subclass of a module's class that has such a forward
 encoders.py        what torch.nn's encoders give on their fast path, in those that are rerouted
 edits.py           what of a forward is changed in its source
 activations.py     activations, and products with them
-fused_loss.py      the loss of a model's own forward, without its logits
+fused_loss.py      the loss of a model's own forward, without its logits: what it calls
+loss_code.py       where a forward takes its loss, and the same without the logits, in its source
+logits_code.py     what is done with the logits before it, as far as the hidden states can stand in for them
+harmless_code.py   statements that are known to write nothing
 edited_code.py     a function's code again, changed in its source
 transformers.py    attention by name in Hugging Face's models; imported only where transformers is in use
 known_code.py      norms and rotary embeddings that these write out, known by their code

@@ -6,6 +6,8 @@
     if self.training:                           a condition of these, around these
         loss = 0.0
 
+    loss_fct = CrossEntropyLoss()               a module that is made
+
 What runs between a head and its loss may change neither what the head was given nor its weight, under whatever name:
 the fused loss would see the change. No list of writes is ever whole, so this is one of what writes nothing.
 """
@@ -43,6 +45,8 @@ _EXPRESSIONS = (
     ast.expr_context,
 )
 _METHODS = {
+    "all",
+    "any",
     "bool",
     "clone",
     "contiguous",
@@ -59,47 +63,49 @@ _METHODS = {
     "new_full",
     "new_zeros",
     "numel",
+    "permute",
     "repeat",
     "reshape",
     "roll",
     "size",
     "squeeze",
+    "sum",
     "to",
     "transpose",
     "unsqueeze",
     "view",
     "where",
 }
+# Of a module they change the module.
+_OF_MODULES = {"float", "to"}
 _FUNCTIONS: tuple[Callable, ...] = (
     torch.arange,
     torch.cat,
     torch.full_like,
+    torch.nn.CrossEntropyLoss,
     torch.nn.functional.pad,
     torch.ones_like,
     torch.roll,
+    torch.tanh,
     torch.where,
     torch.zeros_like,
 )
 
 
-def is_harmless(statement: ast.stmt, function: types.FunctionType, names: set[str], head: tuple[str, str]) -> bool:
-    """Whether a statement of the function is of these, and reads none of the names, nor the head, of ("self", name)."""
+def is_harmless(node: ast.stmt | ast.expr, function: types.FunctionType, this: str) -> bool:
+    """Whether a statement, or an expression, of the function is of these; `this` is its "self"."""
 
     code = function.__code__
     at = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
     kwargs = code.co_varnames[at] if code.co_flags & inspect.CO_VARKEYWORDS else None
 
     def expression(node: ast.expr | None) -> bool:
-        return node is None or all(part(one) for one in ast.walk(node))
+        return node is None or all(isinstance(one, _EXPRESSIONS) and is_call(one) for one in ast.walk(node))
 
-    def part(node: ast.AST) -> bool:
-        if isinstance(node, ast.Call):
-            return call(node)
-        if isinstance(node, ast.Name) and node.id in names:
-            return False
-        return isinstance(node, _EXPRESSIONS) and edited_code.attributes_of(node, head[0]) != head[1:]
-
-    def call(node: ast.Call) -> bool:
+    def is_call(node: ast.AST) -> bool:
+        """Whether it is a call that is known, or none."""
+        if not isinstance(node, ast.Call):
+            return True
         if any(keyword.arg in (None, "out") for keyword in node.keywords):
             return False
         called = edited_code.value(node.func, function)
@@ -109,7 +115,9 @@ def is_harmless(statement: ast.stmt, function: types.FunctionType, names: set[st
             return edited_code.is_name(node.func.value, kwargs)
         # A module's own method may do anything, whatever its name.
         is_method = isinstance(node.func, ast.Attribute) and called is None
-        return is_method and node.func.attr in _METHODS and not edited_code.is_name(node.func.value, head[0])
+        if not is_method or node.func.attr not in _METHODS or edited_code.is_name(node.func.value, this):
+            return False
+        return node.func.attr not in _OF_MODULES or edited_code.attributes_of(node.func.value, this) is None
 
     def is_bound(target: ast.expr) -> bool:
         return isinstance(target, ast.Name) or (isinstance(target, ast.Tuple) and all(map(is_bound, target.elts)))
@@ -128,7 +136,7 @@ def is_harmless(statement: ast.stmt, function: types.FunctionType, names: set[st
             return expression(one.test) and all(map(known, [*one.body, *one.orelse]))
         return False
 
-    return known(statement)
+    return expression(node) if isinstance(node, ast.expr) else known(node)
 
 
 def writes(node: ast.AST) -> bool:

@@ -89,13 +89,17 @@ def swap(
         ops: the operators to put in, of `gptkern.swapping.SWAPPABLE`; all by default.
         strict: raise where anything asked for has to be skipped.
         fused_loss: the loss that the model's own forward takes of the logits of its head (transformers' causal models
-            with `labels`, the reference GPT with `targets`, and others whose source shows no more between head and
-            loss than a factor, a softcap and a flattening) runs on `linear_cross_entropy`, which makes no logits: a
-            call with targets then returns the loss, and None for the logits. transformers' tuples
-            (`return_dict=False`, an output's `[…]`) leave them out: `[1]` is then what came behind them, as a rule
-            the cache. A call without targets is unchanged. Where it is not known what a forward does with its logits,
-            or that nothing is written between its head and its loss, it is left alone, and the report says why. Where a
-            head or a loss function is another one by the time of a call, the logits are made, and a warning says so.
+            with `labels`, the reference GPT with `targets`, and others whose source shows no more between head and loss
+            than a factor, a softcap, `.float()`, a view as rows of the vocabulary, a slice of positions or the classes
+            moved to the second dimension) runs on `linear_cross_entropy`, which makes no logits: a call with targets
+            then returns the loss, and None for the logits. The loss is F.cross_entropy, a torch.nn.CrossEntropyLoss
+            that the forward makes or the module holds, or transformers' `loss_function`, with their options, and has
+            the dtype that it had. transformers' tuples (`return_dict=False`, an output's `[…]`) leave them out: `[1]`
+            is then what came behind them, as a rule the cache. A call without targets is unchanged. Where it is not
+            known what a forward does with its logits, or that nothing is written between its head and its loss, it is
+            left alone, and the report says why, with the file and line. Where a head or a loss is another one by the
+            time of a call, or a size that the code takes for the vocabulary's is not the head's, the logits are made,
+            and a warning says so; torch.jit.trace records the stock forward.
 
     Returns:
         The report: what was replaced, and what was left alone and why.
@@ -215,7 +219,7 @@ class _Plan:
         self.sums: dict[type, tuple[list[str], Border]] = {}
         self.inherited: dict[type, dict[tuple[type, str], frozenset[str]]] = {}
         self.made: dict[tuple[type, tuple[str, ...]], type | str] = {}
-        self.edits: dict[type, edits.Found] = {}
+        self.edits: dict[tuple[type, bool], edits.Found] = {}
         # Whether a forward takes a loss, which is fused or of which the report says why not.
         self.has_loss = False
         # The names of modules whose attention was eager's, which alone gives a call's output_attentions.
@@ -340,16 +344,17 @@ class _Plan:
 
     def decide_edits(self, name: str, module: torch.nn.Module, original: type, before: tuple) -> frozenset[str]:
         """The operators that the source of the module's forward is changed for."""
-        if original not in self.edits:
-            self.edits[original] = edits.found(original)
-        found, operators = self.edits[original], set()
+        criterion = edits.holds_criterion(module)
+        if (original, criterion) not in self.edits:
+            self.edits[original, criterion] = edits.found(original, criterion)
+        found, operators = self.edits[original, criterion], set()
         if edits.activates(found, module):
             operators.add(ACTIVATION)
         if LOSS in self.operators or LOSS in before:
             reason = edits.reason_against_loss(found, module)
             if reason is not None and LOSS in self.operators:
                 self.skip(name, original, reason)
-            if LOSS in before or (reason is None and found.site is not None):
+            if LOSS in before or (reason is None and edits.takes_loss(found, module)):
                 operators.add(LOSS)
             self.has_loss |= reason is not None or LOSS in operators
         return frozenset(operators)
