@@ -290,6 +290,7 @@ def test_float32_weights_of_a_model_in_16_bits_are_not_rounded():
     assert torch.equal(loss, expected) and swapped.weights.dtype == torch.float32
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
 def test_a_trace_is_that_of_the_stock_model():
     model, (ids, targets) = Lecture(), ids_and_targets()
     gptkern.swap(model, fused_loss=True)
