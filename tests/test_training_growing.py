@@ -264,7 +264,7 @@ def test_a_full_disk_is_seen_before_any_work(here, command, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     monkeypatch.setattr(growing, "grow", lambda *arguments: pytest.fail("it began"))
     status, _, errors = command("run", "--width", 64, "--out", "out")
-    assert status == 2 and "on the disk and there are 10 kB" in errors and not os.path.exists("out")
+    assert status == 2 and "on the disk and there are 10.0 kB" in errors and not os.path.exists("out")
 
 
 @pytest.mark.deep
