@@ -1,4 +1,4 @@
-"""The command line: `gptkern info | check | demo | data | train | export | grow | generate | bench | tune`.
+"""The command line: `gptkern info | check | demo | data | train | finetune | export | grow | generate | bench | tune`.
 
 Every subcommand is a module `gptkern/commands/<name>.py` with
 
@@ -39,6 +39,7 @@ COMMANDS = {
     "bench": "time this machine's kernels against their peers; `bench report DIR` draws the report",
     "tune": "choose tiles and backends for this machine's GPU by measuring them",
     "export": "write a run's model as safetensors that transformers loads",
+    "finetune": "fine-tune a model on examples: prompts and completions, labels, translations, texts",
     "grow": "widen and deepen a model so that it computes the same, to train it on",
     "generate": "generate text from a run or a model's folder",
 }

@@ -7,7 +7,7 @@ The types refuse while the options are read, before any work. Their errors go on
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from gptkern.commands import UserError
@@ -55,12 +55,22 @@ probability = real("of at least 0 and below 1", lambda number: 0 <= number < 1)
 seed = whole(-(2**63), 2**64 - 1)
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """An option for each key of a recipe; None where it is not given, so that a recipe's file can say it."""
+def add_recipe_arguments(
+    parser: argparse.ArgumentParser, without: Collection[str] = (), defaults: Mapping[str, Any] = {}
+) -> None:
+    """An option for each key of a recipe; None where it is not given, so that a recipe's file can say it.
+
+    Args:
+        without: keys that have none. defaults: of the command, in place of the keys' own; shown alone.
+    """
     for key in recipe_files.KEYS.values():
-        words = key.words
-        if key.default is not None and "default:" not in words and not isinstance(key.kind, values.Switch):
-            words += f" (default: {key.default})"
+        if key.name in without:
+            continue
+        words, default = key.words, defaults.get(key.name, key.default)
+        if key.name in defaults:
+            words = words.partition(" (default")[0]
+        if default is not None and "default:" not in words and not isinstance(key.kind, values.Switch):
+            words += f" (default: {default})"
         if isinstance(key.kind, values.Switch):
             parser.add_argument(key.option, action=argparse.BooleanOptionalAction, help=words)
         elif key.name == "preset":

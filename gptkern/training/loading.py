@@ -95,6 +95,15 @@ def _checked(folder: Path, name: str, dropout: float | None):
     return config, tensors, tokenizer, about
 
 
+def reading(folder: str | Path, option: str = "FOLDER") -> tuple[GPTConfig, Tokenizer]:
+    """(the sizes of a folder's model, its tokenizer), before any weight is read. Raises as `load_model`."""
+    name = f"{option} {shown(str(folder))}"
+    config, _, tokenizer, about = _checked(Path(folder), name, None)
+    if tokenizer is None:
+        raise _without_tokenizer(config, about, name)
+    return config, tokenizer
+
+
 def starting_model(
     folder: str | Path,
     tokenizer: Tokenizer,
@@ -164,14 +173,18 @@ def same_tokens(model: Tokenizer, data: Tokenizer) -> bool:
 
 def with_tokenizer(loaded: Loaded, name: str) -> Tokenizer:
     """The tokenizer. Raises UserError where there is none; `name` is what it calls the folder."""
-    if loaded.tokenizer is not None:
-        return loaded.tokenizer
-    if loaded.about["kind"] == "gptkern":
-        tokens = loaded.model.config.vocab_size
-        raise UserError(
+    if loaded.tokenizer is None:
+        raise _without_tokenizer(loaded.model.config, loaded.about, name)
+    return loaded.tokenizer
+
+
+def _without_tokenizer(config: GPTConfig, about: dict[str, Any], name: str) -> UserError:
+    if about["kind"] == "gptkern":
+        tokens = config.vocab_size
+        return UserError(
             f"{name} is a model of {tokens} tokens; it needs one of {BYTES} or {BYTES + 1}, which are bytes"
         )
-    raise UserError(
+    return UserError(
         f"{name} has no {TOKENIZER}; it needs one: AutoTokenizer.from_pretrained(…).save_pretrained(…) writes it"
     )
 

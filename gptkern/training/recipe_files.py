@@ -34,12 +34,22 @@ PRESETS = (
 # Of which a training has one.
 RIVALS = (
     ("text", "data", "a training has one of them"),
+    ("text", "examples", "a training has one of them"),
+    ("data", "examples", "a training has one of them"),
+    ("steps", "epochs", "a training ends after one of them"),
+    ("held_out", "validation", "what is held out is a part of the examples, or others"),
     *((name, "from", "the sizes of the model are those of the folder that it starts from")
       for name in ("preset", "layers", "width", "heads")),
 )  # fmt: skip
 
 # Which contradict each other wherever they stand.
 _APART = (("mup", "from", "µP is of a model's first weights too, and those of the folder are another's"),)
+
+# Which have no effect without another.
+_BESIDE = {"validation": "examples", "held_out": "examples", "epochs": "examples", "examples": "from"}
+# Places of files and folders.
+_PLACES = ("text", "data", "from", "examples", "validation")
+HELD_OUT = 0.1  # of examples
 
 MOST_BYTES = 1 << 20  # of a recipe file: what is larger is none
 
@@ -93,6 +103,12 @@ KEYS = {
             "nothing is given", FOUND),
         Key("data", Text("a folder", "FOLDER"), None, "train on this folder of tokens, which `gptkern data` wrote",
             FOUND),
+        Key("examples", Text("a file", "FILE"), None, "train on these examples: JSONL, TACRED's JSON, or two parallel "
+            "texts with a comma between (--data of `gptkern finetune`)", FOUND),
+        Key("validation", Text("a file", "FILE"), None, "examples to test on (default: a part of those to train on)",
+            FOUND),
+        Key("held_out", Real("above 0 and below 1", lambda value: 0 < value < 1), None, "the part of the examples that "
+            f"is held out to test on (default: {HELD_OUT})"),
         # the model
         Key("from", Text("a folder", "FOLDER"), None, "start from this folder's model: a run's, or GPT-2's as "
             "transformers saves it"),
@@ -106,6 +122,8 @@ KEYS = {
         Key("stock", Switch(), False, "leave the model on PyTorch's operators"),
         # the training
         _recipe_key("steps", "updates", default=1000),
+        Key("epochs", _positive, None, "passes over the examples, in place of steps (default of `gptkern finetune`: "
+            "3)"),
         _recipe_key("batch", "rows of an update, over all processes", default=8),
         _recipe_key("accumulate", "pieces in which each process computes its share of an update"),
         _recipe_key("lr", "peak learning rate", default=3e-3),
@@ -228,17 +246,33 @@ def completed(given: Given) -> dict[str, Any]:
     _check_together(values, given)
     if values["preset"] is None and values["from"] is None:
         values["preset"] = PRESETS[0]
+    if values["examples"] is not None and values["validation"] is None and values["held_out"] is None:
+        values["held_out"] = HELD_OUT
+    if values["epochs"] is not None:
+        values["steps"] = None  # once the examples are counted: `counted`
+        return values
     for name in ("save_every", "evaluate_every"):
         if values[name] is None:
             values[name] = max(1, values["steps"] // 10)
     return values
 
 
+def counted(values: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """The same with steps in place of epochs: steps = ⌈epochs · rows / batch⌉."""
+    if values["epochs"] is None:
+        return dict(values)
+    return dict(values) | {"steps": -(-values["epochs"] * rows // values["batch"]), "epochs": None}
+
+
 def _check_together(values: Mapping[str, Any], given: Given) -> None:
     for first, second, why in RIVALS + _APART:
         if first in given.values and second in given.values:
             raise UserError(f"{given.names[first]} and {given.names[second]}: {why}")
-    for name in ("text", "data", "from"):
+    for name, other in _BESIDE.items():
+        if name in given.values and values[other] is None:
+            needs = given.names.get(other, KEYS[other].option)
+            raise UserError(f"{given.names[name]} has no effect without {needs}; it needs that, too")
+    for name in _PLACES:
         if given.values.get(name) == "":
             raise UserError(f"{given.names[name]} is empty; it needs {KEYS[name].kind.needs}")
     for name in _without_effect(values) & given.values.keys():
@@ -303,7 +337,7 @@ def resumed(stored: Given, given: Given) -> tuple[dict[str, Any], list[str]]:
                 "the rest is not bit for bit what the run would have been"
             )
         values[name] = value
-        if key.resume == FOUND:
+        if key.resume == FOUND and name in ("text", "data"):
             values["data" if name == "text" else "text"] = None
     return values, warnings
 
@@ -325,10 +359,10 @@ def absolute(values: dict[str, Any]) -> dict[str, Any]:
         UserError: one cannot be stored, since TOML is UTF-8; what stood in its place would be another.
     """
     found = dict(values)
-    for name in ("text", "data", "from"):
+    for name in _PLACES:
         if found[name] is not None:
             with contextlib.suppress(OSError, ValueError):
-                found[name] = os.path.abspath(found[name])
+                found[name] = ",".join(map(os.path.abspath, _parts(name, found[name])))
             try:
                 str(found[name]).encode("utf-8")
             except UnicodeEncodeError:
@@ -336,3 +370,12 @@ def absolute(values: dict[str, Any]) -> dict[str, Any]:
                     f"{KEYS[name].option} {shown(found[name])}: it needs a name in UTF-8, as recipe.toml is"
                 ) from None
     return found
+
+
+def _parts(name: str, place: str) -> tuple[str, ...]:
+    """Its files: of examples it may name two."""
+    if name not in ("examples", "validation") or "," not in place:
+        return (place,)
+    from gptkern.training.data.examples import files_of
+
+    return files_of(place)

@@ -79,9 +79,9 @@ def read_examples(data: str, option: str = "--data") -> Iterator[Example]:
     Raises:
         UserError: names file and line: it cannot be read, is none of what is known here, or mixes two kinds.
     """
-    both = _parallel(data)
-    if both is not None:
-        yield from _translations(*both, option)
+    files = files_of(data)
+    if len(files) > 1:
+        yield from _translations(*files, option)
         return
     kind = None
     for where, number, content in objects(data, option):
@@ -146,10 +146,10 @@ def _first(chunks: Iterator[bytes]) -> bytes:
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def _parallel(data: str) -> tuple[str, str] | None:
-    """The two files that a name with a comma means, where it is not a file's own."""
+def files_of(data: str) -> tuple[str, ...]:
+    """The file, or the two files that a name with a comma means, where it is not a file's own."""
     if "," not in data or os.path.exists(data):
-        return None
+        return (data,)
     first, _, second = data.partition(",")
     return first, second
 
