@@ -1,4 +1,5 @@
-"""The command line: `gptkern info | check | demo | data | train | finetune | export | grow | generate | bench | tune`.
+"""The command line: `gptkern info | check | demo | data | train | finetune | export | grow | generate | evaluate | bench |
+tune`.
 
 Every subcommand is a module `gptkern/commands/<name>.py` with
 
@@ -42,6 +43,7 @@ COMMANDS = {
     "finetune": "fine-tune a model on examples: prompts and completions, labels, translations, texts",
     "grow": "widen and deepen a model so that it computes the same, to train it on",
     "generate": "generate text from a run or a model's folder",
+    "evaluate": "what a model is worth on a text or on labelled data: a table, and JSON",
 }
 
 # The packages of the extra gptkern[cli], each imported by the name that it has on the package index.
@@ -49,7 +51,14 @@ EXTRA = ("rich", "matplotlib", "safetensors", "tokenizers", "zstandard")
 
 
 # What a word that belongs to no option is likely to be.
-LIKELY = {"train": "--text", "demo": "--text", "generate": "--prompt", "check": "--op", "tune": "--op"}
+LIKELY = {
+    "train": "--text",
+    "demo": "--text",
+    "generate": "--prompt",
+    "evaluate": "--data",
+    "check": "--op",
+    "tune": "--op",
+}
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):

@@ -81,14 +81,16 @@ def add_recipe_arguments(
             parser.add_argument(*names, type=typed(key.kind), metavar=key.metavar, help=words)
 
 
-def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
+def add_machine_arguments(
+    parser: argparse.ArgumentParser, seed_of: str = "of the first weights, the batches and the samples"
+) -> None:
     """The options that every command has that runs a model."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
     parser.add_argument(
         "--dtype", choices=("auto", *DTYPES), default="auto",
         help="of matrix products; auto is bfloat16 on a GPU and float32 elsewhere",
     )  # fmt: skip
-    parser.add_argument("--seed", type=seed, default=0, help="of the first weights, the batches and the samples")
+    parser.add_argument("--seed", type=seed, default=0, help=seed_of)
 
 
 def resolved_dtype(name: str, device: torch.device) -> str:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from gptkern.training.checkpoints import Checkpoints
     from gptkern.training.data.preparing import prepare
     from gptkern.training.data.store import Store
+    from gptkern.training.evaluation.evaluating import evaluate
     from gptkern.training.exporting import export
     from gptkern.training.growing import grow
     from gptkern.training.loading import load_model
@@ -24,6 +25,7 @@ _HOMES = {
     "Recipe": "recipe",
     "Store": "data.store",
     "Trainer": "loop",
+    "evaluate": "evaluation.evaluating",
     "export": "exporting",
     "grow": "growing",
     "load_model": "loading",
@@ -31,7 +33,10 @@ _HOMES = {
     "train": "run",
 }
 
-__all__ = ["Checkpoints", "Keeping", "Recipe", "Store", "Trainer", "export", "grow", "load_model", "prepare", "train"]
+__all__ = [
+    "Checkpoints", "Keeping", "Recipe", "Store", "Trainer", "evaluate", "export", "grow", "load_model", "prepare",
+    "train",
+]  # fmt: skip
 
 
 def __getattr__(name: str):

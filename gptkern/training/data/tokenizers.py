@@ -154,6 +154,22 @@ class Tokenizer:
         decides = ("model", "normalizer", "pre_tokenizer", "added_tokens")
         return all(ours.get(part) == theirs.get(part) for part in decides) and self.end_of_text == other.end_of_text
 
+    @property
+    def is_lossless(self) -> bool:
+        """Whether any text comes back as it was; False where that is not known."""
+        return self.kind == "bytes" or (self._byte_level and self._byte_level_decoder)
+
+    def bytes_of(self, ids: np.ndarray) -> int:
+        """Bytes of the text, in UTF-8, that ids stand for; the end of a text has none."""
+        if self.kind == "bytes" or self._byte_level_decoder:
+            return int(self._sizes[ids].sum())
+        return len(self.decode(ids).encode())
+
+    @functools.cached_property
+    def _sizes(self) -> np.ndarray:
+        """(vocab_size,), the bytes of each token."""
+        return np.array([len(self._bytes_of(id)) for id in range(self.vocab_size)])
+
     @functools.cached_property
     def _byte_level_decoder(self) -> bool:
         return self.kind == "file" and _type(json.loads(self._text).get("decoder")) == "ByteLevel"

@@ -1,0 +1,1 @@
+"""What a model is worth on text and on labelled data, in numbers with intervals."""
