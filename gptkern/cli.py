@@ -1,5 +1,5 @@
-"""The command line: `gptkern info | check | demo | data | train | finetune | export | grow | generate | evaluate | bench |
-tune`.
+"""The command line: `gptkern info | check | demo | data | train | finetune | export | grow | generate | evaluate |
+bench | tune`.
 
 Every subcommand is a module `gptkern/commands/<name>.py` with
 
