@@ -237,8 +237,9 @@ def test_the_way_back_after_a_training_step(case):
 def test_an_unswapped_model_is_the_stock_model(case):
     stock, model = built(case), built(case)
     gptkern.unswap(model)
-    gptkern.swap(model)
-    gptkern.unswap(model)
+    replaced = gptkern.swap(model).replaced
+    restored = gptkern.unswap(model).restored
+    assert {entry.name for entry in restored} == {entry.name for entry in replaced} and len(restored) == len(replaced)
     call = batch(side=case.padding)
     compare(case, results(case, model, *call), results(case, stock, *call), exact=True)
 

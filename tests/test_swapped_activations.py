@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from swapped_models import batch, gpt
 from torch import nn
 
 import gptkern
@@ -250,7 +251,7 @@ def test_functions_by_themselves(calls):
     assert gptkern.swap(stock, ["layer_norm"]).replaced == []
 
 
-def nodes_of(model, x):
+def nodes_of(model, *arguments):
     """The functions in the graph that torch.compile hands to Inductor."""
     found = []
 
@@ -259,7 +260,7 @@ def nodes_of(model, x):
         return graph.forward
 
     torch._dynamo.reset()
-    torch.compile(model, fullgraph=True, backend=backend)(x)
+    torch.compile(model, fullgraph=True, backend=backend)(*arguments)
     return found
 
 
@@ -285,11 +286,31 @@ def test_a_lone_activation_is_left_to_the_compiler(triton_backend, device):
     assert forced.count("autograd_function_apply") == 3 and not any("lu at" in node for node in forced)
 
 
+def test_each_operator_of_a_compiled_model_is_one_node(triton_backend, device):
+    """And none of PyTorch's that they take the place of is left."""
+    model = gpt(layers=1).to(device)
+    gptkern.swap(model, fused_loss=True)
+    ids, targets = (part.contiguous().to(device) for part in batch())
+    with gptkern.backend("triton"):
+        nodes = nodes_of(model, ids, targets)
+        called = [call.operator for call in gptkern.explain(model, ids, targets).calls]
+    assert sorted(called) == ["attention", *["layer_norm"] * 3, "linear_cross_entropy", "nonlinearity"]
+    assert nodes.count("autograd_function_apply") == len(called), nodes
+    replaced = ("layer_norm", "scaled_dot_product", "gelu", "cross_entropy", "softmax")
+    assert [node for node in nodes if any(name in node for name in replaced)] == []
+
+
 def test_the_report_says_that_a_compiler_may_have_it():
     report = gptkern.swap(Lone())
     (entry,) = (entry for entry in report.replaced if entry.name == "act")
     assert entry.replacement == "gptkern.nn.GELU (PyTorch's while torch.compile compiles)"
     assert "PyTorch's while torch.compile compiles" in str(report)
+    # F.silu, of Lone's own forward.
+    (entry,) = (entry for entry in report.replaced if entry.name == "(model)")
+    assert entry.replacement == "Lone, routed, activations by themselves PyTorch's while torch.compile compiles"
+    report = gptkern.swap(WithFunctions(), ["nonlinearity"])
+    (entry,) = (entry for entry in report.replaced if entry.name == "(model)")
+    assert "compile" not in entry.replacement, "a product is gptkern's, compiled or not"
 
 
 pytest.importorskip("transformers", reason="transformers is not installed")

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn as nn
 from sharp import sharp
-from swapped_models import batch
+from swapped_models import batch, calls_of_twins
 from test_swapped_losses import VOCABULARY, Tiny, assert_same, fused, ids_and_targets, line_of, reason, results, told_of
 from torch.nn import CrossEntropyLoss
 from torch.nn import functional as F
@@ -367,6 +367,20 @@ def test_a_function_that_is_another_one_by_now(monkeypatch):
     messages, logits = told_of(model, *arguments)
     assert logits is not None and "its loss is not PyTorch's F.cross_entropy any more" in messages[0]
     assert torch.equal(model(*arguments)[1], logits.square().mean())
+
+
+@pytest.mark.parametrize("first", ["cross_entropy", "fused"])
+def test_a_criterion_that_is_swapped_itself(first, monkeypatch):
+    stock, model, arguments = Held(), Held(), ids_and_targets()
+    asked = [dict(ops=["cross_entropy"]), dict(ops=[], fused_loss=True)]
+    for options in asked if first == "cross_entropy" else asked[::-1]:
+        report = gptkern.swap(model, **options)
+    assert report.skipped == []
+    assert told_of(model, *arguments) == ([], None)
+    assert_same(results(model, *arguments), results(stock, *arguments))
+    assert calls_of_twins(monkeypatch, lambda: model.criterion(torch.randn(4, V), torch.arange(4))) == 1
+    assert [entry.name for entry in gptkern.unswap(model).restored] == ["(model)", "criterion"]
+    assert calls_of_twins(monkeypatch, lambda: model.criterion(torch.randn(4, V), torch.arange(4))) == 0
 
 
 # --- Near misses ------------------------------------------------------------------------------------------------------

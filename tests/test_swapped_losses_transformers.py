@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 
 import pytest
@@ -95,6 +96,18 @@ def test_a_loss_function_of_ones_own_gets_its_logits():
     assert shapes == [(2, 12, causal_models.VOCABULARY)] and "its loss function is not transformers'" in messages[0]
     said = reason(gptkern.swap(causal_models.build("bert"), fused_loss=True))
     assert re.match(r"modeling_bert\.py:\d+: its cls is a BertOnlyMLMHead, not a torch\.nn\.Linear", said)
+
+
+def test_a_loss_that_is_looked_up_is_named_where_it_is_asked_for():
+    model = causal_models.build("llama")
+    lines, first = inspect.getsourcelines(type(model).forward)
+    line = first + next(at for at, text in enumerate(lines) if "self.loss_function(" in text)
+    (entry,) = gptkern.swap(model, ops=["cross_entropy"]).skipped
+    assert entry.name == "(model)"
+    assert entry.reason.startswith(f"modeling_llama.py:{line}: its loss is self.loss_function, which is looked up")
+    with pytest.raises(RuntimeError, match=r"its loss is self\.loss_function"):
+        gptkern.swap(model, ops=["cross_entropy"], strict=True)
+    assert gptkern.swap(model, ops=["cross_entropy"], fused_loss=True).skipped == []
 
 
 @pytest.mark.deep

@@ -1,6 +1,8 @@
 """Kernels put into models that exist: swap, unswap, kernels.
 
-swapping.py        what is swapped, and back
+swapping.py        swap, unswap and kernels themselves
+plan.py            what is swapped: decided for a whole model, and carried out
+originals.py       what a swapped module was
 twins.py           what takes the place of what: the one map of operators
 reading.py         what a class's forward calls, read off its bytecode
 rerouting.py       a class's forward again, with some of the functions that it calls replaced

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import dis
 import inspect
 import types
 from typing import NamedTuple
@@ -133,6 +134,21 @@ def reason_against_loss(holds: Found, module: torch.nn.Module) -> str | None:
     numbers = _held(module, site.factor), _held(module, site.softcap)
     reason = fused_loss.reason_against(module, getattr(module, site.head, None), *numbers, called, site, sizes)
     return reason and f"its loss: {site.where}: {reason}"
+
+
+def loss_elsewhere(cls: type) -> str | None:
+    """Why `cross_entropy` does not reach a class's loss: it is a function that the module looks up; None where it has
+    none of these."""
+    function = inspect.unwrap(method(cls, "forward"))
+    code = function.__code__ if isinstance(function, types.FunctionType) else None
+    found = [] if code is None else [one for one in dis.get_instructions(code) if one.argval == "loss_function"]
+    if not found:
+        return None
+    where = loss_code.place(function, found[0].positions)
+    return (
+        f"{where}: its loss is self.loss_function, which is looked up when it runs; known is F.cross_entropy, called "
+        "in the forward: fused_loss=True takes it, and `with gptkern.kernels():` routes it"
+    )
 
 
 def _held(module: object, path: tuple[str, ...] | float | None) -> object:

@@ -99,8 +99,11 @@ def _reason_against_loss(model: torch.nn.Module, called: object, site: Site) -> 
         return "its loss is not PyTorch's F.cross_entropy any more"
     if site.kind == MADE and called is not CRITERION:
         return "its loss is not a torch.nn.CrossEntropyLoss any more"
-    if site.kind == HELD and type(called) is not CRITERION:
-        return f"its {site.criterion} is a {type(called).__name__}, not a torch.nn.CrossEntropyLoss"
+    # A swap for cross_entropy gives it a subclass of its own.
+    cls = type(called)
+    cls = cls.__base__ if "_gptkern_routed" in cls.__dict__ else cls
+    if site.kind == HELD and cls is not CRITERION:
+        return f"its {site.criterion} is a {cls.__name__}, not a torch.nn.CrossEntropyLoss"
     if site.kind == HELD and not is_bare(called):
         return f"its {site.criterion} has hooks, or a forward of its own"
     return None

@@ -17,6 +17,7 @@ reason.
 from __future__ import annotations
 
 import ast
+import dis
 import os
 import types
 from collections.abc import Iterator
@@ -69,8 +70,8 @@ class Site(NamedTuple):
     sizes: tuple[tuple[str, tuple[str, ...] | int | None], ...] = ()
 
 
-def place(function: types.FunctionType, node: ast.AST | None = None) -> str:
-    """`model.py:45`, of a node in a function's source or of the function."""
+def place(function: types.FunctionType, node: ast.AST | dis.Positions | None = None) -> str:
+    """`model.py:45`, of a node in a function's source, or in its code, or of the function."""
     line = function.__code__.co_firstlineno if node is None else node.lineno
     return f"{shown(os.path.basename(function.__code__.co_filename))}:{line}"
 

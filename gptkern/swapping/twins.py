@@ -30,6 +30,7 @@ ATTENTION, RMS_NORM, ROTARY = "attention", "rms_norm", "rotary"
 RESIDUAL_NORM = "residual_norm"
 # These are found in a forward's source, too (gptkern.swapping.edits).
 ACTIVATION, LOSS = "nonlinearity", "linear_cross_entropy"
+CROSS_ENTROPY = "cross_entropy"
 
 # Operator -> the PyTorch functions whose calls are routed to their twins. PyTorch has none for the rotary embedding.
 FUNCTIONS: dict[str, tuple[Callable, ...]] = {
@@ -39,7 +40,7 @@ FUNCTIONS: dict[str, tuple[Callable, ...]] = {
     ROTARY: (),
     "softmax": (F.softmax, torch.softmax, torch.Tensor.softmax),
     ACTIVATION: tuple(activations.FUNCTIONS),
-    "cross_entropy": (F.cross_entropy,),
+    CROSS_ENTROPY: (F.cross_entropy,),
     RESIDUAL_NORM: (),
 }
 SWAPPABLE = tuple(FUNCTIONS)
@@ -60,6 +61,7 @@ ROUTED_MODULES: dict[type, tuple[str, ...]] = {
     torch.nn.MultiheadAttention: (ATTENTION, "softmax"),
     torch.nn.TransformerEncoderLayer: (ATTENTION, "layer_norm"),
     torch.nn.TransformerEncoder: (ATTENTION, "layer_norm"),
+    torch.nn.CrossEntropyLoss: (CROSS_ENTROPY,),
 }
 
 _REPLACEMENTS = {
