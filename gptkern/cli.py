@@ -1,5 +1,5 @@
-"""The command line: `gptkern info | check | demo | data | train | finetune | export | grow | generate | evaluate |
-bench | tune`.
+"""The command line: `gptkern info | check | demo | data | train | finetune | search | export | grow | generate |
+evaluate | bench | tune`.
 
 Every subcommand is a module `gptkern/commands/<name>.py` with
 
@@ -37,6 +37,7 @@ COMMANDS = {
     "demo": "train a GPT stock and swapped, quantise it to int8, generate text, write a report",
     "data": "prepare texts for training: a folder of compressed token ids",
     "train": "train the reference GPT on a text or on tokens, into a run's folder",
+    "search": "search for the recipe that learns a text best, by experience, experiment and learning",
     "bench": "time this machine's kernels against their peers; `bench report DIR` draws the report",
     "tune": "choose tiles and backends for this machine's GPU by measuring them",
     "export": "write a run's model as safetensors that transformers loads",

@@ -86,7 +86,7 @@ def test_every_key_refuses_nonsense(recipe, key):
         (b"\x00\xff\xfe", "it is no text; it needs a TOML file"),
         (b"steps = 3\0", "it needs a TOML file"),
         ("a = " + "[" * 100_000, "it needs a TOML file"),
-        ("# " + "x" * (1 << 20), "it has more than 1.05 MB; it needs a recipe"),
+        ("# " + "x" * (1 << 20), "it has more than 1.05 MB; it needs a TOML file"),
     ],
 )
 def test_what_is_no_recipe(recipe, content, words):

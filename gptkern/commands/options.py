@@ -10,14 +10,12 @@ import argparse
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from gptkern.commands import UserError
 from gptkern.training import recipe_files, values
+from gptkern.training.presets import configured as configured
 from gptkern.training.recipe_files import PRESETS as PRESETS
 
 if TYPE_CHECKING:
     import torch
-
-    from gptkern.models.gpt import GPTConfig
 
 # The keys of stages.PRECISIONS once more: that module imports PyTorch, and `--help` does not wait for it. A test holds
 # the two together.
@@ -97,36 +95,3 @@ def resolved_dtype(name: str, device: torch.device) -> str:
     if name == "auto":
         return "bfloat16" if device.type == "cuda" else "float32"
     return name
-
-
-def configured(
-    preset: str,
-    context: int | None = None,
-    dropout: float = 0.0,
-    vocab_size: int | None = None,
-    *,
-    layers: int | None = None,
-    width: int | None = None,
-    heads: int | None = None,
-) -> GPTConfig:
-    """A preset, over bytes where no size of the vocabulary is given; a width without heads keeps the size of a head.
-
-    Raises:
-        UserError: the sizes do not fit together.
-    """
-    from gptkern.models.gpt import BYTES, GPTConfig
-
-    given = {"context": context, "layers": layers, "width": width, "heads": heads}
-    changes = {name: value for name, value in given.items() if value is not None}
-    changes |= {"vocab_size": vocab_size or BYTES, "dropout": dropout}
-    if width is not None and heads is None:
-        head_dim = GPTConfig.preset(preset).head_dim
-        if width % head_dim:
-            raise UserError(
-                f"width is {width}; without heads it needs to be a multiple of {head_dim}, the size of {preset}'s heads"
-            )
-        changes["heads"] = width // head_dim
-    try:
-        return GPTConfig.preset(preset, **changes)
-    except ValueError as error:
-        raise UserError(str(error)) from error

@@ -85,7 +85,7 @@ def train_in(
         values, keys = values | changes, keys | changes
         pending += store.notes
     else:
-        store = _store(values)
+        store = store_of(values)
     config, model, length = _model(values, store, device, goes_on, names.get("from", "--from"))
     recipe = recipe_files.recipe_of(values, length=length, device=device)
     if recipe.deterministic:
@@ -138,7 +138,7 @@ def _examples(values: dict[str, Any], run: Path | None, names: dict[str, str]) -
     return store, {name: changes[name] for name in ("steps", "epochs", "context")}
 
 
-def _store(values: dict[str, Any]) -> Source:
+def store_of(values: dict[str, Any]) -> Source:
     if values["data"] is not None:
         from gptkern.training.data.store import Store
 

@@ -193,7 +193,7 @@ def read(path: str | Path, option: str = "--recipe") -> Given:
     Raises:
         UserError: it cannot be read, is no TOML, or holds a key that there is not or a value that none is.
     """
-    content = _content(str(path), option)
+    content = toml(str(path), option)
     name = Path(path).name
     values = {}
     for key, value in content.items():
@@ -206,7 +206,8 @@ def read(path: str | Path, option: str = "--recipe") -> Given:
     return Given(values, {key: f"{shown(name)}: {key}" for key in values})
 
 
-def _content(path: str, option: str) -> dict[str, Any]:
+def toml(path: str, option: str) -> dict[str, Any]:
+    """What a TOML file holds. Raises UserError, in which the option names it."""
     if not path:
         raise UserError(f"{option} is empty; it needs a TOML file")
     try:
@@ -217,7 +218,7 @@ def _content(path: str, option: str) -> dict[str, Any]:
         with open(path, "rb") as file:
             content = file.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:
-            raise UserError(f"{option} {shown(path)}: it has more than {size(MOST_BYTES)}; it needs a recipe")
+            raise UserError(f"{option} {shown(path)}: it has more than {size(MOST_BYTES)}; it needs a TOML file")
         return tomllib.loads(content.decode("utf-8"))
     except UnicodeDecodeError:
         raise UserError(f"{option} {shown(path)}: it is no text; it needs a TOML file") from None
@@ -275,7 +276,7 @@ def _check_together(values: Mapping[str, Any], given: Given) -> None:
     for name in _PLACES:
         if given.values.get(name) == "":
             raise UserError(f"{given.names[name]} is empty; it needs {KEYS[name].kind.needs}")
-    for name in _without_effect(values) & given.values.keys():
+    for name in without_effect(values) & given.values.keys():
         raise UserError(f"{given.names[name]} has no effect on the schedule {values['schedule']}")
     try:
         recipe_of(values, length=1, device="cpu")
@@ -284,14 +285,15 @@ def _check_together(values: Mapping[str, Any], given: Given) -> None:
         raise UserError(f"{given.names.get(name, KEYS[name].option)} {rest}") from None
 
 
-def _without_effect(values: Mapping[str, Any]) -> set[str]:
+def without_effect(values: Mapping[str, Any]) -> set[str]:
+    """The keys that do nothing beside the others."""
     none = {"cosine": {"decay"}, "linear": {"decay"}, "constant": {"decay", "final_lr"}}
     return none.get(values.get("schedule"), set())
 
 
 def text(values: Mapping[str, Any]) -> str:
     """The TOML of these keys; what is None or without effect is left out."""
-    none = _without_effect(values)
+    none = without_effect(values)
     lines = [f"{name} = {_toml(value)}\n" for name, value in values.items() if value is not None and name not in none]
     return "".join(lines)
 

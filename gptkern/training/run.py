@@ -96,12 +96,12 @@ def train(
             config, made = _model(folder, config, model, start, resume)
             stored = _stored(keys or {}, recipe, keeping, config, swap)
             if start is not None and (outcome := _finished(folder, start, recipe, keeping)) is not None:
-                if not _is_reported(folder, start):
+                if keeping.report and not _is_reported(folder, start):
                     report(folder, store, config, stored, finished(recipe.steps, start.step, best_of(start)))
                 return outcome
             if recipe.mup is not None:
                 _check_mup(config, recipe.mup, made)
-            _check_rows(store, recipe)
+            check_rows(store, recipe)
             preset = stored.get("preset")
             need = memory.check(config, recipe, name=preset and f"--preset {preset}", swapped=swap)
             _check_room(folder, config, stored, checkpoints)
@@ -244,7 +244,7 @@ def _check_mup(config: GPTConfig, base_width: int, made: Any) -> None:
         raise UserError(f"mup is {base_width}; it needs config alone: µP is of a model's first weights too")
 
 
-def _check_rows(store: Source, recipe: Recipe) -> None:
+def check_rows(store: Source, recipe: Recipe) -> None:
     """Whether each split has a row."""
     store.rows(recipe.length, recipe.seed)
     store.held_out(recipe.length, 1)

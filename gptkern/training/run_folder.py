@@ -102,7 +102,7 @@ class RunFolder:
         with kept(path):
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            if not _lock(handle, path):
+            if not lock(handle, path):
                 raise UserError(f"{self.option} {self}: another program is training there")
             yield
         finally:
@@ -236,7 +236,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _lock(handle: int, path: Path) -> bool:
+def lock(handle: int, path: Path) -> bool:
     """Whether this program has the lock now; it goes with the handle, however the program ends."""
     try:
         import fcntl

@@ -59,7 +59,7 @@ class Keeping:
         spike: nats by which a loss may be above the median of the last 100, and an evaluation above the lowest before.
             Above it nothing is saved, by a signal neither; after 10 such updates in a row, or with such a last one, the
             run ends as Diverged; 0 for no limit.
-        tensorboard: "on", "off", or "auto": where it is installed.
+        tensorboard: "on", "off", or "auto": where it is installed. report: write report.html.
         patience: so many evaluations in a row that are no better than the best before them end the run. The checkpoint
             of the best one stays, and is what `load_model` takes of the run; every evaluation then looks at the same
             `evaluate_rows` rows. None for no end before the last step, whose checkpoint is taken.
@@ -72,6 +72,7 @@ class Keeping:
     spike: float = 3.0
     tensorboard: str = "auto"
     patience: int | None = None
+    report: bool = True
 
 
 class Progress(NamedTuple):
@@ -492,6 +493,8 @@ class Run:
 
     def _report(self, status: str, kind: str) -> None:
         """What is learnt does not hang on a page: one that cannot be drawn is a line."""
+        if not self.keeping.report:
+            return
         started = time.perf_counter()
         try:
             report(self.folder, self.trainer.store, self.trainer.model.config, self.stored, status, kind)
