@@ -34,7 +34,7 @@ SMALL = dict(ways=("experiment", "learning"), amount=4, rungs=2)
 
 
 def working_on(folder: Path, operation: int | None = None, begun: Path | None = None) -> None:
-    """A worker, whose process is killed before an operation on the disk; `begun` gets a line for each trial it begins."""
+    """A worker, whose process is killed before an operation on the disk; `begun` gets a line for each that it begins."""
     seen, lock = 0, threading.Lock()
 
     def watch(event: str, arguments: tuple) -> None:
@@ -126,7 +126,7 @@ def test_what_a_killed_worker_held_another_takes_up(tmp_path):
 def test_ctrl_c_ends_all_workers_of_the_command_and_leaves_all_to_go_on_with(tmp_path):
     text, out = tmp_path / "text.txt", tmp_path / "study"
     text.write_text("to be or not to be, that is the question. " * 50)
-    sizes = ["--layers", "1", "--width", "16", "--heads", "2", "--context", "8", "--steps", "400", "--batch", "2"]
+    sizes = ["--layers", "1", "--width", "16", "--heads", "2", "--context", "8", "--steps", "120", "--batch", "2"]
     options = ["--text", str(text), *sizes, "--way", "experiment", "--trials", "4", "--tensorboard", "off"]
     command = [sys.executable, "-m", "gptkern", "search", "--out", str(out)]
     with subprocess.Popen(
