@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ from gptkern import cli
 from gptkern.models.gpt import GPT, GPTConfig
 from gptkern.training import recipe_files, running
 from gptkern.training import run as train_module
+from gptkern.training.checkpoints import Checkpoints
 from gptkern.training.data.example_rows import ExampleStore, load_examples
 from gptkern.training.data.tokenizers import bytes_tokenizer
+from gptkern.training.errors import UserError
 from gptkern.training.exporting import export
 from gptkern.training.loading import load_model
 
@@ -173,6 +176,8 @@ def test_the_command_learns_goes_on_and_its_recipe_is_one(folder, capsys):
         (["base", "--data", "data.jsonl", "--context", "25"], "--context 25 is longer than the model's, 24"),
         (["base", "--data", "data.jsonl", "--preset", "nano"], "--preset"),
         (["base", "--data", "data.jsonl", "--patience", "0"], "--patience is 0"),
+        (["base", "--data", "data.jsonl", "--lora", "17"], "lora is 17; it needs a rank of at most the model's width"),
+        (["base", "--data", "data.jsonl", "--lora-alpha", "2"], "--lora-alpha has no effect without --lora"),
         (["--resume", "--out", "nothing"], "--out nothing holds no run"),
     ],
 )
@@ -191,3 +196,76 @@ def test_other_examples_do_not_go_on(folder, capsys):
     capsys.readouterr()
     assert cli.main(["finetune", "--resume", "--out", "run"]) == 2
     assert "are not what the run in run is trained on" in capsys.readouterr().err
+
+
+# --- Adapters, and a head ---------------------------------------------------------------------------------------------
+
+
+def test_lora_learns_adapters_alone_goes_on_and_is_merged_into_its_base(folder, capsys):
+    arguments = ["base", "--data", "data.jsonl", "--lora", "3", "--lora-alpha", "6", "--steps", "6"]
+    assert finetune(*arguments, "--out", "run") == 0
+    assert "LoRA of rank 3: 768 numbers learn" in capsys.readouterr().out
+    before, after = load_model(folder / "base").model, load_model(folder / "run")
+    checkpoint, _ = Checkpoints(folder / "run" / "checkpoints").newest()
+    of_model = {
+        name.removeprefix("model."): shape for name, (_, shape) in checkpoint.names().items() if "model." in name
+    }
+    assert len(of_model) == 8 and all(name.endswith((".lora_A", ".lora_B")) for name in of_model)
+    tensors = {name: torch.empty(shape) for name, shape in of_model.items()}
+    checkpoint.read(tensors, "model.")
+    adapted = 0
+    for name, weight in after.model.state_dict().items():
+        expected = before.state_dict()[name]
+        layer = name.removesuffix(".weight")
+        if f"{layer}.lora_A" in tensors:
+            update = tensors[f"{layer}.lora_B"].double() @ tensors[f"{layer}.lora_A"].double() * (6 / 3)
+            assert update.abs().max() > 1e-4
+            expected, adapted = (expected.double() + update).float(), adapted + 1
+        torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-7)
+    assert adapted == 4 and type(after.model.blocks[0].attention.qkv) is torch.nn.Linear
+    # Through a kill; what the run is of stays what it was.
+    assert finetune(*arguments, "--out", "parts", "--save-every", "2") == 0
+    for each in Checkpoints(folder / "parts" / "checkpoints").all()[1:]:
+        shutil.rmtree(each.folder)
+    assert cli.main(["finetune", "--resume", "--out", "parts"]) == 0
+    whole, parts = state_of(folder / "run"), state_of(folder / "parts")
+    assert (parts["tensors"], parts["lines"]) == (whole["tensors"], whole["lines"])
+    assert finetune("run", *arguments[1:], "--out", "b") == 2
+    assert "CHECKPOINT" in (error := capsys.readouterr().err) and "is a run of LoRA's adapters" in error
+    shutil.rmtree(folder / "base")
+    save_run(folder / "base", GPT(CONFIG), bytes_tokenizer())
+    with pytest.raises(UserError, match="is not the one that its adapters are for"):
+        load_model(folder / "run")
+
+
+def test_a_head_is_that_of_transformers(folder, capsys):
+    from transformers import GPT2ForSequenceClassification
+
+    texts = [{"text": "ab" * (n % 9 + 1) + str(n), "label": ["few", "many", "some"][n % 3]} for n in range(40)]
+    written(folder / "labels.jsonl", texts[:30])
+    written(folder / "test.jsonl", texts[30:])
+    arguments = ["--data", "labels.jsonl", "--validation", "test.jsonl", "--head", "--steps", "8"]
+    for more in ([], ["--lora", "2"]):
+        assert finetune("base", *arguments, *more, "--out", f"run{len(more)}") == 0
+        loaded = load_model(folder / f"run{len(more)}")
+        assert loaded.about["labels"] == ["few", "many", "some"]
+        export(loaded, folder / f"out{len(more)}")
+        theirs = GPT2ForSequenceClassification.from_pretrained(folder / f"out{len(more)}").eval()
+        assert theirs.config.id2label == {0: "few", 1: "many", 2: "some"}
+        losses = []
+        for row in texts[30:]:
+            with torch.no_grad():
+                logits = theirs(torch.tensor([list(row["text"].encode())])).logits[0]
+            losses.append(F.cross_entropy(logits, torch.tensor(theirs.config.label2id[row["label"]])).item())
+        lines = lines_of(folder / f"run{len(more)}")
+        assert lines[-1]["validation_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+        assert {line["tokens"] for line in lines} == {4}
+        again = load_model(folder / f"out{len(more)}")
+        assert again.about["labels"] == loaded.about["labels"]
+        assert torch.equal(again.model.score.weight, loaded.model.score.weight)
+    # A head is not what another training begins with.
+    assert finetune("run0", "--data", "data.jsonl", "--steps", "2", "--out", "b") == 0
+    assert not hasattr(load_model(folder / "b").model, "score")
+    capsys.readouterr()
+    assert finetune("base", "--data", "data.jsonl", "--head", "--steps", "2", "--out", "c") == 2
+    assert "is of the kind completion; --head needs examples of text and label" in capsys.readouterr().err

@@ -44,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"model: {args.out}   (gptkern generate {args.out})")
     else:
         print(sizes)
-        print(f'model: {args.out}   (AutoModelForCausalLM.from_pretrained("{args.out}"))')
+        kind = "SequenceClassification" if "labels" in loaded.about else "CausalLM"
+        print(f'model: {args.out}   (AutoModelFor{kind}.from_pretrained("{args.out}"))')
     if loaded.tokenizer is None:
         print(f"no tokenizer: {args.model} has none")
     return 0

@@ -19,6 +19,8 @@ NAMES = {"examples": "--data", "from": "CHECKPOINT"}
 # Learning rate, batch and epochs of Radford et al., "Improving Language Understanding by Generative Pre-Training",
 # 2018, section 4.1. An evaluation looks at enough rows for two of them to be told apart.
 DEFAULTS = {"lr": 6.25e-5, "batch": 32, "epochs": 3, "evaluate_rows": 256}
+# Adapters want about ten times the learning rate (Schulman et al., "LoRA Without Regret", 2025).
+LORA_LR = 10 * DEFAULTS["lr"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
         for name, words in (("from", "the folder of a model"), ("examples", "a file of examples")):
             if name not in given.values:
                 raise UserError(f"{NAMES[name]} is missing; it needs {words}, or --resume a run's --out")
-    defaults = Given(dict(DEFAULTS), dict.fromkeys(DEFAULTS, "a default of gptkern finetune"))
+    own = DEFAULTS | ({} if args.lora is None else {"lr": LORA_LR})
+    defaults = Given(own, dict.fromkeys(own, "a default of gptkern finetune"))
     values, pending = runs.values_of(args, folder, given, defaults)
     for name, words in NAMES.items():
         if values[name] is None:

@@ -73,6 +73,7 @@ def train_in(
         importlib.import_module(package)
 
     from gptkern.commands.display import RunDisplay, new_console
+    from gptkern.training.adapting import Adaptation
     from gptkern.training.devices import resolve_device
     from gptkern.training.memory import return_freed
     from gptkern.training.process_state import CUBLAS_WORKSPACE, FIXED_WORKSPACES
@@ -86,6 +87,8 @@ def train_in(
         pending += store.notes
     else:
         store = store_of(values)
+    labels = store.labels if values["head"] else ()
+    adaptation = Adaptation(values["lora"], values["lora_alpha"] or 1.0, keys["from"] or "", labels)
     config, model, length = _model(values, store, device, goes_on, names.get("from", "--from"))
     recipe = recipe_files.recipe_of(values, length=length, device=device)
     if recipe.deterministic:
@@ -104,7 +107,7 @@ def train_in(
         outcome = train(
             recipe, store, out, config=config, model=model, swap=not values["stock"],
             keeping=Keeping(**{name: values[name] for name in KEEPING}), resume=args.resume, overwrite=args.overwrite,
-            keys=keys, stop=came, watch=display.update, say=say,
+            keys=keys, adaptation=adaptation, stop=came, watch=display.update, say=say,
         )  # fmt: skip
     # The terminal may be what went away.
     with contextlib.suppress(OSError):
@@ -130,7 +133,7 @@ def _examples(values: dict[str, Any], run: Path | None, names: dict[str, str]) -
     held_out = {} if values["held_out"] is None else {"held_out": values["held_out"]}
     store = load_examples(
         values["examples"], tokenizer, length, validation=values["validation"],
-        option=names.get("examples", "--examples"), **held_out,
+        option=names.get("examples", "--examples"), head=values["head"], **held_out,
     )  # fmt: skip
     changes = recipe_files.counted(values, len(store.train))
     # No row is longer: neither has the memory to be there for one.
@@ -166,7 +169,7 @@ def _model(
 
         config, load = starting(
             values["from"], store.tokenizer, length=values["context"], dropout=values["dropout"], device=device,
-            option=option,
+            option=option, alone=values["lora"] is not None,
         )  # fmt: skip
         return config, lambda: load().model
 

@@ -104,7 +104,8 @@ def export(
             save_file(tensors, str(new / weights), {"format": "pt"})
         _write_tokenizer(new, loaded.tokenizer, config)
         end_of_text = loaded.tokenizer.end_of_text if loaded.tokenizer is not None else None
-        content = gpt2_layout.config_json(config, dtype, end_of_text) | {"gptkern": _history(loaded)}
+        labels = loaded.about.get("labels", ())
+        content = gpt2_layout.config_json(config, dtype, end_of_text, labels) | {"gptkern": _history(loaded)}
         _write_json(new / CONFIG, content)
         ends = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
         _write_json(new / GENERATION, {key: value for key, value in ends.items() if value is not None})

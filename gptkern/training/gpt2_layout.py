@@ -15,6 +15,7 @@ A weight of transformers' Conv1D is (in, out) where that of a linear layer is (o
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ _INSIDE = {
     "attention_norm": "ln_1", "attention.qkv": "attn.c_attn", "attention.project": "attn.c_proj",
     "perceptron_norm": "ln_2", "perceptron.expand": "mlp.c_fc", "perceptron.project": "mlp.c_proj",
 }  # fmt: skip
+_WITH_HEAD, _HEAD = "GPT2ForSequenceClassification", "score.weight"
 _MASK = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)")
 
 # What this GPT computes, of what a GPT2Config can say: key -> (values that are this, in words).
@@ -104,10 +106,31 @@ def config_of(content: dict[str, Any]) -> GPTConfig:
     )
 
 
-def config_json(config: GPTConfig, dtype: str, end_of_text: int | None) -> dict[str, Any]:
-    """What transformers' config.json of a GPT says."""
-    return {
-        "architectures": ["GPT2LMHeadModel"],
+def labels_of(content: dict[str, Any]) -> tuple[str, ...]:
+    """Of a GPT2ForSequenceClassification's config.json, in their order; none of them of another model.
+
+    Raises:
+        ValueError: they are none.
+    """
+    if content.get("architectures") != [_WITH_HEAD]:
+        return ()
+    given = content.get("id2label")
+    labels = [given.get(str(number)) for number in range(len(given))] if isinstance(given, dict) else []
+    if not labels or not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
+        raise ValueError(f"config.json: id2label is {said(given)}; it needs a label for each number from 0 on")
+    return tuple(labels)
+
+
+def config_json(config: GPTConfig, dtype: str, end_of_text: int | None, labels: Sequence[str] = ()) -> dict[str, Any]:
+    """What transformers' config.json of a GPT says; `labels` of one with a head."""
+    numbers = {label: number for number, label in enumerate(labels)}
+    head = {
+        "id2label": {str(number): label for label, number in numbers.items()}, "label2id": numbers,
+        # Which of a padded row's tokens is the last one, transformers tells by it.
+        "pad_token_id": end_of_text,
+    }  # fmt: skip
+    return (head if labels else {}) | {
+        "architectures": [_WITH_HEAD if labels else "GPT2LMHeadModel"],
         "model_type": "gpt2",
         "vocab_size": config.vocab_size,
         "n_positions": config.context,
@@ -156,7 +179,7 @@ def tensors_of(model: GPT, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: a value is finite, and not in that dtype; the message names the parameter.
     """
-    where = places(model.config)
+    where = places(model.config) | {_HEAD: Place((_HEAD,))}
     tensors = {}
     for name, parameter in model.named_parameters():
         value = parameter.detach().to("cpu")

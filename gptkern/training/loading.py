@@ -6,8 +6,9 @@
     GPT-2's       config.json of transformers, tokenizer.json, and the weights:
                   model.safetensors, or several files and model.safetensors.index.json, or model.byte-planes.safetensors
 
-What a folder says is not trusted: no file is unpickled, none outside of the folder is named by one inside, and sizes
-are held against those of the files before memory is taken.
+What a folder says is not trusted: no file is unpickled, none outside of the folder is named by one inside but the
+folder of the model that a run's adapters are for, which is read in the same way, and sizes are held against those of
+the files before memory is taken.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 
 from gptkern.formatting import shown
 from gptkern.models.gpt import BYTES, GPT, GPTConfig
-from gptkern.training import gpt2_layout, model_files
+from gptkern.training import adapting, gpt2_layout, lora, model_files
 from gptkern.training.byte_planes import BytePlanes
 from gptkern.training.checkpoint_reading import DTYPES, Checkpoint
 from gptkern.training.checkpoints import Checkpoints
@@ -50,7 +51,8 @@ class Loaded(NamedTuple):
     Args:
         model: the stock GPT, in float32, in eval mode. tokenizer: None where the folder has none.
         about: "kind": "run", "checkpoint", "gptkern" or "gpt2"; "step" of the first two, and "folder", the checkpoint's
-            own; "passed_over": a line for each newer checkpoint of the run that is damaged.
+            own; "passed_over": a line for each newer checkpoint of the run that is damaged; "labels" of a model that
+            has a head over them, `model.score`; "lora", true of a run whose adapters were merged into its base.
     """
 
     model: GPT
@@ -75,18 +77,28 @@ def load_model(
 
 
 def opened(
-    folder: str | Path, device: torch.device | str = "cpu", option: str = "FOLDER", dropout: float | None = None
+    folder: str | Path,
+    device: torch.device | str = "cpu",
+    option: str = "FOLDER",
+    dropout: float | None = None,
+    alone: bool = False,
 ) -> tuple[GPTConfig, Callable[[], Loaded]]:
-    """(its sizes, a function that loads it): load_model in two steps; the first takes no memory for weights."""
+    """(its sizes, a function that loads it): load_model in two steps; the first takes no memory for weights.
+
+    Args:
+        alone: refuse a run of adapters, which is a model with another one's folder alone.
+    """
     folder = Path(folder)
     name = f"{option} {shown(str(folder))}".lstrip()
-    config, tensors, tokenizer, about = _checked(folder, name, dropout)
+    config, tensors, tokenizer, about = _checked(folder, name, dropout, alone)
     return config, lambda: Loaded(tensors(config, device).eval(), tokenizer, about)
 
 
-def _checked(folder: Path, name: str, dropout: float | None):
+def _checked(folder: Path, name: str, dropout: float | None, alone: bool = False):
     """As _found, once the tokenizer is seen to fit the model."""
     config, tensors, tokenizer, about = _found(folder, name, dropout)
+    if alone and "lora" in about:
+        raise UserError(f"{name} is a run of LoRA's adapters; it needs a model by itself: `gptkern export` writes it")
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"{name}: its tokenizer has {tokenizer.vocab_size} tokens; the model needs one of at most "
@@ -134,11 +146,15 @@ def starting(
     dropout: float | None = None,
     device: torch.device | str = "cpu",
     option: str = "--from",
+    alone: bool = False,
 ) -> tuple[GPTConfig, Callable[[], Loaded]]:
-    """(its sizes, a function that loads it): starting_model in two steps; the first takes no memory for weights."""
+    """(its sizes, a function that loads it): starting_model in two steps; the first takes no memory for weights.
+
+    A head over labels is left away. `alone`: as of `opened`.
+    """
     folder = Path(folder)
     name = f"{option} {shown(str(folder))}"
-    config, tensors, own, about = _checked(folder, name, dropout)
+    config, tensors, own, about = _checked(folder, name, dropout, alone)
     if own is None:
         raise UserError(f"{name} has no {TOKENIZER}; it needs one, with which the data's tokens can be compared")
     if not same_tokens(own, tokenizer):
@@ -151,6 +167,7 @@ def starting(
 
     def load() -> Loaded:
         model = tensors(config, device).eval()
+        adapting.strip_head(model)
         model_files.check_finite(model, name)
         return Loaded(model, own, about)
 
@@ -261,6 +278,7 @@ def _of_checkpoint(checkpoint: Checkpoint, run: Path, name: str, dropout, about:
                 if not isinstance(said_of_it.get(key), dict):
                     raise ValueError(f"about.json: {key} is {said(said_of_it.get(key))}; it needs an object")
             config = model_files.sizes(said_of_it["config"], "about.json")
+            labels = adapting.labels_of(said_of_it)
         tokenizer = load_tokenizer(run, said_of_it["tokenizer"])
     dtypes = {dtype: written for written, dtype in DTYPES.items()}
     headers = {
@@ -269,15 +287,48 @@ def _of_checkpoint(checkpoint: Checkpoint, run: Path, name: str, dropout, about:
         if key.startswith(_MODEL)
     }
 
+    head = headers.pop(adapting.HEAD_WEIGHT, None) if labels else None
+
     def model(config: GPTConfig, device) -> GPT:
         with _naming(name), model_files.refused(str(checkpoint.folder)):
-            blocks = (str(checkpoint.folder.name), "blocks.")
-            made = model_files.unfilled(config, headers, model_files.own_places, blocks, device)
-            checkpoint.read(dict(made.named_parameters()), _MODEL)
+            if "lora" in said_of_it:
+                made = _merged(checkpoint, config, headers, said_of_it["lora"])
+            else:
+                blocks = (str(checkpoint.folder.name), "blocks.")
+                made = model_files.unfilled(config, headers, model_files.own_places, blocks, device)
+                checkpoint.read(dict(made.named_parameters()), _MODEL)
+            if labels:
+                if head is None or head.shape != (len(labels), config.width):
+                    raise ValueError(f"{adapting.HEAD_WEIGHT} is no head of {len(labels)} labels")
+                adapting.add_head(made, labels)
+                checkpoint.read({adapting.HEAD_WEIGHT: made.score.weight}, _MODEL)
             return made.to(device)
 
     about |= {"step": checkpoint.step, "folder": checkpoint.folder}
+    about |= ({"labels": list(labels)} if labels else {}) | ({"lora": True} if "lora" in said_of_it else {})
     return _changed(config, dropout), model, tokenizer, about
+
+
+def _merged(checkpoint: Checkpoint, config: GPTConfig, headers: dict[str, Header], said_of_it: Any) -> GPT:
+    """The model that a run's adapters are for, with these merged into it."""
+    if not isinstance(said_of_it, dict) or not isinstance(said_of_it.get("base"), str):
+        raise ValueError(f"about.json: lora is {said(said_of_it)}; it needs an object with the folder of its base")
+    alpha = said_of_it.get("alpha")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise ValueError(f"about.json: lora: alpha is {said(alpha)}; it needs a number")
+    of, load = opened(said_of_it["base"], "cpu", "its base", config.dropout, alone=True)
+    if of != config:
+        raise ValueError(f"about.json: config is {config}; its base has {of}")
+    made = load().model
+    adapting.strip_head(made)
+    adapting.check_base(made, said_of_it, str(checkpoint.folder))
+    state = {key: torch.empty(header.shape) for key, header in headers.items()}
+    checkpoint.read(state, _MODEL)
+    layers = {key.rpartition(".")[0] for key in state}
+    state |= {f"{layer}.lora_alpha": torch.tensor(float(alpha), dtype=torch.float64) for layer in layers}
+    lora.load(made, state)
+    lora.merge(made, reversible=False)
+    return made
 
 
 def _of_gptkern(folder: Path, name: str, dropout):
@@ -312,21 +363,32 @@ def _of_transformers(folder: Path, content: dict[str, Any], name: str, dropout):
     if len(weights) > 1:
         raise UserError(f"{name} holds {' and '.join(weights)}; it needs to have its weights once")
     tokenizer = _tokenizer_of(folder, name)
+    with model_files.refused(name):
+        labels = gpt2_layout.labels_of(content)
 
     def model(config: GPTConfig, device) -> GPT:
         with model_files.refused(name):
             tensors = _tensors(folder, weights[0])
             prefix = gpt2_layout.prefix_of(tensors.headers)
-            return model_files.filled(
+            head = tensors.headers.get(adapting.HEAD_WEIGHT) if labels else None
+            made = model_files.filled(
                 config,
                 tensors,
                 lambda config: gpt2_layout.places(config, prefix),
                 (weights[0], f"{prefix}h."),
                 device,
-                gpt2_layout.is_mask,
+                lambda key: gpt2_layout.is_mask(key) or (head is not None and key == adapting.HEAD_WEIGHT),
             )
+            if labels:
+                if head is None or head.shape != (len(labels), config.width):
+                    raise ValueError(f"{weights[0]}: {adapting.HEAD_WEIGHT} is no head of {len(labels)} labels")
+                adapting.add_head(made, labels)
+                with torch.no_grad():
+                    made.score.weight.copy_(tensors.read(adapting.HEAD_WEIGHT))
+            return made
 
-    return _changed(config, dropout), model, tokenizer, {"kind": "gpt2"}
+    about = {"kind": "gpt2"} | ({"labels": list(labels)} if labels else {})
+    return _changed(config, dropout), model, tokenizer, about
 
 
 def _tensors(folder: Path, weights: str) -> Tensors:

@@ -23,6 +23,7 @@ import torch
 
 from gptkern.models.gpt import GPT, GPTConfig
 from gptkern.training import losses, mup, optimizers, trainer_state
+from gptkern.training.adapting import output_weight
 from gptkern.training.data.loader import Batch, Batches
 from gptkern.training.data.store import Source
 from gptkern.training.errors import RunError, UserError
@@ -356,7 +357,7 @@ def _objective_of(model: GPT, recipe: Recipe):
 
     def objective(ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         features, _ = model(ids, head=False)
-        return losses.objective(features, model.lm_head.weight, targets, recipe.label_smoothing, recipe.z_loss)
+        return losses.objective(features, output_weight(model), targets, recipe.label_smoothing, recipe.z_loss)
 
     return torch.compile(objective, dynamic=False) if recipe.compile else objective
 
@@ -391,7 +392,7 @@ def validation_loss(model: GPT, store: Source, recipe: Recipe, most: int | None 
             for batch in store.held_out(recipe.length, most).batches(rows, device):
                 with autocast(device, recipe.precision):
                     features, _ = model(batch.ids, head=False)
-                    total += losses.objective(features, model.lm_head.weight, batch.targets).cpu().double()
+                    total += losses.objective(features, output_weight(model), batch.targets).cpu().double()
                 count += batch.tokens
     finally:
         model.train(was_training)

@@ -146,6 +146,7 @@ def needed(
     copies: int = 0,
     saves: bool = True,
     world: int = 1,
+    learning: int | None = None,
 ) -> Needed:
     """What training a GPT of these sizes takes, in this process.
 
@@ -154,23 +155,25 @@ def needed(
     Args:
         swapped: the model runs on gptkern's operators. models: trained in turn.
         copies: of the parameters, in the CPU's memory. saves: checkpoints are written in the background.
-        world: processes that share a batch.
+        world: processes that share a batch. learning: parameters that learn, with adapters beside the others; None for
+            all of them. What no gradient of the others takes of malloc's heap is not taken off.
     """
     sizes = _Sizes(config, recipe, swapped, world)
     parameters = FLOAT32 * parameter_count(config)
+    learns = parameters if learning is None else FLOAT32 * learning
     moments = list(sizes.moments())
     heap = sizes.heap(moments)
     # Of moments that take the same, with the heap as it was, the one that holds the most itself.
     most = max(moments, key=lambda moment: (moment.size + max(0, heap - sizes.in_heap(moment.tensors)), moment.size))
     return Needed(
         parameters=models * parameters,
-        optimizer=models * MOMENTS * parameters,
-        gradients=sum(most.gradients),
+        optimizer=models * MOMENTS * learns,
+        gradients=sum(most.gradients) if learning is None else min(sum(most.gradients), learns),
         activations=sum(most.activations),
         logits=sum(most.logits),
         casts=sum(most.casts),
         copies=copies * parameters,
-        checkpoint=(1 + MOMENTS) * parameters if saves else 0,
+        checkpoint=(1 + MOMENTS) * learns if saves else 0,
         batches=PREFETCHED * recipe.batch // world * (recipe.length + 1) * 2 * INT64,
         heap=max(0, heap - sizes.in_heap(most.tensors)),
         process=_process(),

@@ -46,10 +46,14 @@ RIVALS = (
 _APART = (("mup", "from", "µP is of a model's first weights too, and those of the folder are another's"),)
 
 # Which have no effect without another.
-_BESIDE = {"validation": "examples", "held_out": "examples", "epochs": "examples", "examples": "from"}
+_BESIDE = {
+    "validation": "examples", "held_out": "examples", "epochs": "examples", "head": "examples", "examples": "from",
+    "lora": "from", "lora_alpha": "lora",
+}  # fmt: skip
 # Places of files and folders.
 _PLACES = ("text", "data", "from", "examples", "validation")
 HELD_OUT = 0.1  # of examples
+LORA_ALPHA = 32.0  # Hu et al., 2021 (arXiv:2106.09685), table 11, of GPT-2
 
 MOST_BYTES = 1 << 20  # of a recipe file: what is larger is none
 
@@ -117,6 +121,10 @@ KEYS = {
         Key("width", _positive, None, "size of a token's vector (default: the preset's)"),
         Key("heads", _positive, None, "attention heads, which divide the width (default: as many as leave the preset's "
             "size of a head)"),
+        Key("lora", _positive, None, "rank of LoRA's adapters, which alone learn (default: all of the model learns)"),
+        Key("lora_alpha", Real("above 0", lambda value: value > 0), None, "of the adapters' factor alpha / rank "
+            f"(default: {LORA_ALPHA:g})"),
+        Key("head", Switch(), False, "learn a linear head over the labels of examples, in place of their words"),
         Key("context", _positive, None, "tokens of a row, which the model sees at once (default: the model's)"),
         Key("dropout", KINDS["beta1"], 0.0, "of embeddings, attention and residual branches, while training"),
         Key("stock", Switch(), False, "leave the model on PyTorch's operators"),
@@ -249,6 +257,8 @@ def completed(given: Given) -> dict[str, Any]:
         values["preset"] = PRESETS[0]
     if values["examples"] is not None and values["validation"] is None and values["held_out"] is None:
         values["held_out"] = HELD_OUT
+    if values["lora"] is not None and values["lora_alpha"] is None:
+        values["lora_alpha"] = LORA_ALPHA
     if values["epochs"] is not None:
         values["steps"] = None  # once the examples are counted: `counted`
         return values
@@ -270,7 +280,7 @@ def _check_together(values: Mapping[str, Any], given: Given) -> None:
         if first in given.values and second in given.values:
             raise UserError(f"{given.names[first]} and {given.names[second]}: {why}")
     for name, other in _BESIDE.items():
-        if name in given.values and values[other] is None:
+        if name in given.values and given.values[name] is not False and values[other] is None:
             needs = given.names.get(other, KEYS[other].option)
             raise UserError(f"{given.names[name]} has no effect without {needs}; it needs that, too")
     for name in _PLACES:

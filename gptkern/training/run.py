@@ -28,6 +28,7 @@ from gptkern import formatting
 from gptkern.formatting import shown
 from gptkern.models.gpt import GPT, GPTConfig
 from gptkern.training import board, memory, metrics, model_files, mup, recipe_files
+from gptkern.training.adapting import Adaptation
 from gptkern.training.checkpoints import Checkpoint, Checkpoints
 from gptkern.training.data.store import Source
 from gptkern.training.errors import UserError
@@ -56,6 +57,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     keys: Mapping[str, Any] | None = None,
+    adaptation: Adaptation | None = None,
     stop: Callable[[], bool] = lambda: False,
     watch: Callable[[Progress], None] = lambda progress: None,
     say: Callable[[str], None] = print,
@@ -66,10 +68,10 @@ def train(
         out: the run's folder. store: the tokens.
         config: of a new model, whose first weights the recipe's seed draws. model: one that has weights, in its place,
             or what returns it; beside a function `config` is of what it returns, which is then called once the memory
-            is seen to suffice. A run that goes on from a checkpoint asks for neither.
+            is seen to suffice. A run that goes on from a checkpoint asks for neither, but with LoRA for the model.
         swap: run the model on gptkern's operators. keeping: checkpoints, evaluations, when a run ends itself.
         resume: go on with the run in the folder. overwrite: take the place of one, once there is a checkpoint.
-        keys: more of what recipe.toml shall hold.
+        keys: more of what recipe.toml shall hold. adaptation: what is added to the model, adapters or a head.
         stop: asked after each update; once it is true the run ends, with a checkpoint of that step.
         watch: called after each look at the device's numbers. say: lines for people.
 
@@ -79,7 +81,7 @@ def train(
             loss was no finite number, or far above those before it.
     """
     _check_alone()
-    folder, keeping = RunFolder(out), keeping or Keeping()
+    folder, keeping, adaptation = RunFolder(out), keeping or Keeping(), adaptation or Adaptation()
     before = torch.get_num_threads()
     has_board = board.wanted(keeping.tensorboard)
     recipe = _checked(folder, recipe, swap, resume, overwrite)
@@ -93,7 +95,7 @@ def train(
                 say(mended)
             folder.sweep()
             start = _start(folder, checkpoints, store, say) if resume else None
-            config, made = _model(folder, config, model, start, resume)
+            config, made = _model(folder, config, model, start, resume, adaptation.rank is not None)
             stored = _stored(keys or {}, recipe, keeping, config, swap)
             if start is not None and (outcome := _finished(folder, start, recipe, keeping)) is not None:
                 if keeping.report and not _is_reported(folder, start):
@@ -103,26 +105,37 @@ def train(
                 _check_mup(config, recipe.mup, made)
             check_rows(store, recipe)
             preset = stored.get("preset")
-            need = memory.check(config, recipe, name=preset and f"--preset {preset}", swapped=swap)
-            _check_room(folder, config, stored, checkpoints)
+            adaptation.check(config)
+            learning = adaptation.learns(config, memory.parameter_count(config))
+            need = memory.check(
+                config, recipe, name=preset and f"--preset {preset}", swapped=swap,
+                learning=None if adaptation.rank is None else learning,
+            )  # fmt: skip
+            _check_room(folder, learning, stored, checkpoints)
             if made is not None and not isinstance(made, torch.nn.Module):
                 made = made()
                 if made.config != config:
                     raise ValueError(f"train: config is {config}; it needs to be the model's, {made.config}")
             for line in _other_versions(start):
                 say(line)
-            say(f"{_described(config, store, stored)}\n{need.described()}")
+            say(f"{_described(config, store, stored, adaptation.described(learning))}\n{need.described()}")
             if made is None:
                 made = new_model(config, recipe.seed, recipe.device, base_width=recipe.mup)
+            adapted = adaptation.add(made, recipe.seed)
+            if start is not None and adaptation.rank is not None:
+                said = start.about.get("lora")
+                if not isinstance(said, dict) or said.get("digest") != adapted["lora"]["digest"]:
+                    raise UserError(
+                        f"the model in {shown(adaptation.base)} is not the one that the run in {folder} began with"
+                    )
             if swap:
                 from gptkern.swapping import swap as swapped
 
                 say(str(swapped(made)))
             trainer = Trainer(made, store, recipe)
             try:
-                return Run(folder, trainer, checkpoints, keeping, stored, has_board, (stop, watch, say)).go(
-                    start, resume
-                )
+                run = Run(folder, trainer, checkpoints, keeping, stored, has_board, (stop, watch, say), adapted)
+                return run.go(start, resume)
             finally:
                 trainer.close()
     finally:
@@ -210,15 +223,17 @@ def _is_reported(folder: RunFolder, start: Checkpoint) -> bool:
     return False
 
 
-def _model(folder, config, model, start, resume) -> tuple[GPTConfig, Callable[[], GPT] | GPT | None]:
+def _model(folder, config, model, start, resume, with_base) -> tuple[GPTConfig, Callable[[], GPT] | GPT | None]:
     """The sizes of what is trained, and the model, or what returns it, where its weights are from elsewhere than a
-    checkpoint of the run.
+    checkpoint of the run; `with_base`: those of a checkpoint are adapters.
     """
     if start is not None:
         of = _config_of(start)
         if config is not None and config != of:
             raise UserError(f"the run in {folder} is of a model of other sizes: {of}")
-        return of, None
+        if with_base and model is None:
+            raise UserError(f"the run in {folder} is of adapters; to go on it needs the model that they are for")
+        return of, model if with_base else None
     if resume and config is None and model is None:
         raise UserError(
             f"the run in {folder} has no checkpoint yet, and {folder.recipe.name} does not say the sizes of its model: "
@@ -250,12 +265,12 @@ def check_rows(store: Source, recipe: Recipe) -> None:
     store.held_out(recipe.length, 1)
 
 
-def _check_room(folder: RunFolder, config: GPTConfig, stored: Mapping[str, Any], checkpoints: Checkpoints) -> None:
+def _check_room(folder: RunFolder, learning: int, stored: Mapping[str, Any], checkpoints: Checkpoints) -> None:
     """A new checkpoint is written before the oldest goes."""
     saves = math.ceil(stored["steps"] / stored["save_every"])
     kept = stored["keep"] + 1 + (stored.get("patience") is not None)
     more = max(1, min(saves, kept) - len(checkpoints.all()))
-    needed = more * CHECKPOINT_BYTES * memory.parameter_count(config)
+    needed = more * CHECKPOINT_BYTES * learning
     free = shutil.disk_usage(folder.path).free
     if needed > free:
         raise UserError(
@@ -264,11 +279,11 @@ def _check_room(folder: RunFolder, config: GPTConfig, stored: Mapping[str, Any],
         )
 
 
-def _described(config: GPTConfig, store: Source, stored: Mapping[str, Any]) -> str:
+def _described(config: GPTConfig, store: Source, stored: Mapping[str, Any], adapted: str) -> str:
     keys = ", ".join(recipe_files.text(stored).splitlines())
     return (
         f"{stored.get('preset') or 'model'}: {memory.parameter_count(config):,} parameters, {stored['precision']} on "
-        f"{stored['device']}; {store.amount}\n"
+        f"{stored['device']}; {store.amount}\n{adapted and adapted + chr(10)}"
         f"recipe: {keys}"
     )
 

@@ -124,9 +124,11 @@ class Run:
         stored: dict[str, Any],
         board: bool,
         talk: tuple[Callable[[], bool], Callable[[Progress], None], Callable[[str], None]],
+        about: Mapping[str, Any],
     ):
         self.folder, self.trainer, self.checkpoints, self.keeping = folder, trainer, checkpoints, keeping
         self.recipe, self.stored, self.has_board = trainer.recipe, stored, board
+        self.about = about  # more of what about.json of each checkpoint says
         self.stop, self.watch, self.say = talk
         self.save_every, self.evaluate_every = stored["save_every"], stored["evaluate_every"]
         self.losses: collections.deque[float] = collections.deque(maxlen=SPIKE_UPDATES)
@@ -409,7 +411,7 @@ class Run:
             "data": {"fingerprint": trainer.store.fingerprint, "name": trainer.store.name},
             "validation_loss": self.validation,
         }
-        about |= self.waiting_for.about()
+        about |= self.waiting_for.about() | self.about
         best = self.waiting_for.best
         self._settle()
         self.checkpoints.save(trainer.step, tensors, about, best=best and best.step)

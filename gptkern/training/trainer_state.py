@@ -1,6 +1,7 @@
 """All that a training is between two updates, as named tensors that can be saved and read back in place.
 
-    model.<key>                          the model's state_dict; of tied weights the first key alone
+    model.<key>                          the model's state_dict; of tied weights the first key alone; of a model with
+                                         LoRA's adapters what learns alone
     optimizer.<parameter>.exp_avg        and .exp_avg_sq, .step: AdamW's
     generators.<rank>.cpu, and .cuda     states of each process's own random numbers, uint8
 
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from gptkern.formatting import shown
+from gptkern.training.adapting import is_partly_trained
 from gptkern.training.errors import UserError
 from gptkern.training.process_state import Generators
 
@@ -24,7 +26,11 @@ from gptkern.training.process_state import Generators
 def tensors_of(model: torch.nn.Module, optimizer: torch.optim.AdamW, generators: Generators) -> dict[str, torch.Tensor]:
     """The tensors themselves, not copies. Updates write into those of model and optimizer; not into the generators'."""
     found, seen = {}, set()
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    partly = is_partly_trained(model)
     for key, value in model.state_dict().items():
+        if partly and key not in learning:
+            continue
         # state_dict's tensors are detached views: the same memory is the same weight.
         place = value.data_ptr(), value.shape, value.stride()
         if value.numel() and place in seen:

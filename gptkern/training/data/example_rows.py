@@ -44,6 +44,7 @@ HELD_OUT = 0.1
 # A row of an update has a multiple of so many ids, where the longest has room: fewer shapes, and aligned ones.
 PADDED_TO = 8
 ENCODED_AT_ONCE = 1024
+MOST_LABELS = 2**16  # whose numbers are ids
 
 
 class Encoded(NamedTuple):
@@ -233,6 +234,7 @@ def load_examples(
     *,
     held_out: float = HELD_OUT,
     validation: str | None = None,
+    head: bool = False,
     option: str = "--data",
 ) -> ExampleStore:
     """Read examples to train on, and those to test on.
@@ -240,12 +242,13 @@ def load_examples(
     Args:
         data: as `read_examples` takes it. length: the most ids that the model is given of a row.
         held_out: the part of the examples that is held out, where `validation` names no others.
+        head: the target is the number of the label among the store's `labels`, at the text's last token.
         option: what an error calls the data.
 
     Raises:
         UserError: as `read_examples`; of a part nothing is left, two kinds are mixed, or the memory does not suffice.
     """
-    reading = _Reading(tokenizer, length)
+    reading = _Reading(tokenizer, length, head)
     rows = reading.rows(data, option)
     if validation is None:
         mask = reading.held_out(held_out)
@@ -267,7 +270,12 @@ def load_examples(
             if not len(part):
                 raise UserError(f"{words}: it has no example with something to learn")
     labels = tuple(sorted(reading.labels))
-    digest = hashlib.sha256(f"{tokenizer.vocab_size} {reading.kind} {labels}\n".encode())
+    if head:
+        number_of = {label: labels.index(label) for label in reading.labels}
+        numbers = np.array(list(number_of.values()), rows.ids.dtype)
+        for part in (train, other):
+            part.ids[part.stops - 1] = numbers[part.ids[part.stops - 1]]
+    digest = hashlib.sha256(f"{tokenizer.vocab_size} {reading.kind} {labels} {head}\n".encode())
     for part in (train, other):
         digest.update(f"{len(part)} rows\n".encode())
         for row in range(len(part)):
@@ -280,10 +288,10 @@ def load_examples(
 class _Reading:
     """Files of examples on their way to rows, and what is to be said of them."""
 
-    def __init__(self, tokenizer: Tokenizer, length: int):
-        self.tokenizer, self.length = tokenizer, length
+    def __init__(self, tokenizer: Tokenizer, length: int, head: bool):
+        self.tokenizer, self.length, self.head = tokenizer, length, head
         self.kind = ""
-        self.labels: set[str] = set()
+        self.labels: dict[str, int] = {}  # in the order in which they come
         self.shares = array.array("d")  # of the rows that were read last
         self.dropped = self.cut = self.empty = 0
 
@@ -293,7 +301,7 @@ class _Reading:
         self.shares = array.array("d")
         examples = read_examples(data, option)
         while some := list(itertools.islice(examples, ENCODED_AT_ONCE)):
-            for example, encoded in zip(some, encode(self.tokenizer, [as_completion(example) for example in some])):
+            for example, encoded in zip(some, self._encoded(some, f"{option} {shown(data)}")):
                 if not encoded.completion:
                     self.empty += 1
                     continue
@@ -306,9 +314,24 @@ class _Reading:
                     given.append(len(row.prompt))
                     self.shares.append(share)
             self.kind = some[-1].kind
-            self.labels |= {example.completion for example in some if example.kind == LABEL}
             _check_memory(len(ids) * ids.itemsize, f"{option} {shown(data)}")
         return ExampleRows(np.array(ids), *(np.array(each, np.int64) for each in (starts, stops, given)))
+
+    def _encoded(self, examples: list[Example], called: str) -> list[Encoded]:
+        for example in examples:
+            if example.kind == LABEL:
+                self.labels.setdefault(example.completion, len(self.labels))
+            elif self.head:
+                raise UserError(f"{called} is of the kind {example.kind}; --head needs examples of text and label")
+        if not self.head:
+            return encode(self.tokenizer, [as_completion(example) for example in examples])
+        if len(self.labels) > MOST_LABELS:
+            raise UserError(f"{called} has more than {MOST_LABELS} labels; --head needs fewer")
+        end = [] if self.tokenizer.end_of_text is None else [self.tokenizer.end_of_text]
+        texts = [ids.tolist() or end for ids in self.tokenizer.encode_batch([example.prompt for example in examples])]
+        return [
+            Encoded(text, [self.labels[example.completion]] if text else []) for text, example in zip(texts, examples)
+        ]
 
     def _cut(self, example: Example, whole: Encoded) -> Iterator[Encoded]:
         if example.kind == TEXT:
@@ -334,7 +357,7 @@ class _Reading:
             yield f"{formatting.count(self.cut, 'completion')} lost their end, which {room} had no room for"
         if self.empty:
             yield f"{formatting.count(self.empty, 'example')} left out: nothing is to be said"
-        if self.tokenizer.end_of_text is None:
+        if self.tokenizer.end_of_text is None and not self.head:
             yield f"the tokenizer ({self.tokenizer.name}) has no end of text: nothing ends a completion"
 
 
