@@ -10,8 +10,8 @@ from gptkern.models.gpt import GPT
 
 
 @torch.no_grad()
-def log_probabilities(model: GPT, ids) -> torch.Tensor:
-    """(length, vocab_size) of one row of ids, each of the token that follows its place."""
+def features(model: GPT, ids) -> torch.Tensor:
+    """(length, width) of one row of ids, what the output's weight is multiplied with."""
     named = {name: parameter.double() for name, parameter in model.named_parameters()}
     heads, ids = model.config.heads, torch.as_tensor(ids)
     length = len(ids)
@@ -37,7 +37,13 @@ def log_probabilities(model: GPT, ids) -> torch.Tensor:
         y = linear(norm(x, f"{at}.perceptron_norm"), f"{at}.perceptron.expand")
         y = 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
         x = x + linear(y, f"{at}.perceptron.project")
-    logits = norm(x, "final_norm") @ named["token_embedding.weight"].T
+    return norm(x, "final_norm")
+
+
+@torch.no_grad()
+def log_probabilities(model: GPT, ids) -> torch.Tensor:
+    """(length, vocab_size) of one row of ids, each of the token that follows its place."""
+    logits = features(model, ids) @ model.token_embedding.weight.double().T
     return logits - logits.exp().sum(-1, keepdim=True).log()
 
 

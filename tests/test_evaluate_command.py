@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -19,9 +20,10 @@ from model_folders import TEXTS, bpe, model, save_run, transformers_gpt2
 
 from gptkern import cli
 from gptkern.commands import evaluate as command
+from gptkern.models.gpt import GPT, GPTConfig
 from gptkern.training import exporting
 from gptkern.training.data.tokenizers import bytes_tokenizer
-from gptkern.training.evaluation import evaluating, likelihood, reading
+from gptkern.training.evaluation import evaluating, likelihood, reading, tasks
 from gptkern.training.loading import load_model
 
 CHOICES = [
@@ -152,6 +154,29 @@ def test_translations(here, evaluate):
     assert found["metrics"]["chrf"]["value"] == pytest.approx(sacrebleu.corpus_chrf(said, targets).score)
     assert found["metrics"]["bleu"]["value"] == pytest.approx(sacrebleu.corpus_bleu(said, targets).score)
     assert found["details"]["signatures"]["bleu"] in printed and found["settings"]["bootstrap"]["draws"] == 20
+
+
+def test_a_translation_ends_with_its_line_where_targets_are_lines(here):
+    said = bpe().encode("\n der Löwe\nund mehr").tolist()
+
+    class Said(torch.nn.Module):
+        """Says these tokens, whatever it reads."""
+
+        config, lm_head = model().config, torch.nn.Identity()
+
+        def forward(self, ids, head):
+            place = (ids != 0).sum(1) - len(bpe().encode("a ="))
+            wanted = [said[int(each)] for each in place]
+            return torch.nn.functional.one_hot(torch.tensor(wanted), 300)[:, None].float().expand(
+                -1, ids.shape[1], -1
+            ), None
+
+    for targets, text in (("der Löwe", "der Löwe"), ("der\nLöwe", "der Löwe\nund mehr")):
+        lines("one.jsonl", [{"source": "a", "target": targets}])
+        asked = tasks.Translations("one.jsonl", "--data", Said(), bpe(), len(said))
+        found = asked.ask(likelihood.Computing())
+        assert asked.texts == [text]
+        assert found.details["ended"] == ("\n" not in targets)
 
 
 def test_language_of_text_of_objects_and_of_prepared_tokens(here, evaluate):
@@ -294,6 +319,12 @@ def test_tokens_of_another_tokenizer_are_refused(here, capsys):
     assert "--data tokens are tokens by bytes, and the model's are by bpe of 300" in capsys.readouterr().err
 
 
+def test_labels_that_begin_alike_need_an_end_of_text(here, capsys):
+    save_run(here / "bytes", model(vocab_size=256), bytes_tokenizer(end_of_text=False))
+    assert cli.main(["evaluate", "bytes", "--data", "labels.jsonl", "--device", "cpu"]) == 2
+    assert "label Mausfalle begins with label Maus, and no token of bytes stands for" in capsys.readouterr().err
+
+
 def test_without_sacrebleu_translations_say_what_to_install(here, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
@@ -322,3 +353,31 @@ def test_ctrl_c_ends_with_its_status_and_leaves_the_json(here):
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (130, "gptkern evaluate: interrupted\n")
     assert Path("out.json").read_text() == "mine" and not list(Path().glob(".out*"))
+
+
+@pytest.mark.deep
+def test_what_was_fine_tuned_is_worth_more_than_chance_and_less_under_noise(here, evaluate):
+    """Three kinds of words, of which one label begins another; and words that have translations."""
+    draw = random.Random(0)
+    words = {"beast": ["cat", "dog", "lion"], "beasts": ["cats", "dogs", "lions"], "city": ["Rome", "Oslo", "Bern"]}
+    pairs = [("one", "eins"), ("two", "zwei"), ("four", "vier")]
+
+    def labelled():
+        label = draw.choice(list(words))
+        return {"text": f"saw {draw.choice(words[label])} again", "label": label}
+
+    def translated():
+        both = draw.choices(pairs, k=2)
+        return {"source": " ".join(each for each, _ in both), "target": " ".join(each for _, each in both)}
+
+    save_run(here / "base", GPT(GPTConfig(vocab_size=257, context=40, layers=2, width=64, heads=2)), bytes_tokenizer())
+    for name, made in (("labelled", labelled), ("translated", translated)):
+        lines(f"{name}.jsonl", [made() for _ in range(300)])
+        lines("test.jsonl", [made() for _ in range(40)])
+        finetune = ["finetune", "base", "--data", f"{name}.jsonl", "--out", name, "--steps", "250", "--lr", "5e-3"]
+        assert cli.main([*finetune, "--device", "cpu", "--tensorboard", "off"]) == 0
+        status, found, _, _ = evaluate(name, "--data", "test.jsonl", "--noise", "0.2")
+        metric = "macro_f1" if name == "labelled" else "exact_match"
+        clean, noisy = found["metrics"][metric], found["noise"]["metrics"][metric]
+        assert status == 0 and clean["value"] > 0.85 and noisy["value"] < clean["value"] - 0.1
+        assert clean["low"] <= clean["value"] <= clean["high"]

@@ -153,13 +153,26 @@ def test_likelihoods_are_those_of_float64_whatever_is_computed_beside_them():
 def test_continuations_that_share_rows_have_the_likelihoods_that_they_have_alone():
     draw = random.Random(2)
     together = [[5], [6, 7], [6, 8], [6, 7, 9], [6], [10, 11, 12, 13]]
-    questions = [candidates.Question([draw.randrange(300) for _ in range(length)], together) for length in (1, 9, 60)]
-    assert len(candidates.rows(questions[0], 24)[0]) == 2, "what begins alike is read together"
+    asked = candidates.Continuations(together)
+    questions = [candidates.Question([draw.randrange(300) for _ in range(length)], asked) for length in (1, 9, 60)]
+    assert len(questions[0].rows(24)) == 2, "what begins alike is read together"
+    assert [question.is_cut(24) for question in questions] == [False, False, True]
     for question, found in zip(questions, candidates.nats_of(subject(), questions, Computing(batch=2))):
         # 24 are read at most, of which the longest takes three
         prompt = question.prompt[-21:]
         expected = [plain_gpt.nats(subject(), prompt, continuation) for continuation in together]
         np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4)
+
+
+def test_a_head_decides_by_the_last_token_of_each_prompt():
+    draw = random.Random(3)
+    head = torch.nn.Linear(48, 5, bias=False)
+    prompts = [[draw.randrange(300) for _ in range(length)] for length in (1, 9, 60, 24, 5)]
+    features = [plain_gpt.features(subject(), prompt[-24:])[-1] for prompt in prompts]
+    expected = [int((head.weight.double() @ each).argmax()) for each in features]
+    assert len(set(expected)) > 1
+    for batch in (1, 4):
+        assert candidates.by_head(subject(), head, prompts, Computing(batch=batch)) == expected
 
 
 def test_what_is_said_greedily_is_what_generate_says():

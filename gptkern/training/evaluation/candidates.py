@@ -20,66 +20,71 @@ from gptkern.training.precision import autocast
 READ_TOGETHER = 64  # batches: rows of about the same length find each other
 
 
+class Continuations:
+    """What may follow a prompt, and which rows ask for it.
+
+    Args:
+        ids: of each, none of them empty.
+    """
+
+    def __init__(self, ids: Sequence[Sequence[int]]):
+        self.ids = [list(each) for each in ids]
+        self.longest = max(map(len, self.ids))
+        # Of each row what it reads behind the prompt, how far behind its end each target is asked for, and the targets.
+        self.read: list[list[int]] = []
+        self.behind: list[list[int]] = []
+        self.targets: list[list[int]] = []
+        # Of each continuation its row, and which of the targets there is its first.
+        self.places = [(0, 0)] * len(self.ids)
+        rows: dict[tuple[int, ...], int] = {}  # by what they begin with
+        for index in sorted(range(len(self.ids)), key=lambda index: -len(self.ids[index])):
+            read = tuple(self.ids[index][:-1])
+            if read not in rows:
+                rows |= {read[:stop]: len(self.read) for stop in range(len(read) + 1)}
+                self.read.append(list(read))
+                self.behind.append([])
+                self.targets.append([])
+            row = rows[read]
+            self.places[index] = row, len(self.targets[row])
+            self.behind[row] += range(len(read) + 1)
+            self.targets[row] += self.ids[index]
+
+
 class Question(NamedTuple):
-    """A prompt with what may follow it, as ids; neither is empty."""
+    """A prompt, of one id at least, with what may follow it."""
 
     prompt: Sequence[int]
-    continuations: Sequence[Sequence[int]]
+    continuations: Continuations
 
+    def is_cut(self, context: int) -> bool:
+        """Whether the prompt is too long for the longest continuation to have room behind it."""
+        return len(self.prompt) > context + 1 - self.continuations.longest
 
-class Places(NamedTuple):
-    """Where the tokens of a continuation are asked for: in which row, from which of its targets on."""
-
-    row: int
-    start: int
-
-
-def room(question: Question, context: int) -> int:
-    """Tokens of the prompt that the longest continuation leaves room for; below 1 it does not fit."""
-    return context + 1 - max(map(len, question.continuations))
-
-
-def rows(question: Question, context: int) -> tuple[list[Row], list[Places]]:
-    """The rows that ask for all continuations, and where each is. A prompt that is too long is cut at its left."""
-    prompt = list(question.prompt)[-room(question, context) :]
-    found = [Places(0, 0)] * len(question.continuations)
-    ids: list[list[int]] = []
-    places: list[list[int]] = []
-    targets: list[list[int]] = []
-    for index in sorted(range(len(found)), key=lambda index: -len(question.continuations[index])):
-        continuation = list(question.continuations[index])
-        # All but its last token is read.
-        read = prompt + continuation[:-1]
-        row = next((row for row, other in enumerate(ids) if other[: len(read)] == read), None)
-        if row is None:
-            row = len(ids)
-            ids, places, targets = [*ids, read], [*places, []], [*targets, []]
-        found[index] = Places(row, len(targets[row]))
-        places[row] += range(len(prompt) - 1, len(read))
-        targets[row] += continuation
-    return [Row(*each) for each in zip(ids, places, targets)], found
+    def rows(self, context: int) -> list[Row]:
+        """What asks for all of them. A prompt that is too long is cut at its left."""
+        prompt, asked = list(self.prompt)[-(context + 1 - self.continuations.longest) :], self.continuations
+        return [
+            Row(prompt + read, [len(prompt) - 1 + place for place in behind], targets)
+            for read, behind, targets in zip(asked.read, asked.behind, asked.targets)
+        ]
 
 
 def nats_of(model: GPT, questions: Iterable[Question], how: Computing) -> Iterator[np.ndarray]:
     """Of each question -log p of its continuations, (continuations,) in float64."""
     context = model.config.context
-    waiting: list[tuple[Question, list[Places], int]] = []
+    waiting: list[tuple[Question, int]] = []
     together: list[Row] = []
 
     def answered() -> Iterator[np.ndarray]:
         found = nats(model, together, how)
-        for question, places, first in waiting:
-            yield np.array(
-                [
-                    found[first + place.row][place.start : place.start + len(continuation)].sum()
-                    for place, continuation in zip(places, question.continuations)
-                ]
-            )
+        for question, first in waiting:
+            asked = question.continuations
+            parts = [found[first + row][start : start + len(ids)] for (row, start), ids in zip(asked.places, asked.ids)]
+            yield np.array([part.sum() for part in parts])
 
     for question in questions:
-        of_question, places = rows(question, context)
-        waiting.append((question, places, len(together)))
-        together += of_question
+        waiting.append((question, len(together)))
+        together += question.rows(context)
         if len(together) >= READ_TOGETHER * how.batch:
             yield from answered()
             waiting, together = [], []

@@ -8,7 +8,7 @@ what it says alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -19,13 +19,19 @@ from gptkern.training.precision import autocast
 
 @torch.no_grad()
 def greedy(
-    model: GPT, prompts: Sequence[Sequence[int]], most: int, end: int | None, how: Computing
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    most: int,
+    end: int | None,
+    how: Computing,
+    is_over: Callable[[Sequence[int]], bool] = lambda said: False,
 ) -> list[tuple[list[int], bool]]:
     """Of each prompt (the tokens that follow it, whether it came to its end). The model is in eval mode.
 
     Args:
         prompts: of at least one token each. most: tokens that follow at most. end: the token that is an end, and not
-            among those that follow; None where there is none. What lies further back than the context is not seen.
+            among those that follow; None where there is none. is_over: whether the tokens that follow are all. What
+            lies further back than the context is not seen.
     """
     said: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
@@ -45,7 +51,8 @@ def greedy(
                     ended[index] = True
                     continue
                 said[index].append(token)
-                if len(said[index]) < most:
+                ended[index] = is_over(said[index])
+                if not ended[index] and len(said[index]) < most:
                     left.append(index)
             going = left
         how.called(len(picked))

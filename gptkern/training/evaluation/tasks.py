@@ -6,6 +6,7 @@ as they are and once more for texts with noise.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from gptkern.training.data.examples import (
 from gptkern.training.data.tokenizers import Tokenizer
 from gptkern.training.errors import UserError
 from gptkern.training.evaluation import candidates, metrics, reading
-from gptkern.training.evaluation.candidates import Question
+from gptkern.training.evaluation.candidates import Continuations, Question
 from gptkern.training.evaluation.generating import greedy
 from gptkern.training.evaluation.likelihood import Computing
 from gptkern.training.evaluation.noise import noisy
@@ -104,8 +105,8 @@ class Choices:
             text = question._replace(prompt=changed(question.prompt)).texts()[0]
             # Noise may leave nothing.
             prompt = self.encoder.prompt(text or question.prompt)
-            asked.append(Question(prompt, continuations))
-            cut += len(prompt) > candidates.room(asked[-1], self.model.config.context)
+            asked.append(Question(prompt, Continuations(continuations)))
+            cut += asked[-1].is_cut(self.model.config.context)
         right, right_per_byte = [], []
         for question, found in zip(self.questions, candidates.nats_of(self.model, asked, how)):
             sizes = [len(text.encode()) for text in question.texts()[1]]
@@ -154,8 +155,16 @@ class Labels:
         self.continuations = [
             self.encoder.continuation(label_completion(label), f"label {shown(label)}") for label in self.labels
         ]
-        self.ends = self.head is None and _one_begins_another(self.continuations)
-        if self.ends:
+        begins = _one_begins_another(self.continuations) if self.head is None else None
+        self.ends = begins is not None
+        if begins is not None:
+            if not self.encoder.end:
+                one, other = (shown(self.labels[place]) for place in begins)
+                raise UserError(
+                    f"label {other} begins with label {one}, and no token of {tokenizer.name} stands for the end of a "
+                    "text: the longer one would never be the likelier; it needs other labels, or a model whose "
+                    "tokenizer has an end of text"
+                )
             self.continuations = [[*ids, *self.encoder.end] for ids in self.continuations]
         if self.head is None:
             for label, ids in zip(self.labels, self.continuations):
@@ -171,9 +180,10 @@ class Labels:
             return self._answered(
                 candidates.by_head(self.model, self.head, prompts, how), sum(len(ids) > context for ids in prompts)
             )
-        asked = [Question(prompt, self.continuations) for prompt in prompts]
+        continuations = Continuations(self.continuations)
+        asked = [Question(prompt, continuations) for prompt in prompts]
         decided = [int(found.argmin()) for found in candidates.nats_of(self.model, asked, how)]
-        return self._answered(decided, sum(len(each.prompt) > candidates.room(each, context) for each in asked))
+        return self._answered(decided, sum(each.is_cut(context) for each in asked))
 
     def _answered(self, decided: Sequence[int], cut: int) -> Asked:
         classes = len(self.labels)
@@ -206,6 +216,9 @@ class Translations:
         self.model, self.encoder, self.tokens = model, Encoder(tokenizer), tokens
         self.scorers = sacrebleu_scorers()
         self.examples = of_kind(data, option, self.task, TRANSLATION)
+        self.texts: list[str] = []  # that were said when it was asked last
+        # Which tokens may end a line.
+        self._breaks = functools.cache(lambda token: "\n" in tokenizer.decode([token]))
         # What a target has of lines its translation may have.
         self.lines = any("\n" in example.completion.strip() for example in self.examples)
 
@@ -220,14 +233,17 @@ class Translations:
             for example in self.examples
         ]
         cut = sum(len(prompt) > room for prompt in prompts)
-        said = greedy(
-            self.model, [prompt[-room:] for prompt in prompts], self.tokens, self.encoder.tokenizer.end_of_text, how
-        )
-        texts = [self._text(ids) for ids, _ in said]
+        end = self.encoder.tokenizer.end_of_text
+        said = greedy(self.model, [prompt[-room:] for prompt in prompts], self.tokens, end, how, self._is_over)
+        self.texts = [self._text(ids) for ids, _ in said]
         targets = [example.completion.strip() for example in self.examples]
         details = {"ended": sum(ended for _, ended in said), "tokens": self.tokens}
-        statistic, details["signatures"] = of_translations(texts, targets, self.scorers)
+        statistic, details["signatures"] = of_translations(self.texts, targets, self.scorers)
         return Asked(statistic, details, cut)
+
+    def _is_over(self, ids: Sequence[int]) -> bool:
+        """Whether a line has ended, where the targets are lines."""
+        return not self.lines and self._breaks(ids[-1]) and "\n" in self.encoder.tokenizer.decode(ids).lstrip()
 
     def _text(self, ids: Sequence[int]) -> str:
         text = self.encoder.tokenizer.decode(ids).strip()
@@ -305,10 +321,12 @@ def _check_room(continuations: Sequence[Sequence[int]], context: int, where: str
         )
 
 
-def _one_begins_another(rows: Sequence[Sequence[int]]) -> bool:
+def _one_begins_another(rows: Sequence[Sequence[int]]) -> tuple[int, int] | None:
+    """The places of a row, and of one that begins with it."""
     # Sorted, what begins with a row comes right behind it.
-    ordered = sorted(map(list, rows))
-    return any(longer[: len(shorter)] == shorter for shorter, longer in itertools.pairwise(ordered))
+    ordered = sorted((list(row), place) for place, row in enumerate(rows))
+    pairs = itertools.pairwise(ordered)
+    return next(((place, other) for (row, place), (longer, other) in pairs if longer[: len(row)] == row), None)
 
 
 def _listed(labels: Sequence[str]) -> str:
