@@ -248,7 +248,7 @@ def test_a_head_is_that_of_transformers(folder, capsys):
     for more in ([], ["--lora", "2"]):
         assert finetune("base", *arguments, *more, "--out", f"run{len(more)}") == 0
         loaded = load_model(folder / f"run{len(more)}")
-        assert loaded.about["labels"] == ["few", "many", "some"]
+        assert loaded.about["labels"] == ["few", "many", "some"] == loaded.about["examples"]["labels"]
         export(loaded, folder / f"out{len(more)}")
         theirs = GPT2ForSequenceClassification.from_pretrained(folder / f"out{len(more)}").eval()
         assert theirs.config.id2label == {0: "few", 1: "many", 2: "some"}

@@ -52,7 +52,8 @@ class Loaded(NamedTuple):
         model: the stock GPT, in float32, in eval mode. tokenizer: None where the folder has none.
         about: "kind": "run", "checkpoint", "gptkern" or "gpt2"; "step" of the first two, and "folder", the checkpoint's
             own; "passed_over": a line for each newer checkpoint of the run that is damaged; "labels" of a model that
-            has a head over them, `model.score`; "lora", true of a run whose adapters were merged into its base.
+            has a head over them, `model.score`; "examples": {"kind", "labels"} of a run that was fine-tuned; "lora",
+            true of a run whose adapters were merged into its base.
     """
 
     model: GPT
@@ -279,6 +280,7 @@ def _of_checkpoint(checkpoint: Checkpoint, run: Path, name: str, dropout, about:
                     raise ValueError(f"about.json: {key} is {said(said_of_it.get(key))}; it needs an object")
             config = model_files.sizes(said_of_it["config"], "about.json")
             labels = adapting.labels_of(said_of_it)
+            examples = _examples_of(said_of_it)
         tokenizer = load_tokenizer(run, said_of_it["tokenizer"])
     dtypes = {dtype: written for written, dtype in DTYPES.items()}
     headers = {
@@ -305,8 +307,19 @@ def _of_checkpoint(checkpoint: Checkpoint, run: Path, name: str, dropout, about:
             return made.to(device)
 
     about |= {"step": checkpoint.step, "folder": checkpoint.folder}
-    about |= ({"labels": list(labels)} if labels else {}) | ({"lora": True} if "lora" in said_of_it else {})
+    about |= examples | ({"labels": list(labels)} if labels else {}) | ({"lora": True} if "lora" in said_of_it else {})
     return _changed(config, dropout), model, tokenizer, about
+
+
+def _examples_of(about: dict[str, Any]) -> dict[str, Any]:
+    """What about.json says of the examples that a run was fine-tuned on. Raises ValueError where it is none."""
+    told = about.get("examples")
+    if told is None:
+        return {}
+    kind, labels = (told.get("kind"), told.get("labels")) if isinstance(told, dict) else (None, None)
+    if not isinstance(kind, str) or not isinstance(labels, list) or not all(isinstance(each, str) for each in labels):
+        raise ValueError(f"about.json: examples is {said(told)}; it needs an object with kind and labels")
+    return {"examples": {"kind": kind, "labels": labels}}
 
 
 def _merged(checkpoint: Checkpoint, config: GPTConfig, headers: dict[str, Header], said_of_it: Any) -> GPT:

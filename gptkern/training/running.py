@@ -411,7 +411,7 @@ class Run:
             "data": {"fingerprint": trainer.store.fingerprint, "name": trainer.store.name},
             "validation_loss": self.validation,
         }
-        about |= self.waiting_for.about() | self.about
+        about |= self.waiting_for.about() | self.about | trainer.store.about
         best = self.waiting_for.best
         self._settle()
         self.checkpoints.save(trainer.step, tensors, about, best=best and best.step)

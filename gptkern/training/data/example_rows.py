@@ -23,7 +23,7 @@ import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -45,6 +45,7 @@ HELD_OUT = 0.1
 PADDED_TO = 8
 ENCODED_AT_ONCE = 1024
 MOST_LABELS = 2**16  # whose numbers are ids
+MOST_TOLD = 1000  # labels that a checkpoint lists
 
 
 class Encoded(NamedTuple):
@@ -206,6 +207,11 @@ class ExampleStore(NamedTuple):
         tokens = int(self.train.targets.sum())
         of = "" if self.kind != LABEL else f" of {formatting.count(len(self.labels), 'label')}"
         return f"{len(self.train):,} examples{of} to train on ({tokens:,} targets), {len(self.validation):,} held out"
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a checkpoint says of them: {"examples": {"kind", "labels"}}; of very many labels none of them."""
+        return {"examples": {"kind": self.kind, "labels": list(self.labels) if len(self.labels) <= MOST_TOLD else []}}
 
     @property
     def longest(self) -> int:

@@ -62,7 +62,8 @@ class Source(Protocol):
 
     Attributes:
         tokenizer: of its ids. name: where they come from, for people. fingerprint: 64 hexadecimal digits, other ones
-            for other ids, another split or another vocabulary. amount: of both splits, in words.
+            for other ids, another split or another vocabulary. amount: of both splits, in words. about: what a
+            checkpoint's about.json says of the data, beside name and fingerprint.
     """
 
     tokenizer: Tokenizer
@@ -71,6 +72,9 @@ class Source(Protocol):
 
     @property
     def amount(self) -> str: ...
+
+    @property
+    def about(self) -> dict[str, Any]: ...
 
     def rows(self, length: int, seed: int, full: bool = False) -> Shuffled:
         """Of at most `length` ids; `full`: of as many, padded where there are fewer. UserError: there is no row."""
@@ -144,6 +148,10 @@ class Store(NamedTuple):
     @property
     def amount(self) -> str:
         return f"{len(self.train):,} tokens to train on, {len(self.validation):,} held out"
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return {}
 
     def rows(self, length: int, seed: int, full: bool = False) -> Rows:
         """The shuffled rows of the training split, every one of them of `length` ids. Raises as `Rows`."""
