@@ -196,6 +196,20 @@ class ProbabilitiesMoved(Known):
         return logits, F.cross_entropy(logits.mT, wanted, label_smoothing=0.1)
 
 
+class HeldProbabilities(Known):
+    def forward(self, ids, targets):
+        wanted = F.one_hot(targets.clamp(min=0), VOCABULARY).flatten(0, 1).float()
+        self.criterion.ignore_index = -100
+        logits = self.head(self.tokens(ids))
+        return logits, self.criterion(logits.flatten(0, 1), wanted)
+
+
+class OneSequence(Known):
+    def forward(self, ids, targets):
+        logits = self.head(self.tokens(ids[0]))
+        return logits, F.cross_entropy(logits[:-1], targets[0, 1:], ignore_index=-1)
+
+
 class Regularised(Known):
     """The head's weight is used elsewhere, too."""
 
@@ -208,7 +222,7 @@ class Regularised(Known):
 FORMS = [
     Attribute, Config, Literal, GlobalSize, OfTheHead, Lecture, LectureInferred, Conditional, ConditionalInTheReturn,
     Held, Inline, Shifted, Sliced, Moved, MovedAndSummed, Capped, InTheLoss, UnderOneName, ProbabilitiesMoved,
-    Regularised,
+    HeldProbabilities, OneSequence, Regularised,
 ]  # fmt: skip
 
 
@@ -282,12 +296,15 @@ class Weighted(Known):
         return logits, F.cross_entropy(logits.view(-1, self.V), targets.view(-1), self.weights, ignore_index=-1)
 
 
-def test_float32_weights_of_a_model_in_16_bits_are_not_rounded():
-    stock, swapped = Weighted().bfloat16(), Weighted().bfloat16()
-    arguments = ids_and_targets()
+@pytest.mark.parametrize("way", ["cast", "autocast"])
+def test_float32_weights_of_a_product_in_16_bits_are_not_rounded(way):
+    (stock, swapped), arguments = (Weighted(), Weighted()), ids_and_targets()
+    for model in (stock, swapped):
+        model.to(torch.bfloat16 if way == "cast" else torch.float32)
     gptkern.swap(swapped, ops=[], fused_loss=True)
-    expected, loss = stock(*arguments)[1], swapped(*arguments)[1]
-    assert torch.equal(loss, expected) and swapped.weights.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+        expected, (logits, loss) = stock(*arguments)[1], swapped(*arguments)
+    assert torch.equal(loss, expected) and logits is None and swapped.weights.dtype == torch.float32
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
@@ -481,6 +498,42 @@ class OnTheTraining(Known):
         return logits, loss
 
 
+class InAGenerator(Known):
+    def forward(self, ids, targets):
+        logits = self.head(self.tokens(ids))
+        return logits, sum(F.cross_entropy(logits.flatten(0, 1), wanted) for wanted in [targets.flatten()])
+
+
+class InAMatch(Known):
+    def forward(self, ids, targets, mode="train"):
+        logits, loss = self.head(self.tokens(ids)), None
+        match mode:
+            case "train":
+                loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits, loss
+
+
+class WritesInAnArgument(Known):
+    def forward(self, ids, targets):
+        x = self.tokens(ids)
+        logits = self.head(x)
+        return logits, F.cross_entropy(logits.flatten(0, 1), F.relu(x, True)[..., 0].long().flatten())
+
+
+class ScalesAnAlias(Known):
+    def forward(self, ids, targets):
+        logits = self.head(self.tokens(ids))
+        flat = logits.flatten(0, 1)
+        logits *= 2
+        return logits, F.cross_entropy(flat, targets.flatten())
+
+
+class LooksAtTheTop(Known):
+    def forward(self, ids, targets):
+        logits = self.head(self.tokens(ids))
+        return logits, F.cross_entropy(logits.flatten(0, 1), logits.detach().argmax(-1).flatten())
+
+
 class Subclass(Known):
     def __init__(self):
         super().__init__()
@@ -511,6 +564,11 @@ class Subclass(Known):
         (HalvesItsHead, "self.head.to", "may write into what the head is given, or into the head"),
         (CallsAnother, "self.prepared(x", "may write into what the head is given, or into the head"),
         (OnTheTraining, "self.training", "is another condition for the loss than an argument that is given"),
+        (InAGenerator, "sum(", "is called in a function inside its forward"),
+        (InAMatch, "loss = F", "is called inside the block of line"),
+        (WritesInAnArgument, "F.relu", "may write into what the head is given, or into the head"),
+        (ScalesAnAlias, "*= 2", "makes other logits"),
+        (LooksAtTheTop, "argmax", "does something else with the logits than to return them"),
         (Subclass, "self.head(", "its criterion is a Halved, not a torch.nn.CrossEntropyLoss"),
     ],
 )

@@ -12,7 +12,8 @@ encoders.py        what torch.nn's encoders give on their fast path, in those th
 edits.py           what of a forward is changed in its source
 activations.py     activations, and products with them
 fused_loss.py      the loss of a model's own forward, without its logits: what it calls
-loss_code.py       where a forward takes its loss, and the same without the logits, in its source
+loss_code.py       where a forward takes its loss, read off its source
+loss_change.py     the same source without the logits
 logits_code.py     what is done with the logits before it, as far as the hidden states can stand in for them
 harmless_code.py   statements that are known to write nothing
 edited_code.py     a function's code again, changed in its source

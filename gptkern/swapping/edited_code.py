@@ -17,7 +17,7 @@ import inspect
 import tokenize
 import types
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 # No name of the function's own begins so.
@@ -169,3 +169,30 @@ def stores(node: ast.AST) -> list[str]:
 def loads(node: ast.AST, text: str) -> list[ast.Name]:
     """Where the name is read in it."""
     return [n for n in ast.walk(node) if is_name(n, text) and isinstance(n.ctx, ast.Load)]
+
+
+def holds(node: ast.AST, searched: ast.AST) -> bool:
+    """Whether the one is a part of the other, that very object."""
+    return any(one is searched for one in ast.walk(node))
+
+
+def is_among(node: ast.AST, nodes: list) -> bool:
+    return any(node is one for one in nodes)
+
+
+def binds(statement: ast.stmt, name: str) -> bool:
+    """Whether it is `name = …`."""
+    is_one = isinstance(statement, ast.Assign) and len(statement.targets) == 1
+    return is_one and is_name(statement.targets[0], name)
+
+
+def nodes(statement: ast.stmt, without: list[ast.stmt]) -> Iterator[tuple[ast.AST, ast.stmt]]:
+    """Each node of a statement, and the innermost statement that it is in; not in `without`."""
+    waiting: list[tuple[ast.AST, ast.stmt]] = [(statement, statement)]
+    while waiting:
+        node, inside = waiting.pop()
+        if is_among(node, without):
+            continue
+        inside = node if isinstance(node, ast.stmt) else inside
+        yield node, inside
+        waiting += [(child, inside) for child in ast.iter_child_nodes(node)]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from gptkern.swapping import activations, edited_code, fused_loss, loss_code
+from gptkern.swapping import activations, edited_code, fused_loss, loss_change, loss_code
 from gptkern.swapping.edited_code import Edit
 from gptkern.swapping.logits_code import NotKnown
 from gptkern.swapping.reading import method
@@ -31,7 +31,7 @@ class Found(NamedTuple):
     """
 
     products: activations.Products | None = None
-    site: fused_loss.Site | None = None
+    site: loss_code.Site | None = None
     reason: str | None = None
     attributes: tuple[tuple[str, str], ...] = ()
 
@@ -88,13 +88,18 @@ def _with_loss(
     for attribute in ways:
         changed = copy.deepcopy(tree)
         try:
-            found.append((changed, loss_code.change_loss(function, changed, attribute)))
+            found.append((changed, loss_code.Loss(function, changed, attribute)))
         except NotKnown as reason:
             reasons[attribute] = str(reason)
-    if len(found) != 1:
+    if len(found) > 1:
+        names = ", ".join(f"self.{loss.attribute}" for _, loss in found)
+        return tree, Found(reason=f"{loss_code.place(function)}: {names} may each take its loss; known is one")
+    if not found:
         of_attributes = tuple((name, reason) for name, reason in reasons.items() if name is not None)
         return tree, Found(reason=reasons.get(None), attributes=of_attributes)
-    return found[0][0], Found(site=found[0][1])
+    ((tree, loss),) = found
+    loss_change.change(loss)
+    return tree, Found(site=loss.site)
 
 
 def activates(holds: Found, module: torch.nn.Module) -> bool:

@@ -6,11 +6,11 @@
         loss = self.loss_function(logits, labels, …)    linear_cross_entropy(hidden, lm_head.weight, labels, …)
     return Output(loss=loss, logits=logits)         logits=None, where the loss was taken
 
-loss_code.py reads the forward's source and changes it; here is what the changed code calls. What a module is may change
-after a swap. So a call looks whether the head is a plain nn.Linear without hooks, the loss PyTorch's or transformers'
-own, a factor or a cap a number, what the code takes for the vocabulary's size the head's, and whether the hidden states
-have as many dimensions as the code reads of the logits. Where one of them is not so, the forward is the stock one,
-logits and all, and a warning says why, once. It also is while torch.jit.trace records, which keeps no None.
+loss_code.py reads the forward's source, loss_change.py changes it; here is what the changed code calls. What a module
+is may change after a swap. So a call looks whether the head is a plain nn.Linear without hooks, the loss PyTorch's or
+transformers' own, a factor or a cap a number, what the code takes for the vocabulary's size the head's, and whether the
+hidden states have as many dimensions as the code reads of the logits. Where one of them is not so, the forward is the
+stock one, logits and all, and a warning says why, once. It also is while torch.jit.trace records, which keeps no None.
 """
 
 from __future__ import annotations
@@ -25,17 +25,8 @@ from gptkern import functional as F
 from gptkern.backends import tracing
 from gptkern.swapping import logits_code
 from gptkern.swapping.activations import is_bare
-from gptkern.swapping.loss_code import (
-    CRITERION,
-    CROSS_ENTROPY,
-    FUNCTION,
-    HELD,
-    MADE,
-    MAY_FUSE,
-    OURS,
-    TRANSFORMERS,
-    Site,
-)
+from gptkern.swapping.loss_change import MAY_FUSE, OURS
+from gptkern.swapping.loss_code import CRITERION, CROSS_ENTROPY, FUNCTION, HELD, MADE, TRANSFORMERS, Site
 
 UNKNOWN = object()  # a size before the call that it is of
 
@@ -82,6 +73,8 @@ def reason_against(
         return f"the weight of its {name} is a {type(head.weight).__name__}, not a plain tensor"
     if site.factor is not None and not isinstance(factor, int | float):
         return f"its logits are scaled by a {type(factor).__name__}, not by a number"
+    if site.is_divided and factor == 0:
+        return "its logits are divided by 0"
     if site.softcap is not None and softcap is not None and not isinstance(softcap, int | float):
         return f"its logits are capped by a {type(softcap).__name__}, not by a number"
     for (text, _), size in zip(site.sizes, sizes):
@@ -135,10 +128,14 @@ class _Loss:
 
     def of_rows(self, input, target, weight, **options):
         """input: (rows, width); target: (rows,), or (rows, classes)."""
-        head, is_float = self.head, self.site.is_float
-        if weight is not None and weight.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
-            # linear_cross_entropy would round the weights of a float32 loss to the hidden states' dtype.
+        head, is_float, kind = self.head, self.site.is_float, input.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
+        if weight is not None and weight.dtype != dtype:
+            # linear_cross_entropy would round the weights of a float32 loss to the dtype of the product.
             return F.cross_entropy(self.logits(input), target, weight, **options)
+        if options.get("ignore_index") == -100:
+            # PyTorch's default, which a criterion has with probabilities too; given, it would be an error there.
+            del options["ignore_index"]
         return F.linear_cross_entropy(
             input,
             head.weight,

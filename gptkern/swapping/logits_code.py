@@ -196,11 +196,11 @@ class Logits:
         slices = [one for one in indices if isinstance(one, ast.Slice)]
         if form.is_moved or len(dots) > 1 or len(slices) + len(dots) != len(indices):
             raise self.error(node, "takes a part of the logits that is no slice")
-        if not dots and self._rank_of(form) is None:
+        if not dots and self._rank_of(form) is None and len(indices) > 1:
             self._need(node, form, 3)
         rank = self._rank_of(form)
         # Whether the last index is of the classes, which have to stay whole.
-        reaches_last = dots != [len(indices) - 1] if dots else rank is None or len(indices) >= rank
+        reaches_last = dots != [len(indices) - 1] if dots else rank is not None and len(indices) >= rank
         if reaches_last and ast.unparse(indices[-1]) != ":":
             raise self.error(node, "takes a part of the vocabulary")
         return form._replace(is_cut=True)
@@ -351,8 +351,8 @@ class Logits:
             NotKnown: anything else.
         """
         form = self.read(node)
-        if not any_rank:
-            self._need(node, form, 3 if form.is_moved else 2)
+        if not any_rank or (form.is_cut and self._rank_of(form) is None):
+            self._need(node, form, 3 if form.is_moved or any_rank else 2)
         elif form.is_moved:
             raise self.error(node, "has the classes in another place than the last")
         return form

@@ -1,17 +1,17 @@
-"""Where a forward takes the loss of its logits, and the same forward without them, in its source.
+"""Where a forward takes the loss of its logits, read off its source.
 
-    logits = self.lm_head(hidden)               logits = hidden if fused else self.lm_head(hidden)
+    logits = self.lm_head(hidden)               the head, and what it is given
     loss = None
-    if labels is not None:                      fused: the labels are given, and the head is one that is known
-        loss = cross_entropy(logits.view(…), labels.view(-1))
-                                            ours(lm_head, hidden.reshape(…), …) if fused else cross_entropy(…)
-    return Output(loss=loss, logits=logits)     logits=None if fused else logits
+    if labels is not None:                      the condition: an argument that is given
+        logits = logits.view(-1, self.vocabulary)       the flow, by which the logits come to the loss
+        loss = cross_entropy(logits, labels.view(-1))   the loss
+    return Output(loss=loss, logits=logits)     where they are returned
 
 What may be done with the logits in between, logits_code.py knows; other statements there must be known to write nothing
 (harmless_code.py). Then the logits may be returned, and nothing else may be done with them. The loss is
 F.cross_entropy, a torch.nn.CrossEntropyLoss that the forward makes or the module holds, or transformers'
 `self.loss_function`; it is taken where an argument is not None, or always. Any other forward is left alone, with the
-reason.
+reason. loss_change.py changes those that are known.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ import torch
 
 from gptkern.formatting import LONGEST_SHOWN, shown
 from gptkern.swapping import edited_code, harmless_code
-from gptkern.swapping.edited_code import OWN
-from gptkern.swapping.logits_code import KNOWN, Logits, NotKnown, ReadShapes, head_of
+from gptkern.swapping.logits_code import KNOWN, Logits, NotKnown, head_of
 
-FUSED, MAY_FUSE, OURS, HIDDEN = f"{OWN}is_fused", f"{OWN}may_fuse", f"{OWN}loss", f"{OWN}hidden"
 CROSS_ENTROPY = torch.nn.functional.cross_entropy
 CRITERION = torch.nn.CrossEntropyLoss
 # What F.cross_entropy takes that linear_cross_entropy takes by the same name.
 _OPTIONS = {"weight", "ignore_index", "reduction", "label_smoothing"}
+# What a loss may stand in; all but an if are run whole.
+_KNOWN_AROUND = (ast.If, ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr)
+_IN_A_FUNCTION = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 _READS = "does something else with the logits than to return them"
 # How the loss is called; the last by an attribute of the module, of which the module says what it is.
 FUNCTION, TRANSFORMERS, MADE, HELD = "F.cross_entropy", "self.loss_function", "nn.CrossEntropyLoss", "self"
@@ -78,37 +79,32 @@ def place(function: types.FunctionType, node: ast.AST | dis.Positions | None = N
 
 def takes_a_loss(function: types.FunctionType) -> bool:
     """Whether a forward takes a loss that this file is about; not of an attribute of the module."""
-    names = function.__code__.co_names
+    names = set(_names(function.__code__))
     if "loss_function" in names:
         return True
     losses = (CROSS_ENTROPY, CRITERION)
-    wanted = {loss.__name__ for loss in losses} & set(names)
-    return bool(wanted) and any(found is loss for found in _called(function) for loss in losses)
+    is_named = any(loss.__name__ in names for loss in losses)
+    return is_named and any(found is loss for found in _called(function, names) for loss in losses)
 
 
-def _called(function: types.FunctionType) -> Iterator[object]:
+def _names(code: types.CodeType) -> Iterator[str]:
+    """The names in the code, and in the functions inside it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+def _called(function: types.FunctionType, names: set[str]) -> Iterator[object]:
     # Without its source: F and the like are modules.
-    for name in function.__code__.co_names:
+    for name in names:
         found = function.__globals__.get(name)
         yield found
         if isinstance(found, types.ModuleType):
-            for loss in (CROSS_ENTROPY.__name__, CRITERION.__name__):
-                yield getattr(found, loss, None)
-                yield getattr(getattr(found, "functional", None), loss, None)
-                yield getattr(getattr(found, "nn", None), loss, None)
-            yield getattr(getattr(getattr(found, "nn", None), "functional", None), CROSS_ENTROPY.__name__, None)
-
-
-def change_loss(function: types.FunctionType, found: ast.FunctionDef, attribute: str | None = None) -> Site:
-    """Changes the tree of a forward, so that it runs with the cells of fused_loss.py.
-
-    Args:
-        attribute: the attribute of the module that takes the loss; None: its forward takes the loss itself.
-
-    Raises:
-        NotKnown: its loss, or what it does with its logits, is of a form of its own.
-    """
-    return _Changing(function, found, attribute).site()
+            inside = found, getattr(found, "functional", None), getattr(found, "nn", None)
+            for module in (*inside, getattr(inside[-1], "functional", None)):
+                yield getattr(module, CROSS_ENTROPY.__name__, None)
+                yield getattr(module, CRITERION.__name__, None)
 
 
 def held(function: types.FunctionType, found: ast.FunctionDef) -> list[str]:
@@ -133,8 +129,28 @@ class _Step(NamedTuple):
     level: int
 
 
-class _Changing:
-    def __init__(self, function: types.FunctionType, found: ast.FunctionDef, attribute: str | None):
+class Loss:
+    """The loss that a forward takes, read off its tree.
+
+    Args:
+        attribute: the attribute of the module that takes the loss; None: its forward takes the loss itself.
+
+    Attributes:
+        call: the call that takes the loss; argument: what of it holds the logits.
+        called: what has to be PyTorch's own for the loss to be the one that is known.
+        head: the call of the layer that makes the logits; makes: the statement that it is in, or None where it is in
+            the loss itself.
+        logits: the names that hold logits, and what was done with them; flow: the statements by which they come from
+            there to the loss.
+        condition: the argument which, where it is not None, has the loss taken; None where it always is.
+        after: the statements behind the head; returned: the logits that they return; shapes: the sizes that they read.
+        site: what of it the calls of the changed code have to know.
+
+    Raises:
+        NotKnown: its loss, or what it does with its logits, is of a form of its own.
+    """
+
+    def __init__(self, function: types.FunctionType, found: ast.FunctionDef, attribute: str | None = None):
         self.function, self.found, self.attribute = function, found, attribute
         self.call: ast.Call | None = None
         if not function.__code__.co_argcount:
@@ -143,15 +159,19 @@ class _Changing:
         self.parameters = {argument.arg for argument in ast.walk(found.args) if isinstance(argument, ast.arg)}
         self.call, self.kind, self.called = self.loss()
         self.path = self.around()
+        if any(isinstance(node, _IN_A_FUNCTION) for node, _ in self.expressions()):
+            raise self.error(self.call, "is called in a function inside its forward")
         self.run = [*self.before()]
         self.argument = self.given_logits()
         self.logits = Logits(function, self.this, self.error)
         # How the logits come to the loss, and where in the run they are made: None in the loss itself.
         self.flow: list[ast.stmt] = []
         self.at = self.made()
-        # On what the loss hangs, and what runs only where it is not taken.
+        self.makes = None if self.at is None else self.run[self.at].statement
         self.condition: str | None = None
+        # What runs only where the loss is not taken.
         self.without: list[ast.stmt] = []
+        self.site = self.read()
 
     def error(self, node: ast.AST, what: str) -> NotKnown:
         code = " ".join(ast.unparse(node).split())
@@ -160,27 +180,24 @@ class _Changing:
         loss = "" if self.call is None else f"; the loss is {ast.unparse(self.call.func)}, line {self.call.lineno}"
         return NotKnown(f"{line}: {code!r} {what}{loss}")
 
-    # --- Reading
-
-    def site(self) -> Site:
-        base = self.logits.base(self.argument if self.at is None else self.run[self.at].statement.value)
-        self.head = head_of(base, self.this)
+    def read(self) -> Site:
+        self.head_call = self.logits.base(self.argument if self.makes is None else self.makes.value)
+        self.head = head_of(self.head_call, self.this)
         self.find_condition()
         between: list[ast.stmt] = []
-        if self.at is not None:
-            makes = self.run[self.at].statement
-            self.logits.names[makes.targets[0].id] = self.logits.read(makes.value)
+        if self.makes is not None:
+            self.logits.names[self.makes.targets[0].id] = self.logits.read(self.makes.value)
             between = [one.statement for one in self.run[self.at + 1 :]]
-            between = [one for one in between if not _is_among(one, self.without)]
+            between = [one for one in between if not edited_code.is_among(one, self.without)]
         for statement in between:
             self.step(statement)
         form = self.logits.of_loss(self.argument, self.kind == TRANSFORMERS)
         self.look_at_arguments()
         sizes = self.sizes(between)
-        after = [*between, self.path[-1], *self.behind()]
-        returned, shapes = self.look_at_reads(after)
-        site = Site(
-            place(self.function, base),
+        self.after = [*between, self.path[-1], *self.behind()]
+        self.returned, self.shapes = self.look_at_reads(self.after)
+        return Site(
+            place(self.function, self.head_call),
             self.head.attribute,
             self.kind,
             self.attribute,
@@ -192,8 +209,6 @@ class _Changing:
             self.logits.rank,
             sizes,
         )
-        self.change(site, after, returned, shapes)
-        return site
 
     def loss(self) -> tuple[ast.Call, str, ast.expr]:
         """The one call that takes the loss, how, and what has to be PyTorch's for it to be the loss that is known."""
@@ -220,7 +235,9 @@ class _Changing:
         made = node.func
         if isinstance(made, ast.Name) and made.id not in self.parameters:
             # loss_fct = CrossEntropyLoss()
-            stored = [n.value for n in ast.walk(self.found) if isinstance(n, ast.Assign) and _binds(n, made.id)]
+            stored = [
+                n.value for n in ast.walk(self.found) if isinstance(n, ast.Assign) and edited_code.binds(n, made.id)
+            ]
             is_once = edited_code.stores(self.found).count(made.id) == 1
             made = stored[0] if len(stored) == 1 and is_once else made
         is_made = isinstance(made, ast.Call) and edited_code.value(made.func, self.function) is CRITERION
@@ -230,11 +247,11 @@ class _Changing:
         """The statements around the loss, from the outermost on."""
         path, body = [], self.found.body
         while body:
-            statement = next((s for s in body if _holds(s, self.call)), None)
+            statement = next((s for s in body if edited_code.holds(s, self.call)), None)
             if statement is None:
                 raise self.error(self.call, "is called in a function inside its forward")
             path.append(statement)
-            if isinstance(statement, ast.For | ast.While | ast.With | ast.Try | ast.FunctionDef | ast.AsyncFunctionDef):
+            if not isinstance(statement, _KNOWN_AROUND):
                 raise self.error(self.call, f"is called inside the block of line {statement.lineno}")
             body = self.inner(statement)
         return path
@@ -243,7 +260,9 @@ class _Changing:
         """The block of an if in which the loss is."""
         if not isinstance(statement, ast.If):
             return []
-        return next((b for b in (statement.body, statement.orelse) if any(_holds(s, self.call) for s in b)), [])
+        return next(
+            (b for b in (statement.body, statement.orelse) if any(edited_code.holds(s, self.call) for s in b)), []
+        )
 
     def before(self) -> Iterator[_Step]:
         """What runs before the statement of the loss, in order, without the statements around it."""
@@ -284,7 +303,7 @@ class _Changing:
             if isinstance(statement, ast.If | ast.AugAssign):
                 self.flow.append(statement)
                 continue
-            if not _binds(statement, name):
+            if not edited_code.binds(statement, name):
                 break
             base = self.logits.base(statement.value)
             if head_of(base, self.this) is not None:
@@ -314,18 +333,23 @@ class _Changing:
                 self.hangs_on(outer.test, is_in_body)
                 self.without += outer.orelse if is_in_body else outer.body
                 tested = max([tested, *(at for at, one in enumerate(self.run) if one.level <= level)])
-        node: ast.AST = self.path[-1]
-        while node is not self.call:
-            inside = next(child for child in ast.iter_child_nodes(node) if _holds(child, self.call))
+        for node, inside in self.expressions():
             if isinstance(node, ast.IfExp) and inside is not node.test:
                 self.hangs_on(node.test, inside is node.body)
                 tested = len(self.run) - 1
-            elif isinstance(node, ast.IfExp | ast.BoolOp | ast.Lambda | ast.comprehension):
+            elif isinstance(node, ast.IfExp | ast.BoolOp):
                 raise self.error(node, "takes the loss under a condition of its own")
-            node = inside
         stored = [name for one in self.run[: tested + 1] for name in edited_code.stores(one.statement)]
         if self.condition is not None and (self.condition not in self.parameters or self.condition in stored):
             raise self.error(self.call, f"hangs on {self.condition!r}, which is no argument, or is made anew")
+
+    def expressions(self) -> Iterator[tuple[ast.AST, ast.AST]]:
+        """What is around the call of the loss in its statement, each with what of it holds the call."""
+        node: ast.AST = self.path[-1]
+        while node is not self.call:
+            inside = next(child for child in ast.iter_child_nodes(node) if edited_code.holds(child, self.call))
+            yield node, inside
+            node = inside
 
     def hangs_on(self, test: ast.expr, is_true: bool) -> None:
         argument = _none_test(test, ast.IsNot if is_true else ast.Is)
@@ -336,7 +360,7 @@ class _Changing:
     def step(self, statement: ast.stmt) -> None:
         """Notes what a statement between the head and the loss does with the logits."""
         stored = edited_code.stores(statement)
-        if not _is_among(statement, self.flow):
+        if not edited_code.is_among(statement, self.flow):
             if set(stored) & set(self.logits.names):
                 raise self.error(statement, f"makes other logits; known is {KNOWN}")
             if self.unknown_reads(statement):
@@ -352,8 +376,8 @@ class _Changing:
         elif not self.logits.changes(statement, stored):
             raise self.error(statement, f"makes other logits; known is {KNOWN}")
 
-    def unknown_reads(self, statement: ast.stmt) -> bool:
-        """Whether a statement on the way to the loss does more with the logits than to read their sizes."""
+    def unknown_reads(self, statement: ast.AST) -> bool:
+        """Whether a statement before the loss, or a part of one, does more with the logits than to read their sizes."""
         sizes = self.logits.shapes_read(statement).values()
         known = {id(node) for size in sizes for node in ast.walk(size)}
         return any(id(n) not in known for name in self.logits.names for n in edited_code.loads(statement, name))
@@ -374,8 +398,10 @@ class _Changing:
             names = {keyword.arg for keyword in self.call.keywords} - {"input"}
             if names - known or len(self.call.args) > (3 if self.kind == FUNCTION else 2):
                 raise self.error(self.call, f"has other arguments than {', '.join(sorted(known))}")
-            for one in others:
-                self.writes_nothing(one)
+        for one in others:
+            if self.unknown_reads(one):
+                raise self.error(one, _READS)
+            self.writes_nothing(one)
         if harmless_code.writes(self.path[-1]):
             raise self.error(self.path[-1], "may write into what the head is given, or into the head")
         start = self.call.lineno, self.call.col_offset
@@ -409,26 +435,26 @@ class _Changing:
         returned: list[ast.Name] = []
         shapes: dict[int, ast.expr] = {}
         for statement in after:
-            returned += self.returned(statement)
+            returned += self.returned_in(statement)
             shapes |= self.logits.shapes_read(statement)
         known = {id(name) for name in returned} | self.logits.bases
         known |= {id(n) for one in shapes.values() for n in ast.walk(one) if isinstance(n, ast.Name)}
         for statement in after:
-            if not isinstance(statement, ast.Assign) and _is_among(statement, self.flow):
+            if not isinstance(statement, ast.Assign) and edited_code.is_among(statement, self.flow):
                 continue
-            for node, inside in _nodes(statement, self.without):
+            for node, inside in edited_code.nodes(statement, self.without):
                 if not isinstance(node, ast.Name) or node.id not in self.logits.names or id(node) in known:
                     continue
                 if isinstance(node.ctx, ast.Load):
                     raise self.error(inside, _READS)
-                if not _is_among(inside, self.flow):
+                if not edited_code.is_among(inside, self.flow):
                     raise self.error(inside, f"makes other logits; known is {KNOWN}")
         return returned, shapes
 
-    def returned(self, statement: ast.stmt) -> list[ast.Name]:
+    def returned_in(self, statement: ast.stmt) -> list[ast.Name]:
         """Where the logits are part of what is returned, as they are: of a tuple, or of an output's field."""
         found: list[ast.Name] = []
-        for node, _ in _nodes(statement, self.without):
+        for node, _ in edited_code.nodes(statement, self.without):
             values: list[ast.expr] = []
             if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):
                 values = node.value.elts
@@ -442,86 +468,6 @@ class _Changing:
                     values = sum_of.left.elts
             found += [value for value in values if isinstance(value, ast.Name) and value.id in self.logits.names]
         return found
-
-    # --- Writing
-
-    def change(self, site: Site, after: list[ast.stmt], returned: list[ast.Name], shapes: dict[int, ast.expr]) -> None:
-        this, fused = edited_code.name(self.this), edited_code.name(FUSED)
-        layer = ast.Attribute(this, site.head, ast.Load())
-        for statement in after:
-            ReadShapes(shapes, FUSED, layer).visit(statement)
-            _Returned(returned).visit(statement)
-        hidden, is_named = self.head.hidden, isinstance(self.head.hidden, ast.Name)
-        asked: ast.expr = ast.Constant(None)
-        if site.rank is not None:
-            asked = hidden if is_named else edited_code.name(HIDDEN)
-        numbers = [_number(this, site.factor), _number(this, site.softcap)]
-        may_fuse = edited_code.call(MAY_FUSE, this, layer, *numbers, self.called, asked, *self.logits.sizes)
-        makes_hidden: list[ast.stmt] = []
-        if site.rank is not None and not is_named:
-            # The call of the head is told by its argument alone.
-            base = self.logits.base(self.argument if self.at is None else self.run[self.at].statement.value)
-            base.args[0] = edited_code.name(HIDDEN)
-            if self.at is None:
-                may_fuse.args[5] = ast.NamedExpr(ast.Name(HIDDEN, ast.Store()), hidden)
-            else:
-                makes_hidden = [ast.Assign([ast.Name(HIDDEN, ast.Store())], hidden)]
-        given = (
-            []
-            if self.condition is None
-            else [ast.Compare(edited_code.name(self.condition), [ast.IsNot()], [ast.Constant(None)])]
-        )
-        decided = ast.BoolOp(ast.And(), [*given, may_fuse]) if given else may_fuse
-
-        ours = edited_code.call(OURS, layer, *numbers)
-        if self.kind in (MADE, HELD):
-            ours.args.append(self.call.func)
-        changed = self.logits.ours(self.argument, layer)
-        arguments = [changed if one is self.argument else one for one in self.call.args]
-        keywords = [ast.keyword(k.arg, changed if k.value is self.argument else k.value) for k in self.call.keywords]
-        ours = ast.Call(ours.func, [*ours.args, *arguments], keywords)
-        stock = ast.Call(self.call.func, self.call.args, self.call.keywords)
-        test = decided if self.at is None else fused
-        _Replace(self.call, ast.copy_location(ast.IfExp(test, ours, stock), self.call)).visit(self.found)
-        if self.at is None:
-            return
-        makes = self.run[self.at].statement
-        for statement in [makes, *self.flow]:
-            if isinstance(statement, ast.Assign):
-                statement.value = ast.IfExp(fused, self.logits.ours(statement.value, layer), statement.value)
-            else:
-                copied = _again(statement)
-                _replace_statement(self.found, statement, [ast.If(ast.UnaryOp(ast.Not(), fused), [copied], [])])
-        decides = ast.Assign([ast.Name(FUSED, ast.Store())], decided)
-        _replace_statement(self.found, makes, [*makes_hidden, decides, makes])
-        docstring = ast.get_docstring(self.found, clean=False) is not None
-        self.found.body.insert(int(docstring), ast.Assign([ast.Name(FUSED, ast.Store())], ast.Constant(False)))
-
-
-def _holds(node: ast.AST, searched: ast.AST) -> bool:
-    return any(one is searched for one in ast.walk(node))
-
-
-def _is_among(node: ast.AST, nodes: list) -> bool:
-    return any(node is one for one in nodes)
-
-
-def _binds(statement: ast.stmt, name: str) -> bool:
-    """Whether it is `name = …`."""
-    is_one = isinstance(statement, ast.Assign) and len(statement.targets) == 1
-    return is_one and edited_code.is_name(statement.targets[0], name)
-
-
-def _nodes(statement: ast.stmt, without: list[ast.stmt]) -> Iterator[tuple[ast.AST, ast.stmt]]:
-    """Each node of a statement, and the innermost statement that it is in; not in `without`."""
-    waiting: list[tuple[ast.AST, ast.stmt]] = [(statement, statement)]
-    while waiting:
-        node, inside = waiting.pop()
-        if _is_among(node, without):
-            continue
-        inside = node if isinstance(node, ast.stmt) else inside
-        yield node, inside
-        waiting += [(child, inside) for child in ast.iter_child_nodes(node)]
 
 
 def _leaves(node: ast.AST) -> bool:
@@ -541,46 +487,3 @@ def _none_test(test: ast.expr, operation: type) -> str | None:
     if is_test and isinstance(test.left, ast.Name) and ast.unparse(test.comparators[0]) == "None":
         return test.left.id
     return None
-
-
-def _number(this: ast.expr, number: tuple[str, ...] | float | None) -> ast.expr:
-    if not isinstance(number, tuple):
-        return ast.Constant(number)
-    found = this
-    for attribute in number:
-        found = ast.Attribute(found, attribute, ast.Load())
-    return found
-
-
-def _again(statement: ast.stmt) -> ast.stmt:
-    """The same statement as another object, so that it can stand inside of what takes its place."""
-    return ast.copy_location(type(statement)(**dict(ast.iter_fields(statement))), statement)
-
-
-def _replace_statement(found: ast.AST, old: ast.stmt, new: list[ast.stmt]) -> None:
-    for node in ast.walk(found):
-        for _, block in ast.iter_fields(node):
-            if isinstance(block, list) and _is_among(old, block):
-                at = next(place for place, one in enumerate(block) if one is old)
-                block[at : at + 1] = new
-                return
-
-
-class _Returned(ast.NodeTransformer):
-    """None in the place of some names, where the loss was fused."""
-
-    def __init__(self, names: list[ast.Name]):
-        self.names = {id(name) for name in names}
-
-    def visit_Name(self, node: ast.Name) -> ast.expr:
-        if id(node) in self.names:
-            return ast.copy_location(ast.IfExp(edited_code.name(FUSED), ast.Constant(None), node), node)
-        return node
-
-
-class _Replace(ast.NodeTransformer):
-    def __init__(self, old: ast.AST, new: ast.AST):
-        self.old, self.new = old, new
-
-    def visit(self, node: ast.AST) -> ast.AST:
-        return self.new if node is self.old else self.generic_visit(node)
