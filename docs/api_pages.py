@@ -19,7 +19,7 @@ INDEX = "README.md"
 # The modules whose names are public, in the order of the index.
 MODULES = (
     "gptkern", "gptkern.functional", "gptkern.nn", "gptkern.autograd", "gptkern.optim", "gptkern.training",
-    "gptkern.training.lora",
+    "gptkern.training.lora", "gptkern.training.search",
 )  # fmt: skip
 
 INTRODUCTION = """# Public names

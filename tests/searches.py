@@ -13,6 +13,7 @@ from gptkern.training.search import planning
 from gptkern.training.search.settings import Settings
 from gptkern.training.search.space import Choices, Range, Space
 from gptkern.training.search.study import FINISHED, OPEN, PAUSED, RUNNING, Study, Trial
+from gptkern.training.search.working import begin
 
 SPACE = Space({"lr": Range(1e-3, 1e-1, log=True), "batch": Choices((2, 4)), "dropout": Choices((0.0, 0.1))})
 GIVEN = {
@@ -29,8 +30,7 @@ def settings(given: dict[str, Any] | None = None, **changes: Any) -> Settings:
 
 
 def create(folder: Path, of: Settings) -> Study:
-    store = a_store()
-    return Study.create(folder, of.described() | {"data": {"name": store.name, "fingerprint": store.fingerprint}})
+    return begin(folder, of, a_store())
 
 
 def simulated(of: Settings, loss: Callable[[Trial, int], float], among: int = 1) -> list[Trial]:

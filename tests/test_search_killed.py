@@ -34,7 +34,7 @@ SMALL = dict(ways=("experiment", "learning"), amount=4, rungs=2)
 
 
 def working_on(folder: Path, operation: int | None = None, begun: Path | None = None) -> None:
-    """A worker, whose process is killed before an operation on the disk; `begun` gets a line for each that it begins."""
+    """A worker, whose process is killed before an operation on the disk; `begun` gets a line for each it begins."""
     seen, lock = 0, threading.Lock()
 
     def watch(event: str, arguments: tuple) -> None:

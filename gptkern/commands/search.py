@@ -23,7 +23,6 @@ from gptkern.training.search.settings import BUDGETS, METHODS, PRUNERS, SAMPLERS
 from gptkern.training.search.space import VARIED, Space, default
 from gptkern.training.search.study import BEST, ENDED, FILE, WAYS, Study, best, taken
 from gptkern.training.values import Whole
-from gptkern.version import __version__
 
 if TYPE_CHECKING:
     from gptkern.training.data.store import Store
@@ -135,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
         # cuBLAS reads it when the GPU is first used.
         os.environ.setdefault(CUBLAS_WORKSPACE, FIXED_WORKSPACES[0])
     return_freed(settings.recipe(settings.trial(0, "learning", {})))
-    with Study(out) if args.resume else Study.create(out, _about(settings, store)) as study:
+    with Study(out) if args.resume else working.begin(out, settings, store) as study:
         working.check_data(study, store)
         if not args.helper:
             _say(_described(settings, store, study))
@@ -243,7 +242,6 @@ def _settings(
     import torch
 
     from gptkern.training.devices import resolve_device
-    from gptkern.training.run import check_rows
     from gptkern.training.search import experience, trials
 
     kind = next((name for name in BUDGETS if getattr(args, name) is not None), BUDGETS[0])
@@ -259,18 +257,13 @@ def _settings(
         seed=values["seed"], **{name: _option(args, name) for name in _OF_A_STUDY},
     )  # fmt: skip
     settings.check()
-    trials.check_sizes(settings, store.tokenizer.vocab_size)
-    check_rows(store, settings.recipe(settings.trial(0, "learning", {})))
     chosen = _advised(settings, config, store, given)
-    advice = tuple(choice._asdict() for choice in chosen if choice.key in experience_keys(given, space))
-    settings = dataclasses.replace(settings, advice=advice)
-    settings.check()
-    return settings, experience.text(chosen, {key: base[key] for key in given.values})
-
-
-def experience_keys(given: recipe_files.Given, space: Space) -> set[str]:
-    """What experience decides: what was given stands, unless it is varied."""
-    return ({*VARIED, "mup"} - given.values.keys()) | space.parameters.keys()
+    # What was given stands, unless it is varied.
+    decided = ({*VARIED, "mup"} - given.values.keys()) | space.parameters.keys()
+    advice = tuple(choice._asdict() for choice in chosen if choice.key in decided)
+    return dataclasses.replace(settings, advice=advice), experience.text(
+        chosen, {key: base[key] for key in given.values}
+    )
 
 
 def _advised(settings: Settings, config: Any, store: Store, given: recipe_files.Given) -> list[Any]:
@@ -284,26 +277,11 @@ def _advised(settings: Settings, config: Any, store: Store, given: recipe_files.
     }
     batch = given.values.get("batch") if "batch" not in settings.space.parameters else None
     chosen = experience.choices(config, settings.tokens, batch=batch, **sizes)
-    if settings.steps(experience.recipe(chosen)["batch"]) < settings.parts:
-        # What suits so many tokens leaves too few updates to look at.
+    rows = experience.recipe(chosen)["batch"]
+    if settings.steps(rows) < settings.parts or rows % settings.base["accumulate"]:
+        # What suits so many tokens leaves too few updates to look at, or does not fall into the pieces that were given.
         chosen = experience.choices(config, settings.tokens, batch=settings.base["batch"], **sizes)
     return chosen
-
-
-def _about(settings: Settings, store: Store) -> dict[str, Any]:
-    import torch
-
-    from gptkern.training.memory import parameter_count
-    from gptkern.training.search import trials
-
-    return settings.described() | {
-        "data": {
-            "name": store.name, "fingerprint": store.fingerprint, "train_tokens": len(store.train),
-            "validation_tokens": len(store.validation), "unit": "byte" if store.tokenizer.kind == "bytes" else "token",
-        },
-        "parameters": parameter_count(trials.config_of(settings.base, store.tokenizer.vocab_size)),
-        "versions": {"gptkern": __version__, "torch": str(torch.__version__)},
-    }  # fmt: skip
 
 
 # --- Workers ----------------------------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ def _of(found: dict[int, Trial], way: str) -> list[Trial]:
 def _begun(settings: Settings, way: str, trials: list[Trial], first: int) -> list[Trial]:
     """New trials of a way; none where its budget is spent, or others have to end first."""
     if way == "experience":
-        return [] if trials else [settings.trial(first, way, {item["key"]: item["value"] for item in settings.advice})]
+        return [] if trials else [settings.trial(first, way, settings.advised)]
     if way == "experiment":
         return _bracket(settings, trials, first)
     if settings.kind == "minutes":

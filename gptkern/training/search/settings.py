@@ -132,6 +132,11 @@ class Settings:
             return trial.steps
         return trial.steps * self.eta ** min(trial.rung, self.rungs - 1) // self.parts
 
+    @property
+    def advised(self) -> dict[str, Any]:
+        """The parameters of the trial of experience."""
+        return {item["key"]: item["value"] for item in self.advice}
+
     # --- Trials -------------------------------------------------------------------------------------------------------
 
     def trial(self, number: int, way: str, params: Mapping[str, Any], bracket: int = 0) -> Trial:
@@ -203,6 +208,11 @@ class Settings:
             raise UserError(
                 f"the budget, {self.amount} {self.kind}, is {count} trials of a way; it needs at most {MOST_AT_ONCE}"
             )
+        if "experience" in self.ways:
+            try:
+                self.recipe(self.trial(0, "experience", self.advised))
+            except ValueError as error:
+                raise UserError(f"what experience says does not fit what was given: {error}") from None
         if self.kind == "tokens" and self.amount < self.tokens:
             raise UserError(f"--tokens is {self.amount}; it needs at least those of one trial, {self.tokens}")
 

@@ -46,10 +46,14 @@ def check_sizes(settings: Settings, vocab_size: int) -> None:
     if isinstance(parameter := space.parameters.get("width"), Range):
         # Those between the ends are one step or several from the first.
         widths.append(parameter.low + parameter.step)
+    base = settings.base | {"context": settings.length}
     of_layers, of_heads = (space.ends(key, settings.base[key]) for key in ("layers", "heads"))
     for width, heads in itertools.product(widths, of_heads):
         for layers in of_layers if (width, heads) == (widths[0], of_heads[0]) else of_layers[:1]:
-            config = config_of(settings.base | {"layers": layers, "width": width, "heads": heads}, vocab_size)
+            config = config_of(
+                base | {"layers": layers, "width": width, "heads": heads},
+                vocab_size,
+            )
             if settings.base["mup"] is not None:
                 mup.check(config, settings.base["mup"])
 

@@ -13,18 +13,47 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
+
 from gptkern.backends.tables import files
 from gptkern.formatting import shown
 from gptkern.training import recipe_files
 from gptkern.training.data.store import Store
 from gptkern.training.errors import UserError, kept
+from gptkern.training.memory import parameter_count
+from gptkern.training.run import check_rows
 from gptkern.training.run_folder import lock
 from gptkern.training.search import planning, sampling, trials
 from gptkern.training.search.settings import Settings
 from gptkern.training.search.study import BEST, ENDED, OPEN, RUNNING, Study, Trial, best
+from gptkern.version import __version__
 
 WORKERS = ".workers"
 SECONDS_BETWEEN_LOOKS = 0.2  # while others' trials have to end first
+
+
+def begin(folder: str | os.PathLike, settings: Settings, store: Store) -> Study:
+    """A new study in a folder, which is made. Nothing is trained yet.
+
+    Args:
+        settings: with a device, a precision and a number of threads that are decided. store: the tokens.
+
+    Raises:
+        UserError: a study is there; settings, sizes and tokens do not fit together. RunError: it cannot be written.
+    """
+    settings.check()
+    trials.check_sizes(settings, store.tokenizer.vocab_size)
+    check_rows(store, settings.recipe(settings.trial(0, "learning", {})))
+    config = trials.config_of(settings.base | {"context": settings.length}, store.tokenizer.vocab_size)
+    about = settings.described() | {
+        "data": {
+            "name": store.name, "fingerprint": store.fingerprint, "train_tokens": len(store.train),
+            "validation_tokens": len(store.validation), "unit": "byte" if store.tokenizer.kind == "bytes" else "token",
+        },
+        "parameters": parameter_count(config),
+        "versions": {"gptkern": __version__, "torch": str(torch.__version__)},
+    }  # fmt: skip
+    return Study.create(folder, about)
 
 
 def work(
