@@ -18,6 +18,7 @@ import pytest
 
 from gptkern import cli
 from gptkern.training import recipe_files, run_folder
+from gptkern.training.search.space import Space
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
@@ -42,9 +43,16 @@ def test_the_files_of_a_run_are_named():
 
 
 def test_the_recipe_is_one(tmp_path):
-    (block,) = blocks("toml")
+    block, _ = blocks("toml")
     (tmp_path / "my.toml").write_text(block)
     assert recipe_files.completed(recipe_files.read(tmp_path / "my.toml"))["accumulate"] == 4
+
+
+def test_the_space_is_what_its_options_say(tmp_path):
+    _, block = blocks("toml")
+    (tmp_path / "space.toml").write_text(block)
+    options = re.findall(r"--vary (\S+)$", block, re.MULTILINE)
+    assert Space.parsed(options) == Space.read(tmp_path / "space.toml") and len(options) == 4
 
 
 def test_the_python_runs(tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ _OF_A_STUDY = {
 }  # fmt: skip
 # Keys that a trial decides by itself, and those of a training that starts from a model.
 _OF_A_TRIAL = ("save_every", "keep", "evaluate_every", "patience")
-_OF_ANOTHER = ("from", "examples", "validation", "held_out", "epochs")
+_OF_ANOTHER = ("from", "examples", "validation", "held_out", "epochs", "lora", "lora_alpha", "head")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
