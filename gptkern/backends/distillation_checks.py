@@ -118,29 +118,38 @@ def check_top(name: str, teacher_top, student: torch.Tensor, classes) -> tuple[t
     n = indices.shape[-1]
     if not 0 < n <= classes:
         raise ValueError(f"{name}: teacher_top has {n} classes a row; it needs from 1 to the student's {classes}")
-    log_probabilities, indices = log_probabilities.detach().reshape(-1, n), indices.reshape(-1, n)
+    return log_probabilities.detach().reshape(-1, n), indices.reshape(-1, n)
+
+
+def counting_top(
+    name: str, log_probabilities: torch.Tensor, indices: torch.Tensor, target, ignore_index: int, classes
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both (rows, n), in rows that do not count n classes of equal probability in place of whatever they hold, and what
+    is left of them checked. Reads values on a CPU alone.
+
+    Args:
+        target: (rows,), or None.
+    """
+    if target is not None:
+        counts, n = (target != ignore_index).unsqueeze(1), indices.shape[1]
+        indices = torch.where(counts, indices, torch.arange(n, device=indices.device))
+        log_probabilities = torch.where(counts, log_probabilities, -math.log(max(n, 2)))
     if indices.is_cpu and tracing.has_values(indices) and indices.numel():
         least, most = indices.aminmax()
         if least < 0 or most >= classes:
             wrong = least if least < 0 else most
             raise IndexError(f"{name}: teacher_top[1] holds {wrong.item()}; it needs classes from 0 to {classes - 1}")
-        if n > 1 and (indices.sort(1).values.diff(dim=1) == 0).any():
+        if indices.shape[1] > 1 and (indices.sort(1).values.diff(dim=1) == 0).any():
             raise ValueError(f"{name}: teacher_top[1] holds a class twice in a row; it needs each once")
+    _check_log_probabilities(name, log_probabilities)
     return log_probabilities, indices
 
 
-def check_log_probabilities(name: str, log_probabilities: torch.Tensor, target, ignore_index: int) -> None:
-    """Raises where no rounding makes (rows, n) logarithms of probabilities: logits, probabilities.
-
-    Reads values on a CPU alone; not of rows that do not count.
-    """
+def _check_log_probabilities(name: str, log_probabilities: torch.Tensor) -> None:
+    """Raises where no rounding makes (rows, n) logarithms of probabilities: logits, probabilities."""
     if not (log_probabilities.is_cpu and tracing.has_values(log_probabilities)):
         return
     found = log_probabilities.float()
-    if target is not None:
-        if not tracing.has_values(target):
-            return
-        found = found[(target != ignore_index).reshape(-1)]
     sums = found.exp().sum(1)
     above = found > _MOST_LOG_PROBABILITY
     # NaN, which is not above anything, stays in its row.

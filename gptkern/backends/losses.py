@@ -45,6 +45,10 @@ class LossOptions(NamedTuple):
     logit_scale: float
 
 
+# Of LossOptions, from label_smoothing on.
+NO_EXTENSION = 0.0, 0.0, None, 1.0
+
+
 # --- Checks ---------------------------------------------------------------------------------------------------------
 
 
@@ -114,6 +118,30 @@ def legacy_reduction(size_average: bool | None, reduce: bool | None, reduction: 
     if size_average is None and reduce is None:
         return reduction
     return F._Reduction.legacy_get_string(size_average, reduce)
+
+
+# --- Rows that do not count -----------------------------------------------------------------------------------------
+
+
+def without_ignored(x: torch.Tensor, target: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """The logits x (N, C, d1, …), or (C,), with 0 in ignored rows that hold what is not finite, where gradients are
+    needed: PyTorch's operators multiply such a row by 0, which gives NaN. On a CPU, whose values may be looked at.
+
+    Copies x where there is such a row, and reads it where any row is ignored.
+    """
+    if type(x) not in (torch.Tensor, torch.nn.Parameter) or not (torch.is_grad_enabled() and x.requires_grad):
+        return x
+    if not x.is_cpu or not isinstance(target, torch.Tensor) or not tracing.has_values(target):
+        return x
+    dim = 0 if x.dim() == 1 else 1
+    if target.is_floating_point() or target.shape != x.shape[:dim] + x.shape[dim + 1 :]:
+        return x
+    # As long: of uint8, -100 would be class 156.
+    ignored = target.long() == ignore_index
+    if not ignored.any():
+        return x
+    poisoned = x.detach().sum(dim).isfinite().logical_not_().logical_and_(ignored)
+    return x.masked_fill(poisoned.unsqueeze(dim), 0.0) if poisoned.any() else x
 
 
 # --- Mathematics, differentiable as often as PyTorch is -------------------------------------------------------------

@@ -31,8 +31,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def at_a_time(rows: int, width: int, classes: int, dtype: torch.dtype, asked: int = 0) -> int:
     """Classes of a chunk.
 
-    Of the memory beyond inputs and gradients, half of the gradients' is what dx in float32 and a chunk's z and G may
-    take together; or LEAST_ELEMENTS of z, where that is more.
+    Of the memory beyond inputs and gradients, half of the gradients' is what a chunk's z and G may take together with
+    dx in float32, or with x without ignored rows, where that is dx's dtype (of 16 bits it lies where their dx will);
+    or LEAST_ELEMENTS of z, where that is more.
 
         chunk = ((rows + classes) * width * size / 2 - dx) / (rows * (z + G))
 
@@ -44,7 +45,7 @@ def at_a_time(rows: int, width: int, classes: int, dtype: torch.dtype, asked: in
         most = max(asked // rows, 1)
     else:
         # Of each row there are some sums in float32 as well: 16 numbers at most.
-        beside = rows * width * 4 * (size == 2) + rows * 64
+        beside = rows * width * max(size, 4) + rows * 64
         # G stands in z's place where their dtypes are the same.
         element = 6 if size == 2 else size
         room = ((rows + classes) * width * size // 2 - beside) // (rows * element)
@@ -96,9 +97,33 @@ def logits(chunks: Chunks, x: torch.Tensor, weight: torch.Tensor) -> torch.Tenso
     return torch.mm(x, weight.t(), **_wider(x, z), out=z)
 
 
-def weight_gradient(chunks: Chunks, g: torch.Tensor, x: torch.Tensor, out: torch.Tensor) -> None:
-    """out (chunk, width) = G^T x, in the weight's dtype."""
-    if chunks.widens:
+# A gradient in float16 that was divided by the number of tokens is lost among the subnormals, class by class. So the
+# largest of a row's loss becomes 2^10, of which a class has some tens at most; one of probability 1e-7 is still there.
+_FLOAT16_EXPONENT = 10
+
+
+def float16_unit(*of_rows: torch.Tensor) -> torch.Tensor:
+    """0-d: what G in float16 is divided by, for products that are multiplied by it again in float32.
+
+    Args:
+        of_rows: (rows,) each, bounds of the rows' gradients. One that is not finite is of its own row's.
+    """
+    bounds = torch.stack([torch.nan_to_num(bound.abs(), 0.0, 0.0, 0.0).amax() for bound in of_rows])
+    return bounds.amax().clamp_min(torch.finfo(torch.float32).tiny * 2.0**_FLOAT16_EXPONENT) * 2.0**-_FLOAT16_EXPONENT
+
+
+def times(tensor: torch.Tensor, unit: torch.Tensor | None) -> torch.Tensor:
+    return tensor if unit is None else tensor * unit
+
+
+def weight_gradient(
+    chunks: Chunks, g: torch.Tensor, x: torch.Tensor, out: torch.Tensor, unit: torch.Tensor | None = None
+) -> None:
+    """out (chunk, width) = G^T x, in the weight's dtype, times the unit."""
+    if unit is not None:
+        # The sum over the rows may be more than float16 holds, until it is in its own unit again.
+        out.copy_(torch.mm(g.t(), x, out_dtype=torch.float32) * unit)
+    elif chunks.widens:
         out.copy_(torch.mm(g.t(), x))
     else:
         torch.mm(g.t(), x, out=out)

@@ -12,6 +12,7 @@ from sharp import deep, sharp
 
 import gptkern.functional as G
 from gptkern.backends import distillation, vocabulary
+from gptkern.operators.linear_distillation_loss import contract
 
 DTYPES = [torch.bfloat16, *deep(torch.float16, torch.float32)]
 # name -> options of both losses
@@ -38,6 +39,7 @@ def use_small_chunks(monkeypatch):
     """Several chunks of the vocabulary, and blocks of a few rows, of what tests have time for."""
     monkeypatch.setattr(vocabulary, "at_a_time", lambda rows, width, classes, dtype, asked=0: min(16, classes))
     monkeypatch.setattr(vocabulary, "MULTIPLE", 16)
+    monkeypatch.setattr(contract, "SMALL", 0)
     monkeypatch.setattr(distillation, "_BLOCK", {"cpu": 64, "cuda": 64})
 
 

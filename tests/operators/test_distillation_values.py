@@ -122,6 +122,31 @@ def test_ignored_rows_are_nothing_whatever_they_hold(backend, device, name):
 
 
 @on_every_backend
+@pytest.mark.parametrize("padding", [(math.nan, -1), (99.0, 0), (0.0, 2**40)], ids=["nan", "twice", "far"])
+def test_what_is_stored_of_ignored_rows_is_padding(backend, device, padding):
+    student, teacher = (logits_of(5, 40, device=device) for _ in range(2))
+    target = target_of(5, classes=40, device=device)
+    clean = top_of(teacher, 4)
+    padded = tuple(torch.where((target == -100)[:, None], held, one) for held, one in zip(padding, clean))
+    hidden, weight, _ = linear_of(5, width=3, classes=40, device=device)
+    options = dict(divergence="reverse_kl", mix=0.5)
+    for loss, leaf in (
+        (lambda leaf, top: G.distillation_loss(leaf, None, target, teacher_top=top, **options), student),
+        (lambda leaf, top: G.linear_distillation_loss(leaf, weight, target=target, teacher_top=top, **options), hidden),
+    ):
+        found = []
+        for top in (clean, padded):
+            given = leaf.clone().requires_grad_()
+            value = loss(given, top)
+            found.append((value, *torch.autograd.grad(value, given)))
+        assert all(torch.equal(*pair) for pair in zip(*found))
+        # Of rows that count it is refused as ever, or said on a GPU by what comes out.
+        if device == "cpu":
+            with pytest.raises((IndexError, ValueError)):
+                loss(leaf, tuple(torch.where((target != -100)[:, None], h, one) for h, one in zip(padding, clean)))
+
+
+@on_every_backend
 def test_no_rows(backend, device):
     student, teacher = (logits_of(2, 0, 7, device=device) for _ in range(2))
     leaf = student.requires_grad_()

@@ -24,8 +24,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from gptkern.backends import dispatch, tracing
+from gptkern.backends import dispatch, few_logits, tracing
 from gptkern.backends.losses import (
+    NO_EXTENSION,
     CrossEntropyStats,
     LossOptions,
     checked_options,
@@ -37,6 +38,7 @@ from gptkern.backends.losses import (
     row_losses,
     scores,
     stats_of,
+    without_ignored,
 )
 from gptkern.backends.registration import KernelFunction, Operator, Written, needs_gradient, once_differentiable
 from gptkern.backends.unseen import is_unseen
@@ -106,7 +108,8 @@ def cross_entropy(
             probabilities.
         weight: (C,), or None: multiplies the loss of each class. Of the input's dtype.
         size_average, reduce: PyTorch's older names of `reduction`, with its warning.
-        ignore_index: a class whose rows have loss 0 and gradient 0, and are not read.
+        ignore_index: a class whose rows have loss 0 and gradient 0, whatever they hold, NaN too. (Where PyTorch runs a
+            GPU's call a row of NaN has a gradient of NaN, as F.cross_entropy's: nobody looks at a GPU's values.)
         reduction: "none", "mean" or "sum". "mean" divides by the sum of the weights of the targets that count, of
             probabilities by the number of rows; where nothing counts it is NaN, as PyTorch's.
         label_smoothing: from 0 to 1: so much of the target is spread over all classes evenly.
@@ -291,6 +294,7 @@ def _of_one_row(found, reduction):
 def _on_pytorch(input, target, weight, ignore_index, reduction, label_smoothing):
     """PyTorch's own operator; 16 bits on a CPU in float32, rounded once, with the digits of p near 1."""
     if not _is_widened(input, target, weight):
+        input = without_ignored(input, target, ignore_index)
         return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
     options = checked_options("cross_entropy", reduction, ignore_index, label_smoothing, 0.0, None, 1.0)
     _check(input, target, weight, options.ignore_index)
@@ -312,7 +316,7 @@ def _extended_on_pytorch(input, target, weight, options, return_stats, in_place_
     if _is_widened(input, target, weight):
         return _widened(input, target, weight, options, return_stats, in_place_gradient)
     x = _WrittenOver.apply(input) if in_place_gradient and _may_write(input) else input
-    loss = _plain(x, target, weight, options)
+    loss = _plain(without_ignored(x, target, options.ignore_index), target, weight, options)
     if not return_stats:
         return loss
     return loss, stats_of(input, target, options.ignore_index, options.logit_scale, options.softcap)
@@ -327,11 +331,16 @@ def _widened(input, target, weight, options, return_stats, in_place_gradient):
         stats_of(input, target, options.ignore_index, options.logit_scale, options.softcap) if return_stats else None
     )
     _check_range(input, target, options.ignore_index)
+    is_few = input.dim() == 2 and weight is None and not in_place_gradient and options[2:] == NO_EXTENSION
+    if is_few and few_logits.takes(input, target, input.shape[1]):
+        dtype = _result_dtype(input, target, weight)
+        loss = few_logits.cross_entropy(input, target, options.ignore_index, options.reduction, dtype)
+        return loss if stats is None else (loss, stats)
     wants = needs_gradient(input, target, weight)
     others = needs_gradient(target if target.is_floating_point() else None, weight)
     if not wants or others or torch.compiler.is_compiling() or tracing.is_transformed():
         x = _WrittenOver.apply(input) if in_place_gradient and _may_write(input) else input
-        loss = _plain(x, target, weight, options)
+        loss = _plain(without_ignored(x, target, options.ignore_index), target, weight, options)
     else:
         call = _call(input, target, weight, options, False, in_place_gradient)
         loss = CrossEntropyFunction.apply(*call, "torch")
@@ -341,9 +350,12 @@ def _widened(input, target, weight, options, return_stats, in_place_gradient):
 
 def _check_range(input, target, ignore_index):
     """PyTorch's IndexError of a class that there is none of, on a CPU."""
-    if target.is_floating_point() or not tracing.has_values(target):
+    if target.is_floating_point() or not tracing.has_values(target) or not target.numel():
         return
-    classes, target = input.shape[0 if input.dim() == 1 else 1], target.long()
+    classes, (least, most) = input.shape[0 if input.dim() == 1 else 1], target.aminmax()
+    if least.item() >= 0 and most.item() < classes:
+        return
+    target = target.long()
     outside = ((target < 0) | (target >= classes)) & (target != ignore_index)
     if bool(outside.any()):
         raise IndexError(

@@ -15,12 +15,12 @@ import torch
 from gptkern.backends import dispatch, distillation, distillation_sweep, tracing, vocabulary
 from gptkern.backends.distillation_checks import (
     check_classes,
-    check_log_probabilities,
     check_options,
     check_rows,
     check_target,
     check_tensor,
     check_top,
+    counting_top,
     reduced,
 )
 from gptkern.backends.registration import KernelFunction, Operator, autocast, on_kernels, once_differentiable
@@ -139,7 +139,7 @@ def distillation_loss(
         check_target(_NAME, target, student, classes, terms[-1])
         target = target.reshape(-1)
     if log_probabilities is not None:
-        check_log_probabilities(_NAME, log_probabilities, target, terms[-1])
+        log_probabilities, indices = counting_top(_NAME, log_probabilities, indices, target, terms[-1], classes)
     rows = student.reshape(-1, classes)
     call = Call(rows, teacher_logits, log_probabilities, indices, target, *terms)
     losses = _losses(call)

@@ -173,22 +173,32 @@ def forward(call: Call, rows: Rows) -> RowValues:
     return finish(call, statistics)
 
 
-def backward(gradient: Gradient, call: Call, rows: Rows):
-    """Pass 2: -> dinput (rows, width), dweight (classes, width), dbias (classes,), None where it is not needed."""
+def backward(gradient: Gradient, call: Call, rows: Rows, is_without_ignored: bool = False):
+    """Pass 2: -> dinput (rows, width), dweight (classes, width), dbias (classes,), None where it is not needed.
+
+    Args:
+        is_without_ignored: whether ignored rows were left out.
+    """
     grad_output, maximum, total, miss, need_input, need_weight, need_bias = gradient
     weight, bias, dtype = call.linear_weight, call.linear_bias, call.input.dtype
     chunks = vocabulary.chunks_of(call.input, weight.shape[0], call.chunk)
     of_rows = known(call, grad_output, maximum, total, miss)
     wide, x = chunks.z.dtype, chunks.widened(call.input)
+    # 0 times what an ignored row holds, NaN too, is 0.
+    counted = x.masked_fill(is_ignored(call)[:, None], 0.0) if need_weight and not is_without_ignored else x
     dx = torch.empty(call.input.shape, dtype=wide, device=x.device) if need_input else None
     dweight = torch.empty(weight.shape, dtype=dtype, device=x.device) if need_weight else None
     dbias = torch.empty(chunks.classes, dtype=wide, device=x.device) if need_bias else None
-    buffer = chunks.buffer_of_g(dtype)
+    buffer, unit = chunks.buffer_of_g(dtype), None
+    if buffer.dtype == torch.float16:
+        unit = vocabulary.float16_unit(of_rows.slope * call.logit_scale, of_rows.target * call.logit_scale)
+        slope, smooth, target = (one / unit for one in (of_rows.slope, of_rows.smooth, of_rows.target))
+        of_rows = of_rows._replace(slope=slope, smooth=smooth, target=target)
     for start, stop in chunks:
         g, part = buffer.narrow(1, 0, stop - start), weight.narrow(0, start, stop - start)
         rows.gradient(call, of_rows, vocabulary.logits(chunks, x, part), start, g)
         if need_weight:
-            vocabulary.weight_gradient(chunks, g, x, dweight.narrow(0, start, stop - start))
+            vocabulary.weight_gradient(chunks, g, counted, dweight.narrow(0, start, stop - start), unit)
         if need_bias:
             torch.sum(g, 0, dtype=wide, out=dbias.narrow(0, start, stop - start))
         if need_input:
@@ -198,5 +208,5 @@ def backward(gradient: Gradient, call: Call, rows: Rows):
     if need_input:
         if call.group is not None:
             parallel.sum_over(call.group, dx)
-        dx = dx.to(dtype)
-    return dx, dweight, dbias.to(bias.dtype) if need_bias else None
+        dx = vocabulary.times(dx, unit).to(dtype)
+    return dx, dweight, vocabulary.times(dbias, unit).to(bias.dtype) if need_bias else None

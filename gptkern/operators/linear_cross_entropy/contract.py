@@ -22,8 +22,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from gptkern.backends import dispatch, tracing
-from gptkern.backends.losses import CrossEntropyStats, LossOptions, checked_options
+from gptkern.backends import dispatch, few_logits, tracing
+from gptkern.backends.losses import NO_EXTENSION, CrossEntropyStats, LossOptions, checked_options
 from gptkern.backends.registration import KernelFunction, Operator, autocast, needs_gradient, once_differentiable
 from gptkern.backends.vocabulary import FEW_LOGITS, compute_dtype
 from gptkern.operators.linear_cross_entropy import checks, chunks, reference, rows
@@ -61,7 +61,7 @@ def linear_cross_entropy(
 
     The logits are computed in chunks and the gradients with them; sums, and the true class's p - 1, are float32
     (float64 for float64). Beyond inputs and gradients a call takes up to half of the gradients' memory, or 2^25 logits
-    where that is more. Gradients of what is frozen are not computed.
+    where that is more and a copy of the input. Gradients of what is frozen are not computed.
 
     Args:
         input: (width,) or (rows, width), floating point.
@@ -116,6 +116,13 @@ def linear_cross_entropy(
     Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024 (arXiv:2411.09009), for the loss
     without its logits; Hsu et al., "Liger Kernel", 2024 (arXiv:2410.10989).
     """
+    is_plain = (
+        options is None and loss_dtype is None and not return_stats and group is None
+        and z_loss == 0.0 and softcap is None and logit_scale == 1.0
+    )  # fmt: skip
+    if is_plain and _is_small_and_usual(input, linear_weight, target, linear_bias):
+        index = -100 if ignore_index is None else ignore_index
+        return reference.usual(input, linear_weight, target, linear_bias, weight, reduction, index, label_smoothing)
     logits_shape = checks.shapes(input, linear_weight, target, linear_bias, weight, ignore_index)
     checks.loss_dtype(loss_dtype)
     checks.process_group(group)
@@ -136,7 +143,7 @@ def linear_cross_entropy(
         if options is not None:
             checks.warn_whole(whole)
         return reference.whole(*tensors, logits_shape, loss_options, return_stats, loss_dtype)
-    return _chunked(*tensors, loss_options, choice, chunk, return_stats, loss_dtype, group)
+    return _chunked(*tensors, loss_options, choice, options is not None, chunk, return_stats, loss_dtype, group)
 
 
 def _chunked(
@@ -147,12 +154,17 @@ def _chunked(
     weight,
     options: LossOptions,
     choice,
+    is_cut,
     chunk,
     return_stats,
     loss_dtype,
     group,
 ):
-    """The twin where the logits are cut."""
+    """The twin where the logits are cut, or few and of 16 bits on a CPU.
+
+    Args:
+        is_cut: whether few ones are cut too.
+    """
     shape, under_autocast = target.shape, _under_autocast(input)
     result_dtype = loss_dtype or (torch.float32 if under_autocast else input.dtype)
     input, linear_weight, linear_bias = autocast("lower", input, linear_weight, linear_bias)
@@ -160,12 +172,19 @@ def _chunked(
         # autocast's cross_entropy takes weights of any dtype
         weight = weight.to(input.dtype)
     target = target.long()
-    if input.dim() == 1:
+    is_one_row = input.dim() == 1
+    if is_one_row:
         input, target = input[None], target[None]
     classes = linear_weight.shape[0] * (1 if group is None else group.size())
     checks.of_chunks(input, linear_weight, target, linear_bias, weight, classes)
     if input.is_cpu and tracing.has_values(target):
         checks.indices(target, options.ignore_index, classes)
+    is_cut = is_cut or group is not None or is_one_row or weight is not None or options[2:] != NO_EXTENSION
+    is_pytorchs = choice is not None and choice.backend == "torch" and input.is_cpu and input.dtype.itemsize == 2
+    if is_pytorchs and not is_cut and few_logits.takes(input, target, classes):
+        return reference.in_float32(
+            input, linear_weight, target, linear_bias, options, bool(return_stats), result_dtype
+        )  # fmt: skip
     name = None if group is None else group.group_name
     call = Call(
         input, linear_weight, target, linear_bias, weight, *options, result_dtype, bool(return_stats), chunk, name,
@@ -224,6 +243,24 @@ def _why_whole(tensors, logits_shape) -> str | None:
         if torch.overrides.has_torch_function((tensor,)):
             return f"a tensor is a {type(tensor).__name__}"
     return None
+
+
+def _is_small_and_usual(input, linear_weight, target, linear_bias) -> bool:
+    """Whether F.linear and F.cross_entropy check all that there is to check, and run on whole logits (`_is_small`)."""
+    if not (isinstance(input, torch.Tensor) and isinstance(linear_weight, torch.Tensor)):
+        return False
+    if not isinstance(target, torch.Tensor) or target.dtype != torch.int64:
+        return False
+    if input.dim() != 2 or linear_weight.dim() != 2 or target.dim() != 1 or input.dtype.itemsize < 4:
+        return False
+    # What else may be wrong is worded where it is checked.
+    if input.shape[1] != linear_weight.shape[1] or target.shape != input.shape[:1]:
+        return False
+    if linear_bias is not None and getattr(linear_bias, "shape", None) != linear_weight.shape[:1]:
+        return False
+    if not input.is_cpu or input.layout != torch.strided or input.is_nested or torch.compiler.is_compiling():
+        return False
+    return input.shape[0] * linear_weight.shape[0] <= SMALL and dispatch.settled(input) is not None
 
 
 def _is_small(choice, input, logits_shape) -> bool:
@@ -285,12 +322,12 @@ def backward(gradient: Gradient, call: Call):
     """-> dinput (rows, width), dweight (classes, width), dbias (classes,), None where it is not needed."""
     kept = _kept_rows(call)
     if kept is None:
-        return chunks.backward(gradient, call, _ROWS)
+        return chunks.backward(gradient, call, _ROWS, call.input.is_cpu)
     of_rows = {name: getattr(gradient, name)[kept] for name in ("maximum", "total", "miss")}
     if call.reduction == "none":
         of_rows["grad_output"] = gradient.grad_output[kept]
     part = call._replace(input=call.input[kept], target=call.target[kept])
-    dx, dweight, dbias = chunks.backward(gradient._replace(**of_rows), part, _ROWS)
+    dx, dweight, dbias = chunks.backward(gradient._replace(**of_rows), part, _ROWS, True)
     return _put_back(call, kept, dx), dweight, dbias
 
 

@@ -5,7 +5,45 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from gptkern.backends.losses import LossOptions, is_probabilities, own_weights, reduced, row_losses, scores, stats_of
+from gptkern.backends import few_logits, tracing
+from gptkern.backends.losses import (
+    LossOptions,
+    is_probabilities,
+    own_weights,
+    reduced,
+    row_losses,
+    scores,
+    stats_of,
+    without_ignored,
+)
+from gptkern.backends.registration import needs_gradient
+
+
+def usual(input, linear_weight, target, linear_bias, weight, reduction, ignore_index: int, label_smoothing):
+    """F.cross_entropy of F.linear: (rows, width), (classes, width), (rows,) int64."""
+    input = _without_ignored(input, target, ignore_index, linear_weight, linear_bias)
+    logits = F.linear(input, linear_weight, linear_bias)
+    return F.cross_entropy(logits, target, weight, None, ignore_index, None, reduction, label_smoothing)
+
+
+def in_float32(input, linear_weight, target, linear_bias, options: LossOptions, return_stats: bool, dtype: torch.dtype):
+    """The same of 16 bits on a CPU, for what few_logits takes: logits that are not rounded."""
+    input = _without_ignored(input, target, options.ignore_index, linear_weight, linear_bias)
+    bias = None if linear_bias is None else linear_bias.float()
+    logits = F.linear(input.float(), linear_weight.float(), bias)
+    loss = few_logits.cross_entropy(logits, target, options.ignore_index, options.reduction, dtype)
+    return (loss, stats_of(logits, target, options.ignore_index)) if return_stats else loss
+
+
+def _without_ignored(input, target, ignore_index: int, *others):
+    """The input with 0 in ignored rows, where gradients are needed: 0 times a row of NaN would be in all of them."""
+    if not needs_gradient(input, *others) or tracing.is_transformed() or not isinstance(target, torch.Tensor):
+        return input
+    ignored = target == ignore_index
+    # A GPU's are not looked at.
+    if target.is_cpu and tracing.has_values(target) and not ignored.any():
+        return input
+    return input.masked_fill(ignored.unsqueeze(-1), 0.0)
 
 
 def whole(
@@ -14,6 +52,8 @@ def whole(
 ):  # fmt: skip
     """F.cross_entropy of F.linear, and what the extensions add."""
     reduction, ignore_index, label_smoothing, z_loss, softcap, logit_scale = options
+    if target.shape == input.shape[:-1] and not target.is_floating_point():
+        input = _without_ignored(input, target.long(), ignore_index, linear_weight, linear_bias)
     if linear_weight.dim() > 2:
         linear_weight = linear_weight.reshape(-1, input.shape[-1])
         linear_bias = None if linear_bias is None else linear_bias.reshape(-1)
@@ -24,6 +64,7 @@ def whole(
         # as who wants another dtype writes it: cross_entropy(logits.float(), …)
         logits = logits.to(loss_dtype)
         weight = None if weight is None else weight.to(loss_dtype)
+    logits = without_ignored(logits, target, ignore_index)
     if z_loss == 0.0 and softcap is None and logit_scale == 1.0:
         loss = F.cross_entropy(
             logits, target, weight, reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing

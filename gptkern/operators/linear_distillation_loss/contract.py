@@ -27,12 +27,12 @@ import torch.nn.functional as F
 from gptkern.backends import dispatch, distillation, distillation_sweep, tracing, vocabulary
 from gptkern.backends.distillation_checks import (
     check_classes,
-    check_log_probabilities,
     check_options,
     check_rows,
     check_target,
     check_tensor,
     check_top,
+    counting_top,
     reduced,
 )
 from gptkern.backends.registration import KernelFunction, Operator, autocast, on_kernels, once_differentiable
@@ -70,6 +70,8 @@ class Gradient(NamedTuple):
 
 
 _NAME = "linear_distillation_loss"
+# Elements of the student's logits up to which they are whole on a CPU, in PyTorch's operators.
+SMALL = 2**18
 _TENSORS = 10
 
 
@@ -125,7 +127,8 @@ def linear_distillation_loss(
             way.
 
     Backends: torch, which walks in chunks too; triton for float16, bfloat16 and float32 (no second derivative on
-    either). Under torch.func, forward mode and torch.jit.trace the logits are whole.
+    either). On a CPU up to 2^18 of the student's logits are whole, and so are all under torch.func, forward mode and
+    torch.jit.trace: there PyTorch's operators run.
 
     Source: as distillation_loss; both models' logits in chunks: Hsu et al., "Liger Kernel: Efficient Triton Kernels for
     LLM Training", 2024 (arXiv:2410.10989).
@@ -178,7 +181,7 @@ def linear_distillation_loss(
         check_target(_NAME, target, student, classes, terms[-1])
         target = target.reshape(-1)
     if log_probabilities is not None:
-        check_log_probabilities(_NAME, log_probabilities, target, terms[-1])
+        log_probabilities, indices = counting_top(_NAME, log_probabilities, indices, target, terms[-1], classes)
     multiplied = student.reshape(-1, student.shape[-1]), student_weight, student_bias, teacher, teacher_weight
     call = Call(
         *autocast("lower", *multiplied, teacher_bias), teacher_logits, log_probabilities, indices, target, *terms
@@ -222,16 +225,37 @@ def _losses(call: Call) -> torch.Tensor:
     choice, unseen = dispatch.settled(call.student), None
     if choice is None:
         choice, unseen = dispatch.chosen(_NAME, call)
-    if choice.backend == "torch" and tracing.is_transformed():
-        teacher = call.teacher_logits
-        if call.teacher is not None:
-            teacher = F.linear(call.teacher, call.teacher_weight, call.teacher_bias)
-        logits = F.linear(call.student, call.student_weight, call.student_bias)
-        asked = distillation_sweep.asked_of(call, vocabulary.compute_dtype(call.student.dtype), call.student)
-        return distillation_sweep.plain(logits, teacher, asked)
+    if choice.backend == "torch" and (tracing.is_transformed() or _are_few(call)):
+        return _whole(call)
     results = on_kernels(OPERATOR, LinearDistillationLossFunction, call, choice.backend, unseen, *call[:3])
     # Without gradients the statistics come too.
     return results if isinstance(results, torch.Tensor) else results[0]
+
+
+def _are_few(call: Call) -> bool:
+    """Whether the logits are few, on a CPU: the host's time of the chunks' way is then several times the work's."""
+    if not call.student.is_cpu or torch.compiler.is_compiling():
+        return False
+    return call.student.shape[0] * call.student_weight.shape[0] <= SMALL
+
+
+def _whole(call: Call) -> torch.Tensor:
+    """The losses of rows in PyTorch's operators, from whole logits."""
+
+    def linear(hidden, weight, bias):
+        if hidden.is_cpu and hidden.dtype.itemsize == 2:
+            # A CPU's products would round their results to 16 bits.
+            hidden, weight, bias = (None if one is None else one.float() for one in (hidden, weight, bias))
+        return F.linear(hidden, weight, bias)
+
+    student, teacher = call.student, call.teacher_logits
+    if call.target is not None:
+        # 0 times what a row that does not count holds, NaN too, is 0.
+        student = student.masked_fill((call.target == call.ignore_index)[:, None], 0.0)
+    if call.teacher is not None:
+        teacher = linear(call.teacher, call.teacher_weight, call.teacher_bias)
+    asked = distillation_sweep.asked_of(call, vocabulary.compute_dtype(student.dtype), student)
+    return distillation_sweep.plain(linear(student, call.student_weight, call.student_bias), teacher, asked)
 
 
 # --- The torch backend: bare launchers in plain PyTorch -------------------------------------------------------------
@@ -288,9 +312,14 @@ def backward_on(rows: ModuleType, gradient: Gradient, call: Call):
     g = chunks.buffer_of_g(call.student.dtype)
     unit = None
     if g.dtype == torch.float16:
-        unit = grad_losses.abs().amax().clamp_min(torch.finfo(torch.float32).tiny) * 2.0**-_FLOAT16_EXPONENT
+        unit = vocabulary.float16_unit(grad_losses)
         grad_losses = grad_losses / unit
     dx = torch.empty(student.shape if need_student else 0, dtype=chunks.z.dtype, device=student.device)
+
+    # 0 times what a row that does not count holds, NaN too, is 0.
+    counts, counted = distillation.counting(call.target, call.ignore_index), student
+    if need_weight and counts is not None:
+        counted = student.masked_fill(~counts[:, None], 0.0)
 
     def output(start, stop, logits):
         # The bias's gradient is summed before it is rounded.
@@ -299,15 +328,15 @@ def backward_on(rows: ModuleType, gradient: Gradient, call: Call):
     for start, stop, dlogits in distillation_sweep.gradients(of, asked, rows, grad_losses, *kept, output):
         if need_bias:
             # dbias = Σ dlogits
-            dbias.narrow(0, start, stop - start).copy_(_times(dlogits.sum(0), unit))
+            dbias.narrow(0, start, stop - start).copy_(vocabulary.times(dlogits.sum(0), unit))
             dlogits = g.narrow(1, 0, stop - start).copy_(dlogits)
         if need_weight:
-            _weight_gradient(chunks, dlogits, student, dweight.narrow(0, start, stop - start), unit)
+            vocabulary.weight_gradient(chunks, dlogits, counted, dweight.narrow(0, start, stop - start), unit)
         if need_student:
             weight = call.student_weight.narrow(0, start, stop - start)
             vocabulary.add_input_gradient(chunks, dx, dlogits, weight, start == 0)
     if need_student:
-        dstudent = _times(dx, unit).to(call.student.dtype)
+        dstudent = vocabulary.times(dx, unit).to(call.student.dtype)
     return dstudent, dweight, dbias
 
 
@@ -328,23 +357,6 @@ def _only(call: Call, rows: torch.Tensor) -> Call:
     of_rows = "student", "teacher", "teacher_logits", "teacher_log_probabilities", "teacher_indices", "target"
     tensors = {name: getattr(call, name) for name in of_rows}
     return call._replace(**{name: None if x is None else x[rows] for name, x in tensors.items()})
-
-
-# A gradient in float16 that was divided by the number of tokens is lost among the subnormals, class by class. So the
-# largest of a row's loss becomes 2^10, of which a class has some tens at most; one of probability 1e-7 is still there.
-_FLOAT16_EXPONENT = 10
-
-
-def _weight_gradient(chunks, dlogits, student, out, unit) -> None:
-    if unit is None:
-        vocabulary.weight_gradient(chunks, dlogits, student, out)
-    else:
-        # The sum over the rows may be more than float16 holds, until it is in its own unit again.
-        out.copy_(torch.mm(dlogits.t(), student, out_dtype=torch.float32) * unit)
-
-
-def _times(tensor, unit):
-    return tensor if unit is None else tensor * unit
 
 
 def _chunked(call: Call):
