@@ -14,6 +14,8 @@ import gptkern
 from gptkern import cli
 from gptkern.models.gpt import GPT, GPTConfig
 from gptkern.training import growing, lora
+from gptkern.training.adapting import add_head
+from gptkern.training.exporting import export
 from gptkern.training.growing import grow, grown
 from gptkern.training.loading import load_model, starting_model
 from gptkern.training.optimizers import optimizer_of
@@ -165,8 +167,21 @@ def test_other_sizes_are_refused(sizes, message):
         grow(small(), **sizes)
 
 
-def with_head(model: GPT) -> None:
-    model.score = torch.nn.Linear(24, 3, bias=False)
+@pytest.mark.parametrize("width", [48, 40])
+def test_a_head_over_labels_grows_along(width):
+    before = small()
+    add_head(before, ("a", "b", "c"), seeded())
+    before.score.to(torch.float64)
+    after = grow(before, width, 3, seeded(1))
+    classes = [each(IDS, head=False)[0] @ each.score.weight.T for each in (before, after)]
+    torch.testing.assert_close(classes[1], classes[0], rtol=0, atol=1e-12)
+    with torch.no_grad():
+        after.score.weight[0, 0] += 1
+    assert growing.difference(before, after)[0] > 0.01
+
+
+def with_other_head(model: GPT) -> None:
+    model.score = torch.nn.Linear(25, 3, bias=False)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +189,7 @@ def with_head(model: GPT) -> None:
     [
         (gptkern.quantize, r"the model has no blocks\.0\.attention\.project\.weight"),
         (lambda model: lora.add(model, 2), r"the model has blocks\.0\.attention\.project\.lora_A of shape \(2, 24\)"),
-        (with_head, r"the model has score\.weight of shape \(3, 24\); it needs to be the stock GPT"),
+        (with_other_head, r"the model has score\.weight of shape \(3, 25\); it needs to be the stock GPT"),
     ],
 )
 def test_a_model_with_other_parameters_is_refused(change, message):
@@ -228,6 +243,17 @@ def test_the_command_writes_a_model_to_start_from(here, command):
     assert Path("larger/model.safetensors").read_bytes() == before
     assert command("large", "--layers", 5, "--out", "larger", "--overwrite")[0] == 0
     assert load_model("larger").model.config.layers == 5
+
+
+def test_a_classifier_stays_one(here, command):
+    loaded = load_model("run")
+    add_head(loaded.model, ("no", "yes"), seeded())
+    export(loaded._replace(about={"labels": ["no", "yes"]}), "classifier")
+    assert command("classifier", "--width", 64, "--out", "large")[0] == 0
+    larger, ids = load_model("large"), torch.randint(300, (2, 24), generator=seeded())
+    assert larger.about["labels"] == ["no", "yes"]
+    classes = [each.model(ids, head=False)[0] @ each.model.score.weight.T for each in (loaded, larger)]
+    torch.testing.assert_close(classes[1], classes[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ mean, all of it times a = sqrt(W / (k·D)). With x the stream of the small model
     reads x'    of each copy of a column its share, W'[:, j] = share_j · W[:, j]; the shares of a column's copies add
                 up to 1. What reads a mean's channel gets 0 from it, and may be anything: it is drawn
     logits      the output weight is the embedding, a · [E, …, E, mean]: final_norm has share · weight / a² and
-                share · bias / a, so that its k copies give the logits once
+                share · bias / a, so that its k copies give the logits once; a head over labels has the embedding's form
 
 Inside of a block heads and the perceptron's units are copied in turn, the head's size kept: their copies compute the
 same, and what reads them has shares. Where W is a multiple of D there are no means, and a = 1.
@@ -37,10 +37,12 @@ import dataclasses
 import math
 
 import torch
+from torch import nn
 
 from gptkern import formatting
 from gptkern.models.gpt import GPT, GPTConfig
 from gptkern.training import memory, model_files
+from gptkern.training.adapting import HEAD, HEAD_WEIGHT, output_weight
 from gptkern.training.errors import UserError
 
 __all__ = ["check_memory", "difference", "grow", "grown"]
@@ -106,7 +108,7 @@ def grow(
         A stock GPT on the CPU, of that dtype, in eval mode.
 
     Raises:
-        ValueError: sizes as `grown` says; or the model's parameters are not the stock GPT's (int8, adapters, heads).
+        ValueError: sizes as `grown` says; or the model's parameters are not the stock GPT's (int8, adapters).
     """
     try:
         config = grown(model.config, width, layers)
@@ -114,10 +116,13 @@ def grow(
         raise ValueError(f"grow: {error}") from None
     found = {name: parameter.detach() for name, parameter in model.named_parameters()}
     shapes = {name: tuple(parameter.shape) for name, parameter in found.items()}
+    head = found.get(HEAD_WEIGHT) if shapes.get(HEAD_WEIGHT, ())[1:] == (model.config.width,) else None
+    if head is not None:
+        del shapes[HEAD_WEIGHT]
     if other := sorted(shapes.items() ^ model_files.parameter_shapes(model.config).items()):
         name, shape = other[0]
         what = f"the model has {name} of shape {shape}" if name in shapes else f"the model has no {name}"
-        raise ValueError(f"grow: {what}; it needs to be the stock GPT, in floating point, without adapters or heads")
+        raise ValueError(f"grow: {what}; it needs to be the stock GPT, in floating point, without adapters")
     made = model_files.empty_model(config).to(found["token_embedding.weight"].dtype).eval()
     wide = _Wide(model.config, config, generator)
     # Which block each one is of; the first of them is the block itself, the others are copies behind it.
@@ -132,21 +137,31 @@ def grow(
             parameter.zero_()
         else:
             wide.inside(inside, found[f"blocks.{source}.{inside}"].cpu().double(), parameter)
+    if head is not None:
+        made.add_module(HEAD, nn.Linear(config.width, len(head), bias=False, device="meta", dtype=head.dtype))
+        made.score.to_empty(device="cpu")
+        wide.columns(head.cpu(), made.score.weight)
     return made
 
 
 @torch.no_grad()
 def difference(small: GPT, large: GPT) -> tuple[float, float]:
-    """(the largest difference between both models' logits, the largest logit), in eval mode on 64 tokens or fewer."""
+    """(the largest difference between both models' logits, the largest logit), in eval mode on 64 tokens or fewer.
+
+    Where the models have a head over labels, its logits count too.
+    """
     generator = torch.Generator().manual_seed(0)
     length = min(_TRIED, small.config.context)
     ids = torch.randint(small.config.vocab_size, (1, length), generator=generator)
     logits = []
     for model in (small, large):
         was_training = model.training
-        logits.append(model.eval()(ids.to(model.lm_head.weight.device))[0].cpu().double())
+        features = model.eval()(ids.to(model.lm_head.weight.device), head=False)[0]
+        # Of a model without a head the same logits twice.
+        logits.append(torch.cat([features @ each.T for each in (model.lm_head.weight, output_weight(model))], -1))
         model.train(was_training)
-    return float((logits[0] - logits[1]).abs().max()), float(logits[0].abs().max())
+    before, after = (each.cpu().double() for each in logits)
+    return float((before - after).abs().max()), float(before.abs().max())
 
 
 class _Wide:
@@ -167,12 +182,15 @@ class _Wide:
     def outside(self, name: str, value: torch.Tensor, into: torch.Tensor) -> None:
         """Of the embeddings and the final norm."""
         if name.endswith("embedding.weight"):
-            for rows in self._some(into):
-                into[rows] = self.written(value[rows].double().T).T.to(into.dtype)
-            return
+            return self.columns(value, into)
         # weight' = share · weight / a², bias' = share · bias / a
         value = value.double() / self.factor ** (2 if name == "final_norm.weight" else 1)
         into.copy_(torch.cat([self.shared(value[None], self.stream)[0], self.of_means(name, value / self.copies)]))
+
+    def columns(self, value: torch.Tensor, into: torch.Tensor) -> None:
+        """(rows, D) -> (rows, W): an embedding, or a head's weight."""
+        for rows in self._some(into):
+            into[rows] = self.written(value[rows].double().T).T.to(into.dtype)
 
     def inside(self, name: str, value: torch.Tensor, into: torch.Tensor) -> None:
         """Of a block's parameter `name`, into that of the larger block."""
