@@ -392,6 +392,21 @@ def test_options_that_make_no_sense(tmp_path, monkeypatch, capsys, arguments, wo
     assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "save.toml", "from.toml"}
 
 
+def test_the_data_may_lie_elsewhere(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("to be or not to be, that is the question. " * 20)
+    sizes = ["--layers", "1", "--width", "16", "--heads", "2", "--context", "8", "--steps", "2", "--batch", "2"]
+    options = ["--way", "experiment", "--rungs", "1", "--trials", "1", "--tensorboard", "off", "--device", "cpu"]
+    out = f"--out={tmp_path / 'study'}"
+    assert cli.main(["search", out, "--text", str(tmp_path / "text.txt"), *sizes, *options]) == 0
+    assert "best: trial 0 (experiment), held-out loss " in capsys.readouterr().out
+    (tmp_path / "text.txt").rename(tmp_path / "moved.txt")
+    with Study(tmp_path / "study") as study, study.changing():
+        study.store(study.trials()[0]._replace(state=OPEN))
+    assert cli.main(["search", "--resume", out]) == 2
+    assert cli.main(["search", "--resume", out, "--text", str(tmp_path / "moved.txt")]) == 0
+    assert recipe_files.read(tmp_path / "study" / "best.toml").values["text"] == str(tmp_path / "moved.txt")
+
+
 def test_resume_takes_nothing_that_would_make_it_another_study(whole, capsys):
     assert cli.main(["search", "--resume", "--out", str(whole), "--lr", "1"]) == 2
     assert "--lr has no effect on --resume, which goes on with the study as it was begun" in capsys.readouterr().err

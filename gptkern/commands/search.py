@@ -101,9 +101,11 @@ def run(args: argparse.Namespace) -> int:
         _check_resumed(args)
         with Study(out) as study:
             settings = Settings.of(study.about)
-        values, ways = settings.base | _moved(args), settings.ways
+        moved = _moved(args)
+        values, ways = settings.base | moved, settings.ways
         sampler = settings.sampler
     else:
+        moved = {}
         given = _given(args)
         values = recipe_files.absolute(recipe_files.completed(given))
         ways, sampler = _ways(args), _option(args, "sampler")
@@ -138,9 +140,9 @@ def run(args: argparse.Namespace) -> int:
         working.check_data(study, store)
         if not args.helper:
             _say(_described(settings, store, study))
-        with noted() as came, _helpers(args.workers - 1, out) as helpers:
+        with noted() as came, _helpers(args.workers - 1, out, moved) as helpers:
             is_alone = _parent_gone() if args.helper else came
-            is_done = working.work(study, store, stop=lambda: came() or is_alone(), say=_say)
+            is_done = working.work(study, store, moved=moved, stop=lambda: came() or is_alone(), say=_say)
             failed = helpers(is_done)
         if not args.helper:
             _end(study, out, is_done, failed)
@@ -170,8 +172,10 @@ def _check_resumed(args: argparse.Namespace) -> None:
 def _moved(args: argparse.Namespace) -> dict[str, Any]:
     """Where the data lie now."""
     given = recipe_files.of_options({"text": args.text, "data": args.data})
-    recipe_files.completed(given)
-    return {"text": None, "data": None} | given.values if given.values else {}
+    if not given.values:
+        return {}
+    values = recipe_files.absolute(recipe_files.completed(given))
+    return {name: values[name] for name in ("text", "data")}
 
 
 def _given(args: argparse.Namespace) -> recipe_files.Given:
@@ -288,12 +292,13 @@ def _advised(settings: Settings, config: Any, store: Store, given: recipe_files.
 
 
 @contextlib.contextmanager
-def _helpers(count: int, out: Path) -> Iterator[Callable[[bool], int]]:
+def _helpers(count: int, out: Path, moved: dict[str, Any]) -> Iterator[Callable[[bool], int]]:
     """So many more processes that work on the study. Yields what waits for them, and says how many failed.
 
     They end themselves when this process ends, however it does.
     """
-    command = [sys.executable, "-m", "gptkern", "search", "--resume", "--out", str(out), "--helper"]
+    command = [sys.executable, "-m", "gptkern", "search", "--resume", f"--out={out}", "--helper"]
+    command += [f"--{name}={value}" for name, value in moved.items() if value is not None]
     processes: list[subprocess.Popen] = []
 
     def ended(is_done: bool = False) -> int:

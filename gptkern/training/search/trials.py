@@ -75,7 +75,10 @@ def run(
     Raises:
         RunError, UserError: something else than the trial failed, as a full disk; it can go on.
     """
-    values, recipe = settings.values(trial), settings.recipe(trial)
+    try:
+        values, recipe = settings.values(trial), settings.recipe(trial)
+    except ValueError as error:
+        raise UserError(f"trial {trial.number} of the study is none of its space: {error}") from None
     config = config_of(values, store.tokenizer.vocab_size)
     path, target = folder_of(study, trial), settings.step_of_rung(trial)
     try:

@@ -7,10 +7,11 @@ be had was left by one that was killed: it is taken up again, under its number, 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -60,6 +61,7 @@ def work(
     study: Study,
     store: Store,
     *,
+    moved: Mapping[str, str | None] | None = None,
     stop: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = print,
 ) -> bool:
@@ -68,6 +70,7 @@ def work(
     Several programs may do so at once, on one machine.
 
     Args:
+        moved: `data` and `text` where the tokens lie now, if that is elsewhere than when the study was begun.
         stop: asked after each update, and between trials. say: lines for people.
 
     Raises:
@@ -75,6 +78,7 @@ def work(
             study can go on.
     """
     settings = Settings.of(study.about)
+    settings = dataclasses.replace(settings, base=settings.base | dict(moved or {}))
     check_data(study, store)
     with _present(study.folder) as (owner, is_alive):
         while not stop():
@@ -153,7 +157,7 @@ def _line(settings: Settings, trial: Trial, found: list[Trial]) -> str:
         f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in trial.params.items()
     )
     loss = "" if trial.loss is None else f" held-out loss {trial.loss:.4f}"
-    why = "" if trial.reason is None else f" ({trial.reason})"
+    why = "" if trial.reason is None else f" ({trial.reason.partition(' (')[0]})"
     left = planning.left(settings, trial.way, found)
     # The rules have one trial, whatever the budget.
     rest = "" if trial.way == "experience" else f"; {left:,} {settings.kind} of {trial.way} left"
