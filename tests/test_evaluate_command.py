@@ -23,8 +23,9 @@ from gptkern.commands import evaluate as command
 from gptkern.models.gpt import GPT, GPTConfig
 from gptkern.training import exporting
 from gptkern.training.data.tokenizers import bytes_tokenizer
+from gptkern.training.errors import UserError
 from gptkern.training.evaluation import evaluating, likelihood, reading, tasks
-from gptkern.training.loading import load_model
+from gptkern.training.loading import Loaded, load_model
 
 CHOICES = [
     {"prompt": "die Maus und der", "choices": ["Löwe", "Igel 7", "x"], "answer": 0},
@@ -122,6 +123,21 @@ def test_labels_of_which_one_begins_another_are_asked_for_with_their_ends(here, 
         expected[list(ids).index(label), int(np.argmin(nats))] += 1
     assert found["details"]["confusion_matrix"] == expected.tolist()
     assert found["metrics"]["accuracy"]["value"] == pytest.approx(expected.trace() / 5)
+
+
+def test_a_head_decides_and_knows_its_labels(here):
+    made, labels = model(), ["x", "Maus", "Löwe", "Mausfalle"]
+    made.score = torch.nn.Linear(48, 4, bias=False)
+    loaded = Loaded(made, bpe(), {"kind": "run", "labels": labels})
+    found = evaluating.evaluate(loaded, "labels.jsonl", draws=0)
+    expected = np.zeros((4, 4), int)
+    for text, label in LABELLED:
+        logits = made.score.weight.double() @ plain_gpt.features(made, bpe().encode(text).tolist())[-1]
+        expected[labels.index(label), int(logits.argmax())] += 1
+    assert found.details == {"by": "head", "labels": labels, "confusion_matrix": expected.tolist()}
+    loaded.about["labels"][0] = "y"
+    with pytest.raises(UserError, match=r"--data labels\.jsonl: line 5: label x is none of the 4 labels"):
+        evaluating.evaluate(loaded, "labels.jsonl")
 
 
 def test_relations_without_the_negative_class(here, evaluate):
@@ -356,28 +372,41 @@ def test_ctrl_c_ends_with_its_status_and_leaves_the_json(here):
 
 
 @pytest.mark.deep
-def test_what_was_fine_tuned_is_worth_more_than_chance_and_less_under_noise(here, evaluate):
-    """Three kinds of words, of which one label begins another; and words that have translations."""
+@pytest.mark.parametrize("what", ["labelled", "headed", "translated"])
+def test_what_was_fine_tuned_is_worth_more_than_chance_and_less_under_noise(here, evaluate, what):
+    """Three kinds of words, of which one label begins another, by likelihood and by a head; words with translations."""
     draw = random.Random(0)
     words = {"beast": ["cat", "dog", "lion"], "beasts": ["cats", "dogs", "lions"], "city": ["Rome", "Oslo", "Bern"]}
     pairs = [("one", "eins"), ("two", "zwei"), ("four", "vier")]
 
-    def labelled():
+    def made():
+        if what == "translated":
+            both = draw.choices(pairs, k=2)
+            return {"source": " ".join(each for each, _ in both), "target": " ".join(each for _, each in both)}
         label = draw.choice(list(words))
-        return {"text": f"saw {draw.choice(words[label])} again", "label": label}
+        return {"text": f"{draw.randrange(100)} {draw.choice(words[label])} again", "label": label}
 
-    def translated():
-        both = draw.choices(pairs, k=2)
-        return {"source": " ".join(each for each, _ in both), "target": " ".join(each for _, each in both)}
-
+    torch.manual_seed(0)
     save_run(here / "base", GPT(GPTConfig(vocab_size=257, context=40, layers=2, width=64, heads=2)), bytes_tokenizer())
-    for name, made in (("labelled", labelled), ("translated", translated)):
-        lines(f"{name}.jsonl", [made() for _ in range(300)])
-        lines("test.jsonl", [made() for _ in range(40)])
-        finetune = ["finetune", "base", "--data", f"{name}.jsonl", "--out", name, "--steps", "250", "--lr", "5e-3"]
-        assert cli.main([*finetune, "--device", "cpu", "--tensorboard", "off"]) == 0
-        status, found, _, _ = evaluate(name, "--data", "test.jsonl", "--noise", "0.2")
-        metric = "macro_f1" if name == "labelled" else "exact_match"
-        clean, noisy = found["metrics"][metric], found["noise"]["metrics"][metric]
-        assert status == 0 and clean["value"] > 0.85 and noisy["value"] < clean["value"] - 0.1
-        assert clean["low"] <= clean["value"] <= clean["high"]
+    lines("train.jsonl", [made() for _ in range(300)])
+    lines("test.jsonl", [made() for _ in range(40)])
+    options = [
+        "--validation",
+        "test.jsonl",
+        "--steps",
+        "200",
+        "--lr",
+        "5e-3",
+        "--device",
+        "cpu",
+        "--tensorboard",
+        "off",
+    ]
+    options += ["--head"] if what == "headed" else []
+    assert cli.main(["finetune", "base", "--data", "train.jsonl", "--out", "tuned", *options]) == 0
+    status, found, _, _ = evaluate("tuned", "--data", "test.jsonl", "--noise", "0.2")
+    metric = "exact_match" if what == "translated" else "macro_f1"
+    clean, noisy = found["metrics"][metric], found["noise"]["metrics"][metric]
+    assert status == 0 and clean["value"] > 0.9 and noisy["value"] < clean["value"] - 0.1
+    assert clean["low"] <= clean["value"] <= clean["high"]
+    assert found["details"].get("by", "head" * (what == "headed")).startswith("head") == (what == "headed")

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--labels", metavar="A,B,…", help="of classification and relation: all that there are (default: those of the "
-        "fine-tuning, or of the data)",
+        "model's head, or of the data)",
     )  # fmt: skip
     parser.add_argument(
         "--negative", metavar="LABEL", help="of relation: the label that stands for none (default: no_relation)"
@@ -98,7 +98,8 @@ def run(args: argparse.Namespace) -> int:
         if not args.stock:
             gptkern.swap(loaded.model)
         if args.int8:
-            gptkern.quantize(loaded.model)
+            head = ("score",) if "labels" in loaded.about else ()
+            gptkern.quantize(loaded.model, skip=("lm_head", *head))
         console = new_console()
         with _Progress(console) as progress:
             found = evaluate(
@@ -195,7 +196,8 @@ def _lines(found: Evaluation) -> list[str]:
     lines = []
     if found.task == "language":
         of = formatting.count(details["documents"], "document")
-        lines.append(f"{details['tokens']:,} tokens, {details['bytes']:,} bytes, {of}")
+        parts = "" if details["parts"] == details["documents"] else f" in {formatting.count(details['parts'], 'part')}"
+        lines.append(f"{details['tokens']:,} tokens, {details['bytes']:,} bytes, {of}{parts}")
         if details["altered_parts"]:
             lines.append(
                 f"{details['altered_parts']} of {details['parts']} parts are not what their tokens stand for (the "

@@ -90,9 +90,9 @@ def evaluate(
         data: a file's path, two parallel files with a comma between, or a folder of `gptkern data`. task: one of these;
             "auto" is what the data are of.
         stride: of language, tokens from a window of the model's context to the next, at most the context; None: half
-            of it. labels: of classification and relation, all that there are; None: those that the model was fine-tuned
-            on, or else those of the data. negative: of relation; None: "no_relation". tokens: of translation, the most
-            that one has; None: 128.
+            of it. labels: of classification and relation, all that there are; None: those of the model's head, or else
+            of the data. negative: of relation; None: "no_relation". tokens: of translation, the most that one has;
+            None: 128, or half of the context where that is less.
         noise: rate at which characters of the prompts are swapped, dropped, inserted and replaced, for the same metrics
             once more; not of language. draws: of the bootstrap; 0 for no intervals. seed: of noise and draws.
         batch: rows that are computed together, which changes roundings alone. precision: "fp32", "bf16" or "fp16".
@@ -177,9 +177,7 @@ def _labels(loaded: Loaded, given: Sequence[str] | None) -> Sequence[str] | None
         if given is not None:
             raise UserError(f"--labels has no effect: the model has a head of {len(own)} labels of its own")
         return own
-    if given is not None:
-        return given
-    return (loaded.about.get("examples") or {}).get("labels") or None
+    return given
 
 
 def _about_model(loaded: Loaded, tokenizer) -> dict[str, Any]:

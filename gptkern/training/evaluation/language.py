@@ -32,7 +32,7 @@ from gptkern.training.evaluation.windows import Part, windows
 from gptkern.training.loading import same_tokens
 
 READ_TOGETHER = 64  # batches
-PART_TOKENS = 2**13  # of prepared data
+PART_TOKENS = 2**11  # of prepared data: some 8 KiB of text, where a token is four bytes
 
 
 class Language:
