@@ -15,7 +15,7 @@ from training_runs import a_store
 from gptkern import cli
 from gptkern.training import recipe_files
 from gptkern.training.checkpoints import Checkpoints
-from gptkern.training.errors import UserError
+from gptkern.training.errors import RunError, UserError
 from gptkern.training.run import Keeping, train
 from gptkern.training.search import halving, planning, sampling, trials, working
 from gptkern.training.search.settings import Settings
@@ -224,7 +224,11 @@ def test_a_trial_is_stored_as_it_is_or_not_at_all(tmp_path):
         trial = of.trial(0, "learning", {"lr": 0.1 + 0.2, "batch": 4, "dropout": 0.1})._replace(
             values={1: 2.5, 2: 1 / 3}
         )
+        other._connection.execute("PRAGMA busy_timeout = 0")
         with study.changing():
+            # From its beginning on, before anything was written: what is decided is decided on what is there.
+            with pytest.raises(RunError, match="database is locked"), other.changing():
+                pass
             study.store(trial)
             assert other.trials() == []
         assert other.trials() == [trial]
