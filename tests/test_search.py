@@ -289,6 +289,10 @@ def test_a_trial_is_one_workers_until_that_is_gone(tmp_path):
         with working._present(tmp_path) as (third, alive_c):
             again = working._taken(study, of, third, alive_c)
             assert again.number == 0 and [trial.state for trial in study.trials()] == [RUNNING, OPEN, OPEN]
+            # A kill leaves a worker's file, and nobody who holds its lock.
+            killed = tmp_path / working.WORKERS / ("a" * 32)
+            killed.touch()
+            assert not alive_c(killed.name) and not killed.exists() and alive_c(third)
             for odd in ("../study.sqlite", "/etc/passwd", "", None, "x" * 32):
                 assert not alive_c(odd)
 
