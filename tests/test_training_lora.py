@@ -358,18 +358,37 @@ def test_a_compiled_model_follows(kind):
     assert torch.equal(compiled(IDS)[0], plain)
 
 
-def test_in_distributed_data_parallel(tmp_path):
+@pytest.fixture
+def process_group(tmp_path):
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        model, alone = adapted(), adapted()
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        for each in (wrapped, alone):
-            each(IDS[:, :-1], IDS[:, 1:])[1].backward()
-        for name, parameter in lora.trainable(alone).items():
-            torch.testing.assert_close(lora.trainable(model)[name].grad, parameter.grad)
-        lora.remove(model)
-        with pytest.raises(ValueError, match="DistributedDataParallel does not know new parameters"):
-            lora.add(wrapped, 2)
-    finally:
-        torch.distributed.destroy_process_group()
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def gradients(model: nn.Module, parameters: nn.Module) -> dict[str, torch.Tensor]:
+    model(IDS[:, :-1], IDS[:, 1:])[1].backward()
+    found = {name: parameter.grad for name, parameter in lora.trainable(parameters).items()}
+    return {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in found.items()}
+
+
+def test_in_distributed_data_parallel(process_group):
+    model, alone = adapted(), adapted()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    torch.testing.assert_close(gradients(wrapped, model), gradients(alone, alone))
+    lora.remove(model)
+    with pytest.raises(ValueError, match=r"it is wrapped \(DistributedDataParallel, FSDP\)"):
+        lora.add(wrapped, 2)
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+def test_fully_sharded(kind, process_group):
+    from torch.distributed.fsdp import fully_shard
+
+    model, alone, late = adapted(kind), adapted(kind), gpt(kind)
+    for module in (*model.blocks, model, late):
+        fully_shard(module)
+    torch.testing.assert_close(gradients(model, model), gradients(alone, alone))
+    with pytest.raises(ValueError, match=r"no linear layer that can be adapted \(blocks\.0\.attention\.qkv: "):
+        lora.add(late, 2)

@@ -25,24 +25,18 @@ all linear layers want to be adapted, and not attention's alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from gptkern.formatting import shown
 from gptkern.nn import Int8Linear
-from gptkern.quantizing.choosing import Holders, ends_with, holders_in, looks_linear, obstacle, read_by_modules
-from gptkern.quantizing.layers import places
+from gptkern.training.lora_targets import check_rank, chosen_layers
 
 __all__ = ["add", "load", "merge", "remove", "state", "trainable", "unmerge"]
-
-# What is adapted last where nothing is named: never the output layer, most often the embedding's own weight.
-_LEFT_ALONE = "lm_head"
 
 _NAMES = "lora_A", "lora_B", "lora_alpha"
 
@@ -154,15 +148,16 @@ def add(
     if generator is not None and generator.device.type != "cpu":
         raise ValueError(f"lora.add: generator is on {generator.device}; it needs to be on the CPU")
     _refuse_adapted("add", model)
-    chosen = _chosen("add", model, None if targets is None else list(targets))
+    chosen = chosen_layers("add", model, None if targets is None else list(targets))
     for name, module in chosen.items():
-        _check_rank("add", name, module, rank)
+        check_rank("add", name, module, rank)
     drawn = {}
     for name, module in chosen.items():
         dtype = torch.float64 if module.weight.dtype == torch.float64 else torch.float32
         # A ~ N(0, 1 / in_features): A x is as large as x
         a = torch.randn(rank, module.in_features, dtype=dtype, generator=generator) / math.sqrt(module.in_features)
-        drawn[name] = a, torch.zeros(module.out_features, rank, dtype=dtype)
+        device = module.weight.device
+        drawn[name] = a.to(device), torch.zeros(module.out_features, rank, dtype=dtype, device=device)
     _freeze(model)
     for name, module in chosen.items():
         _adapt(module, *drawn[name], float(alpha), float(dropout))
@@ -234,7 +229,7 @@ def load(model: nn.Module, state: Mapping[str, torch.Tensor]) -> list[str]:
     if any(_MERGED in vars(module) for module in model.modules()):
         raise ValueError("lora.load: the model's adapters are merged; it needs lora.unmerge first")
     there = {name: module for name, module in model.named_modules() if type(module) in _BASES}
-    layers = there or _chosen("load", model, list(given), exact=True)
+    layers = there or chosen_layers("load", model, list(given), exact=True)
     for words, names in (("has no", layers.keys() - given.keys()), ("has", given.keys() - layers.keys())):
         if names:
             which = shown(f"{_prefix(min(names))}{_NAMES[0]}")
@@ -245,7 +240,7 @@ def load(model: nn.Module, state: Mapping[str, torch.Tensor]) -> list[str]:
             if tensor.shape != shape:
                 what = f"{shown(_prefix(name) + key)} has shape {tuple(tensor.shape)}"
                 raise ValueError(f"lora.load: {what}; it needs {shape}")
-        _check_rank("load", name, module, rank)
+        check_rank("load", name, module, rank)
         if there and (rank, alpha) != (module.lora_A.shape[0], module.lora_alpha):
             own = f"rank {module.lora_A.shape[0]} and alpha {module.lora_alpha:g}"
             raise ValueError(f"lora.load: {shown(name)} has rank {rank} and alpha {alpha:g}; the model's has {own}")
@@ -428,66 +423,7 @@ def _thaw(model: nn.Module) -> None:
             module._parameters[name].requires_grad_(True)
 
 
-# --- Which layers -----------------------------------------------------------------------------------------------------
-
-
-def _chosen(where: str, model: nn.Module, patterns: list[str] | None, exact: bool = False) -> dict[str, nn.Module]:
-    """Name -> layer, of those that shall be adapted.
-
-    Args:
-        exact: the patterns are names.
-    """
-    held_in = {id(held[0].module()): held for held in places(model)}
-    linear = {name: module for name, module in model.named_modules() if looks_linear(module)}
-    matches: Callable[[str, str], bool] = str.__eq__ if exact else _matches
-    for pattern in patterns or []:
-        if not any(matches(name, pattern) for name in linear):
-            there = f"it has {_some(list(linear))}" if linear else "it has none"
-            raise ValueError(f"lora.{where}: {shown(str(pattern))} names no linear layer of the model; {there}")
-    holders, read = holders_in(model), read_by_modules(model)
-    wrapped = {m for ddp in model.modules() if isinstance(ddp, DistributedDataParallel) for m in ddp.modules()}
-    chosen, first = {}, ""
-    for name, module in linear.items():
-        if patterns is None and ends_with(name, _LEFT_ALONE):
-            continue
-        if patterns is not None and not any(matches(name, pattern) for pattern in patterns):
-            continue
-        reason = _against(module, held_in.get(id(module), []), holders)
-        if reason is None and module in read:
-            reason = "its parent reads its weight past it"
-        if reason is None and module in wrapped:
-            reason = "DistributedDataParallel does not know new parameters: adapters first, wrap then"
-        if reason is None:
-            chosen[name] = module
-            continue
-        first = first or f"{shown(name)}: {reason}"
-        if patterns is not None:
-            raise ValueError(f"lora.{where}: {first}; it needs to be left out of the adapted layers")
-    if not chosen:
-        raise ValueError(f"lora.{where}: the model has no linear layer that can be adapted{first and f' ({first})'}")
-    return chosen
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
-
-
-def _against(module: nn.Module, held: list, holders: Holders) -> str | None:
-    """Why a layer cannot be adapted, or None."""
-    if type(module) is Int8Linear:
-        if module.activation is not None:
-            return f"its activation is {module.activation!r}, which would have to follow the adapter"
-        return "a forward was set on the instance itself" if "forward" in vars(module) else None
-    if type(module) is not nn.Linear and not isinstance(module, nn.Linear):
-        return f"it is a {type(module).__name__}, and no torch.nn.Linear or gptkern.nn.Int8Linear"
-    return obstacle(held, module, holders)
-
-
-def _check_rank(where: str, name: str, module: nn.Module, rank: int) -> None:
-    most = min(module.in_features, module.out_features)
-    if not 1 <= rank <= most:
-        sizes = f"{shown(name) or 'the layer'} is {module.out_features} x {module.in_features}"
-        raise ValueError(f"lora.{where}: rank is {rank}; {sizes} and needs one from 1 to {most}")
+# --- Checks -----------------------------------------------------------------------------------------------------------
 
 
 def _adapted(where: str, model: nn.Module) -> dict[str, nn.Module]:
@@ -515,10 +451,6 @@ def _check_model(where: str, model: nn.Module) -> None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(map(shown, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _prefix(name: str) -> str:
