@@ -112,6 +112,7 @@ def test_files_that_hold_no_space(tmp_path, content, words):
 def test_values_that_do_not_fit_together_are_refused_before_any_work():
     for changes, words in (
         ({"space": Space({"accumulate": Choices((1, 3))})}, "the space holds batch 2, accumulate 3: accumulate is 3"),
+        ({"space": Space({"accumulate": Range(1, 4, step=1)}), "given": {"batch": 4}}, "batch 4, accumulate 3"),
         ({"space": Space({"batch": Choices((2, 8))})}, "batch 8: the 128 tokens of a trial are 2 updates"),
         ({"space": Space({"decay": Choices((0.1, 0.2))})}, "decay has no effect on the schedule cosine"),
         ({"space": Space({"warmup": Range(0.1, 0.9), "schedule": Choices(("wsd",))})}, "warmup is 0.9 and decay 0.2"),

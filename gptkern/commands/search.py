@@ -223,6 +223,8 @@ def _option(args: argparse.Namespace, name: str) -> Any:
 
 
 def _space(args: argparse.Namespace, values: dict[str, Any], given: recipe_files.Given) -> Space:
+    if args.way == "experience":
+        return Space({})
     if args.space is None and args.vary is None:
         return default(values)
     parameters = {} if args.space is None else dict(Space.read(args.space).parameters)
@@ -336,10 +338,11 @@ def _parent_gone() -> Callable[[], bool]:
 def _described(settings: Settings, store: Store, study: Study) -> str:
     space = ", ".join(f"{key} {_values(value)}" for key, value in settings.space.described().items())
     ended = sum(trial.state in ENDED for trial in study.trials())
+    varied = f"\nvaried: {space}" if space else ""
     goes_on = f"\n{ended} trials are done" if ended else ""
     return (
         f"search by {', '.join(settings.ways)}: {settings.amount:,} {settings.kind} for each; a trial trains on "
-        f"{settings.tokens:,} tokens of {store.name}, in {settings.parts} parts\nvaried: {space}{goes_on}"
+        f"{settings.tokens:,} tokens of {store.name}, in {settings.parts} parts{varied}{goes_on}"
     )
 
 

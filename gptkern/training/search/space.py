@@ -138,11 +138,16 @@ class Space(NamedTuple):
         return {key: parameter.sample(generator) for key, parameter in self.parameters.items()}
 
     def ends(self, key: str, otherwise: Any) -> list[Any]:
-        """The values of a key at which what several keys need together is tried: those of a list, or a range's ends."""
+        """The values of a key at which what several keys need together is tried: those of a list, a range's ends, and
+        whole numbers between them: all where they are few, else the first.
+        """
         parameter = self.parameters.get(key)
         if parameter is None:
             return [otherwise]
-        return list(parameter.values) if isinstance(parameter, Choices) else parameter.grid(2)
+        if isinstance(parameter, Choices) or parameter.step is None:
+            return parameter.grid(2)
+        few = range(parameter.low, parameter.high + 1, parameter.step)
+        return list(few) if len(few) <= MOST_VALUES else [few[0], few[1], few[-1]]
 
 
 class Grid:

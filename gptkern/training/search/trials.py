@@ -22,7 +22,6 @@ from gptkern.training.run import Keeping, Progress, train
 from gptkern.training.run_folder import RunFolder
 from gptkern.training.search.planning import after
 from gptkern.training.search.settings import Settings
-from gptkern.training.search.space import Range
 from gptkern.training.search.study import FAILED, INFEASIBLE, OPEN, PRUNED, Trial
 
 TRIALS = "trials"
@@ -43,9 +42,6 @@ def check_sizes(settings: Settings, vocab_size: int) -> None:
     """Raises UserError where a model of the space has sizes that do not fit together."""
     space = settings.space
     widths = space.ends("width", settings.base["width"])
-    if isinstance(parameter := space.parameters.get("width"), Range):
-        # Those between the ends are one step or several from the first.
-        widths.append(parameter.low + parameter.step)
     base = settings.base | {"context": settings.length}
     of_layers, of_heads = (space.ends(key, settings.base[key]) for key in ("layers", "heads"))
     for width, heads in itertools.product(widths, of_heads):
