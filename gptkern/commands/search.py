@@ -353,7 +353,11 @@ def _values(value: Any) -> str:
 
 
 def _end(study: Study, out: Path, is_done: bool, failed: int) -> None:
+    from gptkern.training.run_folder import REPORT
+    from gptkern.training.search import report
+
     found = study.trials()
+    report.write(out / REPORT, study)
     the_best = best(found)
     if the_best is not None:
         loss = f"held-out loss {the_best.loss:.4f} nats per {study.about['data'].get('unit', 'token')}"
@@ -366,6 +370,7 @@ def _end(study: Study, out: Path, is_done: bool, failed: int) -> None:
             f"its checkpoint is in {the_best.checkpoint}, its recipe in {out / BEST}   "
             f"(gptkern train --recipe {out / BEST} --out run)"
         )
+    _say(f"the ways side by side, importances and slices: {out / REPORT}")
     if failed:
         raise RunError(f"{failed} of the other workers failed: --resume --out {shown(str(out))} goes on with the study")
     if not is_done:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
 
 STYLE = """
 :root { --page: #fbfbf9; --card: #ffffff; --ink: #20242b; --soft: #5c6470; --faint: #d9dce1;
@@ -75,15 +79,8 @@ class Axes(NamedTuple):
 
 def plot(plots: Sequence[Axes], *, size: tuple[float, float], label: str, xlabel: str = "step") -> str:
     """The plots, one below the other, as SVG in the page's colours, as wide as the page."""
-    import matplotlib
-    from matplotlib.figure import Figure
 
-    style = {
-        "svg.fonttype": "none", "svg.hashsalt": "gptkern", "text.color": INK, "axes.labelcolor": INK, "axes.grid": True,
-        "axes.edgecolor": FAINT, "grid.color": FAINT, "xtick.color": INK, "ytick.color": INK, "legend.frameon": False,
-    }  # fmt: skip
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=size, layout="constrained")
+    def make(figure: Figure) -> None:
         heights = [2.2, *[1] * (len(plots) - 1)]
         rows = figure.subplots(len(plots), squeeze=False, sharex=True, height_ratios=heights)[:, 0]
         for axes, drawn in zip(rows, plots):
@@ -92,14 +89,34 @@ def plot(plots: Sequence[Axes], *, size: tuple[float, float], label: str, xlabel
             axes.set_ylabel(drawn.ylabel)
             if drawn.logarithmic:
                 axes.set_yscale("log")
-                # Powers are set by a parser of TeX, which takes longer than all the rest.
-                axes.yaxis.set_major_formatter("{x:g}")
-                axes.yaxis.set_minor_formatter("")
+                plain(axes.yaxis)
             if len(drawn.lines) > 1:
                 axes.legend(ncols=2)
         rows[-1].set_xlabel(xlabel)
+
+    return figure(make, size=size, label=label)
+
+
+def plain(axis: Axis) -> None:
+    """Numbers beside a logarithmic axis: powers are set by a parser of TeX, which takes longer than all the rest."""
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
+
+
+def figure(make: Callable[[Figure], None], *, size: tuple[float, float], label: str) -> str:
+    """What `make` draws on a figure of so many inches, as SVG in the page's colours, as wide as the page."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style = {
+        "svg.fonttype": "none", "svg.hashsalt": "gptkern", "text.color": INK, "axes.labelcolor": INK, "axes.grid": True,
+        "axes.edgecolor": FAINT, "grid.color": FAINT, "xtick.color": INK, "ytick.color": INK, "legend.frameon": False,
+    }  # fmt: skip
+    with matplotlib.rc_context(style):
+        drawn = Figure(figsize=size, layout="constrained")
+        make(drawn)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        drawn.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     # No metadata (it holds addresses), and as wide as the page allows.
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
