@@ -113,12 +113,12 @@ def run(
 
 def _read(path: Path, trial: Trial, step: int) -> Trial:
     """The trial as the lines of its run say it is at a step."""
-    found = {}
-    for line in metrics.lines(path / "metrics.jsonl"):
-        if line["step"] > step:
-            break
-        if line.get("validation_loss") is not None:
-            found[line["step"]] = float(line["validation_loss"])
+    # Of evaluated updates alone; what a killed run wrote beyond its checkpoint was cut off when it went on.
+    found = {
+        line["step"]: float(line["validation_loss"])
+        for line in metrics.lines(path / "metrics.jsonl")
+        if line.get("validation_loss") is not None
+    }
     return trial._replace(step=step, values=found)
 
 
