@@ -7,6 +7,8 @@ import itertools
 import json
 import math
 import random
+import subprocess
+import sys
 
 import numpy as np
 import plain_gpt
@@ -247,3 +249,32 @@ def test_bytes_without_an_end_of_text_leave_the_first_one_out(tmp_path):
     expected = plain_gpt.nats(made, ids[:1], ids[1:]) / 5
     assert answered.details["bytes"] == answered.details["tokens"] == 5
     assert answered.statistic(np.arange(1))["nats_per_byte"] == pytest.approx(expected, rel=1e-5)
+
+
+# --- Memory -----------------------------------------------------------------------------------------------------------
+
+MEASURING = """
+import sys, torch, numpy as np, gptkern
+from gptkern.models.gpt import GPT, GPTConfig
+from gptkern.training.evaluation import likelihood, room
+from gptkern.training.free_memory import forget_peak, peak, resident
+vocab, width, context, batch = map(int, sys.argv[1:5])
+made = GPT(GPTConfig(vocab, context, layers=2, width=width, heads=4)).eval()
+gptkern.swap(made)
+how = likelihood.Computing(precision=sys.argv[5], batch=batch)
+likelihood.nats(made, [likelihood.Row([1, 2], [0, 1], [1, 1])], how)
+rows = [likelihood.Row(np.arange(context), range(context), np.arange(context))] * (2 * batch)
+before = resident()
+forget_peak()
+likelihood.nats(made, rows, how)
+print(room.needed(made.config, how) / (peak() - before))
+"""
+
+
+@pytest.mark.deep
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read off /proc")
+@pytest.mark.parametrize("sizes", ["256 256 256 64 fp32", "50257 256 256 16 fp32", "8192 256 256 64 bf16"])
+def test_the_memory_that_is_asked_for_is_what_it_takes(sizes):
+    command = [sys.executable, "-c", MEASURING, *sizes.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert 0.8 < float(done.stdout) < 2.5

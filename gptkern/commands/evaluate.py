@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import gptkern
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
     device = resolve_device(args.device)
     name = f"FOLDER {shown(args.model)}"
-    with interruptible():
+    with interruptible() as raise_if_dropped:
         loaded = loading.load_model(args.model, device)
         model_files.check_finite(loaded.model, name)
         say_passed_over("evaluate", loaded)
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
             head = ("score",) if "labels" in loaded.about else ()
             gptkern.quantize(loaded.model, skip=("lm_head", *head))
         console = new_console()
-        with _Progress(console) as progress:
+        with _Progress(console, raise_if_dropped) as progress:
             found = evaluate(
                 loaded, args.data, args.task, stride=args.stride, labels=labels, negative=args.negative,
                 tokens=args.tokens, noise=args.noise, draws=args.bootstrap, seed=args.seed, batch=args.batch,
@@ -129,8 +130,9 @@ def _labels(text: str) -> list[str]:
 class _Progress(contextlib.AbstractContextManager):
     """In a terminal, how many rows were computed."""
 
-    def __init__(self, console: Console):
+    def __init__(self, console: Console, raise_if_dropped: Callable[[], None]):
         self.status, self.rows = console.status("reading") if console.is_terminal else None, 0
+        self.raise_if_dropped = raise_if_dropped
 
     def __enter__(self) -> _Progress:
         if self.status:
@@ -142,6 +144,7 @@ class _Progress(contextlib.AbstractContextManager):
             self.status.stop()
 
     def advance(self, rows: int) -> None:
+        self.raise_if_dropped()
         self.rows += rows
         if self.status:
             self.status.update(f"{self.rows:,} rows")

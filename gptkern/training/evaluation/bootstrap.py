@@ -8,7 +8,7 @@ Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -38,20 +38,13 @@ def draws(count: int, times: int, seed: int) -> Iterator[np.ndarray]:
         yield ((raw * np.uint64(count)) >> np.uint64(32)).astype(np.int64)
 
 
-def measured(
-    statistic: Statistic, count: int, times: int = 1000, seed: int = 0, called: Callable[[], object] = lambda: None
-) -> dict[str, Measured]:
-    """The metrics of `count` examples, with their intervals.
-
-    Args:
-        times: draws; 0 for no intervals. called: between two draws, so that a long one can be interrupted.
-    """
+def measured(statistic: Statistic, count: int, times: int = 1000, seed: int = 0) -> dict[str, Measured]:
+    """The metrics of `count` examples, with their intervals from `times` draws; 0 for none."""
     values = statistic(np.arange(count))
     if times == 0 or count < 2:
         return {name: Measured(value) for name, value in values.items()}
     drawn: dict[str, list[float]] = {name: [] for name in values}
     for picked in draws(count, times, seed):
-        called()
         for name, value in statistic(picked).items():
             drawn[name].append(value)
     beyond = (1 - CONFIDENCE) / 2
