@@ -67,6 +67,13 @@ def test_what_is_too_long(tmp_path):
     assert store.notes[1].startswith("1 completion lost their end")
     (whole,) = encode(BYTES, [("ab", "0123456789")])
     assert len(fitted(whole, 12).completion) == 11 and fitted(whole, 12).prompt == [97, 98]
+    # Where a label begins says nothing of its length.
+    data = [{"text": "abcdef", "label": label} for label in ("x", "long")] + [{"text": "ab", "label": "x"}]
+    store = load_examples(written(tmp_path / "a", data), BYTES, 7, validation=written(tmp_path / "b", data[:1]))
+    part = store.rows(7, seed=0).part(0, 3, 0, 3)
+    assert sorted(rows_of(part.ids, part.targets)) == [("ab", " x$"), ("ef", " long$"), ("ef", " x$")]
+    assert store.length == 7 and store.notes[0].startswith("3 prompts lost")
+    assert fitted(encode(BYTES, [("abcdef", " x")])[0], 7, longest=6).prompt == [101, 102]
     # A text is cut into rows, and nothing of it is lost.
     store = load_examples(written(tmp_path / "a", [{"text": "abcdefgh"}]), BYTES, 4, validation=data_of_texts(tmp_path))
     part = store.rows(4, seed=0).part(0, 3, 0, 3)

@@ -137,7 +137,7 @@ def _examples(values: dict[str, Any], run: Path | None, names: dict[str, str]) -
     )  # fmt: skip
     changes = recipe_files.counted(values, len(store.train))
     # No row is longer: neither has the memory to be there for one.
-    changes["context"] = values["context"] or store.longest
+    changes["context"] = values["context"] or store.length
     return store, {name: changes[name] for name in ("steps", "epochs", "context")}
 
 

@@ -7,8 +7,9 @@ An empty prompt is the end of a text, as between documents; of a tokenizer that 
 completion takes its place, and nothing ends a completion. Rows of an update are padded on the right to the longest of
 them: behind the last target, where a causal model sees no difference.
 
-What is longer than the context loses the beginning of its prompt; a completion that is longer by itself its end. A text
-is cut into rows, of which each begins with the last token of the one before.
+What is longer than the context loses the beginning of its prompt; a completion that is longer by itself its end.
+Prompts of labels all leave room for the longest label: where a label begins would else tell its length, and so which it
+is. A text is cut into rows, of which each begins with the last token of the one before.
 
     row n of a training     of epoch e = n // R, and in it number order(e)(n mod R): rows.py's permutation
 
@@ -78,12 +79,15 @@ def encode(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Encod
     return found
 
 
-def fitted(example: Encoded, length: int) -> Encoded:
+def fitted(example: Encoded, length: int, longest: int | None = None) -> Encoded:
     """What of it a model sees of which rows have `length` ids: the prompt without its beginning, the completion without
     what is longer by itself. Its last id is a target alone.
+
+    Args:
+        longest: ids of the longest completion for which the prompt leaves room, of labels; None for this one's.
     """
     completion = example.completion[:length]
-    room = max(1, length + 1 - len(completion))
+    room = max(1, length + 1 - (len(completion) if longest is None else min(longest, length)))
     return Encoded(example.prompt[-room:], completion)
 
 
@@ -189,7 +193,8 @@ class ExampleStore(NamedTuple):
 
     Args:
         train, validation: the rows of both parts. kind: as an Example's. labels: of both parts, sorted; empty of other
-            kinds. notes: for people, a line for whatever was left out or cut.
+            kinds. length: for which the rows were made: ids of the longest, or where some were cut all that there may
+            be. notes: for people, a line for whatever was left out or cut.
         tokenizer, name, fingerprint: as Store's.
     """
 
@@ -200,6 +205,7 @@ class ExampleStore(NamedTuple):
     fingerprint: str
     kind: str
     labels: tuple[str, ...]
+    length: int
     notes: tuple[str, ...]
 
     @property
@@ -213,11 +219,6 @@ class ExampleStore(NamedTuple):
         """What a checkpoint says of them: {"examples": {"kind", "labels"}}; of very many labels none of them."""
         return {"examples": {"kind": self.kind, "labels": list(self.labels) if len(self.labels) <= MOST_TOLD else []}}
 
-    @property
-    def longest(self) -> int:
-        """Ids that the model is given of the longest row of both parts."""
-        return max(self.train.longest, self.validation.longest)
-
     def rows(self, length: int, seed: int, full: bool = False) -> ShuffledExamples:
         """The shuffled rows to train on. Raises UserError where one is longer than `length`."""
         self._check(length)
@@ -229,8 +230,8 @@ class ExampleStore(NamedTuple):
         return ExamplesInOrder(self.validation, length, most)
 
     def _check(self, length: int) -> None:
-        if self.longest > length:
-            raise UserError(f"the examples were made for rows of {self.longest} tokens; length is {length}")
+        if self.length > length:
+            raise UserError(f"the examples were made for rows of {self.length} tokens; length is {length}")
 
 
 def load_examples(
@@ -275,6 +276,8 @@ def load_examples(
         for part, words in ((train, f"{option} {shown(data)}"), (other, f"--validation {shown(validation)}")):
             if not len(part):
                 raise UserError(f"{words}: it has no example with something to learn")
+    # Those to test on may have the longest label.
+    train, other = (reading.fitted(part) for part in (train, other))
     labels = tuple(sorted(reading.labels))
     if head:
         number_of = {label: labels.index(label) for label in reading.labels}
@@ -288,7 +291,9 @@ def load_examples(
             digest.update(f"{part.given[row]} {part.targets[row]}\n".encode())
             digest.update(np.ascontiguousarray(part.ids[part.starts[row] : part.stops[row]]))
     name = ",".join(Path(part).name for part in data.split(","))
-    return ExampleStore(train, other, tokenizer, name, digest.hexdigest(), reading.kind, labels, tuple(reading.notes()))
+    longest = length if reading.dropped or reading.cut else max(train.longest, other.longest)
+    about = digest.hexdigest(), reading.kind, labels, longest, tuple(reading.notes())
+    return ExampleStore(train, other, tokenizer, name, *about)
 
 
 class _Reading:
@@ -299,6 +304,7 @@ class _Reading:
         self.kind = ""
         self.labels: dict[str, int] = {}  # in the order in which they come
         self.shares = array.array("d")  # of the rows that were read last
+        self.longest = 0  # ids of the longest label
         self.dropped = self.cut = self.empty = 0
 
     def rows(self, data: str, option: str) -> ExampleRows:
@@ -311,6 +317,8 @@ class _Reading:
                 if not encoded.completion:
                     self.empty += 1
                     continue
+                if example.kind == LABEL:
+                    self.longest = max(self.longest, len(encoded.completion))
                 share = _share(example)
                 for row in self._cut(example, encoded):
                     starts.append(len(ids))
@@ -345,10 +353,18 @@ class _Reading:
             for start in range(0, len(ids) - 1, self.length):
                 yield Encoded(ids[start : start + 1], ids[start + 1 : start + self.length + 1])
             return
-        row = fitted(whole, self.length)
-        self.dropped += len(row.prompt) < len(whole.prompt)
-        self.cut += len(row.completion) < len(whole.completion)
-        yield row
+        self.cut += len(whole.completion) > self.length
+        # One token more than there is room for says that there were more.
+        yield Encoded(whole.prompt[-self.length - 1 :], whole.completion[: self.length])
+
+    def fitted(self, rows: ExampleRows) -> ExampleRows:
+        """Rows of which the prompts have room."""
+        if self.kind == TEXT or not len(rows):
+            return rows
+        longest = min(self.longest, self.length) if self.kind == LABEL else rows.targets
+        given = np.minimum(rows.given, np.maximum(1, self.length + 1 - longest))
+        self.dropped += int((given < rows.given).sum())
+        return ExampleRows(rows.ids, rows.stops - rows.targets - given, rows.stops, given)
 
     def held_out(self, part: float) -> np.ndarray:
         """Which of the rows that were read last are held out, (rows,) booleans: those of one example at the least."""
