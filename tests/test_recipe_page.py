@@ -80,20 +80,24 @@ def test_every_command_is_one_that_there_is():
 @pytest.mark.timeout(900)
 def test_the_walk_word_by_word(tmp_path):
     """Each line in a shell: killed trainings end with 137, or are done already on a fast machine; the rest with 0."""
-    (block,) = blocks("sh")
+    walk, tuning = (block.splitlines() for block in blocks("sh"))
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     environment = {name: each for name, each in environment.items() if "TRITON" not in name and "GPTKERN" not in name}
     # Beside another test the two threads of so small a model wait for each other longer than they compute.
     environment["OMP_NUM_THREADS"] = "1"
-    printed = ""
-    for line in block.splitlines():
+    printed = []
+    for line in walk + tuning:
         done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True)
         # The shell becomes the command where it is one, and its status that of the signal.
         assert done.returncode in ((0, 137, -9) if "timeout" in line else (0,)), f"{line}\n{done.stdout}\n{done.stderr}"
-        printed = done.stdout
+        printed.append(done.stdout)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 2001))
     assert lines[-1]["validation_loss"] < 0.75 * lines[0]["untrained_validation_loss"]
-    assert printed.startswith("The ") and len(printed) > 200
+    text = printed[len(walk) - 1]
+    assert text.startswith("The ") and len(text) > 200
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Finished: 2,000 updates." in page and "nats per token" in page
+    # The labels: most of them found, where a third are of the most frequent one; and one said by itself.
+    assert float(re.search(r"accuracy +([\d.]+)", printed[-2])[1]) > 0.6
+    assert re.search(r"lowercase\. (comparisons|debugger|string-methods|types)\n", printed[-1])

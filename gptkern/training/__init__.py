@@ -7,7 +7,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from gptkern.training.adapting import Adaptation
     from gptkern.training.checkpoints import Checkpoints
+    from gptkern.training.data.example_rows import load_examples
     from gptkern.training.data.preparing import prepare
     from gptkern.training.data.store import Store
     from gptkern.training.evaluation.evaluating import evaluate
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 # name -> the module that defines it. The imports above, for Python.
 _HOMES = {
+    "Adaptation": "adapting",
     "Checkpoints": "checkpoints",
     "Keeping": "run",
     "Recipe": "recipe",
@@ -28,14 +31,15 @@ _HOMES = {
     "evaluate": "evaluation.evaluating",
     "export": "exporting",
     "grow": "growing",
+    "load_examples": "data.example_rows",
     "load_model": "loading",
     "prepare": "data.preparing",
     "train": "run",
 }
 
 __all__ = [
-    "Checkpoints", "Keeping", "Recipe", "Store", "Trainer", "evaluate", "export", "grow", "load_model", "prepare",
-    "train",
+    "Adaptation", "Checkpoints", "Keeping", "Recipe", "Store", "Trainer", "evaluate", "export", "grow",
+    "load_examples", "load_model", "prepare", "train",
 ]  # fmt: skip
 
 
