@@ -219,8 +219,16 @@ def test_language_of_text_of_objects_and_of_prepared_tokens(here, evaluate):
 
 
 def test_completions_behind_their_prompts(here, evaluate):
-    lines("two.jsonl", [{"prompt": "der Löwe " * 20, "completion": "und die Maus"}, {"prompt": "", "completion": "ja"}])
-    status, found, _, _ = evaluate("run", "--data", "two.jsonl")
+    lines(
+        "two.jsonl",
+        [
+            {"prompt": "der Löwe " * 20, "completion": "und die Maus"},
+            {"prompt": "", "completion": "ja"},
+            {"prompt": "a", "completion": ""},
+        ],
+    )
+    status, found, printed, _ = evaluate("run", "--data", "two.jsonl")
+    assert found["details"]["skipped"] == 1 and "2 documents; 1 empty one skipped" in printed
     ids = bpe().encode("und die Maus").tolist()
     before = bpe().encode("der Löwe " * 20).tolist()[-(25 - len(ids)) :]
     expected = plain_gpt.nats(model(), before, ids) + plain_gpt.nats(model(), [0], bpe().encode("ja").tolist())

@@ -201,6 +201,8 @@ def _lines(found: Evaluation) -> list[str]:
         of = formatting.count(details["documents"], "document")
         parts = "" if details["parts"] == details["documents"] else f" in {formatting.count(details['parts'], 'part')}"
         lines.append(f"{details['tokens']:,} tokens, {details['bytes']:,} bytes, {of}{parts}")
+        if details["skipped"]:
+            lines[-1] += f"; {formatting.count(details['skipped'], 'empty one')} skipped"
         if details["altered_parts"]:
             lines.append(
                 f"{details['altered_parts']} of {details['parts']} parts are not what their tokens stand for (the "

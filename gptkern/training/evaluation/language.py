@@ -54,7 +54,7 @@ class Language:
                 f"{tokenizer.name}; it needs data of the model's own tokenizer, or text"
             )
         # All of it is looked at before a model is run: what is wrong with the last line is said now.
-        self.count, self.bytes = 0, 0
+        self.count = self.bytes = self.skipped = 0
         for part in self._parts(encoded=False):
             self.count += part.last
             self.bytes += part.bytes
@@ -66,7 +66,7 @@ class Language:
         return self.count
 
     def ask(self, how: Computing, changed: Callable[[str], str] = str) -> Asked:
-        self.cut = self.altered = 0
+        self.cut = self.altered = self.skipped = 0
         sizes: list[int] = []  # of the parts, in bytes
 
         def parts() -> Iterator[Part]:
@@ -105,7 +105,7 @@ class Language:
         details = {
             "context": self.model.config.context, "stride": self.stride, "documents": self.count,
             "parts": int(kept.sum()), "tokens": int(counts.sum()), "bytes": int(np.array(sizes)[kept].sum()),
-            "altered_parts": self.altered,
+            "altered_parts": self.altered, "skipped": self.skipped,
         }  # fmt: skip
         return Asked(of_text(sums[kept], counts[kept], np.array(sizes, np.float64)[kept]), details, self.cut)
 
@@ -125,8 +125,10 @@ class Language:
                     f"{where(self.data, self.option, example)} has neither text alone nor prompt and completion, which "
                     "--task language needs"
                 )
-            if example.completion:
-                yield self._of_example(example, encoded)
+            if not example.completion:
+                self.skipped += 1
+                continue
+            yield self._of_example(example, encoded)
 
     def _of_text(self, encoded: bool) -> Iterator[Part]:
         first, line = True, 1
