@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -23,6 +24,8 @@ from gptkern.training.data.tokenizers import bytes_tokenizer
 from gptkern.training.errors import UserError
 from gptkern.training.exporting import export
 from gptkern.training.loading import load_model
+from gptkern.training.loop import Trainer
+from gptkern.training.recipe import Recipe
 
 CONFIG = GPTConfig(vocab_size=257, context=24, layers=1, width=16, heads=2)
 STEPS, BATCH, LR = 9, 4, 0.01
@@ -157,6 +160,30 @@ def test_the_command_learns_goes_on_and_its_recipe_is_one(folder, capsys):
     )
     assert "30 examples to train on" in capsys.readouterr().out
     assert lines_of(folder / "b")[0]["loss"] == pytest.approx(lines[0]["loss"], rel=0.5)
+
+
+@pytest.mark.deep
+def test_tacred_and_parallel_texts_and_a_compiled_model(folder, capsys):
+    """Of every kind that the command reads; rows of one shape where PyTorch compiles for shapes."""
+    words = {"token": ["Ann", "met", "Bo"], "subj_type": "PERSON", "obj_type": "PERSON", "relation": "no_relation"}
+    places = {"subj_start": 0, "subj_end": 0, "obj_start": 2, "obj_end": 2}
+    relations = [words | places | {"relation": f"per:{n % 2}", "token": ["Ann", str(n), "Bo"]} for n in range(12)]
+    (folder / "train.json").write_text(json.dumps(relations))
+    (folder / "a.en").write_text("".join(f"{n} a\n" for n in range(12)))
+    (folder / "a.de").write_text("".join(f"{n} b\n" for n in range(12)))
+    for data, kind in (("train.json", "label"), ("a.en,a.de", "translation")):
+        assert finetune("base", "--data", data, "--steps", "2", "--out", kind) == 0
+        assert load_model(folder / kind).about["examples"]["kind"] == kind
+        stored = recipe_files.read(folder / kind / "recipe.toml").values["examples"]
+        assert stored == ",".join(str(folder / part) for part in data.split(","))
+        assert cli.main(["finetune", "--resume", "--out", kind]) == 0
+    shapes = set()
+    store = load_examples("a.en,a.de", bytes_tokenizer(), 24)
+    for compiled in (False, True):
+        recipe = Recipe(steps=4, batch=2, length=24, lr=0.01, compile=compiled)
+        with contextlib.closing(Trainer(a_model(), store, recipe)) as trainer:
+            shapes.add((compiled, trainer.batches.next().ids.shape[1]))
+    assert shapes == {(False, 16), (True, 24)}
 
 
 @pytest.mark.parametrize(
