@@ -204,11 +204,13 @@ def test_a_sampler_learns_and_hangs_on_its_trials_alone(sampler):
 
 
 def test_pruning_is_above_the_median_of_the_finished():
-    of = settings(ways=("learning",), amount=5, pruner="none")
+    space = Space(SPACE.parameters | {"batch": Choices((4,))})
+    of = settings(ways=("learning",), space=space, amount=5, pruner="none")
     found = simulated(of, lambda trial, part: 5 - part + trial.number)
     middle = statistics.median(5 - 2 + trial.number for trial in found)
     for loss, expected in ((middle - 0.1, False), (middle + 0.1, True)):
-        trial = of.trial(9, "learning", found[0].params)._replace(state=RUNNING)
+        # Of half the batch, hence twice the updates: losses are compared at equal parts.
+        trial = of.trial(9, "learning", found[0].params | {"batch": 2})._replace(state=RUNNING)
         trial = trial._replace(values={trial.steps // 2: loss}, step=trial.steps // 2)
         assert sampling.is_pruned(SPACE, "median", 3, trial, found, of.parts) is expected
         assert not sampling.is_pruned(SPACE, "none", 3, trial, found, of.parts)
