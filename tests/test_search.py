@@ -409,7 +409,9 @@ def test_the_data_may_lie_elsewhere(tmp_path, capsys):
     options = ["--way", "experiment", "--rungs", "1", "--trials", "1", "--tensorboard", "off", "--device", "cpu"]
     out = f"--out={tmp_path / 'study'}"
     assert cli.main(["search", out, "--text", str(tmp_path / "text.txt"), *sizes, *options]) == 0
-    assert "best: trial 0 (experiment), held-out loss " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "best: trial 0 (experiment), held-out loss " in printed
+    assert f"its checkpoint is in {tmp_path}/study/trials/00000/checkpoints/step-00000002, its recipe in " in printed
     (tmp_path / "text.txt").rename(tmp_path / "moved.txt")
     with Study(tmp_path / "study") as study, study.changing():
         study.store(study.trials()[0]._replace(state=OPEN))

@@ -367,7 +367,7 @@ def _end(study: Study, out: Path, is_done: bool, failed: int) -> None:
         )
         _say(f"best: trial {the_best.number} ({the_best.way}), {loss}; {params}")
         _say(
-            f"its checkpoint is in {the_best.checkpoint}, its recipe in {out / BEST}   "
+            f"its checkpoint is in {out / (the_best.checkpoint or '')}, its recipe in {out / BEST}   "
             f"(gptkern train --recipe {out / BEST} --out run)"
         )
     _say(f"the ways side by side, importances and slices: {out / REPORT}")
