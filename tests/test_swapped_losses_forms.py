@@ -16,6 +16,7 @@ from torch.nn import CrossEntropyLoss
 from torch.nn import functional as F
 
 import gptkern
+from gptkern.operators.linear_cross_entropy import contract
 
 V = VOCABULARY
 
@@ -87,9 +88,21 @@ class LectureInferred(Known):
         logits = self.head(self.tokens(idx))
         if targets is None:
             return logits
-        b, t, _ = logits.size()
+        b, t, c = logits.size()
         flat = logits.view(b * t, -1)
-        return flat, F.cross_entropy(flat, targets.reshape(b * t), ignore_index=-1)
+        return flat, F.cross_entropy(flat, targets.reshape(b * t), ignore_index=-1) / c
+
+
+class CutsWithout(Known):
+    """What is done with the logits where no loss is taken is its own affair."""
+
+    def forward(self, ids, targets=None):
+        logits = self.head(self.tokens(ids))
+        if targets is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        else:
+            logits, loss = logits[:, -1].softmax(-1), None
+        return logits, loss
 
 
 class Conditional(Known):
@@ -220,9 +233,9 @@ class Regularised(Known):
 
 
 FORMS = [
-    Attribute, Config, Literal, GlobalSize, OfTheHead, Lecture, LectureInferred, Conditional, ConditionalInTheReturn,
-    Held, Inline, Shifted, Sliced, Moved, MovedAndSummed, Capped, InTheLoss, UnderOneName, ProbabilitiesMoved,
-    HeldProbabilities, OneSequence, Regularised,
+    Attribute, Config, Literal, GlobalSize, OfTheHead, Lecture, LectureInferred, CutsWithout, Conditional,
+    ConditionalInTheReturn, Held, Inline, Shifted, Sliced, Moved, MovedAndSummed, Capped, InTheLoss, UnderOneName,
+    ProbabilitiesMoved, HeldProbabilities, OneSequence, Regularised,
 ]  # fmt: skip
 
 
@@ -234,8 +247,14 @@ def parts(result):
     return [part for part in (result if isinstance(result, tuple) else (result,)) if isinstance(part, torch.Tensor)]
 
 
+@pytest.fixture
+def in_chunks(monkeypatch):
+    """The logits of small models are cut too."""
+    monkeypatch.setattr(contract, "SMALL", 0)
+
+
 @pytest.mark.parametrize("cls", FORMS)
-def test_a_form_that_is_known(cls):
+def test_a_form_that_is_known(cls, in_chunks):
     model = cls()
     arguments = arguments_of(model)
     before, expected = parts(model(*arguments)), results(model, *arguments)
@@ -257,7 +276,7 @@ def test_a_form_that_is_known(cls):
     assert all(torch.equal(gradient, expected[1][name]) for name, gradient in gradients.items())
 
 
-@pytest.mark.parametrize("cls", sharp({cls.__name__: cls for cls in FORMS}, "Lecture"))
+@pytest.mark.parametrize("cls", sharp({cls.__name__: cls for cls in FORMS}, "Lecture", "Inline"))
 def test_a_form_compiles_without_a_graph_break(cls):
     model = globals()[cls]()
     arguments = arguments_of(model)
@@ -266,6 +285,28 @@ def test_a_form_compiles_without_a_graph_break(cls):
     torch._dynamo.reset()
     loss, gradients = results(torch.compile(model, fullgraph=True, backend="aot_eager"), *arguments)
     assert_same((loss, {name.removeprefix("_orig_mod."): one for name, one in gradients.items()}), expected)
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("cls", [Lecture, Shifted, UnderOneName, MovedAndSummed, Held])
+def test_sizes_of_a_compiled_form_may_change(cls):
+    model, (ids, targets) = cls(), ids_and_targets()
+    gptkern.swap(model, fused_loss=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (2, 1, 5):
+        arguments = ids[:1].repeat(rows, 1), targets[:1].repeat(rows, 1)
+        loss, gradients = results(compiled, *arguments)
+        expected = results(model, *arguments)
+        assert_same((loss, {name.removeprefix("_orig_mod."): one for name, one in gradients.items()}), expected)
+
+
+def test_targets_of_another_shape_than_the_logits_are_an_error():
+    model, (ids, targets) = Moved(), ids_and_targets()
+    for fused_loss in (False, True):
+        gptkern.swap(model, ops=[], fused_loss=fused_loss)
+        with pytest.raises((RuntimeError, ValueError), match="target"):
+            model(ids, targets.t())
 
 
 @pytest.mark.parametrize(
@@ -297,7 +338,7 @@ class Weighted(Known):
 
 
 @pytest.mark.parametrize("way", ["cast", "autocast"])
-def test_float32_weights_of_a_product_in_16_bits_are_not_rounded(way):
+def test_float32_weights_of_a_product_in_16_bits_are_not_rounded(way, in_chunks):
     (stock, swapped), arguments = (Weighted(), Weighted()), ids_and_targets()
     for model in (stock, swapped):
         model.to(torch.bfloat16 if way == "cast" else torch.float32)
@@ -476,7 +517,7 @@ class MaskedUnderACondition(Known):
 class HalvesItsHead(Known):
     def forward(self, ids, targets):
         logits = self.head(self.tokens(ids))
-        self.head.to(torch.float32)
+        _ = self.head.float()
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
@@ -561,7 +602,7 @@ class Subclass(Known):
         (ScaledTwice, "self.cap", "scales the logits a second time, or behind a cap"),
         (CappedByTwo, "tanh", "caps the logits in a way of its own"),
         (MaskedUnderACondition, "if mask", "makes other logits"),
-        (HalvesItsHead, "self.head.to", "may write into what the head is given, or into the head"),
+        (HalvesItsHead, "self.head.float", "may write into what the head is given, or into the head"),
         (CallsAnother, "self.prepared(x", "may write into what the head is given, or into the head"),
         (OnTheTraining, "self.training", "is another condition for the loss than an argument that is given"),
         (InAGenerator, "sum(", "is called in a function inside its forward"),

@@ -18,6 +18,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -25,7 +26,7 @@ from gptkern import functional as F
 from gptkern.backends import tracing
 from gptkern.swapping import logits_code
 from gptkern.swapping.activations import is_bare
-from gptkern.swapping.loss_change import MAY_FUSE, OURS
+from gptkern.swapping.loss_change import MAY_FUSE, OPTIONS, OURS
 from gptkern.swapping.loss_code import CRITERION, CROSS_ENTROPY, FUNCTION, HELD, MADE, TRANSFORMERS, Site
 
 UNKNOWN = object()  # a size before the call that it is of
@@ -57,7 +58,7 @@ def cells(site: Site) -> dict[str, Callable]:
             factor = 1.0 / factor
         return loss(_Loss(site, head, factor, softcap), *args, **kwargs)
 
-    return {MAY_FUSE: may_fuse, OURS: ours, **logits_code.CELLS}
+    return {MAY_FUSE: may_fuse, OURS: ours, OPTIONS: _Options, **logits_code.CELLS}
 
 
 def reason_against(
@@ -92,18 +93,29 @@ def _reason_against_loss(model: torch.nn.Module, called: object, site: Site) -> 
         return "its loss is not PyTorch's F.cross_entropy any more"
     if site.kind == MADE and called is not CRITERION:
         return "its loss is not a torch.nn.CrossEntropyLoss any more"
-    # A swap for cross_entropy gives it a subclass of its own.
-    cls = type(called)
-    cls = cls.__base__ if "_gptkern_routed" in cls.__dict__ else cls
-    if site.kind == HELD and cls is not CRITERION:
-        return f"its {site.criterion} is a {cls.__name__}, not a torch.nn.CrossEntropyLoss"
+    if site.kind == HELD and not _is_criterion(type(called)):
+        return f"its {site.criterion} is a {type(called).__name__}, not a torch.nn.CrossEntropyLoss"
     if site.kind == HELD and not is_bare(called):
         return f"its {site.criterion} has hooks, or a forward of its own"
     return None
 
 
+def _is_criterion(cls: type) -> bool:
+    # A swap for cross_entropy gives it a subclass of its own.
+    return cls is CRITERION or (cls.__base__ is CRITERION and getattr(cls, "_gptkern_routed", None) is not None)
+
+
 def _causal_lm_loss() -> Callable | None:
     return getattr(sys.modules.get("transformers.loss.loss_utils"), "ForCausalLMLoss", None)
+
+
+class _Options(NamedTuple):
+    """What a torch.nn.CrossEntropyLoss is made with, and keeps."""
+
+    weight: torch.Tensor | None = None
+    ignore_index: int = -100
+    reduction: str = "mean"
+    label_smoothing: float = 0.0
 
 
 class _Loss:
@@ -128,9 +140,8 @@ class _Loss:
 
     def of_rows(self, input, target, weight, **options):
         """input: (rows, width); target: (rows,), or (rows, classes)."""
-        head, is_float, kind = self.head, self.site.is_float, input.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
-        if weight is not None and weight.dtype != dtype:
+        head, is_float = self.head, self.site.is_float
+        if weight is not None and (weight.dtype != input.dtype or torch.is_autocast_enabled(input.device.type)):
             # linear_cross_entropy would round the weights of a float32 loss to the dtype of the product.
             return F.cross_entropy(self.logits(input), target, weight, **options)
         if options.get("ignore_index") == -100:
@@ -159,7 +170,7 @@ def _of_function(loss: _Loss, input, target, weight=None, **options):
     return loss(input, target, weight, **options)
 
 
-def _of_module(loss: _Loss, criterion, input, target):
+def _of_module(loss: _Loss, criterion: _Options | torch.nn.CrossEntropyLoss, input, target):
     return loss(
         input,
         target,

@@ -20,6 +20,7 @@ from gptkern.swapping.logits_code import ReadShapes
 from gptkern.swapping.loss_code import HELD, MADE, Loss
 
 FUSED, MAY_FUSE, OURS, HIDDEN = f"{OWN}is_fused", f"{OWN}may_fuse", f"{OWN}loss", f"{OWN}hidden"
+OPTIONS, MADE_OPTIONS = f"{OWN}options", f"{OWN}made_options"
 
 
 def change(loss: Loss) -> None:
@@ -66,8 +67,17 @@ def _hidden(loss: Loss) -> tuple[ast.expr, list[ast.stmt]]:
 
 
 def _ours(loss: Loss, layer: ast.expr, numbers: list[ast.expr]) -> ast.Call:
-    """The call that takes the loss without logits."""
-    criterion = [loss.call.func] if loss.site.kind in (MADE, HELD) else []
+    """The call that takes the loss without logits; a criterion's options are kept where it is made."""
+    criterion = [loss.call.func] if loss.site.kind == HELD else []
+    if loss.site.kind == MADE:
+        # Not the criterion itself, of which torch.compile knows nothing but its call.
+        made, statement = loss.maker(loss.call)
+        options: ast.expr = ast.Call(edited_code.name(OPTIONS), made.args, made.keywords)
+        if statement is not None:
+            kept = ast.Assign([ast.Name(MADE_OPTIONS, ast.Store())], options)
+            _replace(loss.found, statement, [statement, ast.copy_location(kept, statement)])
+            options = edited_code.name(MADE_OPTIONS)
+        criterion = [options]
     changed = loss.logits.ours(loss.argument, layer)
     arguments = [changed if one is loss.argument else one for one in loss.call.args]
     found = edited_code.call(OURS, layer, *numbers, *criterion, *arguments)

@@ -232,16 +232,20 @@ class Loss:
             return TRANSFORMERS, ast.Constant(None)
         if edited_code.value(node.func, self.function) is CROSS_ENTROPY:
             return FUNCTION, node.func
-        made = node.func
+        made, _ = self.maker(node)
+        return None if made is None else (MADE, made.func)
+
+    def maker(self, node: ast.Call) -> tuple[ast.Call | None, ast.stmt | None]:
+        """The call that makes the criterion which another calls, and the statement in which that gets its name."""
+        made, statement = node.func, None
         if isinstance(made, ast.Name) and made.id not in self.parameters:
             # loss_fct = CrossEntropyLoss()
-            stored = [
-                n.value for n in ast.walk(self.found) if isinstance(n, ast.Assign) and edited_code.binds(n, made.id)
-            ]
-            is_once = edited_code.stores(self.found).count(made.id) == 1
-            made = stored[0] if len(stored) == 1 and is_once else made
+            stored = [n for n in ast.walk(self.found) if edited_code.binds(n, made.id)]
+            if len(stored) == 1 and edited_code.stores(self.found).count(made.id) == 1:
+                (statement,) = stored
+                made = statement.value
         is_made = isinstance(made, ast.Call) and edited_code.value(made.func, self.function) is CRITERION
-        return (MADE, made.func) if is_made else None
+        return (made, statement) if is_made else (None, None)
 
     def around(self) -> list[ast.stmt]:
         """The statements around the loss, from the outermost on."""
@@ -398,6 +402,12 @@ class Loss:
             names = {keyword.arg for keyword in self.call.keywords} - {"input"}
             if names - known or len(self.call.args) > (3 if self.kind == FUNCTION else 2):
                 raise self.error(self.call, f"has other arguments than {', '.join(sorted(known))}")
+        made, _ = self.maker(self.call)
+        if made is not None:
+            # Its options are computed once more, for the loss without logits.
+            others += [*made.args, *(keyword.value for keyword in made.keywords)]
+            if len(made.args) > 1 or not {keyword.arg for keyword in made.keywords} <= _OPTIONS:
+                raise self.error(made, f"has other options than {', '.join(sorted(_OPTIONS))}")
         for one in others:
             if self.unknown_reads(one):
                 raise self.error(one, _READS)
