@@ -96,13 +96,29 @@ def test_the_ways_stand_side_by_side_with_what_they_cost(study):
 
 def test_a_history_counts_tokens_and_keeps_the_lowest(study):
     _, trials, _ = study
-    tokens, lowest = 0, math.inf
-    own = [trial for trial in trials if trial.way == "learning"]
-    for place, (trial, (count, so_far, best)) in enumerate(zip(own, report.spent(trials, "learning"), strict=True), 1):
+    tokens, lowest, expected = 0, math.inf, []
+    for trial in (trial for trial in trials if trial.way == "learning"):
         tokens += trial.step * trial.params["batch"] * 64
         if trial.state == "finished":
             lowest = min(lowest, trial.values[trial.steps])
-        assert (count, so_far, best) == (place, tokens, None if lowest == math.inf else lowest)
+        expected.append((tokens, None if lowest == math.inf else lowest))
+    assert report.spent(trials, "learning", 2, 4) == expected
+
+
+def test_a_history_of_halving_goes_rung_by_rung():
+    """Of 8 steps, with rungs at 2, 4 and 8: the first trial is finished when all have been to their rungs."""
+    of = {"steps": 8, "tokens_per_step": 10}
+    trials = [
+        Trial(1, "experiment", {}, {2: 5.0, 4: 4.0, 8: 3.0}, "finished", 8, **of),
+        Trial(2, "learning", {}, {8: 1.0}, "finished", 8, **of),
+        Trial(3, "experiment", {}, {2: 6.0}, "stopped", 2, **of),
+        Trial(4, "experiment", {}, {2: 5.5, 4: 4.5}, "stopped", 4, **of),
+        Trial(5, "experiment", {}, {}, "failed", 3, **of),
+        Trial(6, "experiment", {}, {2: 9.0, 4: 9.0, 8: 2.5}, "finished", 8, bracket=1, **of),
+    ]
+    tokens = [20, 40, 60, 80, 100, 120, 130, 170, 190, 210, 250]
+    lowest = [None] * 7 + [3.0] * 3 + [2.5]
+    assert report.spent(trials, "experiment", 2, 3) == list(zip(tokens, lowest))
 
 
 def test_every_parameter_has_a_slice_and_an_importance(study):

@@ -1,8 +1,7 @@
 """report.html of a study: the ways side by side, what became of each trial, which parameters mattered.
 
-One page that needs nothing else, made of what the study was begun with and of its trials alone. What the trials of a
-way have cost is counted in the order in which they were begun; only losses of finished trials are compared, which have
-all been trained on the same number of tokens within rounding.
+One page that needs nothing else, made of what the study was begun with and of its trials alone. Only losses of finished
+trials are compared, which have all been trained on the same number of tokens within rounding.
 """
 
 from __future__ import annotations
@@ -46,13 +45,12 @@ _MEANING = {
 
 
 class Spent(NamedTuple):
-    """A trial's place in its way's history.
+    """What a way had spent when a trial of it had ended, or had come to a rung.
 
     Args:
-        trials, tokens: begun and trained on with it. lowest: the lowest loss of a finished trial until now, or None.
+        tokens: trained on by all of its trials until then. lowest: the lowest loss of a finished one, or None.
     """
 
-    trials: int
     tokens: int
     lowest: float | None
 
@@ -85,17 +83,29 @@ def render(settings: Settings, trials: Sequence[Trial], about: dict[str, Any]) -
     return pages.page(_title(about), parts)
 
 
-def spent(trials: Sequence[Trial], way: str) -> list[Spent]:
-    """The history of a way, in the order in which its trials were begun."""
-    found: list[Spent] = []
-    tokens, lowest = 0, None
+def spent(trials: Sequence[Trial], way: str, eta: int, rungs: int) -> list[Spent]:
+    """The history of a way: its trials in the order in which they were begun; by experiment, where all of a rung are
+    trained before one goes on, bracket by bracket and rung by rung.
+
+    Args:
+        eta, rungs: of successive halving.
+    """
+    parts = []  # (bracket, rung, number), tokens, the loss where the trial is finished with them
     for trial in trials:
         if trial.way != way:
             continue
-        tokens += trial.tokens
-        if trial.state == FINISHED and _is_number(trial.loss):
-            lowest = trial.loss if lowest is None else min(lowest, trial.loss)
-        found.append(Spent(len(found) + 1, tokens, lowest))
+        ends = [trial.steps * eta**rung // eta ** (rungs - 1) for rung in range(rungs)]
+        reached, before = [end for end in ends if end < trial.step] if way == "experiment" else [], 0
+        for rung, end in enumerate([*reached, trial.step]):
+            is_end = end == trial.step and trial.state == FINISHED and _is_number(trial.loss)
+            order = trial.bracket, rung, trial.number
+            parts.append((order, trial.tokens_at(end - before), trial.loss if is_end else math.inf))
+            before = end
+    found: list[Spent] = []
+    tokens, lowest = 0, math.inf
+    for _, more, loss in sorted(parts):
+        tokens, lowest = tokens + more, min(lowest, loss)
+        found.append(Spent(tokens, lowest if lowest < math.inf else None))
     return found
 
 
@@ -217,7 +227,8 @@ def _ways(settings: Settings, trials: Sequence[Trial], unit: str) -> str:
                 f"{sum(trial.tokens for trial in own):,}", f"{sum(trial.seconds for trial in own) / 60:.1f}",
             )
         )  # fmt: skip
-    histories = {way: [one for one in spent(trials, way) if one.lowest is not None] for way in settings.ways}
+    of = settings.eta, settings.rungs
+    histories = {way: [one for one in spent(trials, way, *of) if one.lowest is not None] for way in settings.ways}
     note = (
         f"Budget of each way: {settings.amount:,} {settings.kind}. Losses in nats per {unit}, of finished trials "
         f"alone, which train on at most {settings.tokens:,} tokens each. By experience there is one trial."
@@ -234,7 +245,7 @@ def _ways(settings: Settings, trials: Sequence[Trial], unit: str) -> str:
                         [one.tokens for one in history], [one.lowest for one in history], label=way, where="post",
                         color=colour, marker=marker, markersize=4, linewidth=1.3, linestyle=line,
                     )  # fmt: skip
-            axes.set_xlabel("tokens trained on by the way's trials, in the order in which they were begun")
+            axes.set_xlabel("tokens trained on by the way's trials, by experiment rung by rung")
             axes.set_ylabel(f"lowest loss, nats per {unit}")
             axes.ticklabel_format(axis="both", style="plain", useOffset=False)
             axes.legend()
