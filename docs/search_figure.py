@@ -50,8 +50,8 @@ def figure(studies: dict[str, list[Trial]], eta: int, rungs: int) -> str:
     grey = COLOURS["experience"]
     style = {
         "svg.fonttype": "none", "svg.hashsalt": "gptkern", "text.color": grey, "axes.labelcolor": grey,
-        "axes.grid": True, "axes.edgecolor": grey, "grid.color": grey, "grid.alpha": 0.25, "xtick.color": grey, "ytick.color": grey,
-        "legend.frameon": False,
+        "axes.grid": True, "axes.edgecolor": grey, "grid.color": grey, "grid.alpha": 0.25,
+        "xtick.color": grey, "ytick.color": grey, "legend.frameon": False,
     }  # fmt: skip
     with matplotlib.rc_context(style):
         drawn = Figure(figsize=(7.6, 3.4), layout="constrained")
