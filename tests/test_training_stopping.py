@@ -7,7 +7,8 @@ import json
 import pytest
 from training_runs import lines_of, run, state_of, stopping_at
 
-from gptkern.training import stopping
+from gptkern.training import run as train_module
+from gptkern.training import running, stopping
 from gptkern.training.checkpoints import Checkpoint, Checkpoints
 from gptkern.training.errors import UserError
 from gptkern.training.loading import load_model
@@ -16,6 +17,15 @@ from gptkern.training.loop import Trainer
 # Of random letters there is nothing to learn but themselves: the held-out loss falls, and rises.
 RECIPE = {"steps": 200, "lr": 0.1, "schedule": "constant", "warmup": 0.0}
 KEEPING = {"save_every": 1000, "keep": 1, "evaluate_every": 3, "evaluate_rows": 8, "patience": 3, "spike": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def statuses(monkeypatch) -> list[str]:
+    """What the reports say. To draw one takes as long as the rest of such a run."""
+    said = []
+    for module in (running, train_module):
+        monkeypatch.setattr(module, "report", lambda *arguments: said.append(arguments[4]))
+    return said
 
 
 def ends_at(evaluations: list[tuple[int, float]], patience: int) -> tuple[int, int]:
@@ -28,7 +38,7 @@ def ends_at(evaluations: list[tuple[int, float]], patience: int) -> tuple[int, i
     raise AssertionError("the held-out loss did not rise")
 
 
-def test_a_run_ends_where_its_held_out_loss_rises_and_its_best_model_is_kept(tmp_path):
+def test_a_run_ends_where_its_held_out_loss_rises_and_its_best_model_is_kept(tmp_path, statuses):
     outcome = run(tmp_path, recipe=RECIPE, keeping=KEEPING)
     lines = lines_of(tmp_path)
     evaluations = [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
@@ -39,10 +49,8 @@ def test_a_run_ends_where_its_held_out_loss_rises_and_its_best_model_is_kept(tmp
     assert [each.step for each in Checkpoints(tmp_path / "checkpoints").all()] == [best, end]
     loaded = load_model(tmp_path)
     assert loaded.about["step"] == best and loaded.about["passed_over"] == []
-    assert (
-        f"at step {best}, {outcome.validation_loss:.4f}: that model is the run"
-        in (tmp_path / "report.html").read_text()
-    )
+    early = f"Ended early: {end} of 200 updates. The held-out loss was lowest at step {best}, "
+    assert statuses == [f"{early}{outcome.validation_loss:.4f}: that model is the run's."]
     # It is done: nothing is trained again. A longer patience goes on, from where it ended.
     assert run(tmp_path, recipe=RECIPE, keeping=KEEPING, resume=True) == outcome
     longer = run(tmp_path, recipe=RECIPE, keeping=KEEPING | {"patience": 5}, resume=True)

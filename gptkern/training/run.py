@@ -35,7 +35,8 @@ from gptkern.training.errors import UserError
 from gptkern.training.loop import Trainer, new_model
 from gptkern.training.recipe import Recipe
 from gptkern.training.run_folder import RunFolder
-from gptkern.training.running import Keeping, Outcome, Progress, Run, finished, report
+from gptkern.training.run_records import Keeping, Outcome, Progress
+from gptkern.training.running import Run, finished, report
 from gptkern.training.stopping import Waiting, best_of
 from gptkern.version import __version__
 

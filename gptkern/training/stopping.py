@@ -6,7 +6,7 @@
 Both are in about.json of every checkpoint, so that a run that goes on waits no longer than one that was not ended, and
 whoever reads the run's model takes the best one's.
 
-Source: Prechelt, "Early Stopping - But When?", 1998, the criterion UP.
+Source: Goodfellow, Bengio and Courville, "Deep Learning", 2016, algorithm 7.1.
 """
 
 from __future__ import annotations
