@@ -160,7 +160,7 @@ def test_what_failed_counts_at_its_rung_and_does_not_go_on():
 
 
 def test_a_budget_of_tokens_is_spent_and_never_passed():
-    for amount in (128, 300, 1000, 5000):
+    for amount in (128, 192, 300, 1000, 5000):
         of = settings(ways=("experiment", "learning"), kind="tokens", amount=amount, pruner="none")
         found = simulated(of, lambda trial, part: trial.params["lr"])
         for way in of.ways:
@@ -329,6 +329,9 @@ def test_ended_in_the_midst_of_trials_it_is_the_same_study(tmp_path, whole):
 def test_one_checkpoint_is_kept_and_best_toml_is_its_recipe(tmp_path, whole):
     with Study(whole) as study:
         found = study.trials()
+    # Two of four went on from the half.
+    parts = sorted((trial.state, trial.step / trial.steps) for trial in found if trial.way == "experiment")
+    assert parts == [("finished", 1.0)] * 2 + [("stopped", 0.5)] * 2
     the_best = min((trial for trial in found if trial.state == FINISHED), key=lambda trial: trial.loss)
     kept = [path for path in (whole / "trials").glob("*/checkpoints/step-*")]
     assert kept == [whole / the_best.checkpoint]
