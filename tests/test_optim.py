@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 import math
 import pickle
 
@@ -489,7 +490,9 @@ def test_a_state_that_does_not_fit_is_refused_before_anything_changes(change, wo
     after = optimizer.state_dict()
     assert after["param_groups"] == before["param_groups"]
     for key, value in before["state"].items():
-        assert all(torch.equal(after["state"][key][name], tensor) for name, tensor in value.items())
+        of_codes = {name: one for name, one in value.items() if not isinstance(one, torch.Tensor)}
+        assert of_codes.items() <= after["state"][key].items()
+        assert all(torch.equal(after["state"][key][n], one) for n, one in value.items() if n not in of_codes)
 
 
 def test_amsgrad_is_loaded_with_its_averages_or_not_at_all():
@@ -510,3 +513,51 @@ def test_the_backend_is_forced_as_of_every_operator(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with gptkern.backend("triton"), pytest.raises(gptkern.BackendError, match="cannot run adamw"):
         AdamW(params).step()
+
+
+def test_torchs_adamw_refuses_averages_in_8_bits_when_it_loads_them():
+    params = [torch.nn.Parameter(torch.randn(4, 300)), torch.nn.Parameter(torch.randn(3))]
+    ours = AdamW(params, state_dtype="int8")
+    for param in params:
+        param.grad = torch.randn_like(param)
+    ours.step()
+    file = io.BytesIO()
+    torch.save(ours.state_dict(), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    with pytest.raises(ValueError, match="to_float_state_dict"):
+        torch.optim.AdamW(params).load_state_dict(saved)
+    torch.optim.AdamW(params).load_state_dict(copy.deepcopy(ours.to_float_state_dict()))
+    again = AdamW(params, state_dtype="int8")
+    again.load_state_dict(saved)
+    for param in params:
+        assert ours.state[param].keys() == again.state[param].keys()
+        assert all(torch.equal(value, again.state[param][key]) for key, value in ours.state[param].items())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda optimizer, p: optimizer([]),
+        lambda optimizer, p: optimizer([{"params": [p]}, {"params": []}]),
+        lambda optimizer, p: optimizer([{"params": [p]}, {"params": [p]}]),
+        lambda optimizer, p: optimizer([{"lr": 0.1}]),
+        lambda optimizer, p: optimizer([{"params": {p}}]),
+        lambda optimizer, p: optimizer([p]).add_param_group([p]),
+        lambda optimizer, p: optimizer([p]).add_param_group({"params": [p]}),
+        lambda optimizer, p: optimizer([p], lr=torch.tensor(-0.1)),
+        lambda optimizer, p: optimizer([p], lr=torch.tensor([0.1, 0.2])),
+        lambda optimizer, p: optimizer([p], lr=torch.tensor(0.1), foreach=True),
+        lambda optimizer, p: optimizer([p], betas=(torch.tensor(0.9), 0.9)),
+        lambda optimizer, p: optimizer([("a", p), torch.nn.Parameter(torch.zeros(1))]),
+    ],
+)
+def test_mistakes_in_groups_raise_what_torchs_do(make):
+    raised = []
+    for optimizer in (torch.optim.AdamW, AdamW):
+        try:
+            make(optimizer, torch.nn.Parameter(torch.zeros(2)))
+            raised.append(None)
+        except Exception as error:
+            raised.append(type(error))
+    assert raised[0] == raised[1]

@@ -37,6 +37,27 @@ def philox(key: tuple, counter: tuple) -> tuple[torch.Tensor, torch.Tensor, torc
     return c0, c1, c2, c3
 
 
+def philox_in_a_row(key: tuple[int, int], first: int, count: int, c2: int, c3: int) -> torch.Tensor:
+    """(count, 4) int32, the bits of the words of counters (first + i in two words, c2, c3), on a CPU: as `philox` gives
+    them, in memory that stays in its caches. The counters stay below 2^63.
+    """
+    c0 = torch.arange(first, first + count)
+    c1, c2, c3 = c0 >> 32, torch.full_like(c0, c2), torch.full_like(c0, c3)
+    c0 &= _WORD
+    (k0, k1), spare = key, (torch.empty_like(c0), torch.empty_like(c0))
+    for _ in range(_ROUNDS):
+        product0, product1 = (torch.mul(c, by, out=to) for c, by, to in zip((c0, c2), _MULTIPLIERS, spare))
+        # What lies above a word's bits is cut off where it would be multiplied.
+        torch.bitwise_right_shift(product1, 32, out=c0).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_WORD)
+        torch.bitwise_right_shift(product0, 32, out=c2).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_WORD)
+        spare, c1, c3 = (c1, c3), product1, product0
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
+    words = torch.empty((count, _WORDS), dtype=torch.int32)
+    for column, word in zip(words.unbind(1), (c0, c1, c2, c3)):
+        column.copy_(word)
+    return words
+
+
 def new_seed(device: torch.device) -> torch.Tensor:
     """(1,) int64 from PyTorch's generator of the device: no synchronisation, and a CUDA graph draws it anew."""
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)

@@ -13,6 +13,7 @@ from oracles import YARDSTICK
 from sharp import deep
 
 import gptkern
+from gptkern.backends import philox
 from gptkern.measuring.rounding import noise
 from gptkern.measuring.tolerance import assert_close
 from gptkern.operators.adamw import blockwise, contract
@@ -427,3 +428,52 @@ def test_what_was_written_is_known_to_autograd(backend, device):
     AdamW([param]).step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+# --- A CPU's way: parts of tensors, tables, draws in a row ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [blockwise.SIGNED, blockwise.UNSIGNED])
+def test_the_table_of_codes_has_the_formulas(n):
+    edges = blockwise._cells(n).next
+    edges = edges[edges.isfinite()].view(torch.int32)
+    # Each code but 0 begins somewhere: at the edges, in 16 upper bits, or at 1.
+    near = torch.cat([edges + step for step in (-1, 0, 1)]).view(torch.float32)
+    x = torch.cat([near, torch.rand(5000), 10.0 ** (-9 * torch.rand(5000)), torch.tensor([0.0, 1.0, 1e-40, math.nan])])
+    found, wanted = blockwise._codes_on_a_cpu(x, n), blockwise._codes(x, n)
+    assert torch.equal(found.int(), wanted) and set(found.int().tolist()) == set(range(2 ** (n + 1)))
+
+
+def test_draws_in_a_row_are_philoxs():
+    for first in (0, 5, 2**32 - 3, 2**45 + 1):
+        found = philox.philox_in_a_row((0x12345678, 0xFEDCBA98), first, 7, 0xFFFFFFFF, 2**31)
+        counters = torch.arange(first, first + 7)
+        words = philox.philox((0x12345678, 0xFEDCBA98), (counters & (2**32 - 1), counters >> 32, 0xFFFFFFFF, 2**31))
+        assert torch.equal(found.long() & (2**32 - 1), torch.stack(words, 1))
+
+
+@pytest.mark.parametrize("kind", ["int8", "stochastic", "clip", "amsgrad"])
+def test_parts_of_a_tensor_are_updated_as_the_whole(monkeypatch, kind):
+    options = {
+        "int8": dict(state_dtype="int8"),
+        "stochastic": dict(stochastic_rounding=True, state_dtype=torch.float32),
+        "clip": dict(max_norm=0.5),
+        "amsgrad": dict(max_norm=0.5, amsgrad=True),
+    }[kind]
+    dtype = torch.bfloat16 if kind == "stochastic" else torch.float32
+    given = [torch.randn(shape).to(dtype) for shape in ((37, 70), (5, 3, 100), (400,), (), (9, 1))]
+    given.append(torch.randn(20, 90).t().to(dtype))
+    grads = [[torch.randn_like(one) for one in given] for _ in range(3)]
+    results = []
+    for elements in (2**30, 128):
+        monkeypatch.setattr(contract, "_AT_A_TIME", elements)
+        monkeypatch.setattr(contract, "_COPIED", elements)
+        params = [torch.nn.Parameter(one.clone(memory_format=torch.preserve_format)) for one in given]
+        optimizer = AdamW(params, **options)
+        for of_step in grads:
+            for param, grad in zip(params, of_step):
+                param.grad = grad.clone(memory_format=torch.preserve_format)
+            optimizer.step()
+            assert all(torch.equal(param.grad, grad) for param, grad in zip(params, of_step))
+        results.append([*params, *(value for param in params for value in optimizer.state[param].values())])
+    assert all(map(torch.equal, *results))

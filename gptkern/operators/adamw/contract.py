@@ -29,12 +29,14 @@ Kumar, "On the Convergence of Adam and Beyond", 2018.
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
-from gptkern.backends import dispatch
-from gptkern.backends.philox import philox
+from gptkern.backends import dispatch, tracing
+from gptkern.backends.philox import philox, philox_in_a_row
 from gptkern.backends.registration import Operator, Written
 from gptkern.backends.unseen import is_unseen
 from gptkern.operators.adamw import blockwise
@@ -152,95 +154,195 @@ def counted(call: Call):
 
 def _fused(call: Call) -> None:
     scale, grads = call.grad_scale, call.grads
-    if call.clip is not None:
+    clip = None if _is_one(call.clip) else call.clip
+    if clip is not None:
         # g / grad_scale * clip
-        scale = (1.0 if scale is None else scale) / call.clip
-    # It walks through memory, and leaves in the gradients what it divided by the scale.
-    grads = [laid_out_as(g, p, copy=scale is not None) for g, p in zip(grads, call.params)]
+        scale = (1.0 if scale is None else scale) / clip
     torch._foreach_add_(call.steps, 1)
-    torch._fused_adamw_(
-        call.params, grads, call.exp_avgs, call.exp_avg_sqs, call.max_exp_avg_sqs, call.steps,
-        lr=call.lr if call.lr_on_device is None else call.lr_on_device, beta1=call.beta1, beta2=call.beta2,
-        weight_decay=call.weight_decay, eps=call.eps, amsgrad=bool(call.max_exp_avg_sqs), maximize=call.maximize,
-        grad_scale=scale, found_inf=None if call.found_inf is None else (call.found_inf != 0).to(torch.float32),
-    )  # fmt: skip
+    lists = call.params, grads, call.exp_avgs, call.exp_avg_sqs, call.max_exp_avg_sqs
+    if scale is None:
+        # It walks through memory.
+        params, _, *averages = lists
+        _fused_kernel(call, None, params, [*map(laid_out_as, grads, params)], *averages, call.steps)
+    else:
+        # It leaves in the gradients what it divided by the scale: in copies.
+        for *part, steps in _parts(call) if call.params[0].is_cpu else [(*lists, call.steps)]:
+            part[1] = _copied(part[1], part[0])
+            _fused_kernel(call, scale, *part, steps)
     if call.found_inf is not None:
         torch._foreach_add_(call.steps, 1 - counted(call), alpha=-1)
 
 
+def _fused_kernel(call: Call, scale, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps) -> None:
+    torch._fused_adamw_(
+        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps,
+        lr=call.lr if call.lr_on_device is None else call.lr_on_device, beta1=call.beta1, beta2=call.beta2,
+        weight_decay=call.weight_decay, eps=call.eps, amsgrad=bool(max_exp_avg_sqs), maximize=call.maximize,
+        grad_scale=scale, found_inf=None if call.found_inf is None else (call.found_inf != 0).to(torch.float32),
+    )  # fmt: skip
+
+
+def _is_one(clip: torch.Tensor | None) -> bool:
+    """Whether a CPU's clip changes nothing."""
+    return clip is not None and clip.is_cpu and tracing.has_values(clip) and clip.item() == 1.0
+
+
+def _copied(grads: list[torch.Tensor], params: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies of the gradients, laid out as the parameters."""
+    copies = [torch.empty_like(p, dtype=g.dtype) for g, p in zip(grads, params)]
+    torch._foreach_copy_(copies, grads)
+    return copies
+
+
+# Elements whose gradients are copied at a time on a CPU: they are still in its caches when they are used.
+_COPIED = 2**17
+
+
+def _parts(call: Call) -> Iterator[tuple[list[torch.Tensor], ...]]:
+    """(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps) of some of the tensors, or of a part of one."""
+    lists = [call.params, call.grads, call.exp_avgs, call.exp_avg_sqs]
+    if call.max_exp_avg_sqs:
+        lists.append(call.max_exp_avg_sqs)
+    held, count = [[] for _ in range(6)], 0
+    for *tensors, step in zip(*lists, call.steps):
+        size = tensors[0].numel()
+        if count and count + size > _COPIED:
+            yield held
+            held, count = [[] for _ in range(6)], 0
+        if size > _COPIED and all(tensor.is_contiguous() for tensor in tensors):
+            for pieces in zip(*(tensor.view(-1).split(_COPIED) for tensor in tensors)):
+                yield *([piece] for piece in pieces), *[[]] * (5 - len(pieces)), [step]
+            continue
+        for kept, tensor in zip(held, tensors):
+            kept.append(tensor)
+        held[-1].append(step)
+        count += size
+    if count:
+        yield held
+
+
+# Elements of a tensor that are updated at a time on a CPU, with all of their temporaries in its caches.
+_AT_A_TIME = 2**17
+
+
 def _plain(call: Call, index: int) -> None:
-    param, grad = call.params[index], call.grads[index]
+    param = call.params[index]
     if param.numel() == 0:
         return
-    held = [call.exp_avgs[index], call.exp_avg_sqs[index]]
-    scales = [call.exp_avg_scales[index], call.exp_avg_sq_scales[index]] if call.exp_avg_scales else None
+    on_cpu = param.is_cpu and tracing.has_values(param.detach())
+    if on_cpu and call.found_inf is not None and call.found_inf.item() != 0:
+        return
     dtype = statistics_dtype(param)
     t = call.steps[index].to(dtype) + 1
+    # 1 − βᵗ = −expm1(t · log β): of β near 1 the difference would have lost its digits
+    corrections = [
+        1.0 if beta == 0 else -torch.expm1(t * math.log(beta)) for beta in (call.beta1, call.beta2)
+    ]  # fmt: skip
     lr = call.lr if call.lr_on_device is None else call.lr_on_device.to(dtype)
+    lists = param, call.grads[index], call.exp_avgs[index], call.exp_avg_sqs[index]
+    largest = call.max_exp_avg_sqs[index] if call.max_exp_avg_sqs else None
+    scales = (call.exp_avg_scales[index], call.exp_avg_sq_scales[index]) if call.exp_avg_scales else ()
+    if not on_cpu or param.numel() <= _AT_A_TIME or param.dim() == 0:
+        return _plain_part(call, index, 0, lr, corrections, on_cpu, *lists, largest, *scales)
+    width = param.shape[1:].numel()
+    each = max(_AT_A_TIME // width, 1)
+    for row in range(0, param.shape[0], each):
+        # Of codes each row has blocks of its own.
+        part = (None if x is None else x[row : row + each] for x in (*lists, largest, *scales))
+        _plain_part(call, index, row * width, lr, corrections, on_cpu, *part)
 
-    # g = grad / grad_scale * clip
+
+def _plain_part(call, index, first, lr, corrections, on_cpu, param, grad, m_held, v_held, largest_held, *scales):
+    """The update of a tensor's elements from `first` on, whole rows of dimension 0.
+
+    Args:
+        corrections: 1 − β₁ᵗ and 1 − β₂ᵗ. scales: of codes alone, two.
+        on_cpu: whether what is written need not be kept back for infinities that were found.
+    """
+    dtype = statistics_dtype(param)
     g = grad.to(dtype)
+    # g = grad / grad_scale * clip
     if call.grad_scale is not None:
         g = g / call.grad_scale
     if call.clip is not None:
         g = g * call.clip
     if call.maximize:
         g = -g
-    if scales is None:
-        m, v = (state.to(dtype) for state in held)
+    if scales:
+        m, v = blockwise.decoded(m_held, scales[0]), blockwise.decoded_square(v_held, scales[1])
     else:
-        m, v = blockwise.decoded(held[0], scales[0]), blockwise.decoded_square(held[1], scales[1])
+        m, v = m_held.to(dtype, copy=not on_cpu), v_held.to(dtype, copy=not on_cpu)
     # θ = θ − lr · weight_decay · θ
     p = param.to(dtype)
     p = p - lr * call.weight_decay * p
     # m = m + (1 − β₁) (g − m)
-    m = m + (1 - call.beta1) * (g - m)
+    m += (g - m).mul_(1 - call.beta1)
     # v = β₂ v + (1 − β₂) g²
-    v = call.beta2 * v + (1 - call.beta2) * g * g
-    written = [(held[0], m), (held[1], v)]
+    v.mul_(call.beta2).add_(((1 - call.beta2) * g).mul_(g))
+    written = [(m_held, m), (v_held, v)]
     largest = v
-    if call.max_exp_avg_sqs:
-        largest = torch.maximum(call.max_exp_avg_sqs[index].to(dtype), v)
-        written.append((call.max_exp_avg_sqs[index], largest))
-    # 1 − βᵗ = −expm1(t · log β): of β near 1 the difference would have lost its digits
-    correction1 = 1.0 if call.beta1 == 0 else -torch.expm1(t * math.log(call.beta1))
-    correction2 = 1.0 if call.beta2 == 0 else -torch.expm1(t * math.log(call.beta2))
+    if largest_held is not None:
+        largest = torch.maximum(largest_held.to(dtype), v)
+        written.append((largest_held, largest))
     # θ = θ − lr / (1 − β₁ᵗ) · m / (√(v / (1 − β₂ᵗ)) + eps)
-    p = p - lr / correction1 * m / ((largest / correction2).sqrt() + call.eps)
+    p -= (lr / corrections[0] * m).div_((largest / corrections[1]).sqrt_().add_(call.eps))
     if call.seed is not None and param.dtype == torch.bfloat16:
-        p = stochastic(p, call, index)
+        p = stochastic(p, call, index, first)
     written.append((param, p))
-    if scales is not None:
+    if scales:
         (m_codes, m_scales), (v_codes, v_scales) = blockwise.encoded(m), blockwise.encoded_square(v)
-        written[:2] = [(held[0], m_codes), (held[1], v_codes), (scales[0], m_scales), (scales[1], v_scales)]
+        written[:2] = [(m_held, m_codes), (v_held, v_codes), (scales[0], m_scales), (scales[1], v_scales)]
     for old, new in written:
-        if call.found_inf is not None:
+        if old is new:
+            continue
+        if call.found_inf is not None and not on_cpu:
             new = torch.where(call.found_inf != 0, old, new.to(old.dtype))
         old.copy_(new)
 
 
-def stochastic(p: torch.Tensor, call: Call, index: int) -> torch.Tensor:
+def stochastic(p: torch.Tensor, call: Call, index: int, first: int = 0) -> torch.Tensor:
     """float32 -> bfloat16, up with a probability that is the part of the way that it lies above the value below.
 
     Sixteen random bits are added to the sixteen that bfloat16 has not. Element e takes half e % 8 of
     Philox(key = seed, counter = (place // 8 in two words, the tensor's number, t)), low halves before high ones.
+
+    Args:
+        p: elements of the tensor `index`, the first of which is `first`.
     """
     number, start, run, stride = call.places[4 * index : 4 * index + 4]
-    t = (call.steps[index] + 1).to(torch.int64)
-    if run >= p.numel():
-        first = start // DRAWS
-        counters = torch.arange(first, (start + p.numel() - 1) // DRAWS + 1, device=p.device)
-        draws = _draws(call.seed, counters, number, t).view(-1)[start - first * DRAWS :][: p.numel()]
+    shape, count = p.shape, p.numel()
+    if run >= call.params[index].numel():
+        start += first
+        counter = start // DRAWS
+        counters = (start + count - 1) // DRAWS + 1 - counter
+        draws = _draws_in_a_row(call, index, counter, counters, number).view(-1)[start - counter * DRAWS :][:count]
     else:
-        e = torch.arange(p.numel(), device=p.device)
+        e = torch.arange(first, first + count, device=p.device)
         place = start + e // run * stride + e % run
         counters, at = torch.unique_consecutive(place // DRAWS, return_inverse=True)
-        draws = _draws(call.seed, counters, number, t)[at, place % DRAWS]
-    bits = p.contiguous().view(torch.int32).view(-1)
+        draws = _draws(call.seed, counters, number, _next_step(call, index))[at, place % DRAWS].to(torch.int32)
+    p = p.contiguous().view(-1)
     # A sum beyond the largest finite number is an infinity, as rounding to the nearest has it there.
-    up = ((bits + draws.to(torch.int32)) >> 16 << 16).view(torch.float32)
-    up = torch.where(p.contiguous().view(-1).isfinite(), up, p.contiguous().view(-1))
-    return up.view(p.shape).to(torch.bfloat16)
+    up = (p.view(torch.int32) + draws).bitwise_right_shift_(16).bitwise_left_shift_(16).view(torch.float32)
+    if not (p.is_cpu and tracing.has_values(p) and p.sum().isfinite()):
+        up = torch.where(p.isfinite(), up, p)
+    return up.view(shape).to(torch.bfloat16)
+
+
+def _next_step(call: Call, index: int) -> torch.Tensor:
+    return (call.steps[index] + 1).to(torch.int64)
+
+
+def _draws_in_a_row(call: Call, index: int, first: int, count: int, number: int) -> torch.Tensor:
+    """(count, 8) of sixteen random bits in int32, of the counters from `first` on."""
+    t = _next_step(call, index)
+    if not (t.is_cpu and tracing.has_values(t)):
+        counters = torch.arange(first, first + count, device=t.device)
+        return _draws(call.seed, counters, number, t).to(torch.int32)
+    words = philox_in_a_row((call.seed & _WORD, (call.seed >> 32) & _WORD), first, count, number, t.item())
+    if sys.byteorder == "little":
+        return words.view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)
+    return torch.stack([words & 0xFFFF, (words >> 16) & 0xFFFF], dim=-1).flatten(-2)
 
 
 def _draws(seed: int, counters: torch.Tensor, number: int, t: torch.Tensor) -> torch.Tensor:

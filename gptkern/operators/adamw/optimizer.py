@@ -69,8 +69,8 @@ class AdamW(torch.optim.AdamW):
     state_dict and load_state_dict exchange with torch.optim.AdamW's both ways, with `step`, `exp_avg`, `exp_avg_sq` and
     `max_exp_avg_sq`; steps are float32 on the device. What is loaded is brought into `state_dtype`: averages in 8 bits
     have keys of their own (`exp_avg_codes`, `exp_avg_absmax`, `exp_avg_sq_codes`, `exp_avg_sq_absmax`), are made from
-    floating ones, and the other way round. torch.optim.AdamW knows none of these keys: of states in 8 bits it needs
-    `to_float_state_dict()`.
+    floating ones, and the other way round. torch.optim.AdamW knows none of these keys: its load_state_dict ends with a
+    ValueError that names `to_float_state_dict()`, which it takes; the updates are under `step_of_codes` there.
 
     Raises:
         TypeError: params holds what is no tensor.
@@ -108,6 +108,10 @@ class AdamW(torch.optim.AdamW):
         seed: int = 0,
     ):
         _check_implementation(foreach, differentiable, fused)
+        if isinstance(lr, torch.Tensor) and foreach and not capturable:
+            raise ValueError(
+                "AdamW: lr is a tensor and foreach True; capturable needs to be True then, or foreach None"
+            )
         if max_norm is not None and not (
             isinstance(max_norm, (int, float)) and not isinstance(max_norm, bool) and max_norm >= 0
         ):
@@ -128,13 +132,13 @@ class AdamW(torch.optim.AdamW):
         """
         for key, value in self._own.items():
             self.defaults.setdefault(key, value)
-        if isinstance(param_group, dict):
+        if isinstance(param_group, dict) and "params" in param_group:
             if "max_norm" in param_group:
                 raise ValueError("AdamW: a group has max_norm; it is of all groups together: AdamW(…, max_norm=)")
             implementation = (param_group.get(key) for key in ("foreach", "differentiable", "fused"))
             _check_implementation(*implementation)
             options = {**self.defaults, **param_group, "foreach": None, "differentiable": False, "fused": True}
-            params = param_group.get("params", ())
+            params = param_group["params"]
             if isinstance(params, torch.Tensor):
                 params = [params]
             elif not isinstance(params, set):
@@ -269,6 +273,13 @@ class AdamW(torch.optim.AdamW):
     # --- State --------------------------------------------------------------------------------------------------------
 
     @torch._disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim.Optimizer's. Averages in 8 bits stay so: torch.optim.AdamW refuses them when it loads them
+        (ValueError), and takes `to_float_state_dict()`."""
+        found = super().state_dict()
+        return {**found, "state": {key: states.saved(value) for key, value in found["state"].items()}}
+
+    @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where this optimizer's `state_dict`, or torch.optim.AdamW's, was taken. All of it is checked first.
 
@@ -281,6 +292,9 @@ class AdamW(torch.optim.AdamW):
         state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
+        state_dict = {
+            **state_dict, "state": {key: states.opened(value) for key, value in state_dict["state"].items()}
+        }  # fmt: skip
         given = [param_id for group in state_dict["param_groups"] for param_id in group["params"]]
         if [len(group["params"]) for group in state_dict["param_groups"]] == [
             len(group["params"]) for group in self.param_groups
@@ -325,7 +339,7 @@ class AdamW(torch.optim.AdamW):
     def to_float_state_dict(self) -> dict[str, Any]:
         """The state_dict as torch.optim.AdamW has it: averages in float32 in place of codes, none of the keys that it
         has not."""
-        found = self.state_dict()
+        found = super().state_dict()
         params = [param for _, param, _ in _named(self.param_groups)]
         floating = {
             key: states.decoded(params[key], value) if "exp_avg_codes" in value else value

@@ -18,6 +18,10 @@ from gptkern.operators.adamw import blockwise, sharding
 from gptkern.operators.adamw.contract import laid_out_as
 
 CODES = "exp_avg_codes", "exp_avg_absmax", "exp_avg_sq_codes", "exp_avg_sq_absmax"
+# What a saved state of codes has in the step's place: torch.optim.AdamW's load_state_dict makes a number of it and says
+# what it could not. Without it the first step would end with a KeyError.
+NO_STEP = b"averages in 8 bits of gptkern.optim.AdamW: torch.optim.AdamW needs its to_float_state_dict()"
+STEP_OF_CODES = "step_of_codes"
 
 
 def held_dtype(param: torch.Tensor, group: dict[str, Any]) -> torch.dtype | None:
@@ -65,6 +69,21 @@ def _rewrapped(param: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
     return DTensor.from_local(
         here, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
     )
+
+
+def saved(state: dict[str, Any]) -> dict[str, Any]:
+    """What state_dict has of a state."""
+    if "exp_avg_codes" not in state:
+        return state
+    return {**state, "step": NO_STEP, STEP_OF_CODES: state["step"]}
+
+
+def opened(state: Any) -> Any:
+    """What `saved` was given; what is none of it stays as it is."""
+    if not isinstance(state, dict) or not isinstance(state.get("step"), bytes):
+        return state
+    rest = {key: value for key, value in state.items() if key not in ("step", STEP_OF_CODES)}
+    return {**rest, "step": state[STEP_OF_CODES]} if STEP_OF_CODES in state else rest
 
 
 def check(name: str, param: torch.Tensor, state: dict[str, Any], amsgrad: bool) -> None:

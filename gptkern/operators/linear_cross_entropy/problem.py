@@ -51,7 +51,7 @@ class Sizes(NamedTuple):
     softcap: float | None = None
     logit_scale: float = 1.0
     ignored: bool = False  # every eighth row
-    cut: int | None = None  # options.batch_chunk_size: so many rows' logits are a chunk
+    cut: int | None = None  # options.batch_chunk_size: so many rows' logits are a chunk, 0: as many as our formula has
 
 
 class Cut(NamedTuple):
@@ -105,7 +105,10 @@ class LinearCrossEntropy(Problem):
             losses = (counts * (t * of_class * (lse - s)).sum(1, keepdim=True) + z_loss * lse.square() * own)[:, 0]
             return {"none": losses, "sum": losses.sum(), "mean": losses.sum() / own.sum()}[reduction]
 
-        options = dict(reduction=reduction, label_smoothing=smoothing, options=Cut(batch_chunk_size=cut))
+        # As most call it, without `options`: few logits may then be whole.
+        options = dict(reduction=reduction, label_smoothing=smoothing)
+        if cut is not None:
+            options["options"] = Cut(batch_chunk_size=cut or None)
         options |= dict(z_loss=z_loss, softcap=softcap, logit_scale=scale, loss_dtype=torch.float32)
         return Inputs(tensors, constants, options, reference)
 
@@ -116,7 +119,8 @@ class LinearCrossEntropy(Problem):
         return {
             "small": {
                 "tails": Check(Sizes(7, 33, 65, cut=2)),
-                "one chunk": Check(Sizes(3, 33, 40)),
+                "one chunk": Check(Sizes(3, 33, 40, cut=0)),
+                "few": Check(Sizes(5, 24, 60)),
                 "everything": Check(Sizes(19, 24, 130, **everything, cut=5)),
                 "each row": Check(Sizes(17, 40, 97, reduction="none", ignored=True, cut=4)),
                 "sum": Check(Sizes(5, 16, 1030, bias=True, reduction="sum", cut=3)),
@@ -151,7 +155,10 @@ class LinearCrossEntropy(Problem):
             return [Timed(direction, dtype, Sizes(16, 32, 96)) for direction in (FORWARD, BOTH)]
         if kind == "cpu":
             shapes = ((256, 768, 50257),) if extent == "quick" else ((256, 768, 50257), (64, 2048, 128256))
-            return [Timed(direction, "float32", Sizes(*shape)) for shape in shapes for direction in (FORWARD, BOTH)]
+            found = [Timed(direction, "float32", Sizes(*shape)) for shape in shapes for direction in (FORWARD, BOTH)]
+            # Few logits, which are whole but for `options`.
+            few = Sizes(64, 768, 50257)
+            return [*found, *(Timed(BOTH, "float32", sizes) for sizes in (few, few._replace(cut=0)))]
         models = MODELS if extent == "full" else MODELS[2:3]
         found = [
             Timed(direction, "bfloat16", Sizes(ROWS, *model))
@@ -160,14 +167,19 @@ class LinearCrossEntropy(Problem):
         ]
         if extent == "quick":
             return found[1:]
-        others = Timed(BOTH, "bfloat16", Sizes(4096, *MODELS[2])), Timed(BOTH, "float32", Sizes(ROWS, *MODELS[0]))
+        others = (
+            Timed(BOTH, "bfloat16", Sizes(4096, *MODELS[2])),
+            Timed(BOTH, "float32", Sizes(ROWS, *MODELS[0])),
+            Timed(BOTH, "bfloat16", Sizes(ROWS, *MODELS[0], cut=1024)),
+        )
         return [*found, *others]
 
     def shown(self, sizes: Sizes):
         return ("rows", sizes.rows), ("width", sizes.width), ("classes", sizes.classes)
 
     def panel(self, sizes: Sizes, dtype: str) -> str:
-        return f"linear_cross_entropy, {sizes.rows} rows, width {sizes.width}, {dtype}"
+        options = "" if sizes.cut is None else ", with options"
+        return f"linear_cross_entropy, {sizes.rows} rows, width {sizes.width}, {dtype}{options}"
 
     def x(self, sizes: Sizes) -> str:
         return "classes"
@@ -176,7 +188,8 @@ class LinearCrossEntropy(Problem):
         return dtype
 
     def plain(self, sizes: Sizes):
-        is_plain = sizes == Sizes(*sizes[:5], reduction=sizes.reduction, label_smoothing=sizes.label_smoothing)
+        usual = dict(reduction=sizes.reduction, label_smoothing=sizes.label_smoothing, cut=sizes.cut)
+        is_plain = sizes == Sizes(*sizes[:5], **usual)
         if not is_plain or sizes.bias:
             return None
 
