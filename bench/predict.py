@@ -104,6 +104,10 @@ share is a prediction.** The columns "measured" are empty until one is.
   there is a range alone.
 - Both ends are lowered by what clocks and memories sustain ([rates](#rates)): a copy does not reach the bandwidth
   either.
+- Of what the bandwidth limits, a trip moves as many bytes for each that it stores, or a whole kernel as many, as the
+  emulator counts of the kernel, and uses all that it loads (`bench/sass.py`, `checked`): else no page is made. What
+  does not belong to the call (another activation, another dtype) is known by its instructions
+  (`bench/predict_cells.py`).
 - Not in it: the launch, the first and the last wave of blocks, what stands outside of the main loop, bank conflicts,
   and small kernels that sum partial results. They matter for short calls; the cells here are long.
 - An RTX 4090 runs the code of sm_80 here, with its own rates. TFLOP/s are those of the operator, as the bench counts

@@ -1,8 +1,7 @@
 """Which kernels are predicted: those that the bench's cells run, with their machine code and what a cell asks of them.
 
-Of CUDA C++ the emulator runs each cell made small: it says which instances the launchers start, with how many threads
-and bytes of shared memory, and how much they multiply and move. Of Triton the compile cases are the shipped
-configurations; one is named for each cell here.
+Of CUDA C++ bench/predict_cells.py names the cells, and has what the emulator counts of them. Of Triton the compile
+cases are the shipped configurations; one is named for each cell here.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +21,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(ROOT), str(ROOT / "tests")]
 
 import sass  # noqa: E402
 from disassemble_cuda import Missing  # noqa: E402
+from predict_cells import Cell, Counted, cells, counted, problem  # noqa: E402
 from predict_model import Launch  # noqa: E402
 
 CUDA, TRITON = "CUDA C++", "Triton"
@@ -62,135 +61,17 @@ class Row(NamedTuple):
     least: float
 
 
-# --- The cells --------------------------------------------------------------------------------------------------------
-
-
-class Cell(NamedTuple):
-    """small: the sizes that the emulator runs; smaller: a second run, where products are no multiple of the first's."""
-
-    operator: str
-    direction: str
-    sizes: Any
-    small: Any
-    smaller: Any = None
-
-    @property
-    def label(self) -> str:
-        words = [_problem(self.operator).label(self.sizes)]
-        for name in ("kind", "mode"):
-            words += [getattr(self.sizes, name)] if hasattr(self.sizes, name) else []
-        return f"{self.direction} {' '.join(words)}"
-
-
-def _problem(operator: str):
-    from gptkern import operators
-
-    return operators.problem(operator)
-
-
-def cells() -> Iterator[Cell]:
-    """One for each instance of a kernel that the bench's cells in bfloat16 start, of each direction."""
-    from gptkern.backends.problem import BACKWARD, FORWARD
-
-    def of(operator, direction, **wanted):
-        for timed in _problem(operator).cells("cuda", "full"):
-            sizes = timed.sizes
-            if (timed.direction, timed.dtype) == (direction, "bfloat16") and all(
-                getattr(sizes, name) == value for name, value in wanted.items()
-            ):
-                return sizes
-        raise LookupError(f"no cell of {operator} {direction} has {wanted}")
-
-    for direction in (FORWARD, BACKWARD):
-        for head_dim in (64, 80, 96, 128):
-            sizes = of("attention", direction, head_dim=head_dim, length_q=4096, kind="causal")
-            small = [sizes._replace(batch=1, heads=1, kv_heads=1, length_q=n, length_k=n) for n in (512, 256)]
-            yield Cell("attention", direction, sizes, *small)
-    for operator, widths in (("layer_norm", (4096, 768, 12288)), ("rms_norm", (4096, 128, 16384))):
-        for direction in (FORWARD, BACKWARD):
-            for width in widths:
-                sizes = of(operator, direction, width=width)
-                yield Cell(operator, direction, sizes, sizes._replace(rows=64))
-    for direction in (FORWARD, BACKWARD):
-        for width in (4096, 50257):
-            sizes = of("softmax", direction, shape=(16384, width))
-            yield Cell("softmax", direction, sizes, sizes._replace(shape=(64 if width == 4096 else 8, width)))
-    for direction in (FORWARD, BACKWARD):
-        sizes = of("rotary", direction, length=4096, interleaved=False)
-        yield Cell("rotary", direction, sizes, sizes._replace(batch=1, length=32))
-    for mode, rows, small in (("w8a16", 1, 1), ("w8a16", 4096, 256), ("w8a8", 4096, 256)):
-        sizes = of("int8_linear", FORWARD, mode=mode, rows=rows, in_features=4096, out_features=16384)
-        columns = dict(in_features=256, out_features=256) if rows > 1 else dict(out_features=64)
-        yield Cell("int8_linear", FORWARD, sizes, sizes._replace(rows=small, **columns))
-
-
 # --- CUDA C++ ---------------------------------------------------------------------------------------------------------
 
 
-class Counted(NamedTuple):
-    """What a kernel did in a small cell: of all tensors, and of the large ones."""
-
-    threads: int
-    shared: int
-    products: int
-    loaded: int
-    stored: int
-    large_loaded: int
-    large_stored: int
-
-
-def counted(operator: str, direction: str, sizes: Any) -> dict[str, Counted]:
-    """Kernel -> what it did, of the emulator's run of one call."""
-    import count_cuda
-    import torch
-    from disassemble_cuda import plain
-
-    import gptkern
-    from gptkern import operators
-    from gptkern.backends.problem import BACKWARD
-
-    made = _problem(operator).inputs(sizes, torch.bfloat16, torch.Generator().manual_seed(0))
-    tensors = {name: value.detach().requires_grad_(direction == BACKWARD) for name, value in made.tensors.items()}
-    large = max(tensor.numel() for tensor in made.arguments)
-    calls: list = []
-
-    def call():
-        result = operators.contract(operator).TWIN(**tensors, **made.constants, **made.options)
-        return result[0] if isinstance(result, tuple) else result
-
-    with gptkern.backend("cuda"):
-        if direction == BACKWARD:
-            result = call()
-            with count_cuda._counting(calls):
-                result.backward(torch.randn_like(result))
-        else:
-            with count_cuda._counting(calls):
-                call()
-    found: dict[str, Counted] = {}
-    for _, kernels, touched in calls:
-        for name, counts in kernels.items():
-            regions = [counts["regions"].get(each) for each, tensor in touched.items() if tensor.numel() >= large]
-            regions = [region for region in regions if region]
-            found[plain(name)] = Counted(
-                counts["threads"],
-                counts["shared_bytes"],
-                sum(counts[kind] * each for kind, each in count_cuda.PRODUCTS.items()),
-                counts["load"]["bytes"] + counts["async"]["bytes"],
-                counts["store"]["bytes"],
-                sum(region["loaded"] for region in regions),
-                sum(region["stored"] for region in regions),
-            )
-    return found
-
-
 def cuda_rows() -> list[Row]:
-    runs = [(cell, counted(cell.operator, cell.direction, cell.small)) for cell in cells()]
+    runs = [(cell, counted(cell, cell.small)) for cell in cells()]
     code = _cuda_code({name for _, kernels in runs for name in kernels})
     found = []
     for cell, kernels in runs:
-        problem = _problem(cell.operator)
+        of = problem(cell.operator)
         scale = _elements(cell.operator, cell.sizes) / _elements(cell.operator, cell.small)
-        smaller = counted(cell.operator, cell.direction, cell.smaller) if cell.smaller is not None else {}
+        smaller = counted(cell, cell.smaller) if cell.smaller is not None else {}
         most = max(counts.large_loaded + counts.large_stored for counts in kernels.values())
         for name, counts in kernels.items():
             moved = counts.large_loaded + counts.large_stored
@@ -198,8 +79,8 @@ def cuda_rows() -> list[Row]:
             if not counts.products and 10 * moved < most:
                 continue
             products = _products(cell, counts, smaller.get(name)) if counts.products else None
-            few_rows = products is not None and problem.ceiling(cell.sizes, "bfloat16") == "copy"
-            bytes_ = problem.bytes(cell.sizes, BFLOAT16_BYTES, cell.direction) if few_rows else moved * scale
+            few_rows = products is not None and of.ceiling(cell.sizes, "bfloat16") == "copy"
+            bytes_ = cell.least if few_rows else moved * scale
             by_bytes = products is None or few_rows
             found.append(
                 Row(
@@ -207,11 +88,11 @@ def cuda_rows() -> list[Row]:
                     cell.operator,
                     cell.label,
                     name,
-                    {part: _code(code[name, target], counts, by_bytes) for part, target in NVCC.items()},
+                    {part: _code(code[name, target], counts, by_bytes, cell.marks) for part, target in NVCC.items()},
                     None if by_bytes else products,
                     bytes_ if by_bytes else None,
-                    problem.flops(cell.sizes, cell.direction),
-                    problem.bytes(cell.sizes, BFLOAT16_BYTES, cell.direction),
+                    of.flops(cell.sizes, cell.direction),
+                    cell.least,
                 )
             )
     return found
@@ -224,6 +105,8 @@ def _elements(operator: str, sizes: Any) -> int:
         return sizes.batch * sizes.heads * sizes.length * sizes.head_dim
     if operator == "softmax":
         return sizes.rows * sizes.width
+    if operator == "cross_entropy":
+        return sizes.tokens * sizes.classes
     if operator == "int8_linear":  # of the input: that of w8a8 is quantised by a kernel of its own
         return sizes.rows * sizes.in_features
     return sizes.rows * sizes.width
@@ -240,20 +123,37 @@ def _products(cell: Cell, counts: Counted, smaller: Counted | None) -> float:
     return cell.sizes.batch * cell.sizes.heads * (square * wanted * wanted + line * wanted)
 
 
-def _code(found: tuple[list[sass.Instruction], int, int], counts: Counted, by_bytes: bool) -> Code:
+def _code(found: tuple[list[sass.Instruction], int, int], counts: Counted, by_bytes: bool, marks: sass.Marks) -> Code:
+    """by_bytes: of a kernel whose limit is the bandwidth."""
     instructions, registers, static = found
-    ratios: tuple[float, ...] = ()
-    large, all_ = counts.large_loaded + counts.large_stored, counts.loaded + counts.stored
-    if not counts.products and counts.stored and counts.large_stored:
-        ratios = counts.loaded / counts.stored, counts.large_loaded / counts.large_stored
-    trip = sass.main_loop(instructions, ratios)
-    share = None
-    if by_bytes:
-        # Parameters that a loop does not load again are not among a trip's bytes.
-        own = trip.loaded / trip.stored if trip.stored else None
-        alone = own is not None and len(ratios) == 2 and abs(own - ratios[1]) < abs(own - ratios[0])
-        share = 1.0 if alone else min(1.0, large / all_)
-    return Code(trip, Launch(registers, counts.threads, static + counts.shared), share)
+    if missing := marks.missing(instructions):
+        raise LookupError(f"no instruction of the kernel has {missing}")
+    launch, large = Launch(registers, counts.threads, static + counts.shared), counts.large_loaded + counts.large_stored
+    known: dict[sass.Amounts, float] = {}
+    if not counts.products and counts.large_stored:
+        # In all; or parameters are loaded, and sums stored, outside of the loop; or it goes over its inputs twice, and
+        # stores the second time. With what is of large tensors.
+        amounts = (
+            (counts.loaded, counts.stored, large), (counts.large_loaded, counts.large_stored, large),
+            (counts.loaded, counts.large_stored, large),
+            (counts.large_once, counts.large_stored, counts.large_once + counts.large_stored),
+        )  # fmt: skip
+        for amount in reversed(amounts):
+            loaded, stored, of_large = (each / counts.warps for each in amount)
+            known[loaded, stored] = of_large
+        known = dict(reversed(known.items()))
+    trip = sass.main_loop(instructions, tuple(known), marks)
+    if not by_bytes:
+        return Code(trip, launch, None)
+    if not counts.products:
+        sass.checked(trip, tuple(known), marks, (counts.loads / counts.warps, counts.stores / counts.warps))
+    if trip.header is None and known:
+        return Code(trip, launch, large / counts.warps / trip.moved)
+    if not known:
+        return Code(trip, launch, large / (counts.loaded + counts.stored))
+    vectors = trip.vectors(marks.least)
+    nearest = min(known, key=lambda each: sass.far_from_ratio(each, *vectors))
+    return Code(trip, launch, sum(vectors) / trip.moved * known[nearest] / sum(nearest))
 
 
 def _cuda_code(names: set[str]) -> dict[tuple[str, str], tuple[list[sass.Instruction], int, int]]:
@@ -370,7 +270,7 @@ def triton_rows(folder: Path) -> list[Row]:
 
 
 def _triton_sizes(operator: str, direction: str, wanted: dict[str, Any]) -> Any:
-    cells_ = _problem(operator).cells("cuda", "full")
+    cells_ = problem(operator).cells("cuda", "full")
     for timed in cells_:
         if (timed.direction, timed.dtype) == (direction, "bfloat16") and all(
             getattr(timed.sizes, name) == value for name, value in wanted.items()
@@ -391,16 +291,16 @@ def _triton_code(operator: str, direction: str, sizes: Any, case: dict[str, Any]
         # The weight, of one byte an element; the input's rows, of two, are in the second cache.
         share = case["columns"] / (case["columns"] + BFLOAT16_BYTES * case["rows"])
     elif not case["matrix"]:
-        least = _problem(operator).bytes(sizes, BFLOAT16_BYTES, direction)
+        least = problem(operator).bytes(sizes, BFLOAT16_BYTES, direction)
         written = _elements(operator, sizes) * BFLOAT16_BYTES
         share = min(1.0, trip.stored * least / written / trip.moved)
     return Code(trip, Launch(case["registers"], sass.WARP * case["warps"], case["shared"]), share)
 
 
 def _triton_row(operator, direction, sizes, compiled, key, codes) -> Row:
-    problem, cases = _problem(operator), {part: compiled[part][key] for part in TARGETS}
+    of, cases = problem(operator), {part: compiled[part][key] for part in TARGETS}
     case, label = cases["sm_90"], Cell(operator, direction, sizes, None).label
-    least, flops = problem.bytes(sizes, BFLOAT16_BYTES, direction), problem.flops(sizes, direction)
+    least, flops = of.bytes(sizes, BFLOAT16_BYTES, direction), of.flops(sizes, direction)
     products = None
     if operator == "attention":
         pairs = sizes.batch * sizes.heads * sizes.length_q**2 / 2 * sizes.head_dim

@@ -11,10 +11,14 @@ They are bits 105 to 121 of the 128 (Jia et al., "Dissecting the NVIDIA Volta GP
                 work, the innermost of those with at least half of the most bytes of global memory.
     trip        a path through the loop's body: of all paths those with the most matrix work, of these those with the
                 most bytes of global memory (what is prefetched is counted), of these, by sixteens, those with the most
-                exponentials (of a warp's roles the heavier), of these the shortest (a mask, a correction that is rarely
-                due, a slow division are stepped over). An instruction under a predicate counts as executed. Where it is
-                known how many bytes are loaded for each that is stored, only paths near to it count: branches load
-                parameters of another dtype, a residual, a mask.
+                exponentials (of a warp's roles the heavier; without matrix work only where nothing is stored), of these
+                the shortest (a mask, a correction that is rarely due, a slow division are stepped over). An instruction
+                under a predicate counts as executed. Where it is known how many bytes are loaded for each that is
+                stored (without a loop: how many are loaded and stored), only paths near to it count, and a load under
+                a predicate may be one that is not executed: branches load parameters of another dtype, a residual, a
+                mask.
+    marks       what tells branches apart that move the same bytes: text of instructions that the call executes, and of
+                such that it does not (an activation's constants, another dtype's conversions).
     no loop     where no loop has a quarter of the bytes that are moved from the entry to the exit, with each loop gone
                 through once, the trip is such a path: from the entry to the exit
 """
@@ -28,19 +32,23 @@ import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from sass_graph import Loop, graph_of, loops, topological
+
 WARP = 32
 _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*?)\s*;\s*/\* 0x([0-9a-f]{16}) \*/")
 _SECOND = re.compile(r"^\s+/\* 0x([0-9a-f]{16}) \*/\s*$")
 NO_SCOREBOARD = 7
 LOADS, STORES = ("LDG", "LDGSTS", "LD"), ("STG", "ST")
-# A path's bytes are in the ratio that is known within this factor, as a logarithm. Statistics, which are read and
+# A path's bytes are what is known of them within this factor, as a logarithm. Statistics, which are read and
 # written by the row, by less than a wide access, are not among them.
-NEAR = 0.1
+NEAR = 0.02
 WIDE = 8
 # Of the paths from one place on, so many are kept apart by their work and bytes.
-KEPT = 150
+KEPT = 600
 # A difference of fewer exponentials than this is no tile's.
 EXPONENTIALS = 16
+# An instruction that a call does not execute outweighs so many that it does.
+UNWANTED = 10_000
 
 
 class Instruction(NamedTuple):
@@ -72,6 +80,11 @@ class Instruction(NamedTuple):
             return None
         found = re.search(r"(?:0x)([0-9a-f]+)\)?\s*$", self.operands)
         return int(found[1], 16) if found else None
+
+    @property
+    def off(self) -> Instruction:
+        """Where its predicate is false: it is issued, and does nothing."""
+        return self._replace(name="NOP", sets=None, releases=None)
 
     @property
     def always(self) -> bool:
@@ -177,38 +190,166 @@ class Trip(NamedTuple):
     @property
     def loaded(self) -> int:
         """Bytes that a warp reads from global memory."""
-        return sum(moved(each) for each in self.instructions if each.opcode in LOADS)
+        return self.vectors(0)[0]
 
     @property
     def stored(self) -> int:
-        return sum(moved(each) for each in self.instructions if each.opcode in STORES)
+        return self.vectors(0)[1]
+
+    def vectors(self, least: int) -> tuple[int, int]:
+        """Bytes loaded and stored by accesses of at least so many bytes a thread."""
+        own = [each for each in self.instructions if width(each) >= least]
+        return tuple(sum(moved(each) for each in own if each.opcode in opcodes) for opcodes in (LOADS, STORES))
 
     @property
     def moved(self) -> int:
         return self.loaded + self.stored
 
 
-class Loop(NamedTuple):
-    """Places of instructions that reach one another, and the one where it is entered."""
+class Marks(NamedTuple):
+    """What is known of a call's instructions, as regular expressions that are found in "FMUL R0, R1, 0.5".
 
-    header: int
-    places: frozenset[int]
+    Args:
+        wanted, avoided: what is executed, and what is not. same: loads of one place by all threads of a warp, which
+            move a sector: scales, tables. least: bytes a thread below which an access is of no vector.
+    """
+
+    wanted: tuple[str, ...] = ()
+    avoided: tuple[str, ...] = ()
+    same: tuple[str, ...] = ()
+    least: int = WIDE
+
+    def merit(self, each: Instruction) -> int:
+        # Where both branches are instructions under predicates, all of them are issued.
+        if not each.predicate and _has(each, self.avoided):
+            return -UNWANTED
+        return int(_has(each, self.wanted))
+
+    def applied(self, code: list[Instruction]) -> list[Instruction]:
+        """With what moves a sector as a byte a thread, and what is avoided under a predicate as what does nothing."""
+        found = [each._replace(name=f"{each.opcode}.U8") if _has(each, self.same) else each for each in code]
+        return [each.off if each.predicate and _has(each, self.avoided) else each for each in found]
+
+    def missing(self, code: list[Instruction]) -> list[str]:
+        """Marks that no instruction has: what they are to tell apart has another look here."""
+        return [
+            mark for mark in self.wanted + self.avoided + self.same if not any(_has(each, (mark,)) for each in code)
+        ]
 
 
-def main_loop(code: list[Instruction], ratios: tuple[float, ...] = ()) -> Trip:
-    """The trip of the module's rule; ratios: bytes loaded for each that is stored, where known: one of these."""
-    graph = _graph(code)
-    trips = {loop: Trip(_path(code, graph, loop, ratios), code[loop.header].address) for loop in _loops(graph)}
+NO_MARKS = Marks()
+
+
+def _has(each: Instruction, marks: tuple[str, ...]) -> bool:
+    return any(re.search(mark, f"{each.name} {each.operands}") for mark in marks)
+
+
+class Wrong(LookupError):
+    """A trip that is not what the kernel does."""
+
+
+def checked(trip: Trip, known: tuple[Amounts, ...], marks: Marks, requests: Amounts) -> Trip:
+    """The trip, whose bytes are what a warp moves and whose loads are used.
+
+    Args:
+        known, marks: as `main_loop` had them. requests: loads and stores that a warp executes in all, which tell where
+            threads read the same bytes.
+
+    Raises:
+        Wrong: it leaves something out, or does what the call does not.
+    """
+    vectors, far = trip.vectors(marks.least), 0.0
+    if known and trip.header is None:
+        own = [sum(each.opcode in opcodes for each in trip.instructions) for opcodes in (LOADS, STORES)]
+        far = 0.0 if own == list(requests) else _from_amount(known, *vectors)
+    elif known:
+        far = _from_ratio(known, *vectors)
+    if far > NEAR:
+        wanted = " or ".join(f"{round(loaded)} and {round(stored)}" for loaded, stored in known)
+        raise Wrong(f"a trip loads and stores {vectors[0]} and {vectors[1]} bytes in vectors; a warp {wanted}")
+    if left := unread(trip, marks.least):
+        raise Wrong(f"a trip does not use what {left[0].name} {left[0].operands} at {left[0].address:x} loads")
+    if any(marks.merit(each) < 0 for each in trip.instructions):
+        raise Wrong("a trip has instructions that the call does not execute")
+    return trip
+
+
+def unread(trip: Trip, least: int) -> list[Instruction]:
+    """Loads of vectors of which a register is written again, or the kernel ends, before anything reads it."""
+    following = trip.instructions * (1 if trip.header is None else 2)
+    found = []
+    for place, each in enumerate(trip.instructions):
+        if each.opcode not in ("LDG", "LD") or width(each) < least:
+            continue
+        first = int(re.match(r"R(\d+)", each.operands)[1])
+        for register in range(first, first + width(each) // 4):
+            uses = (_use(other, register) for other in following[place + 1 :])
+            if next(filter(None, uses), "written") == "written":
+                found.append(each)
+                break
+    return found
+
+
+def _use(each: Instruction, register: int) -> str | None:
+    """Whether it has the register: "read", or "written" alone."""
+    written = None
+    for place, operand in enumerate(each.operands.split(",")):
+        for match in re.finditer(r"\bR(\d+)(\.64)?", operand):
+            several = max(1, width(each) // 4) if pipe(each) in (SHARED, GLOBAL) and "[" not in operand else 1
+            wide = 2 if match[2] or ".WIDE" in each.name or each.opcode == "CS2R" else several
+            if int(match[1]) <= register < int(match[1]) + wide:
+                # Where one is written, it is the first operand; a store has its address there.
+                if place > 0 or "[" in operand:
+                    return "read"
+                written = "written"
+    return written
+
+
+# Bytes that a warp loads and stores.
+Amounts = tuple[float, float]
+# How far bytes loaded and stored are from what is known of them, as a logarithm.
+_Far = Callable[[int, int], float]
+
+
+def main_loop(code: list[Instruction], known: tuple[Amounts, ...] = (), marks: Marks = NO_MARKS) -> Trip:
+    """The trip of the module's rule.
+
+    Args:
+        known: what a warp loads and stores, where it is known: in all; and what else a loop's part of it may be, as
+            some is loaded before it, or stored after it. A trip around a loop has the ratio of one of these, a trip
+            through the kernel has the first.
+    """
+    merits, code = list(map(marks.merit, code)), marks.applied(code)
+    graph = graph_of(code)
+    ratio, amount = (functools.partial(far, known) if known else None for far in (_from_ratio, _from_amount))
+    path = functools.partial(_path, code, graph, merits, marks.least)
+    trips = {loop: Trip(path(loop, ratio), code[loop.header].address) for loop in loops(graph)}
     if any(trip.products for trip in trips.values()):
         inner = _innermost(trips, lambda trip: trip.products > 0)
         most = max(trip.products for trip in inner)
         large = [trip for trip in inner if 2 * trip.products >= most]
         return min(large, key=lambda trip: (len(trip.instructions) / trip.products, trip.header))
-    whole = Trip(_path(code, graph, Loop(0, frozenset(range(len(code)))), ratios))
+    whole = Trip(path(Loop(0, frozenset(range(len(code)))), amount))
     most = max((trip.moved for trip in trips.values()), default=0)
     inner = _innermost(trips, lambda trip: 2 * trip.moved >= most > 0)
-    best = max(inner, key=lambda trip: (trip.moved, -len(trip.instructions), -trip.header), default=whole)
+
+    def rank(trip: Trip) -> tuple:
+        return sum(map(marks.merit, trip.instructions)), trip.moved, -len(trip.instructions), -trip.header
+
+    best = max(inner, key=rank, default=whole)
     return best if 4 * best.moved >= whole.moved else whole
+
+
+def _from_ratio(known: tuple[Amounts, ...], loaded: int, stored: int) -> float:
+    return min(far_from_ratio(each, loaded, stored) for each in known)
+
+
+def far_from_ratio(known: Amounts, loaded: int, stored: int) -> float:
+    return abs(math.log((loaded + 1) / (stored + 1) / (known[0] / known[1])))
+
+
+def _from_amount(known: tuple[Amounts, ...], loaded: int, stored: int) -> float:
+    return max(abs(math.log((a + 1) / (b + 1))) for a, b in zip((loaded, stored), known[0]))
 
 
 def _innermost(trips: dict[Loop, Trip], counts: Callable[[Trip], bool]) -> list[Trip]:
@@ -217,149 +358,69 @@ def _innermost(trips: dict[Loop, Trip], counts: Callable[[Trip], bool]) -> list[
     return [trip for loop, trip in counting.items() if not any(other.places < loop.places for other in counting)]
 
 
-def _graph(code: list[Instruction]) -> list[list[int]]:
-    """Where a warp may go from each place; len(code) is outside."""
-    places, outside = {each.address: place for place, each in enumerate(code)}, len(code)
-    found = []
-    for place, each in enumerate(code):
-        following = [] if each.always else [place + 1]
-        if each.opcode == "BRA":
-            following.append(places.get(each.target, outside))
-        elif each.opcode in ("EXIT", "RET", "BRX"):
-            following.append(outside)
-        found.append(sorted(set(following)))
-    return found
+# Of a path: matrix work, merit, bytes loaded, bytes stored, exponentials where they count, instructions.
+_Sums = tuple[int, int, int, int, int, int]
 
 
-def _loops(graph: list[list[int]]) -> list[Loop]:
-    """All, outer and inner: what reaches itself; inside of it, what still does when it may not be entered anew."""
-    leading: dict[int, list[int]] = {}
-    for place, following in enumerate(graph):
-        for other in following:
-            leading.setdefault(other, []).append(place)
-    found, open_ = [], [(frozenset(range(len(graph))), None)]
-    while open_:
-        places, header = open_.pop()
-        for part in _components(graph, places, header):
-            entered = [place for place in part if place == 0 or not part.issuperset(leading[place])]
-            loop = Loop(min(entered, default=min(part)), part)
-            found.append(loop)
-            open_.append((part, loop.header))
-    return sorted(found, key=lambda loop: (loop.header, len(loop.places)))
-
-
-def _components(graph: list[list[int]], places: frozenset[int], closed: int | None) -> list[frozenset[int]]:
-    """Strongly connected components of more than a place or with an edge to itself, without the edges into `closed`.
-
-    (Tarjan, Depth-first search and linear graph algorithms, 1972; without recursion.)
-    """
-    number: dict[int, int] = {}
-    low: dict[int, int] = {}
-    stack: list[int] = []
-    on_stack: set[int] = set()
-    found = []
-
-    def following(place):
-        return iter([other for other in graph[place] if other in places and other != closed])
-
-    for root in sorted(places):
-        if root in number:
-            continue
-        work = [(root, following(root))]
-        number[root] = low[root] = len(number)
-        stack.append(root)
-        on_stack.add(root)
-        while work:
-            place, rest = work[-1]
-            other = next(rest, None)
-            if other is None:
-                work.pop()
-                if work:
-                    low[work[-1][0]] = min(low[work[-1][0]], low[place])
-                if low[place] == number[place]:
-                    part = set()
-                    while place not in part:
-                        part.add(stack.pop())
-                    on_stack -= part
-                    if len(part) > 1 or (place in graph[place] and place != closed):
-                        found.append(frozenset(part))
-            elif other not in number:
-                number[other] = low[other] = len(number)
-                stack.append(other)
-                on_stack.add(other)
-                work.append((other, following(other)))
-            elif other in on_stack:
-                low[place] = min(low[place], number[other])
-    return found
-
-
-# Of a path: matrix work, bytes loaded, bytes stored, exponentials where there are products, instructions.
-_Sums = tuple[int, int, int, int, int]
-
-
-def _path(code: list[Instruction], graph: list[list[int]], loop: Loop, ratios: tuple[float, ...]) -> list[Instruction]:
+def _path(
+    code: list[Instruction], graph: list[list[int]], merits: list[int], least: int, loop: Loop, far: _Far | None
+) -> list[Instruction]:
     """Once around the loop, or through the kernel, as the module's rule says; inner loops are gone through once."""
-    order = _topological(graph, loop)
+    order = topological(graph, loop)
     rank, outside = {place: position for position, place in enumerate(order)}, len(code)
     whole = len(loop.places) == len(code)
-    matrix = any(products(code[place]) for place in order)
-    sums_of = functools.partial(_sums, exponentials=matrix, least=WIDE if ratios else 0)
-    # Of the paths from each place on: their sums, and where they go next. Of equal matrix work, bytes and exponentials
-    # the shortest is kept.
-    found: dict[int, dict[_Sums, int]] = {}
+    # A trip that stores nothing could leave out its arithmetic and move the same bytes.
+    exponentials = any(products(code[place]) for place in order) or not any(_stores(code[place]) for place in order)
+    sums_of = functools.partial(_sums, exponentials=exponentials, least=least if far else 0)
+    # Of the paths from each place on: their sums, and where they go next. Of equal sums of all else the shortest is
+    # kept.
+    found: dict[int, dict[_Sums, tuple[Instruction, _Sums, int]]] = {}
     for place in reversed(order):
-        own, shortest = sums_of(code[place]), {}
-        for other in graph[place]:
-            if other == (outside if whole else loop.header):
-                paths = {(0, 0, 0, 0, 0): outside}
-            elif rank.get(other, -1) > rank[place]:
-                paths = found[other]
-            else:
-                continue
-            for sums in paths:
-                total = tuple(a + b for a, b in zip(own, sums))
-                known = shortest.get(total[:4])
-                if known is None or total[4] < known[0][4]:
-                    shortest[total[:4]] = total, other if other in rank and other != loop.header else outside
-        found[place] = dict(sorted(shortest.values(), key=lambda item: _rank(item[0], ratios))[:KEPT])
-    taken, place, left = [], loop.header, None
-    while place != outside and found[place]:
-        sums = min(found[place], key=lambda sums: _rank(sums, ratios)) if left is None else left
-        taken.append(code[place])
-        left, place = tuple(a - b for a, b in zip(sums, sums_of(code[place]))), found[place][sums]
+        shortest: dict[tuple, tuple[_Sums, tuple[Instruction, _Sums, int]]] = {}
+        # A load under a predicate moves nothing where that is false: what is known of the bytes decides.
+        off = far is not None and code[place].predicate and code[place].opcode in LOADS
+        for each in (code[place], code[place].off) if off else (code[place],):
+            own = sums_of(each, merits[place])
+            for other in graph[place]:
+                if other == (outside if whole else loop.header):
+                    paths, following = ((0, 0, 0, 0, 0, 0),), outside
+                elif rank.get(other, -1) > rank[place]:
+                    paths, following = found[other], other
+                else:
+                    continue
+                for sums in paths:
+                    total = tuple(a + b for a, b in zip(own, sums))
+                    known = shortest.get(total[:-1])
+                    if known is None or total[-1] < known[0][-1]:
+                        shortest[total[:-1]] = total, (each, sums, following)
+        found[place] = dict(sorted(shortest.values(), key=lambda item: _rank(item[0], far))[:KEPT])
+    taken, place = [], loop.header
+    sums = min(found[place], key=lambda sums: _rank(sums, far), default=None)
+    while place != outside and sums in found[place]:
+        each, sums, place = found[place][sums]
+        taken.append(each)
     return taken
 
 
-def _topological(graph: list[list[int]], loop: Loop) -> list[int]:
-    """The loop's places from the header on, each before those that it leads to, but for edges back."""
-    seen, done = {loop.header}, []
-    work = [(loop.header, iter(graph[loop.header]))]
-    while work:
-        place, rest = work[-1]
-        other = next((other for other in rest if other in loop.places and other not in seen), None)
-        if other is None:
-            done.append(place)
-            work.pop()
-        else:
-            seen.add(other)
-            work.append((other, iter(graph[other])))
-    return done[::-1]
+def _stores(each: Instruction) -> bool:
+    return each.opcode in STORES
 
 
-def _sums(each: Instruction, exponentials: bool, least: int) -> _Sums:
+def _sums(each: Instruction, merit: int, exponentials: bool, least: int) -> _Sums:
     """Of one instruction; least: bytes a thread below which an access does not count."""
     size = moved(each) if width(each) >= least else 0
     exponential = int(exponentials and each.opcode == "MUFU")
-    return products(each), (each.opcode in LOADS) * size, (each.opcode in STORES) * size, exponential, 1
+    return products(each), merit, (each.opcode in LOADS) * size, (each.opcode in STORES) * size, exponential, 1
 
 
-def _rank(sums: _Sums, ratios: tuple[float, ...]) -> tuple:
+def _rank(sums: _Sums, far: _Far | None) -> tuple:
     """Least of the path that the rule takes."""
-    work, loaded, stored, exponentials, length = sums
-    if not ratios:
-        return -work, -(loaded + stored), -(exponentials // EXPONENTIALS), length
-    far = min(abs(math.log((loaded + 1) / (stored + 1) / ratio)) for ratio in ratios)
-    return -work, far > NEAR, far if far > NEAR else 0, -(loaded + stored), length
+    work, merit, loaded, stored, exponentials, length = sums
+    avoided, wanted = -(merit // UNWANTED), merit % UNWANTED
+    if far is None:
+        return -work, avoided, -wanted, -(loaded + stored), -(exponentials // EXPONENTIALS), length
+    distance = far(loaded, stored)
+    return -work, avoided, distance > NEAR, distance if distance > NEAR else 0, -wanted, -(loaded + stored), length
 
 
 def moved(each: Instruction) -> int:

@@ -156,17 +156,90 @@ def test_a_trip_prefetches_and_steps_over_what_is_rare():
     assert trip.counts["other"] == 4
 
 
-def test_of_a_known_ratio_the_path_is_taken_that_has_it():
+def around(code: list[Instruction]) -> list[Instruction]:
+    """The program, whose EXIT goes back to the start while @P7."""
+    return [
+        *code[:-1],
+        code[-1]._replace(name="BRA", operands="0x0", predicate=True),
+        code[-1]._replace(address=1 << 20),
+    ]
+
+
+def test_of_known_bytes_the_path_is_taken_that_has_them():
     """A vector in and one out, by way of a residual's or of parameters of twice the width."""
     code = program(
         "LDG.E.128 R4, [R2.64]", "@P0 BRA 0x40", "LDG.E.128 R8, [R2.64]", "STG.E.128 [R2.64], R8", "@P1 BRA 0x70",
         "LDG.E.128 R12, [R2.64]", "LDG.E.128 R16, [R2.64]", "STG.E.128 [R2.64], R4", "STG.E [R6.64], R4", "EXIT",
     )  # fmt: skip
     assert (sass.main_loop(code).loaded, sass.main_loop(code).stored) == (4 * 512, 2 * 512 + 128)
-    plain, residual, wide = (sass.main_loop(code, (ratio,)) for ratio in (1.0, 2.0, 3.0))
+    # Of the whole kernel the bytes themselves are known; of a loop, which goes round again at the end, their ratio.
+    amounts = [(512 * loaded, 512 * stored) for loaded, stored in ((1, 1), (2, 2), (4, 2), (3, 1))]
+    found = [sass.main_loop(code, (amount,)) for amount in amounts]
+    assert [trip.vectors(sass.WIDE) for trip in found] == amounts
+    assert [trip.vectors(sass.WIDE) for trip in (sass.main_loop(around(code), (each,)) for each in amounts)] != amounts
+    plain, residual, wide = (sass.main_loop(around(code), ((ratio * 512, 512),)) for ratio in (1.0, 2.0, 3.0))
     assert (plain.loaded, plain.stored) in {(512, 512 + 128), (1024, 1024 + 128)}
     assert (residual.loaded, residual.stored) == (4 * 512, 2 * 512 + 128)
     assert (wide.loaded, wide.stored) == (3 * 512, 512 + 128)
+
+
+LOAD, STORE, SQUARE = "LDG.E.128 R4, [R2.64]", "STG.E.128 [R2.64], R4", "FMUL R4, R4, R4"
+
+
+def test_of_a_load_under_a_predicate_the_known_bytes_say_whether_it_is_executed():
+    """A parameter of one dtype or the other: both loads are issued, one of them moves bytes."""
+    parameter = ["@P0 LDG.E.128 R8, [R6.64]", "@!P0 LDG.E.128 R8, [R6.64+0x10]"]
+    code = program(LOAD, *parameter, "FMUL R4, R4, R8", STORE, "EXIT")
+    trip = sass.main_loop(code, ((1024, 512),))
+    assert (trip.loaded, trip.stored, len(trip.instructions)) == (1024, 512, 6) and names(trip).count("NOP") == 1
+    assert sass.main_loop(code).loaded == 3 * 512
+
+
+def test_marks_tell_branches_apart():
+    """Three functions of what is loaded, and the same bytes: by the constants that stand in them."""
+
+    def arm(constant, length, end=0x110):
+        return [f"FMUL R4, R4, {constant}", *[SQUARE] * length, f"BRA 0x{end:x}"]
+
+    branches = ["@P0 BRA 0x60", "@P1 BRA 0xb0", *arm(0.5, 1), *arm(0.25, 3), *arm(0.125, 4)]
+    code = program(LOAD, *branches, STORE, "EXIT")
+    ways = {"0.5,": (0.5, 0), "0.25": (0.25, 0), "0.125": (0.125, 0)}
+    assert len(code) == 19 and code[6].operands.endswith("0.25") and code[11].operands.endswith("0.125") and ways
+    for wanted, avoided, constant in (
+        ((), (), "0.5"), (("0.25$",), (), "0.25"), ((), ("0.5$", "0.25$"), "0.125"), (("R4, R4, R4",), (), "0.125")
+    ):  # fmt: skip
+        trip = sass.main_loop(code, ((512, 512),), sass.Marks(wanted, avoided))
+        assert [each.operands.split()[-1] for each in trip.instructions if "0." in each.operands] == [constant]
+    assert sass.Marks(("0.25$",), ("0.75$",)).missing(code) == ["0.75$"]
+
+
+def test_a_trip_that_stores_nothing_has_its_arithmetic():
+    """The shortest way around would load and go."""
+    body = ["LDG.E.128 R4, [R2.64]", "@P1 BRA 0x120", *["MUFU.EX2 R4, R4"] * 16]
+    trip = sass.main_loop(program(*body, "@P0 BRA 0x0", "EXIT"))
+    assert trip.counts["special"] == 16
+
+
+def test_a_wrong_trip_is_refused():
+    """What the emulator counts of the kernel does not fit it, or it loads what it does not use."""
+    code = program(LOAD, LOAD, *[SQUARE.replace("R4", f"R{n}") for n in (4, 5, 6, 7)], STORE, "@P0 BRA 0x0", "EXIT")
+    loop = sass.main_loop(code)
+    none = sass.NO_MARKS
+    assert sass.checked(Trip(loop.instructions[1:], 0x0), ((1024, 1024),), none, (2, 2)).loaded == 512
+    with pytest.raises(sass.Wrong, match="1024 and 512 bytes in vectors; a warp 1024 and 1024"):
+        sass.checked(loop, ((1024, 1024),), none, (2, 2))
+    # The first of the two is written over.
+    with pytest.raises(sass.Wrong, match=r"does not use what LDG.E.128 R4, \[R2.64\] at 0 loads"):
+        sass.checked(loop, ((1024, 512),), none, (2, 1))
+    with pytest.raises(sass.Wrong, match="does not use what"):
+        sass.checked(Trip([code[1], code[2], code[7]], 0x10), (), none, (1, 0))
+    with pytest.raises(sass.Wrong, match="that the call does not execute"):
+        sass.checked(Trip(code[1:8], 0x10), ((512, 512),), sass.Marks((), ("R5",)), (1, 1))
+    # Of a whole kernel the bytes are known, or where threads share them the requests.
+    whole = Trip(code[1:8])
+    assert sass.checked(whole, ((512, 512),), none, (9, 9)) and sass.checked(whole, ((256, 512),), none, (1, 1))
+    with pytest.raises(sass.Wrong, match="a warp 256 and 512"):
+        sass.checked(whole, ((256, 512),), none, (2, 1))
 
 
 def test_without_a_loop_the_trip_is_the_whole_kernel():

@@ -37,7 +37,7 @@ LAYERS = (
 # of cells and compile cases that are predicted.
 MAY_NAME = {
     "functional.py", "nn.py", "autograd.py", "optim.py", "swapping/twins.py", "measuring/peers.py",
-    "bench/predict_rows.py", "bench/host_path.py",
+    "bench/predict_cells.py", "bench/predict_rows.py", "bench/host_path.py",
 }  # fmt: skip
 
 
