@@ -333,9 +333,7 @@ class Loss:
                 self.without.append(statement)
         for level, outer in enumerate(self.path[:-1]):
             if level >= first:
-                is_in_body = any(self.path[level + 1] is one for one in outer.body)
-                self.hangs_on(outer.test, is_in_body)
-                self.without += outer.orelse if is_in_body else outer.body
+                self.hangs_on(outer.test, any(self.path[level + 1] is one for one in outer.body))
                 tested = max([tested, *(at for at, one in enumerate(self.run) if one.level <= level)])
         for node, inside in self.expressions():
             if isinstance(node, ast.IfExp) and inside is not node.test:
