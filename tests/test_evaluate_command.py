@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ from gptkern.commands import evaluate as command
 from gptkern.models.gpt import GPT, GPTConfig
 from gptkern.training import exporting
 from gptkern.training.data.tokenizers import bytes_tokenizer
-from gptkern.training.errors import UserError
+from gptkern.training.errors import RunError, UserError
 from gptkern.training.evaluation import evaluating, likelihood, reading, tasks
 from gptkern.training.loading import Loaded, load_model
 
@@ -138,6 +139,33 @@ def test_a_head_decides_and_knows_its_labels(here):
     loaded.about["labels"][0] = "y"
     with pytest.raises(UserError, match=r"--data labels\.jsonl: line 5: label x is none of the 4 labels"):
         evaluating.evaluate(loaded, "labels.jsonl")
+
+
+def test_labels_that_nothing_tells_apart_are_refused(here):
+    loaded = Loaded(model(), bpe(), {"kind": "run"})
+    with pytest.raises(
+        UserError, match="labels are Maus, Löwe, Mausfalle, x, Maus; each of them needs to be there onc"
+    ):
+        evaluating.evaluate(loaded, "labels.jsonl", labels=["Maus", "Löwe", "Mausfalle", "x", "Maus"])
+    # A tokenizer that drops what it does not know has one row of ids for both.
+    alike = copy.copy(bpe())
+    known, unlike = alike.encode, {" Mausfalle": " Maus"}
+    alike.encode = lambda text: known(unlike.get(text, text))
+    with pytest.raises(UserError, match=r"labels Maus and Mausfalle have the same tokens by .*; it needs other labels"):
+        evaluating.evaluate(Loaded(model(), alike, {"kind": "run"}), "labels.jsonl")
+
+
+@pytest.mark.parametrize("data", ["labels.jsonl", "choices.jsonl", "a.en,a.de", "text.txt", "head"])
+def test_what_overflows_decides_nothing(here, data):
+    made, about = model(), {"kind": "run"}
+    with torch.no_grad():
+        made.final_norm.weight.fill_(float("inf"))
+    if data == "head":
+        made.score, data = torch.nn.Linear(48, 4, bias=False), "labels.jsonl"
+        about["labels"] = ["Löwe", "Maus", "Mausfalle", "x"]
+    Path("text.txt").write_text("die Maus und der Löwe")
+    with pytest.raises(RunError, match="in fp32 the model computes what is no finite number"):
+        evaluating.evaluate(Loaded(made, bpe(), about), data, draws=0)
 
 
 def test_relations_without_the_negative_class(here, evaluate):

@@ -256,7 +256,11 @@ def test_files_that_are_no_study(tmp_path):
         "params is 'data'": """UPDATE trials SET params = '{"data": "/etc"}'""",
         "it needs a finite number above 0": """UPDATE trials SET params = '{"lr": "1"}'""",
         "step is -1": "UPDATE trials SET step = -1",
-        "loss is ": "UPDATE losses SET loss = 'low'",
+        "loss is 'low'": "UPDATE losses SET loss = 'low'",
+        "loss is inf": "UPDATE losses SET loss = 9e999",
+        "checkpoint is '../../run'": "UPDATE trials SET checkpoint = '../../run'",
+        r"step-00000001\\x1b[31m": "UPDATE trials SET checkpoint = 'trials/00000/checkpoints/step-00000001'"
+        " || char(27) || '[31m'",
         "too big": "UPDATE trials SET reason = printf('%.*c', 2000000, 'x')",
     }
     for index, (words, statement) in enumerate(statements.items()):

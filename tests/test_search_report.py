@@ -185,6 +185,12 @@ def test_pages_of_few_many_and_odd_trials(monkeypatch):
     assert len(rows_of(page, "Trials")) == 8
 
 
+def test_a_strangers_unit_is_none():
+    assert [report.unit_of({"data": {"unit": unit}}) for unit in ("byte", "token", "\x1b[31mred")] == [
+        "byte", "token", "token",
+    ]  # fmt: skip
+
+
 @pytest.mark.deep
 def test_a_page_that_cannot_be_written_is_said(tmp_path, study):
     from gptkern.training.errors import RunError

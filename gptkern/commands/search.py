@@ -360,7 +360,7 @@ def _end(study: Study, out: Path, is_done: bool, failed: int) -> None:
     report.write(out / REPORT, study)
     the_best = best(found)
     if the_best is not None:
-        loss = f"held-out loss {the_best.loss:.4f} nats per {study.about['data'].get('unit', 'token')}"
+        loss = f"held-out loss {the_best.loss:.4f} nats per {report.unit_of(study.about)}"
         params = ", ".join(
             f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
             for key, value in the_best.params.items()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from gptkern.models.gpt import GPT
-from gptkern.training.evaluation.likelihood import Computing, Row, nats, read
+from gptkern.training.evaluation.likelihood import Computing, Row, check_finite, nats, read
 from gptkern.training.precision import autocast
 
 READ_TOGETHER = 64  # batches: rows of about the same length find each other
@@ -107,6 +107,7 @@ def by_head(model: GPT, head: torch.nn.Linear, prompts: Sequence[Sequence[int]],
         last = torch.tensor([len(row) - 1 for row in ids], device=how.device)
         with autocast(how.device, how.precision):
             logits = head(features[torch.arange(len(ids), device=how.device), last])  # (rows, classes)
+        check_finite(bool(logits.isfinite().all()), how)
         for index, place in zip(picked, logits.float().argmax(-1).tolist()):
             decided[index] = place
         how.called(len(picked))

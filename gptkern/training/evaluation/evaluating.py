@@ -100,6 +100,7 @@ def evaluate(
 
     Raises:
         UserError: data, model and options do not fit together, or into memory; names file and line. Nothing was run.
+        RunError: what the model computes is no finite number.
     """
     tokenizer = loading.with_tokenizer(loaded, name)
     model = loaded.model

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from gptkern.models.gpt import GPT
-from gptkern.training.evaluation.likelihood import Computing, read
+from gptkern.training.evaluation.likelihood import Computing, check_finite, read
 from gptkern.training.precision import autocast
 
 
@@ -45,6 +45,7 @@ def greedy(
             last = torch.tensor([len(row) - 1 for row in ids], device=how.device)
             with autocast(how.device, how.precision):
                 logits = model.lm_head(features[torch.arange(len(ids), device=how.device), last])  # (rows, vocab_size)
+            check_finite(bool(logits.isfinite().all()), how)
             left = []
             for index, token in zip(going, logits.float().argmax(-1).tolist()):
                 if token == end:

@@ -16,6 +16,7 @@ import torch
 
 import gptkern.functional as F
 from gptkern.models.gpt import GPT
+from gptkern.training.errors import RunError
 from gptkern.training.precision import autocast
 
 BATCH = 16  # rows that are computed together
@@ -53,6 +54,9 @@ def nats(model: GPT, rows: Sequence[Row], how: Computing) -> list[np.ndarray]:
     """-log p of each target, natural: for each row a float64 array of as many. The model is in eval mode.
 
     The longest rows come first: what does not fit into memory shows at once.
+
+    Raises:
+        RunError: one of them is no finite number.
     """
     found: list[np.ndarray] = [np.empty(0)] * len(rows)
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index].ids))
@@ -71,11 +75,21 @@ def nats(model: GPT, rows: Sequence[Row], how: Computing) -> list[np.ndarray]:
                 reduction="none", loss_dtype=torch.float32,
             )  # fmt: skip
         values = values.cpu().double().numpy()
+        check_finite(np.isfinite(values).all(), how)
         ends = np.cumsum([len(rows[index].targets) for index in picked])
         for index, part in zip(picked, np.split(values, ends[:-1])):
             found[index] = part
         how.called(len(picked))
     return found
+
+
+def check_finite(is_finite: bool, how: Computing) -> None:
+    """Raises RunError where what a model says is no number: the first of several NaN would pass for a decision."""
+    if not is_finite:
+        raise RunError(
+            f"in {how.precision} the model computes what is no finite number: nothing is decided by that; it needs a "
+            "precision in which it does not overflow, or another model"
+        )
 
 
 def read(model: GPT, rows: Sequence[Sequence[int]], how: Computing) -> torch.Tensor:

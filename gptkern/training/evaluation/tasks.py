@@ -136,6 +136,8 @@ class Labels:
         self.examples = of_kind(data, option, self.task, LABEL)
         self.labels = sorted({example.completion for example in self.examples}) if labels is None else list(labels)
         places = {label: place for place, label in enumerate(self.labels)}
+        if len(places) < len(self.labels):
+            raise UserError(f"labels are {_listed(self.labels)}; each of them needs to be there once")
         for example in self.examples:
             if example.completion not in places:
                 raise UserError(
@@ -156,6 +158,12 @@ class Labels:
             self.encoder.continuation(label_completion(label), f"label {shown(label)}") for label in self.labels
         ]
         begins = _one_begins_another(self.continuations) if self.head is None else None
+        if begins is not None and self.continuations[begins[0]] == self.continuations[begins[1]]:
+            one, other = (shown(self.labels[place]) for place in begins)
+            raise UserError(
+                f"labels {one} and {other} have the same tokens by {tokenizer.name}, which tells them from each other "
+                "nowhere; it needs other labels, or a model with a head over them"
+            )
         self.ends = begins is not None
         if begins is not None:
             if not self.encoder.end:

@@ -68,7 +68,7 @@ def write(path: Path, study: Study) -> None:
 
 def render(settings: Settings, trials: Sequence[Trial], about: dict[str, Any]) -> str:
     """The page. `about` may have more of the study than its settings: "data", "versions"."""
-    unit = _unit(about)
+    unit = unit_of(about)
     parts = [
         f"<h1>{pages.text(_title(about))}</h1>",
         _status(trials, unit),
@@ -189,7 +189,8 @@ def _title(about: dict[str, Any]) -> str:
     return f"Search: {name}" if isinstance(name, str) else "Search"
 
 
-def _unit(about: dict[str, Any]) -> str:
+def unit_of(about: dict[str, Any]) -> str:
+    """What the losses are for each: a byte, or a token."""
     data = about.get("data")
     return "byte" if isinstance(data, dict) and data.get("unit") == "byte" else "token"
 

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import re
 import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -45,6 +47,7 @@ APPLICATION, VERSION = 0x67706B73, 1  # "gpks", in the file's header
 MOST_BYTES = 1 << 30  # of a study's file
 MOST_TEXT = 1 << 20  # bytes of a value in it
 MOST_TRIALS = 100_000
+_CHECKPOINT = re.compile(r"trials[/\\]\d{5,6}[/\\]checkpoints[/\\]step-\d{8,18}", re.ASCII)  # as trials.run stores it
 SECONDS_TO_WAIT = 120.0  # for another worker's transaction, in which a sampler may compute
 _SCHEMA = {
     "about": "CREATE TABLE about (one INTEGER PRIMARY KEY CHECK (one = 1), content TEXT NOT NULL)",
@@ -279,7 +282,7 @@ class Study:
         for number, step, loss in self._connection.execute(
             "SELECT number, step, loss FROM losses ORDER BY number, step"
         ):
-            _need(isinstance(loss, float), number, "loss", loss)
+            _need(isinstance(loss, float) and math.isfinite(loss), number, "loss", loss)
             losses.setdefault(number, {})[step] = loss
         columns = [name for name in Trial._fields if name != "values"]
         rows = self._connection.execute(f"SELECT {', '.join(columns)} FROM trials ORDER BY number")
@@ -310,6 +313,10 @@ def _trial(row: dict[str, Any], losses: dict[int, dict[int, float]]) -> Trial:
     _need(isinstance(row["seconds"], float), number, "seconds", row["seconds"])
     for name in ("reason", "owner", "checkpoint"):
         _need(row[name] is None or isinstance(row[name], str), number, name, row[name])
+    # It is said on a terminal.
+    _need(
+        row["checkpoint"] is None or _CHECKPOINT.fullmatch(row["checkpoint"]), number, "checkpoint", row["checkpoint"]
+    )
     params = json.loads(row["params"])
     _need(isinstance(params, dict), number, "params", params)
     for key, value in params.items():
