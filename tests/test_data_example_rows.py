@@ -80,6 +80,16 @@ def test_what_is_too_long(tmp_path):
     assert sorted(rows_of(part.ids, part.targets)) == [("$", "abcd"), ("d", "efgh"), ("h", "$")]
 
 
+def test_a_label_that_nothing_teaches_is_told(tmp_path):
+    data = written(tmp_path / "a", [{"text": text, "label": text} for text in "xy"])
+    other = written(tmp_path / "b", [{"text": text, "label": text} for text in "xzw"])
+    for head in (False, True):
+        store = load_examples(data, BYTES, 8, validation=other, head=head)
+        assert store.labels == ("w", "x", "y", "z")
+        assert store.notes == ("--validation has 2 labels that no example to train on has, as z",)
+    assert load_examples(data, BYTES, 8, validation=data).notes == ()
+
+
 def data_of_texts(tmp_path) -> str:
     return written(tmp_path / "texts", [{"text": "a"}])
 

@@ -266,8 +266,9 @@ def load_examples(
             )
         train, other = rows.taken(~mask), rows.taken(mask)
     else:
-        kind = reading.kind
+        kind, taught = reading.kind, len(reading.labels)
         train, other = rows, reading.rows(validation, "--validation")
+        reading.untaught = list(reading.labels)[taught:]
         if reading.kind != kind:
             raise UserError(
                 f"--validation {shown(validation)} is of the kind {reading.kind}, and {option} {shown(data)} of the "
@@ -303,6 +304,7 @@ class _Reading:
         self.tokenizer, self.length, self.head = tokenizer, length, head
         self.kind = ""
         self.labels: dict[str, int] = {}  # in the order in which they come
+        self.untaught: list[str] = []  # labels of the examples to test on alone
         self.shares = array.array("d")  # of the rows that were read last
         self.longest = 0  # ids of the longest label
         self.dropped = self.cut = self.empty = 0
@@ -379,6 +381,9 @@ class _Reading:
             yield f"{formatting.count(self.cut, 'completion')} lost their end, which {room} had no room for"
         if self.empty:
             yield f"{formatting.count(self.empty, 'example')} left out: nothing is to be said"
+        if self.untaught:
+            labels = formatting.count(len(self.untaught), "label")
+            yield f"--validation has {labels} that no example to train on has, as {shown(self.untaught[0])}"
         if self.tokenizer.end_of_text is None and not self.head:
             yield f"the tokenizer ({self.tokenizer.name}) has no end of text: nothing ends a completion"
 
