@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptkern import formatting
 from gptkern.commands import INTERRUPTED, RunError, UserError, places
 from gptkern.commands.interrupts import import_torch, noted
 from gptkern.commands.options import add_recipe_arguments, positive, typed
@@ -339,7 +340,8 @@ def _described(settings: Settings, store: Store, study: Study) -> str:
     space = ", ".join(f"{key} {_values(value)}" for key, value in settings.space.described().items())
     ended = sum(trial.state in ENDED for trial in study.trials())
     varied = f"\nvaried: {space}" if space else ""
-    goes_on = f"\n{ended} trials are done" if ended else ""
+    done = "1 trial is done" if ended == 1 else f"{ended} trials are done"
+    goes_on = f"\n{done}" if ended else ""
     return (
         f"search by {', '.join(settings.ways)}: {settings.amount:,} {settings.kind} for each; a trial trains on "
         f"{settings.tokens:,} tokens of {store.name}, in {settings.parts} parts{varied}{goes_on}"
@@ -374,6 +376,7 @@ def _end(study: Study, out: Path, is_done: bool, failed: int) -> None:
     if failed:
         raise RunError(f"{failed} of the other workers failed: --resume --out {shown(str(out))} goes on with the study")
     if not is_done:
-        _say(f"interrupted: {shown(str(out))} holds {len(found)} trials   (gptkern search --resume --out {out})")
+        trials = formatting.count(len(found), "trial")
+        _say(f"interrupted: {shown(str(out))} holds {trials}   (gptkern search --resume --out {out})")
     elif the_best is None:
         raise RunError("no trial came to a held-out loss: see the lines above")

@@ -156,11 +156,12 @@ def _line(settings: Settings, trial: Trial, found: list[Trial]) -> str:
     params = ", ".join(
         f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in trial.params.items()
     )
-    loss = "" if trial.loss is None else f" held-out loss {trial.loss:.4f}"
+    loss = "" if trial.loss is None else f", held-out loss {trial.loss:.4f}"
     why = "" if trial.reason is None else f" ({trial.reason.partition(' (')[0]})"
     left = planning.left(settings, trial.way, found)
     # The rules have one trial, whatever the budget.
-    rest = "" if trial.way == "experience" else f"; {left:,} {settings.kind} of {trial.way} left"
+    kind = "trial" if (left, settings.kind) == (1, "trials") else settings.kind
+    rest = "" if trial.way == "experience" else f"; {left:,} {kind} of {trial.way} left"
     return (
         f"trial {trial.number} ({trial.way}): {trial.state} at {trial.step} of {trial.steps} updates{loss}{why}; "
         f"{params}{rest}"
