@@ -274,6 +274,7 @@ def test_a_head_is_that_of_transformers(folder, capsys):
     arguments = ["--data", "labels.jsonl", "--validation", "test.jsonl", "--head", "--steps", "8"]
     for more in ([], ["--lora", "2"]):
         assert finetune("base", *arguments, *more, "--out", f"run{len(more)}") == 0
+        assert f"(gptkern evaluate run{len(more)} --data FILE)" in capsys.readouterr().out
         loaded = load_model(folder / f"run{len(more)}")
         assert loaded.about["labels"] == ["few", "many", "some"] == loaded.about["examples"]["labels"]
         export(loaded, folder / f"out{len(more)}")

@@ -112,7 +112,8 @@ def train_in(
     # The terminal may be what went away.
     with contextlib.suppress(OSError):
         unit = "target" if values["examples"] is not None else "byte" if store.tokenizer.kind == "bytes" else "token"
-        say(_ending(args.command, args.out, outcome, recipe.steps, unit))
+        then = f"evaluate {args.out} --data FILE" if values["head"] else f"generate {args.out}"
+        say(_ending(args.command, args.out, outcome, recipe.steps, unit, then))
     return 0 if outcome.finished else INTERRUPTED
 
 
@@ -180,7 +181,7 @@ def _model(
     return config, load, values["context"] or config.context
 
 
-def _ending(command: str, out: str, outcome: Outcome, steps: int, unit: str) -> str:
+def _ending(command: str, out: str, outcome: Outcome, steps: int, unit: str, then: str) -> str:
     from gptkern.training.checkpoints import Checkpoint
 
     # Of a run that was interrupted in a spike it is an earlier one.
@@ -192,4 +193,4 @@ def _ending(command: str, out: str, outcome: Outcome, steps: int, unit: str) -> 
         return f"interrupted at step {outcome.step} of {steps}: {there}   (gptkern {command} --resume --out {out})"
     loss = "" if outcome.validation_loss is None else f"validation loss {outcome.validation_loss:.4f} nats per {unit}\n"
     done = f"{steps} updates are done" if outcome.step == steps else f"{outcome.step} of {steps} updates are done"
-    return f"{loss}{done}: {there}   (gptkern generate {out})"
+    return f"{loss}{done}: {there}   (gptkern {then})"
