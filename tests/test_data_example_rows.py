@@ -124,6 +124,12 @@ def test_a_batch_is_the_same_for_any_number_of_processes_and_wherever_it_goes_on
     assert full.ids.shape == (12, 64) and rows_of(full.ids, full.targets) == rows_of(*map(np.asarray, whole[5][:2]))
 
 
+def test_without_a_prompt_an_example_is_held_out_by_what_is_said(tmp_path):
+    rows = [{"prompt": "", "completion": f"{number} words"} for number in range(200)]
+    store = load_examples(written(tmp_path / "a", rows), BYTES, 64, held_out=0.2)
+    assert 20 <= len(store.validation) <= 60 and len(store.train) + len(store.validation) == 200
+
+
 def test_an_example_is_held_out_by_its_prompt(tmp_path):
     rows = [{"text": f"text {n % 150}", "label": n % 2} for n in range(300)]
     store = load_examples(written(tmp_path / "a", rows), BYTES, 64, held_out=0.2)

@@ -265,6 +265,17 @@ def test_lora_learns_adapters_alone_goes_on_and_is_merged_into_its_base(folder, 
         load_model(folder / "run")
 
 
+def test_adapters_do_not_replace_the_model_that_they_are_for(folder, capsys):
+    assert finetune("base", "--data", "data.jsonl", "--steps", "1", "--out", "run") == 0
+    capsys.readouterr()
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    for base in ("run", "run/checkpoints/step-00000001"):
+        more = ["--data", "data.jsonl", "--lora", "2", "--steps", "1", "--overwrite", "--out", "run"]
+        assert finetune(base, *more) == 2
+        assert "holds the model that the adapters are for" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+
+
 def test_a_head_is_that_of_transformers(folder, capsys):
     from transformers import GPT2ForSequenceClassification
 

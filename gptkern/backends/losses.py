@@ -240,7 +240,10 @@ _BLOCK = 2**17
 
 def _blocks(x: torch.Tensor) -> list[slice]:
     """Parts of the first dimension: of a CPU's tensor, where nothing records or transforms what runs."""
-    if not x.is_cpu or x.dim() < 2 or x.numel() <= _BLOCK or not tracing.has_values(x.detach()):
+    # A trace's sizes are tensors, and it is for others too.
+    if tracing.in_jit_trace() or not x.is_cpu or x.dim() < 2 or x.numel() <= _BLOCK:
+        return []
+    if not tracing.has_values(x.detach()):
         return []
     each = max(_BLOCK // (x.numel() // x.shape[0]), 1)
     return [slice(start, start + each) for start in range(0, x.shape[0], each)]

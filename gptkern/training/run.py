@@ -86,6 +86,11 @@ def train(
     before = torch.get_num_threads()
     has_board = board.wanted(keeping.tensorboard)
     recipe = _checked(folder, recipe, swap, resume, overwrite)
+    if overwrite and adaptation.rank is not None and Path(out).resolve() in _and_around(Path(adaptation.base)):
+        raise UserError(
+            f"--overwrite: {folder.option} {folder} holds the model that the adapters are for, without which they are "
+            f"none; it needs another {folder.option}"
+        )
     torch.set_num_threads(recipe.threads)
     try:
         with folder.locked():
@@ -144,6 +149,12 @@ def train(
 
 
 # --- Before the first update ------------------------------------------------------------------------------------------
+
+
+def _and_around(folder: Path) -> list[Path]:
+    """A folder, without symbolic links, and those that it is in."""
+    found = folder.resolve()
+    return [found, *found.parents]
 
 
 def _check_alone() -> None:

@@ -389,8 +389,8 @@ class _Reading:
 
 
 def _share(example: Example) -> float:
-    """64 bits of the SHA-256 of its prompt, or of its text, as a part of 2^64."""
-    text = example.completion if example.kind == TEXT else example.prompt
+    """64 bits of the SHA-256 of its prompt, or where it has none of what is said, as a part of 2^64."""
+    text = example.prompt or example.completion
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
