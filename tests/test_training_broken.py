@@ -66,7 +66,7 @@ FAULTS = {
         "loop", "store.held_out(", "store._replace(validation=store.train).held_out(", VALIDATION
     ),
     "dropout in evaluation": Fault("loop", "model.eval()", "model.train()", VALIDATION),
-    "smoothed evaluation": Fault("loop", "weight, batch.targets)", "weight, batch.targets, 0.3)", VALIDATION),
+    "smoothed evaluation": Fault("loop", "(model), batch.targets)", "(model), batch.targets, 0.3)", VALIDATION),
     "eval mode for ever": Fault("loop", "model.train(was_training)", "model.eval()", VALIDATION),
     # Pieces.
     "mean of means": Fault("loop", "/ tokens\n", "/ (targets >= 0).sum().clamp(1) / self.recipe.accumulate\n", pieces),

@@ -383,7 +383,9 @@ def test_the_registered_ops(triton_backend, device, name_of_backend):
 
 
 @pytest.mark.parametrize("backend", [*deep("torch", "torch:launchers"), conftest.KERNEL_BACKENDS[0]], indirect=True)
-def test_compiled_as_eager(backend, device):
+def test_compiled_as_eager(backend, device, monkeypatch):
+    # A small call on PyTorch's operators is rounded in another order than the node that a compiler sees.
+    monkeypatch.setattr(linear, "SMALL", 0)
     student, teacher = (linear_of(5, width=6, classes=33, device=device) for _ in range(2))
     target = target_of(5, classes=33, device=device)
     assert_compiles(

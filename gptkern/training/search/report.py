@@ -398,14 +398,17 @@ def _drawn(trials: Sequence[Trial]) -> tuple[list[Trial], int]:
 
 def _scatter(axes: Axes, trials: Sequence[Trial], of) -> None:
     for way, (colour, marker, _) in _STYLES.items():
+        # The legend says each way once.
+        label = way
         for finished in (True, False):
             own = [trial for trial in trials if trial.way == way and (trial.state == FINISHED) is finished]
             if own:
                 axes.plot(
                     [of(trial) for trial in own], [trial.loss for trial in own], marker, color=colour, markersize=4.5,
                     linestyle="none", fillstyle="full" if finished else "none", alpha=0.9 if finished else 0.6,
-                    label=way if finished else "_",
+                    label=label,
                 )  # fmt: skip
+                label = "_"
 
 
 def _robust(axes: Axes, losses: Sequence[float]) -> None:
