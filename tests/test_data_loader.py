@@ -441,7 +441,12 @@ def test_a_program_that_closes_nothing_ends(how):
     assert program.stdout.readline() == "reading\n"
     if how == "interrupted":
         program.send_signal(signal.SIGINT)
-    _, errors = program.communicate(timeout=60)
+    try:
+        _, errors = program.communicate(timeout=30)
+    except subprocess.TimeoutExpired:
+        # Python drops an interrupt that falls into a finalizer; the loop is then as it was, and another one ends it.
+        program.send_signal(signal.SIGINT)
+        _, errors = program.communicate(timeout=30)
     assert program.returncode == (0 if how == "left" else -signal.SIGINT)
     assert ("KeyboardInterrupt" in errors) == (how == "interrupted") and "Fatal" not in errors
 
