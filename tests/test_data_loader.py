@@ -436,17 +436,20 @@ while sys.argv[1] == "interrupted":
 @pytest.mark.parametrize("how", ["left", pytest.param("interrupted", marks=pytest.mark.deep)])
 def test_a_program_that_closes_nothing_ends(how):
     program = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, how], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-X", "faulthandler", "-c", PROGRAM, how],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert program.stdout.readline() == "reading\n"
     if how == "interrupted":
         program.send_signal(signal.SIGINT)
     try:
-        _, errors = program.communicate(timeout=30)
+        _, errors = program.communicate(timeout=60)
     except subprocess.TimeoutExpired:
-        # Python drops an interrupt that falls into a finalizer; the loop is then as it was, and another one ends it.
-        program.send_signal(signal.SIGINT)
-        _, errors = program.communicate(timeout=30)
+        # Where each thread stands.
+        program.send_signal(signal.SIGABRT)
+        pytest.fail(f"it goes on:\n{program.communicate(timeout=60)[1]}")
     assert program.returncode == (0 if how == "left" else -signal.SIGINT)
     assert ("KeyboardInterrupt" in errors) == (how == "interrupted") and "Fatal" not in errors
 

@@ -397,6 +397,24 @@ def test_compiled_as_eager(backend, device, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_small_call_is_compiled_to_the_eager_one_within_rounding(dtype):
+    student, teacher = (linear_of(5, width=6, classes=33, dtype=dtype) for _ in range(2))
+    target = target_of(5, classes=33, device="cpu")
+
+    def loss(x, w):
+        return G.linear_distillation_loss(x, w, *teacher[:2], target=target, **JSD)
+
+    found = []
+    torch._dynamo.reset()
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        x, w = (tensor.detach().clone().requires_grad_() for tensor in student[:2])
+        function(x, w).sum().backward()
+        found.append((function(x, w).detach(), x.grad, w.grad))
+    for eager, compiled in zip(*found):
+        torch.testing.assert_close(compiled, eager)
+
+
 # --- Memory and products ----------------------------------------------------------------------------------------------
 
 
